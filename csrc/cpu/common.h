@@ -1,0 +1,74 @@
+// Types shared by the CPU kernels. No torch: raw pointers, plain structs, and the parallel-for that the caller hands in.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+namespace fastgen::cpu {
+
+// Runs body(begin, end) over a partition of [0, count).
+using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>& body)>;
+
+enum class DType { float32, float64, bfloat16, float16 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+using Float16 = _Float16;
+
+// Reductions and arithmetic of a type run in this one.
+template <class T>
+struct AccumulateIn {
+  using type = float;
+};
+template <>
+struct AccumulateIn<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename AccumulateIn<T>::type;
+
+inline __attribute__((always_inline)) float load(const float* p) { return *p; }
+inline __attribute__((always_inline)) double load(const double* p) { return *p; }
+inline __attribute__((always_inline)) float load(const Float16* p) { return static_cast<float>(*p); }
+inline __attribute__((always_inline)) float load(const BFloat16* p) {
+  const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline __attribute__((always_inline)) void store(float* p, float value) { *p = value; }
+inline __attribute__((always_inline)) void store(double* p, double value) { *p = value; }
+inline __attribute__((always_inline)) void store(Float16* p, float value) { *p = static_cast<Float16>(value); }
+inline __attribute__((always_inline)) void store(BFloat16* p, float value) {  // round to nearest even; NaN stays NaN
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  p->bits = static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+}
+
+// return function<T>(...) for the T of dtype
+#define FASTGEN_FOR_DTYPE(dtype, function, ...)                                    \
+  switch (dtype) {                                                                 \
+    case DType::float32: return function<float>(__VA_ARGS__);                      \
+    case DType::float64: return function<double>(__VA_ARGS__);                     \
+    case DType::bfloat16: return function<BFloat16>(__VA_ARGS__);                  \
+    case DType::float16: return function<Float16>(__VA_ARGS__);                    \
+  }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Scratch memory, not zeroed.
+template <class T>
+std::unique_ptr<T[]> scratch(int64_t count) {
+  return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
+}
+
+}  // namespace fastgen::cpu

@@ -1,0 +1,29 @@
+"""fastgen: fast convolutional image generators in PyTorch.
+
+Every name is loaded on first use, so that `import fastgen` costs nothing, compiles nothing, and `fastgen.runtime` needs no torch.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "create_model": "fastgen.models",
+    "list_models": "fastgen.models",
+    "use_impl": "fastgen.ops",
+    "info": "fastgen.ops",
+}
+_SUBMODULES = {"cli", "data", "errors", "losses", "metrics", "models", "nn", "ops", "training"}
+__all__ = ["__version__", *sorted(_EXPORTS), *sorted(_SUBMODULES)]
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"fastgen.{name}")
+    raise AttributeError(f"module 'fastgen' has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,28 @@
+"""What fastgen raises for a user's mistake; the command line turns each into one line and an exit code."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FastgenError(RuntimeError):
+    """Something failed that the user can mend (a file, a folder, a build); the command line exits with 1."""
+
+
+class UsageError(ValueError):
+    """A name or a value that cannot be meant; the command line exits with 2."""
+
+
+class CheckpointError(FastgenError):
+    """A checkpoint is missing, damaged, or of another architecture."""
+
+
+class DataError(FastgenError):
+    """A data set is missing, empty, or not what the model needs."""
+
+
+def unknown_name(kind: str, name: str, names: Iterable[str]) -> UsageError:
+    """The error for a name that is not among `names`: it shows the nearest of them, and all."""
+    names = sorted(names)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return UsageError(f"unknown {kind} {name!r}: {hint}there are: {', '.join(names)}")

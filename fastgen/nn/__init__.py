@@ -1,0 +1,3 @@
+from fastgen.nn.sequential import Sequential
+
+__all__ = ["Sequential"]

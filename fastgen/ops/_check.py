@@ -1,0 +1,97 @@
+"""Checks of the arguments of ops: each names the argument, what was found and what is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NORMS = ("batch", "instance", "none")
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid", "silu")
+
+
+def pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
+    """value as [height, width]; both at least `least`."""
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or any(not isinstance(v, int) for v in pair):
+        raise ValueError(f"{name} must be an int or two ints, got {value!r}")
+    if min(pair) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return pair
+
+
+def floating(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+
+
+def alike(name: str, tensor: Tensor, x: Tensor) -> None:
+    """The tensor has x's dtype and device."""
+    floating(name, tensor)
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move one of them")
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{name} is {tensor.dtype}, x is {x.dtype}: convert one of them")
+
+
+def per_channel(name: str, tensor: Tensor | None, channels: int, x: Tensor) -> None:
+    """The tensor has one value a channel, on x's device, in x's dtype or float32."""
+    if tensor is None:
+        return
+    floating(name, tensor)
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move one of them")
+    if tensor.dtype not in (x.dtype, torch.float32) or (x.dtype == torch.float64 and tensor.dtype != torch.float64):
+        raise TypeError(f"{name} is {tensor.dtype}, x is {x.dtype}: convert {name} to {x.dtype}")
+    if tuple(tensor.shape) != (channels,):
+        raise ValueError(f"{name} must have shape ({channels},), one value a channel, got {tuple(tensor.shape)}")
+
+
+def norm_and_activation(
+    x: Tensor,
+    channels: int,
+    norm: str | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    training: bool,
+    eps: float,
+    activation: str,
+) -> bool:
+    """Checks what norm_act and the fused convolutions share; whether the statistics are those of the batch."""
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if norm == "none":
+        return False
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    for name, tensor in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("norm_weight", norm_weight),
+        ("norm_bias", norm_bias),
+    ):
+        per_channel(name, tensor, channels, x)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must be given together")
+    if norm == "batch" and running_mean is None and not training:
+        raise ValueError("running_mean and running_var must be given when training=False and norm='batch'")
+    return training or running_mean is None
+
+
+def several_values(norm: str, sizes: Sequence[int]) -> None:
+    """More than one value a channel (and sample), as torch.nn.functional asks when statistics are taken."""
+    spatial = 1
+    for size in sizes[2:]:
+        spatial *= size
+    if norm == "batch" and sizes[0] * spatial == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(sizes)}")
+    if norm == "instance" and spatial == 1:
+        raise ValueError(f"Expected more than 1 spatial element when training, got input size {tuple(sizes)}")

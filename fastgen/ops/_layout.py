@@ -1,0 +1,18 @@
+import torch
+from torch import Tensor
+
+# csrc/ops.cpp has the same rules.
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x (N, C, H, W) lies in channels_last order; a tensor that fits both orders counts as contiguous."""
+    return x.dim() == 4 and x.stride(1) == 1 and not x.is_contiguous()
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which sums over x run, and in which its statistics are returned."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
