@@ -63,33 +63,35 @@ struct Call {
         const int64_t block = item / bands, first_image = item % bands / bands_an_image() * images;
         const int64_t first_row = item % bands_an_image() * band_rows;
         const int64_t last_row = std::min(conv.oh, first_row + band_rows), last_image = std::min(op.n, first_image + images);
-        for (const Axis::Phase& row_phase : rows.phases)
-          for (const Axis::Phase& column_phase : columns.phases)
-            multiply(block, first_image, last_image, first_row, last_row, row_phase, column_phase, zeros.data(), sources.data(), band.get());
+        for (const Axis::Class& row : rows.classes)
+          for (const Axis::Class& column : columns.classes)
+            multiply(block, first_image, last_image, first_row, last_row, row, column, zeros.data(), sources.data(), band.get());
         for (int64_t image = first_image; image < last_image; ++image)
           finish(block, image, first_row, last_row, band.get() + (image - first_image) * (last_row - first_row) * conv.ow * width);
       }
     });
   }
 
-  // The band's pixels of one phase, kPixels at a time.
-  void multiply(int64_t block, int64_t first_image, int64_t last_image, int64_t first_row, int64_t last_row, const Axis::Phase& row_phase,
-                const Axis::Phase& column_phase, const A* zeros, const A** sources, A* band) const {
-    const int64_t depth = conv.ic / conv.groups, group = block / blocks(), taps = row_phase.taps.size() * column_phase.taps.size();
+  // The band's pixels of one class of rows and columns, kPixels at a time.
+  void multiply(int64_t block, int64_t first_image, int64_t last_image, int64_t first_row, int64_t last_row, const Axis::Class& row,
+                const Axis::Class& column, const A* zeros, const A** sources, A* band) const {
+    const int64_t depth = conv.ic / conv.groups, group = block / blocks(), taps = row.taps.size() * column.taps.size();
     A* const spare = band + images * band_rows * conv.ow * width;
     std::vector<const A*> weights;
-    for (int64_t kh : row_phase.taps)
-      for (int64_t kw : column_phase.taps) weights.push_back(packed + (block * conv.kh * conv.kw + kh * conv.kw + kw) * depth * width);
+    for (int64_t kh : row.taps)
+      for (int64_t kw : column.taps) weights.push_back(packed + (block * conv.kh * conv.kw + kh * conv.kw + kw) * depth * width);
     A* to[kPixels];
     int filled = 0;
-    const int64_t start = row_phase.first + ceil_div(std::max<int64_t>(0, first_row - row_phase.first), rows.step) * rows.step;
+    const auto first_oh = std::lower_bound(row.positions.begin(), row.positions.end(), first_row);
+    const auto last_oh = std::lower_bound(first_oh, row.positions.end(), last_row);
     for (int64_t image = first_image; image < last_image; ++image)
-      for (int64_t oh = start; oh < last_row; oh += rows.step)
-        for (int64_t ow = column_phase.first; ow < conv.ow; ow += columns.step) {
+      for (auto at = first_oh; at != last_oh; ++at)
+        for (const int64_t ow : column.positions) {
+          const int64_t oh = *at;
           const A** source = sources + filled;
-          for (int64_t kh : row_phase.taps) {
+          for (int64_t kh : row.taps) {
             const int64_t ih = rows.source[oh * conv.kh + kh];
-            for (int64_t kw : column_phase.taps) {
+            for (int64_t kw : column.taps) {
               const int64_t iw = columns.source[ow * conv.kw + kw];
               *source = ih < 0 || iw < 0 ? zeros : x + ((image * conv.ih + ih) * conv.iw + iw) * conv.ic + group * depth;
               source += kPixels;

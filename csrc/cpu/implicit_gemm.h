@@ -37,32 +37,42 @@ void tile(const A* const* x, const A* const* w, int64_t taps, int64_t depth, A* 
     for (int v = 0; v < vectors; ++v) *reinterpret_cast<V*>(out[p] + v * Vector<A>::size) = sum[p][v];
 }
 
-// How the output positions of one axis read the input: position o, tap k -> source[o * taps + k], -1 outside. The positions fall
-// into phases, each with the taps that can reach it: `stride` of them when transposed.
+// How the output positions of one axis read the input: position o, tap k -> source[o * taps + k], -1 outside. Positions that the
+// same taps reach form a class: one a residue of the stride when transposed, and on a short axis the positions at the border
+// apart from the rest, so that no tap is multiplied with zeros.
 struct Axis {
-  struct Phase {
-    int64_t first;  // positions first, first + step, ...
-    std::vector<int64_t> taps;
+  struct Class {
+    std::vector<int64_t> taps, positions;
   };
-  int64_t size, taps, step;
+  int64_t taps;
   std::vector<int64_t> source;
-  std::vector<Phase> phases;
+  std::vector<Class> classes;
 
   // o + padding = i * stride + k * dilation
   static Axis transposed(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-    Axis axis{out, kernel, stride, std::vector<int64_t>(static_cast<size_t>(out * kernel), -1), {}};
-    for (int64_t first = 0; first < std::min(stride, out); ++first) {
-      axis.phases.push_back({first, {}});
+    Axis axis{kernel, std::vector<int64_t>(static_cast<size_t>(out * kernel), -1), {}};
+    for (int64_t o = 0; o < out; ++o) {
+      std::vector<int64_t> reached, inside;
       for (int64_t k = 0; k < kernel; ++k) {
-        if ((first + padding - k * dilation) % stride) continue;
-        axis.phases.back().taps.push_back(k);
-        for (int64_t o = first; o < out; o += stride) {
-          const int64_t i = (o + padding - k * dilation) / stride;
-          if (o + padding >= k * dilation && i < in) axis.source[o * kernel + k] = i;
-        }
+        if ((o + padding - k * dilation) % stride) continue;
+        reached.push_back(k);
+        const int64_t i = (o + padding - k * dilation) / stride;
+        if (o + padding < k * dilation || i >= in) continue;
+        inside.push_back(k);
+        axis.source[o * kernel + k] = i;
       }
+      axis.add(o, out <= kShort ? inside : reached);
     }
     return axis;
+  }
+
+ private:
+  static constexpr int64_t kShort = 16;
+
+  void add(int64_t position, const std::vector<int64_t>& reached) {
+    for (Class& known : classes)
+      if (known.taps == reached) return known.positions.push_back(position);
+    classes.push_back({reached, {position}});
   }
 };
 

@@ -132,7 +132,7 @@ def update_running(
         unbiased = var * (count / max(1, count - 1))
         for running, new in ((running_mean, mean), (running_var, unbiased)):
             new = new.mean(0) if new.dim() == 2 else new
-            running.mul_(1 - momentum).add_(new.to(running.dtype), alpha=momentum)
+            running.copy_(torch.lerp(running.to(new.dtype), new, momentum))
 
 
 # The registered ops in plain PyTorch: default kernels, fake kernels, gradients.
@@ -267,6 +267,7 @@ def _setup_backward(ctx, inputs, output):
 
 def _double_backward(ctx, *grads):
     """Differentiates the formula of the first backward; the statistics of the batch are functions of x in it."""
+    higher = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases cut the graph: only what the formula itself does with its inputs is differentiated here.
         inputs = [t.view_as(t) if t is not None else None for t in ctx.saved_tensors]
@@ -276,11 +277,10 @@ def _double_backward(ctx, *grads):
         outputs = _backward_formula(grad_out, x, weight, bias, mean, var, ctx.batch_stats, *ctx.options)
         wanted = [t for t in inputs[:4] if t is not None and t.requires_grad]
         paths = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad and grad is not None]
-        found = iter(
-            torch.autograd.grad(*zip(*paths, strict=True), create_graph=True, inputs=wanted, allow_unused=True)
-            if paths and wanted
-            else [None] * len(wanted)
-        )
+        found = iter([None] * len(wanted))
+        if paths and wanted:
+            reached, incoming = zip(*paths, strict=True)
+            found = iter(torch.autograd.grad(reached, wanted, incoming, create_graph=higher, allow_unused=True))
     results = [next(found) if t is not None and t.requires_grad else None for t in inputs[:4]]
     return *results, *(None,) * 7
 

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastgen.nn import _modules
+from fastgen.nn.sequential import Sequential
+
+
+class ConvTranspose2dNormAct(Sequential):
+    """Transposed convolution, norm and activation in one op: nn.Sequential of the three layers, with that state_dict.
+
+    Its children are the PyTorch layers themselves (0: ConvTranspose2d, then the norm, then the activation, those that there
+    are), so that initialisation, conversion, hooks, parametrizations and checkpoints of such a Sequential work on it unchanged.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation: as in
+            nn.ConvTranspose2d.
+        norm: "batch", "instance" or None.
+        activation: "relu", "leaky_relu", "tanh", "sigmoid", "silu", or None.
+        affine, track_running_stats: None stands for the norm layer's own default.
+
+    The other arguments are those of BatchNorm2d, InstanceNorm2d and LeakyReLU. Shapes, dtypes and gradients: see
+    fastgen.ops.conv_transpose2d_norm_act.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        output_padding: int | tuple[int, int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, int] = 1,
+        *,
+        norm: str | None = "batch",
+        activation: str | None = "leaky_relu",
+        negative_slope: float = 0.01,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool | None = None,
+        track_running_stats: bool | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        options = _modules.norm_options(affine, track_running_stats)
+        super().__init__(
+            nn.ConvTranspose2d(
+                in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
+                device=device, dtype=dtype,
+            ),
+            *_modules.norm_module(norm, out_channels, eps=eps, momentum=momentum, device=device, dtype=dtype, **options),
+            *_modules.activation_module(activation, negative_slope),
+        )  # fmt: skip

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import torch
+
+from fastgen.nn import _modules
+from fastgen.nn.sequential import Sequential
+
+
+class NormAct(Sequential):
+    """A norm layer and its activation in one op: nn.Sequential(norm, activation), with that state_dict.
+
+    Args:
+        num_features: channels C of the input (N, C, H, W).
+        norm: "batch" or "instance".
+        activation: "relu", "leaky_relu", "tanh", "sigmoid", "silu", or None.
+        affine, track_running_stats: None stands for the norm layer's own default.
+
+    The other arguments are those of BatchNorm2d, InstanceNorm2d and LeakyReLU. See fastgen.ops.norm_act.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        norm: str = "batch",
+        activation: str | None = "leaky_relu",
+        negative_slope: float = 0.01,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool | None = None,
+        track_running_stats: bool | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        options = _modules.norm_options(affine, track_running_stats)
+        super().__init__(
+            *_modules.norm_module(norm, num_features, eps=eps, momentum=momentum, device=device, dtype=dtype, **options),
+            *_modules.activation_module(activation, negative_slope),
+        )
