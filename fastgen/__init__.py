@@ -1,6 +1,6 @@
 """fastgen: fast convolutional image generators in PyTorch.
 
-Every name is loaded on first use, so that `import fastgen` costs nothing, compiles nothing, and `fastgen.runtime` needs no torch.
+Every name is loaded on first use: `import fastgen` costs nothing, compiles nothing and needs no torch.
 """
 
 import importlib

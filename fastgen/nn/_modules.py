@@ -21,7 +21,9 @@ _ACTIVATIONS = {
 }
 
 
-def fusable(modules: Sequence[nn.Module], start: int) -> tuple[nn.Module | None, nn.Module | None, nn.Module | None, int]:
+def fusable(
+    modules: Sequence[nn.Module], start: int
+) -> tuple[nn.Module | None, nn.Module | None, nn.Module | None, int]:
     """(convolution, norm, activation, end) of the run of modules from `start` that one op computes; end == start: none.
 
     Such a run is ConvTranspose2d -> [norm] -> [activation] with at least two members, or norm -> activation. Types are compared
@@ -37,10 +39,7 @@ def fusable(modules: Sequence[nn.Module], start: int) -> tuple[nn.Module | None,
         return None
 
     convolution = take(nn.ConvTranspose2d)
-    if convolution is not None:
-        norm = take(nn.BatchNorm2d, nn.InstanceNorm2d)
-    else:
-        norm = take(*_BATCH, *_INSTANCE)
+    norm = take(*(_BATCH + _INSTANCE if convolution is None else (nn.BatchNorm2d, nn.InstanceNorm2d)))
     activation = take(*_ACTIVATIONS)
     return convolution, norm, activation, at if at - start > 1 else start
 
@@ -63,7 +62,7 @@ def run(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activa
         convolution.weight,
         convolution.bias,
         stride=convolution.stride,
-        padding=convolution.padding,
+        padding=convolution.padding,  # type: ignore[arg-type]  # a transposed one has no padding by name
         output_padding=convolution.output_padding,
         groups=convolution.groups,
         dilation=convolution.dilation,
@@ -72,7 +71,7 @@ def run(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activa
 
 
 def _norm_arguments(norm: nn.Module | None, x: Tensor) -> dict[str, Any]:
-    """The norm's parameters, and the semantics of its forward: counters, cumulative averages, statistics that are not tracked."""
+    """The norm's parameters, and what its forward does: counters, cumulative averages, statistics that are not tracked."""
     if norm is None:
         return {"norm": "none"}
     assert isinstance(norm, (*_BATCH, *_INSTANCE))
@@ -122,5 +121,3 @@ def norm_options(affine: bool | None, track_running_stats: bool | None) -> dict[
     """Those that were given: the norm layers' own defaults differ."""
     options = {"affine": affine, "track_running_stats": track_running_stats}
     return {name: value for name, value in options.items() if value is not None}
-
-

@@ -34,6 +34,8 @@ class NormAct(Sequential):
     ):
         options = _modules.norm_options(affine, track_running_stats)
         super().__init__(
-            *_modules.norm_module(norm, num_features, eps=eps, momentum=momentum, device=device, dtype=dtype, **options),
+            *_modules.norm_module(
+                norm, num_features, eps=eps, momentum=momentum, device=device, dtype=dtype, **options
+            ),
             *_modules.activation_module(activation, negative_slope),
         )

@@ -14,7 +14,7 @@ ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid", "silu")
 
 def pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
     """value as [height, width]; both at least `least`."""
-    pair = [value, value] if isinstance(value, int) else list(value)
+    pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
     if len(pair) != 2 or any(not isinstance(v, int) for v in pair):
         raise ValueError(f"{name} must be an int or two ints, got {value!r}")
     if min(pair) < least:

@@ -34,7 +34,7 @@ def _checked(impl: str, source: str) -> str:
 
 @contextlib.contextmanager
 def use_impl(impl: str) -> Iterator[None]:
-    """Within the context every op whose `impl` argument is "auto" runs this implementation, or raises with the reason it cannot.
+    """Within the context every op whose `impl` is "auto" runs this implementation, or raises with the reason it cannot.
 
     Process-wide, not per thread. Raises UsageError for an unknown name.
     """

@@ -62,7 +62,8 @@ def conv_transpose2d_norm_act(
         dtype, channels_last if x or weight is. Sums run in float32 (float64 for float64).
 
     Under autocast x, weight and bias are converted to its dtype, the norm's parameters are not.
-    Gradients to x, weight, bias, norm_weight and norm_bias, of any order (reverse mode).
+    Gradients to x, weight, bias, norm_weight and norm_bias, of any order (reverse mode); with output_padding of the first two,
+    as in PyTorch.
 
     Raises ValueError or TypeError for an argument that does not fit, naming it; RuntimeError if the implementation asked for
     cannot run.
@@ -101,7 +102,17 @@ def conv_transpose2d_norm_act(
     if _dispatch.choose(NAME, impl, x.device) == "reference":
         t = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
         return tail.reference(
-            t, norm, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, activation, negative_slope
+            t,
+            norm,
+            running_mean,
+            running_var,
+            norm_weight,
+            norm_bias,
+            training,
+            momentum,
+            eps,
+            activation,
+            negative_slope,
         )
     given = (None, None) if batch_stats else (running_mean, running_var)
     needs_grad = torch.is_grad_enabled() and any(
@@ -121,7 +132,9 @@ def _check_shapes(x, weight, bias, stride, output_padding, groups, dilation) -> 
     if x.dim() != 4:
         raise ValueError(f"x must have 4 dimensions (N, C_in, H, W), got shape {tuple(x.shape)}")
     if weight.dim() != 4:
-        raise ValueError(f"weight must have 4 dimensions (C_in, C_out / groups, KH, KW), got shape {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must have 4 dimensions (C_in, C_out / groups, KH, KW), got shape {tuple(weight.shape)}"
+        )
     if min(weight.shape) < 1 or min(x.shape[1:]) < 1:
         raise ValueError(f"only N may be 0, got x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)}")
     _check.alike("weight", weight, x)
@@ -142,7 +155,11 @@ def _check_shapes(x, weight, bias, stride, output_padding, groups, dilation) -> 
 
 def _output_size(x, weight, stride, padding, output_padding, groups, dilation) -> list[int]:
     return [x.shape[0], weight.shape[1] * groups] + [
-        (x.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + output_padding[i] + 1
+        (x.shape[2 + i] - 1) * stride[i]
+        - 2 * padding[i]
+        + dilation[i] * (weight.shape[2 + i] - 1)
+        + output_padding[i]
+        + 1
         for i in range(2)
     ]
 
@@ -154,7 +171,9 @@ def _forward(
 ):  # fmt: skip
     pre = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
     pre = pre.contiguous(memory_format=memory_format(is_channels_last(x) or is_channels_last(weight)))
-    out, mean, var = torch.ops.fastgen.norm_act(pre, norm_weight, norm_bias, mean, var, norm, eps, activation, negative_slope)
+    out, mean, var = torch.ops.fastgen.norm_act(
+        pre, norm_weight, norm_bias, mean, var, norm, eps, activation, negative_slope
+    )
     return out, pre if save else pre.new_empty(0), mean, var
 
 
@@ -201,7 +220,17 @@ def _backward(ctx, grad_out, grad_pre, grad_mean, grad_var):
         return (None,) * 17
     stride, padding, output_padding, groups, dilation = ctx.convolution
     grads = torch.ops.aten.convolution_backward(
-        grad, x, weight, ctx.bias_sizes, stride, padding, dilation, True, output_padding, groups, list(ctx.needs_input_grad[:3])
+        grad,
+        x,
+        weight,
+        ctx.bias_sizes,
+        stride,
+        padding,
+        dilation,
+        True,
+        output_padding,
+        groups,
+        list(ctx.needs_input_grad[:3]),
     )
     return *grads, grad_norm_weight, grad_norm_bias, *(None,) * 12
 

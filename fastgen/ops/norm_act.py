@@ -72,7 +72,17 @@ def norm_act(
         _check.several_values(norm, x.shape)
     if _dispatch.choose("norm_act", impl, x.device) == "reference":
         return reference(
-            x, norm, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, activation, negative_slope
+            x,
+            norm,
+            running_mean,
+            running_var,
+            norm_weight,
+            norm_bias,
+            training,
+            momentum,
+            eps,
+            activation,
+            negative_slope,
         )
     given = (None, None) if batch_stats else (running_mean, running_var)
     out, mean, var = torch.ops.fastgen.norm_act(
@@ -119,7 +129,10 @@ def reference(
     elif norm == "instance":
         use_input_stats = training or running_mean is None
         layout = memory_format(is_channels_last(x))  # which instance_norm does not keep
-        x = F.instance_norm(x, running_mean, running_var, norm_weight, norm_bias, use_input_stats, momentum, eps)
+        if x.shape[0]:
+            x = F.instance_norm(x, running_mean, running_var, norm_weight, norm_bias, use_input_stats, momentum, eps)
+        else:  # which it refuses
+            x = F.batch_norm(x, x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]), norm_weight, norm_bias)
         x = x.contiguous(memory_format=layout)
     return activate(x, activation, negative_slope)
 
@@ -172,7 +185,9 @@ def _forward(x, weight, bias, mean, var, norm, eps, activation, negative_slope):
 @torch.library.register_fake("fastgen::norm_act")
 def _forward_fake(x, weight, bias, mean, var, norm, eps, activation, negative_slope):
     out = torch.empty_like(x.contiguous(memory_format=memory_format(is_channels_last(x))))
-    shape = (0,) if norm == "none" or mean is not None else (x.shape[1],) if norm == "batch" else (x.shape[0], x.shape[1])
+    shape = (
+        (0,) if norm == "none" or mean is not None else (x.shape[1],) if norm == "batch" else (x.shape[0], x.shape[1])
+    )
     new_mean, new_var = (x.new_empty(shape, dtype=accumulation_dtype(x)) for _ in range(2))
     return out, new_mean, new_var
 
@@ -182,7 +197,11 @@ def _backward_formula(grad_out, x, weight, bias, mean, var, batch_stats, norm, e
     dtype = accumulation_dtype(x)
     wide, grad = x.to(dtype), grad_out.to(dtype)
     if norm == "none":
-        return _activation_grad(grad, wide, activation, negative_slope).to(x.dtype), wide.new_zeros(0), wide.new_zeros(0)
+        return (
+            _activation_grad(grad, wide, activation, negative_slope).to(x.dtype),
+            wide.new_zeros(0),
+            wide.new_zeros(0),
+        )
     rstd = _of_channels((var.to(dtype) + eps).rsqrt(), wide)
     normalized = (wide - _of_channels(mean.to(dtype), wide)) * rstd
     gain = wide.new_ones(1) if weight is None else _of_channels(weight.to(dtype), wide)
@@ -276,7 +295,9 @@ def _double_backward(ctx, *grads):
             mean, var = _moments(x.to(accumulation_dtype(x)), ctx.options[0])
         outputs = _backward_formula(grad_out, x, weight, bias, mean, var, ctx.batch_stats, *ctx.options)
         wanted = [t for t in inputs[:4] if t is not None and t.requires_grad]
-        paths = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad and grad is not None]
+        paths = [
+            (out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad and grad is not None
+        ]
         found = iter([None] * len(wanted))
         if paths and wanted:
             reached, incoming = zip(*paths, strict=True)

@@ -1,0 +1,39 @@
+# Everything runs in one virtual environment: the active one, else .venv, which is made here.
+PYTHON ?= python3
+VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.fastgen-$(firstword $(shell echo $(CURDIR) | cksum))
+RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: help install build demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help: ## say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## install fastgen (editable) with all it needs
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[test,bench,demo]"
+	touch $@
+
+build: $(INSTALLED) ## build the native ops
+	$(BIN)/fastgen build
+
+demo: build ## train a DCGAN on handwritten digits and show what it draws
+	$(BIN)/fastgen train dcgan --data digits --out $(RUN)
+
+test: build ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: build ## measure against PyTorch's own ops
+	$(BIN)/python -m pytest benchmarks
+
+clean: ## remove what was built here (not .venv, not runs)
+	rm -rf build dist *.egg-info fastgen/_native_*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,312 @@
+"""The native code's one list of sources and flags, and its build at first use.
+
+`setup.py` builds `sources()` with `CFLAGS` ahead of time into `fastgen/_native_<digest>.abi3.so`. Where that is missing
+or was made from other sources, `load()` builds the same list just in time into a cache folder. torch is imported when
+something is loaded, not before.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import platform
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastgen.errors import FastgenError
+
+PACKAGE = Path(__file__).resolve().parent
+CSRC = next((folder for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if folder.is_dir()), PACKAGE / "csrc")
+CFLAGS = (
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",  # the simd pragmas of reductions; needs no OpenMP runtime
+    "-Wall",
+    "-Wextra",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11: one binary serves every later torch
+)
+MEMORY_PER_JOB = 2 << 30  # bytes that one compiler process may take
+
+logger = logging.getLogger("fastgen")
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where the native ops stand: what `fastgen info` prints."""
+
+    loaded: bool
+    reason: str | None  # why they are not loaded
+    path: Path | None  # the shared library
+    how: str | None  # "ahead of time" or "just in time"
+    compiler: str | None
+
+
+_lock = threading.Lock()
+_outcome: Status | None = None  # of the first load() in this process
+
+
+def load() -> str | None:
+    """Make the native ops available, once a process; return None, or in one line why they are not."""
+    global _outcome
+    if _outcome is None:
+        with _lock:
+            if _outcome is None:
+                try:
+                    _outcome = _open_or_build()
+                except FastgenError as error:
+                    _outcome = Status(False, str(error), None, None, compiler())
+                    logger.warning("the native ops are not available, PyTorch's own are used: %s", error)
+    return _outcome.reason
+
+
+def build(force: bool = False, verbose: bool = False) -> Path:
+    """Build the native ops now unless they are there, and load them; return the library's path.
+
+    An earlier failure is tried again. `force` builds anew in any case, `verbose` logs all that a failing compiler says.
+    Raises FastgenError with the first compiler error.
+    """
+    global _outcome
+    with _lock:
+        found = None if force else next(_libraries(), None)
+        path, how = found or (_compile(asked=True, force=force, verbose=verbose), "just in time")
+        if _outcome is None or not _outcome.loaded:
+            _outcome = _open(path, how)
+    return path
+
+
+def status() -> Status:
+    """Where the native ops stand; builds and loads nothing."""
+    if _outcome is not None:
+        return _outcome
+    if found := next(_libraries(), None):
+        return Status(False, "not loaded yet", *found, compiler())
+    reason = _obstacle() or _remembered_failure(_key()) or "not built yet: built at first use, or by `fastgen build`"
+    return Status(False, reason, None, None, compiler())
+
+
+def sources() -> list[Path]:
+    """The C++ files of the native ops."""
+    return [*CSRC.glob("ops.cpp"), *sorted((CSRC / "cpu").glob("*.cpp"))]
+
+
+def digest() -> str:
+    """A hash of all that decides what the library does: sources, headers, flags, machine."""
+    state = hashlib.sha256(repr((CFLAGS, sys.platform, platform.machine())).encode())
+    for file in [*sources(), *sorted(CSRC.rglob("*.h"))]:
+        state.update(f"\0{file.relative_to(CSRC)}\0".encode() + file.read_bytes())
+    return state.hexdigest()[:16]
+
+
+def compiler() -> str | None:
+    """The C++ compiler's version line, or None where there is no compiler."""
+    command = _compiler_command()
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        version = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace").stdout
+    except OSError:  # found, but no program
+        version = ""
+    return next(iter(version.splitlines()), command[0])
+
+
+@contextlib.contextmanager
+def environment() -> Iterator[None]:
+    """The environment of a build: no more jobs than memory allows, ninja within reach, messages in English."""
+    settings = {
+        "MAX_JOBS": os.environ.get("MAX_JOBS") or str(_jobs()),
+        "PATH": _search_path(),
+        "LC_ALL": "C",
+        "TORCH_DONT_CHECK_COMPILER_ABI": "1",  # the stable ABI asks for no particular compiler
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _jobs() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores, memory // MEMORY_PER_JOB))
+
+
+def _compiler_command() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
+def _search_path() -> str:
+    """PATH, then the folder of a ninja that pip installed: a virtual environment in use need not be active."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+
+
+def _open_or_build() -> Status:
+    damaged = False
+    for path, how in _libraries():
+        try:
+            return _open(path, how)
+        except FastgenError as error:
+            logger.warning("%s", error)
+            damaged |= how == "just in time"
+    path = _compile(force=damaged)
+    try:
+        return _open(path, "just in time")
+    except FastgenError as error:  # a symbol is missing: the next process need not build it to learn that
+        path.with_suffix(".failed").write_text(str(error))
+        path.unlink()
+        raise
+
+
+def _open(path: Path, how: str) -> Status:
+    import torch
+
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise FastgenError(f"the native ops built {how} do not load: {error.__cause__ or error}") from error
+    return Status(True, None, path, how, compiler())
+
+
+def _libraries() -> Iterator[tuple[Path, str]]:
+    """The libraries made from these very sources, and how each was built; the ahead-of-time one first."""
+    if sources():
+        yield from ((path, "ahead of time") for path in PACKAGE.glob(f"_native_{digest()}*.so"))
+        if os.name == "posix" and compiler() is not None:
+            yield from ((path, "just in time") for path in _cached(f"{_key()}.so"))
+
+
+def _obstacle(asked: bool = False) -> str | None:
+    """Why no build can be tried here, or None. `asked`: by the user, who overrules FASTGEN_BUILD."""
+    if os.name != "posix":
+        return f"the native ops are not built on {platform.system()}"
+    if os.environ.get("FASTGEN_BUILD") == "0" and not asked:
+        return "building is turned off (FASTGEN_BUILD=0)"
+    if not sources():
+        return f"no C++ sources in {CSRC}"
+    if compiler() is None:
+        return f"no C++ compiler on PATH ({_compiler_command()[0]} not found)"
+    if shutil.which("ninja", path=_search_path()) is None:
+        return "no ninja on PATH (`pip install ninja` brings it)"
+    return None
+
+
+def _remembered_failure(key: str) -> str | None:
+    failures = [file.read_text() for file in _cached(f"{key}.failed")]
+    return f"an earlier build failed (`fastgen build` tries again): {failures[0]}" if failures else None
+
+
+def _compile(asked: bool = False, force: bool = False, verbose: bool = False) -> Path:
+    """Build into the cache, if no other process has by now; return the library's path."""
+    if obstacle := _obstacle(asked):
+        raise FastgenError(obstacle)
+    key = _key()
+    with _locked_cache() as folder:
+        library, failed = folder / f"{key}.so", folder / f"{key}.failed"
+        if library.is_file() and not force:
+            return library
+        if not asked and (failure := _remembered_failure(key)):
+            raise FastgenError(failure)
+        for left_behind in folder.glob("build-*"):  # by a builder that was killed: the lock is ours now
+            shutil.rmtree(left_behind, ignore_errors=True)
+        logger.warning("building the native ops, once, into %s: this can take a few minutes", folder)
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as private, environment():
+            try:
+                os.replace(_compile_into(private), library)
+            except RuntimeError as error:
+                if verbose:
+                    logger.error("%s", error)
+                reason = _first_error(str(error))
+                failed.write_text(reason)
+                raise FastgenError(reason) from None
+        failed.unlink(missing_ok=True)
+        logger.info("built the native ops in %.0f s", time.monotonic() - start)
+    return library
+
+
+def _compile_into(folder: str) -> str:
+    """Run the compiler; return the library's path. Raises RuntimeError with all that the compiler said."""
+    try:
+        from torch.utils import cpp_extension
+    except ImportError as error:  # setuptools is not there: nothing that a cache should remember
+        raise OSError(f"torch.utils.cpp_extension cannot be imported: {error}") from error
+    # "Standalone" yet shared: a plain library that does not link Python, and that is returned rather than loaded.
+    return cpp_extension.load(
+        name="fastgen",
+        sources=[str(file) for file in sources()],
+        extra_cflags=list(CFLAGS),
+        extra_ldflags=["-shared"],
+        extra_include_paths=[str(CSRC)],
+        build_directory=folder,
+        is_python_module=False,
+        is_standalone=True,
+    )
+
+
+def _first_error(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return next((line for line in lines if re.search(r"\berror:|undefined reference", line)), lines[-1])
+
+
+def _key() -> str:
+    """The name of a just-in-time build: the digest, and what it was built against and with."""
+    import torch
+
+    made_with = repr((torch.__version__, torch.compiled_with_cxx11_abi(), compiler()))
+    return f"{digest()}-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}"
+
+
+def _cached(name: str) -> Iterator[Path]:
+    return (folder / name for folder in _cache_folders() if os.path.isfile(folder / name))
+
+
+def _cache_folders() -> list[Path]:
+    """Where builds are kept: the chosen folder; if that cannot be written, also this user's own temporary one."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    chosen = Path(os.environ.get("FASTGEN_CACHE_DIR") or Path(cache, "fastgen")).absolute()
+    there = next(folder for folder in (chosen, *chosen.parents) if os.path.exists(folder))
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return [chosen]
+    own = Path(tempfile.gettempdir(), f"fastgen-{os.geteuid()}")
+    with contextlib.suppress(OSError):
+        own.mkdir(mode=0o700, exist_ok=True)
+        facts = own.lstat()  # the name can be guessed: load nothing from a folder that somebody else made
+        if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o077:
+            return [chosen, own]
+    return [chosen]
+
+
+@contextlib.contextmanager
+def _locked_cache() -> Iterator[Path]:
+    """The cache folder to build in, locked against other builders; a lock dies with the process that holds it."""
+    import fcntl
+
+    folder = _cache_folders()[-1]
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.warning("waiting for another process that builds the native ops")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+    except OSError as error:
+        raise FastgenError(f"cannot build in {folder}: {error}") from error

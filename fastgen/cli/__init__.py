@@ -1,0 +1,71 @@
+"""The command line: parses, calls, prints. A command imports what it needs, so that help costs no import of torch."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+from fastgen import __version__
+from fastgen.cli import commands
+from fastgen.cli.train import run_train
+from fastgen.errors import FastgenError, UsageError, unknown_name
+from fastgen.training.config import CONFIGS
+
+_COMMANDS: dict[str, Callable[..., Any]] = {
+    "generate": commands.generate,
+    "evaluate": commands.evaluate,
+    "info": commands.info,
+    "build": commands.build,
+}
+_DESCRIPTION = """Fast convolutional image generators in PyTorch.
+
+Start with `fastgen train dcgan --data digits --out runs/demo`,
+
+then draw with `fastgen generate runs/demo --n 64 --seed 7 --out grid.png`.
+
+A command has a page of its own: `fastgen generate --help`, `fastgen train dcgan --help`."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit code: 0, 1 (failure), 2 (misuse) or 130 (interrupted). FASTGEN_DEBUG=1 lets errors through.
+    """
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        print("fastgen: interrupted", file=sys.stderr)
+        return 130
+    except (UsageError, FastgenError, OSError) as error:
+        if os.environ.get("FASTGEN_DEBUG") == "1":
+            raise
+        if isinstance(error, OSError) and error.filename is not None:
+            print(f"fastgen: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        else:
+            print(f"fastgen: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _run(arguments: list[str]) -> int:
+    command, *rest = arguments or [""]
+    if command == "--version":
+        print(f"fastgen {__version__}")
+        return 0
+    if command and not command.startswith("-") and command not in ("train", *_COMMANDS):
+        raise unknown_name("command", command, ("train", *_COMMANDS))
+    if command == "train" and rest and not rest[0].startswith("-"):
+        if rest[0] not in CONFIGS:
+            raise unknown_name("model", rest[0], CONFIGS)
+        return run_train(CONFIGS[rest[0]], rest[1:])
+    if command == "train":
+        pages: dict[str, Any] = {**CONFIGS}
+        tyro.extras.subcommand_cli_from_dict(
+            pages, prog="fastgen train", description="Train a model on a data set.", args=rest
+        )
+        return 2
+    table = {"train": commands.train_page, **_COMMANDS}
+    tyro.extras.subcommand_cli_from_dict(table, prog="fastgen", description=_DESCRIPTION, args=arguments)
+    return 0

@@ -1,0 +1,65 @@
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import tyro
+
+from fastgen.training.config import TrainConfig
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+@dataclass(frozen=True)
+class _Options(Generic[Config]):
+    config: tyro.conf.OmitArgPrefixes[Config]
+    out: Path
+    """Run folder: new or empty, or with --resume that of a run."""
+    resume: bool = False
+    """Go on from the run folder's checkpoint, with its settings; only what is given here changes."""
+
+
+def run_train(kind: type[TrainConfig], arguments: list[str]) -> int:
+    """`fastgen train`: trains, then says what came of it; returns the exit code."""
+    options = _parse(kind(), arguments)
+    if options.resume:
+        from fastgen.training.run import read_config
+
+        stored = read_config(options.out)
+        if isinstance(stored, kind):  # the loop refuses another system's run
+            options = _parse(stored, arguments)
+
+    from fastgen import ops, training
+
+    result = training.train(options.config, options.out, resume=options.resume)
+    folder = result.folder
+    if result.interrupted:
+        print(f"stopped at step {result.step}; the checkpoint is in {folder}", file=sys.stderr)
+        print(f"go on with: fastgen train {kind.system} --out {shlex.quote(str(folder))} --resume", file=sys.stderr)
+        return 130
+    print(f"trained {kind.system} to step {result.step} at {result.images_per_second:.0f} images/s")
+    print(f"  samples     {folder / 'samples.png'}  (along the way: {folder / 'samples'})")
+    plot = folder / "loss.png"  # needs matplotlib
+    print(f"  losses      {folder / 'metrics.jsonl'}" + (f"  (drawn: {plot})" if plot.exists() else ""))
+    print(f"  checkpoint  {folder / 'checkpoint.json'}")
+    if result.evaluation is not None:
+        from fastgen.cli.commands import print_evaluation
+
+        print_evaluation(result.evaluation)
+        print(f"  kept in     {folder / 'evaluation.json'}")
+    for op, calls in ops.implementations_used().items():
+        print(f"  {op} ran on " + ", ".join(f"{impl} ({count} calls)" for impl, count in calls.items()))
+    return 0
+
+
+def _parse(config: TrainConfig, arguments: list[str]) -> _Options[TrainConfig]:
+    kind = type(config)
+    return tyro.cli(
+        _Options[kind],  # type: ignore[valid-type]
+        prog=f"fastgen train {kind.system}",
+        description="Train on a data set; leaves a run folder: settings, metrics, checkpoint, samples, plots. "
+        "The defaults are a recipe that works.",
+        args=arguments,
+        default=_Options(config, out=tyro.MISSING),
+    )

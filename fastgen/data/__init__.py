@@ -1,0 +1,5 @@
+from fastgen.data.datasets import ImageDataset, list_datasets, load_dataset
+from fastgen.data.images import save_grid
+from fastgen.data.sampler import BatchSampler
+
+__all__ = ["BatchSampler", "ImageDataset", "list_datasets", "load_dataset", "save_grid"]

@@ -1,0 +1,52 @@
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fastgen.errors import unknown_name
+
+
+class _Entry(NamedTuple):
+    model: type[nn.Module]
+    config: type
+
+
+_MODELS: dict[str, _Entry] = {}
+
+
+def register_model(name: str, config: type) -> Callable[[type], type]:
+    """Class decorator: makes the model, whose only argument is its frozen dataclass `config`, known by `name`."""
+
+    def register(model: type) -> type:
+        if name in _MODELS:
+            raise ValueError(f"model {name!r} is registered twice: {_MODELS[name].model} and {model}")
+        _MODELS[name] = _Entry(model, config)
+        return model
+
+    return register
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` knows, sorted."""
+    return sorted(_MODELS)
+
+
+def create_model(name: str, **options: Any) -> nn.Module:
+    """A freshly initialised model.
+
+    Args:
+        name: one of `list_models()`.
+        options: fields of the model's config (e.g. `fastgen.models.DCGANConfig`); the others keep their defaults.
+
+    Raises:
+        UsageError: the name, an option's name or an option's value is unknown; the message holds the nearest names.
+    """
+    if name not in _MODELS:
+        raise unknown_name("model", name, _MODELS)
+    model, config = _MODELS[name]
+    fields = [field.name for field in dataclasses.fields(config)]
+    for option in options:
+        if option not in fields:
+            raise unknown_name(f"option of model {name}", option, fields)
+    return model(config(**options))

@@ -1,0 +1,24 @@
+"""Training: one loop (`loop.py`), a recipe a system (`recipes/`), a run folder with an exactly resumable checkpoint.
+
+Names load on first use, so that the configs, which the command line's help shows, cost no import of torch.
+"""
+
+import importlib
+
+_EXPORTS = {
+    "CONFIGS": "fastgen.training.config",
+    "DCGANTraining": "fastgen.training.config",
+    "TrainConfig": "fastgen.training.config",
+    "TrainResult": "fastgen.training.loop",
+    "evaluate": "fastgen.training.run",
+    "load_model": "fastgen.training.run",
+    "sample": "fastgen.training.run",
+    "train": "fastgen.training.loop",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,110 @@
+"""A checkpoint is `checkpoint.json` and the safetensors file that it names, with that file's size and SHA-256.
+
+Both are written under a temporary name, synced and renamed; renaming the JSON commits. The tensors' name holds their
+hash, so a checkpoint never overwrites the one before it, and a process killed at any moment leaves one that loads.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fastgen.errors import CheckpointError
+
+NAME = "checkpoint.json"
+_FORMAT = 1
+_MAX_JSON_BYTES = 1 << 20
+_TENSOR_FILE = re.compile(r"checkpoint-\d{6,}-[0-9a-f]{12}\.safetensors")
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Writes the checkpoint of `step`, then removes the one before it."""
+    # the clone parts tensors that share memory, which safetensors refuses
+    blob = safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    )
+    digest = hashlib.sha256(blob).hexdigest()
+    tensor_file = f"checkpoint-{step:06d}-{digest[:12]}.safetensors"
+    write_atomically(folder / tensor_file, blob)
+    entry = {"file": tensor_file, "bytes": len(blob), "sha256": digest}
+    document = {"format": _FORMAT, "step": step, **meta, "tensors": entry}
+    write_atomically(folder / NAME, json.dumps(document, indent=2).encode())
+    for path in folder.iterdir():
+        if _TENSOR_FILE.fullmatch(path.name) and path.name != tensor_file:
+            path.unlink(missing_ok=True)
+
+
+def load_meta(folder: Path) -> dict[str, Any]:
+    """The JSON part; `step` is a number of steps and `tensors` names a file, the rest is the caller's to judge.
+
+    Raises:
+        CheckpointError: missing, unreadable, or not a checkpoint of this format.
+    """
+    path = folder / NAME
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MAX_JSON_BYTES + 1)
+        if len(text) > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} is larger than any checkpoint's description")
+        meta = json.loads(text)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} holds no checkpoint ({NAME} is not there)") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} is not a fastgen checkpoint of format {_FORMAT}")
+    entry, step = meta.get("tensors"), meta.get("step")
+    if type(step) is not int or step < 0 or not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
+        raise CheckpointError(f"{path} is damaged: no step, or no tensor file")
+    if not _TENSOR_FILE.fullmatch(entry["file"]):
+        raise CheckpointError(f"{path} names {entry['file']!r}, which is not a checkpoint's tensor file")
+    return meta
+
+
+def load_tensors(folder: Path, meta: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors that `meta` names, on the CPU, after a check of their size and hash.
+
+    Raises:
+        CheckpointError: missing, truncated or corrupted.
+    """
+    entry = meta["tensors"]
+    path = folder / entry["file"]
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if len(blob) != entry.get("bytes"):
+        raise CheckpointError(f"{path} is truncated: {len(blob)} bytes of {entry.get('bytes')}")
+    if hashlib.sha256(blob).hexdigest() != entry.get("sha256"):
+        raise CheckpointError(f"{path} is corrupted: its SHA-256 is not the recorded one")
+    try:
+        return safetensors.torch.load(blob)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name, syncs it to disk and renames it over `path`."""
+    temporary = path.with_name(f".tmp{path.suffix}")  # one name, so that what a kill leaves is overwritten
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename itself is on disk once the folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

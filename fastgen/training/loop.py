@@ -1,0 +1,147 @@
+import dataclasses
+import math
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgen import __version__
+from fastgen.data import BatchSampler, load_dataset, save_grid
+from fastgen.errors import CheckpointError, FastgenError, UsageError
+from fastgen.metrics import ClassifierShare
+from fastgen.training import checkpoint, run
+from fastgen.training.config import TrainConfig
+from fastgen.training.progress import Interruption, Progress
+from fastgen.training.recipes import RECIPES, Recipe
+
+_GRID = 64  # samples in a grid along the way
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a call of `train` ended."""
+
+    folder: Path
+    step: int
+    interrupted: bool
+    """Ctrl-C or SIGTERM came: the checkpoint is at `step`, and `train(..., resume=True)` goes on from there."""
+    images_per_second: float
+    """Of the steps alone, without samples and checkpoints; 0 if there was no step to do."""
+    evaluation: ClassifierShare | None
+    """None if interrupted, or if the data has no classifier."""
+
+
+def train(config: TrainConfig, out: str | Path, *, resume: bool = False) -> TrainResult:
+    """Trains a system and leaves a run folder.
+
+    A run that is stopped and resumed ends, on the CPU, in the same bits as one that was not.
+
+    Args:
+        config: settings, whose class says which system.
+        out: the run folder: new or empty, or with `resume` that of a run with the same settings (but for those in
+            `config.resumable`).
+        resume: go on from the folder's checkpoint.
+
+    Raises:
+        UsageError: a setting that cannot be meant.
+        CheckpointError: nothing to resume, or a damaged checkpoint.
+        FastgenError: the folder is taken, or a loss is no longer finite; the last good checkpoint stays.
+    """
+    folder = Path(out)
+    if resume:
+        _check_same_run(run.read_config(folder), config)
+    device = _device(config.device)
+    data = load_dataset(config.data, config.image_size)
+    torch.manual_seed(config.seed)
+    recipe = RECIPES[config.system](config, data, device, torch.Generator().manual_seed(config.seed))
+    sampler = BatchSampler(len(data.images), config.batch_size, config.seed)
+    if resume:
+        step = _restore(folder, recipe, sampler)
+    else:
+        step = 0
+        run.make_folder(folder)
+        _save(folder, step, config, recipe, sampler)
+    run.write_config(folder, config)
+
+    first_step, seconds = step, 0.0
+    losses: list[dict[str, Tensor]] = []  # of the steps since the last log, still on the device
+    with Interruption() as interruption, closing(Progress(step, config.steps, config.batch_size)) as progress:
+        started = time.perf_counter()
+        while step < config.steps:
+            losses.append(recipe.step(step, sampler.next()))
+            step += 1
+            stops = step == config.steps or interruption.requested
+            saves = stops or step % config.save_every == 0
+            if not saves and step % config.log_every:
+                continue
+            means = _means(losses, step)
+            elapsed = time.perf_counter() - started
+            rate = len(losses) * config.batch_size / elapsed
+            run.append_metrics(folder, {"step": step, "losses": means, "images_per_second": round(rate, 1)})
+            progress.update(step, means)
+            losses.clear()
+            seconds += elapsed
+            if saves:
+                _save(folder, step, config, recipe, sampler)
+                save_grid(recipe.sample(_GRID, config.seed), folder / "samples" / f"step_{step:06d}.png")
+            if stops:
+                break
+            started = time.perf_counter()
+
+    interrupted = step < config.steps
+    images = (step - first_step) * config.batch_size
+    evaluation = None if interrupted else run.finish_run(folder, config)
+    return TrainResult(folder, step, interrupted, images / seconds if seconds else 0.0, evaluation)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device is cuda, but PyTorch finds no GPU")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+
+
+def _means(losses: list[dict[str, Tensor]], step: int) -> dict[str, float]:
+    """Mean of each loss over the steps that end with `step`."""
+    means = {}
+    for name in sorted({name for report in losses for name in report}):
+        steps = [step - len(losses) + 1 + offset for offset, report in enumerate(losses) if name in report]
+        values = torch.stack([report[name] for report in losses if name in report]).tolist()
+        for at, value in zip(steps, values, strict=True):
+            if not math.isfinite(value):
+                raise FastgenError(f"{name} is {value} at step {at}; the last checkpoint is kept")
+        means[name] = sum(values) / len(values)
+    return means
+
+
+def _save(folder: Path, step: int, config: TrainConfig, recipe: Recipe, sampler: BatchSampler) -> None:
+    recipe.finish_average()
+    tensors = recipe.tensors()
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise FastgenError(f"{name} is not finite after step {step}; the last checkpoint is kept")
+    model = {"name": recipe.model_name, "options": recipe.model_options, "averaged": recipe.averaged}
+    meta = {"fastgen": __version__, "config": config.to_json(), "model": model, "position": sampler.position}
+    checkpoint.save_checkpoint(folder, step, tensors, meta)
+
+
+def _restore(folder: Path, recipe: Recipe, sampler: BatchSampler) -> int:
+    meta = checkpoint.load_meta(folder)
+    recipe.load_tensors(checkpoint.load_tensors(folder, meta))
+    position = meta.get("position")
+    if type(position) is not int or position < 0:
+        raise CheckpointError(f"{folder / checkpoint.NAME} is damaged: no position in the data")
+    sampler.position = position
+    run.rewind_metrics(folder, meta["step"])
+    return meta["step"]
+
+
+def _check_same_run(stored: TrainConfig, config: TrainConfig) -> None:
+    if stored.system != config.system:
+        raise UsageError(f"the run is of system {stored.system}, not {config.system}")
+    for field in dataclasses.fields(config):
+        before, now = getattr(stored, field.name), getattr(config, field.name)
+        if before != now and field.name not in config.resumable:
+            raise UsageError(f"{field.name} of a run cannot change: it is {before!r}, not {now!r}")

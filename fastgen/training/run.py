@@ -1,0 +1,161 @@
+"""A run folder: config.json, metrics.jsonl, a checkpoint, samples/, samples.png, loss.png, evaluation.json."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.data import save_grid
+from fastgen.errors import CheckpointError, FastgenError, UsageError
+from fastgen.metrics import ClassifierShare, classifier_for, classifier_sure_share
+from fastgen.models import create_model
+from fastgen.training import checkpoint
+from fastgen.training.config import TrainConfig, config_from_json
+from fastgen.training.recipes.base import load_module
+
+_log = logging.getLogger(__name__)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of a new run.
+
+    Raises:
+        FastgenError: the path is a file, or a folder that is not empty.
+        OSError: the folder cannot be made or written.
+    """
+    if folder.is_file():
+        raise FastgenError(f"{folder} is a file: a run needs a folder of its own")
+    if (folder / checkpoint.NAME).exists():
+        raise FastgenError(f"{folder} already holds a run: go on with --resume, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise FastgenError(f"{folder} is not empty: a run needs a folder of its own")
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    checkpoint.write_atomically(folder / "config.json", json.dumps(config.to_json(), indent=2).encode())
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The settings that the folder's checkpoint was trained with.
+
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+    """
+    values = checkpoint.load_meta(folder).get("config")
+    try:
+        return config_from_json(values if isinstance(values, dict) else {})
+    except UsageError as error:
+        raise CheckpointError(f"{folder / checkpoint.NAME} is damaged: {error}") from error
+
+
+def load_model(folder: str | Path) -> Any:
+    """The model of a run folder, with its averaged weights, in eval mode on the CPU.
+
+    Runs no code from the folder; memory stays within what its tensors need.
+
+    Raises:
+        CheckpointError: no checkpoint, a damaged one, or one whose tensors are not those of the model that it names.
+    """
+    folder = Path(folder)
+    meta = checkpoint.load_meta(folder)
+    spec: Any = meta.get("model")
+    try:
+        with torch.device("meta"):  # sizes a hostile file makes up cost nothing
+            model = create_model(spec["name"], **spec["options"])
+        averaged = spec["averaged"]
+        model.get_submodule(averaged)
+    except (UsageError, AttributeError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(
+            f"{folder / checkpoint.NAME} is damaged: it describes no known model ({error})"
+        ) from error
+    tensors = checkpoint.load_tensors(folder, meta)
+    weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    weights |= {f"{averaged}.{name[4:]}": value for name, value in tensors.items() if name.startswith("ema.")}
+    load_module(model, weights, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def sample(model: Any, n: int, seed: int) -> Tensor:
+    """`n` images of the model, the same for the same seed on the same machine."""
+    if n < 1:
+        raise UsageError(f"n must be at least 1, not {n}")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed must be between 0 and 2^63, not {seed}")
+    return model.sample(n, generator=torch.Generator().manual_seed(seed))
+
+
+def evaluate(folder: str | Path, n: int = 1000, seed: int = 0) -> ClassifierShare | None:
+    """Measures `n` samples of a run with its data's classifier; writes evaluation.json.
+
+    Returns:
+        None where the data has no classifier.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    model = load_model(folder)
+    classifier = classifier_for(config.data)
+    if classifier is None:
+        return None
+    result = classifier_sure_share(sample(model, n, seed), classifier)
+    document = {"data": config.data, "step": checkpoint.load_meta(folder)["step"], "seed": seed}
+    document |= {"classifier_sure_share": dataclasses.asdict(result)}
+    checkpoint.write_atomically(folder / "evaluation.json", json.dumps(document, indent=2).encode())
+    return result
+
+
+def finish_run(folder: Path, config: TrainConfig) -> ClassifierShare | None:
+    """Writes what a complete run ends with: samples.png, loss.png, evaluation.json."""
+    save_grid(sample(load_model(folder), 100, config.seed), folder / "samples.png")
+    plot_losses(folder)
+    return evaluate(folder)
+
+
+def append_metrics(folder: Path, record: dict[str, Any]) -> None:
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; a line cut short by a kill is left out."""
+    records = []
+    path = folder / "metrics.jsonl"
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and isinstance(record.get("losses"), dict):
+            records.append(record)
+    return records
+
+
+def rewind_metrics(folder: Path, step: int) -> None:
+    """Drops the records after `step`, to which a resumed run returns."""
+    kept = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step]
+    checkpoint.write_atomically(folder / "metrics.jsonl", "".join(kept).encode())
+
+
+def plot_losses(folder: Path) -> None:
+    """Draws loss.png; without matplotlib it says so and draws nothing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        _log.warning("no loss.png: matplotlib is not installed (pip install 'fastgen[demo]')")
+        return
+    records = read_metrics(folder)
+    names = sorted({name for record in records for name in record["losses"]})
+    figure = Figure(figsize=(8, 2.4 * max(len(names), 1)), layout="constrained")
+    for index, name in enumerate(names):
+        axes = figure.add_subplot(len(names), 1, index + 1)
+        points = [(record["step"], record["losses"][name]) for record in records if name in record["losses"]]
+        axes.plot(*zip(*points, strict=True), linewidth=1)
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+        if index == len(names) - 1:
+            axes.set_xlabel("step")
+    figure.savefig(folder / "loss.png", dpi=120)

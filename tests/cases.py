@@ -1,0 +1,149 @@
+"""The case table: one row drives an op's parity, gradients, opcheck, torch.compile and benchmark."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen import ops
+
+UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """A call of a public op: the shapes of its tensors by argument name, and its options."""
+
+    op: str
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+    options: dict[str, Any] = field(default_factory=dict)
+    bench: bool = False  # a real layer's shape: measured, and too large for gradcheck
+    dtypes: tuple[torch.dtype, ...] = tuple(UNIT_ROUNDOFF)
+    factor: float = 2.0  # the error may be this many times that of PyTorch's own ops in the same precision,
+    floor: float = 4.0  # or this many units of roundoff where theirs happens to be smaller,
+    sum_floor: float = 16.0  # or this many in a parameter's gradient, a sum whose terms may cancel
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}-{self.name}"
+
+    @property
+    def batch_stats(self) -> bool:
+        """Whether the norm takes its statistics from the input."""
+        norm = self.options.get("norm", "batch")
+        return norm != "none" and (self.options.get("training", False) or "running_mean" not in self.shapes)
+
+    def tensors(self, dtype: torch.dtype, channels_last: bool = False, seed: int = 0) -> dict[str, Tensor]:
+        """Inputs of this precision. Statistics and the norm's gain are positive; nothing is degenerate."""
+        generator = torch.Generator().manual_seed(seed)
+        made = {}
+        for name, shape in self.shapes.items():
+            value = torch.randn(shape, generator=generator, dtype=torch.float64)
+            if name in ("running_var", "norm_weight"):
+                value = value.abs() + 0.5
+            if name == "weight":
+                value /= math.sqrt(max(1, value[:, 0].numel()) / math.prod(self._steps()))
+            if channels_last and value.dim() == 4:
+                value = value.contiguous(memory_format=torch.channels_last)
+            made[name] = value.to(dtype)
+        return made
+
+    def allowed(self, theirs: float, dtype: torch.dtype, name: str) -> float:
+        """The largest relative L2 error of an output or gradient, given that of PyTorch's own ops."""
+        floor = self.sum_floor if name.startswith("grad") and name != "grad of x" else self.floor
+        if dtype == torch.float64:  # no wider oracle: the reference's own error is in the difference
+            floor *= 16
+        return max(self.factor * theirs, floor * UNIT_ROUNDOFF[dtype])
+
+    def call(self, tensors: dict[str, Tensor], **options: Any) -> Tensor:
+        return getattr(ops, self.op)(**tensors, **self.options | options)
+
+    def _steps(self) -> tuple[int, int]:
+        stride = self.options.get("stride", 1)
+        return (stride, stride) if isinstance(stride, int) else stride
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Traffic of a forward pass that reads each input and writes the output once."""
+        with torch.device("meta"):
+            meta = {name: torch.empty(shape, dtype=dtype) for name, shape in self.shapes.items()}
+            out = self.call(meta, impl="reference")
+        return sum(t.numel() * t.element_size() for t in (*meta.values(), out))
+
+    def flops(self) -> int:
+        """Multiplications and additions of the convolution, done directly; 0 for the ops without one."""
+        if "weight" not in self.shapes:
+            return 0
+        n, channels, height, width = self.shapes["x"]
+        return 2 * n * height * width * channels * math.prod(self.shapes["weight"][1:])
+
+
+def _norm_act(
+    name: str, shape: tuple[int, ...], *, affine: bool = True, running: bool = True, **options: Any
+) -> OpCase:
+    return OpCase("norm_act", name, {"x": shape} | _channels(shape[1], affine, running), options)
+
+
+def _channels(channels: int, affine: bool, running: bool) -> dict[str, tuple[int, ...]]:
+    names = ["norm_weight", "norm_bias"] * affine + ["running_mean", "running_var"] * running
+    return dict.fromkeys(names, (channels,))
+
+
+def _conv(
+    name: str,
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    *,
+    bias: bool = False,
+    affine: bool = True,
+    running: bool = True,
+    bench: bool = False,
+    **options: Any,
+) -> OpCase:
+    channels = weight[1] * options.get("groups", 1)
+    shapes = {"x": x, "weight": weight} | ({"bias": (channels,)} if bias else {})
+    if options.get("norm", "batch") != "none":
+        shapes |= _channels(channels, affine, running)
+    return OpCase("conv_transpose2d_norm_act", name, shapes, options, bench)
+
+
+_DCGAN = {"training": True, "activation": "relu", "stride": 2, "padding": 1, "bench": True}
+CASES = [
+    _norm_act("batch", (3, 5, 7, 6), training=True),
+    _norm_act("batch-eval", (2, 17, 3, 5), activation="tanh"),
+    _norm_act("batch-2d", (33, 5), training=True, activation="silu"),
+    _norm_act("batch-3d", (4, 3, 9), training=True, activation="relu"),
+    _norm_act("batch-5d", (2, 3, 2, 3, 4), training=True, activation="sigmoid"),
+    _norm_act("batch-plain", (2, 3, 4, 5), affine=False, running=False, training=True, activation="identity"),
+    _norm_act("instance", (3, 4, 5, 6), norm="instance", running=False, activation="relu"),
+    _norm_act("instance-running", (2, 3, 4, 4), norm="instance", training=True, activation="leaky_relu", negative_slope=0.2),
+    _norm_act("instance-eval", (2, 3, 4, 4), norm="instance", activation="sigmoid"),
+    _norm_act("none", (2, 3, 5, 5), affine=False, running=False, norm="none", activation="tanh"),
+    _norm_act("one-channel", (5, 1, 3, 3), training=True, eps=1e-3),
+    _conv("dcgan-first", (5, 12, 1, 1), (12, 8, 4, 4), training=True, activation="relu"),
+    _conv("dcgan-middle", (3, 6, 4, 4), (6, 9, 4, 4), training=True, activation="relu", stride=2, padding=1),
+    _conv("dcgan-last", (2, 5, 6, 6), (5, 3, 4, 4), norm="none", activation="tanh", stride=2, padding=1),
+    _conv("eval", (2, 4, 5, 3), (4, 35, 4, 4), bias=True, stride=2, padding=1, negative_slope=0.2),
+    _conv("vae", (2, 6, 3, 3), (6, 4, 3, 3), bias=True, training=True, stride=2, padding=1, output_padding=1),
+    _conv("instance", (2, 4, 5, 4), (4, 6, 3, 3), bias=True, norm="instance", affine=False, running=False, stride=2,
+          padding=1, output_padding=1, activation="relu"),
+    _conv("instance-running", (2, 4, 5, 4), (4, 3, 3, 3), norm="instance", training=True, activation="silu"),
+    _conv("groups", (2, 6, 4, 5), (6, 2, 3, 2), bias=True, training=True, groups=3, stride=(2, 1), padding=(1, 0),
+          activation="sigmoid"),
+    _conv("dilation", (2, 3, 5, 4), (3, 4, 2, 3), training=True, stride=2, padding=2, dilation=(2, 3), output_padding=(1, 2),
+          activation="identity"),
+    _conv("gaps", (2, 3, 3, 3), (3, 4, 2, 1), bias=True, training=True, stride=3, output_padding=2, activation="silu"),
+    _conv("linear", (2, 3, 3, 4), (3, 5, 3, 3), bias=True, norm="none", activation="identity"),
+    _conv("wide-rows", (1, 3, 40, 21), (3, 2, 4, 4), training=True, stride=2, padding=1),
+    _conv("dcgan64-0", (64, 100, 1, 1), (100, 512, 4, 4), training=True, activation="relu", bench=True),
+    _conv("dcgan64-1", (64, 512, 4, 4), (512, 256, 4, 4), **_DCGAN),
+    _conv("dcgan64-2", (64, 256, 8, 8), (256, 128, 4, 4), **_DCGAN),
+    _conv("dcgan64-3", (64, 128, 16, 16), (128, 64, 4, 4), **_DCGAN),
+    _conv("dcgan64-4", (64, 64, 32, 32), (64, 3, 4, 4), norm="none", activation="tanh", stride=2, padding=1, bench=True),
+]  # fmt: skip
+SMALL = [case for case in CASES if not case.bench]
+LARGE = [case for case in CASES if case.bench]

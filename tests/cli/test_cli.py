@@ -1,0 +1,147 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("sklearn")
+
+from fastgen.cli import main
+
+TINY = ["--batch-size", "4", "--nz", "4", "--ngf", "2", "--ndf", "2", "--log-every", "2", "--save-every", "3"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["train", "dcgan", "--data", "digits", "--steps", "4", "--out", str(folder), *TINY]) == 0
+    return folder
+
+
+def fails(capsys, code, *arguments):
+    """Runs a command that must fail with `code` and one line on stderr; returns the line."""
+    assert main([str(argument) for argument in arguments]) == code
+    output = capsys.readouterr()
+    assert output.err.startswith("fastgen: error: ") and output.err.count("\n") == 1, output.err
+    return output.err
+
+
+def test_train_says_where_things_are(tmp_path, capsys):
+    assert main(["train", "dcgan", "--steps", "2", "--out", str(tmp_path / "a"), *TINY]) == 0
+    output = capsys.readouterr().out
+    assert "images/s" in output and "recognised" in output and "real images: 94" in output
+    assert "conv_transpose2d_norm_act ran on " in output
+    for name in ("samples.png", "loss.png", "metrics.jsonl", "checkpoint.json", "evaluation.json"):
+        assert str(tmp_path / "a" / name) in output and (tmp_path / "a" / name).exists()
+
+
+def test_generate_same_seed_same_picture(run, tmp_path, capsys):
+    pictures = []
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        assert (
+            main(["generate", str(run), "--n", "9", "--seed", str(seed), "--out", str(tmp_path / f"{name}.png")]) == 0
+        )
+        pictures.append((tmp_path / f"{name}.png").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+    assert f"9 images in {tmp_path / 'c.png'}" in capsys.readouterr().out
+
+
+def test_evaluate_and_info(run, capsys):
+    assert main(["evaluate", str(run), "--n", "20"]) == 0
+    assert "of 20 samples" in capsys.readouterr().out
+    assert main(["info"]) == 0
+    assert "conv_transpose2d_norm_act" in capsys.readouterr().out
+
+
+def test_resume_takes_the_stored_settings(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(["train", "dcgan", "--steps", "2", "--seed", "3", "--out", str(folder), *TINY]) == 0
+    assert main(["train", "dcgan", "--out", str(folder), "--resume", "--steps", "3"]) == 0
+    assert "to step 3" in capsys.readouterr().out
+    assert '"seed": 3' in (folder / "config.json").read_text()
+
+
+def test_misuse_is_one_line_and_exit_code_2(run, tmp_path, capsys):
+    assert "did you mean train" in fails(capsys, 2, "trian")
+    assert "unknown model 'dcgn': did you mean dcgan" in fails(capsys, 2, "train", "dcgn", "--out", tmp_path / "a")
+    line = fails(capsys, 2, "train", "dcgan", "--data", "digts", "--out", tmp_path / "a")
+    assert "unknown data set 'digts': did you mean digits" in line
+    assert "n must be at least 1" in fails(capsys, 2, "generate", run, "--n", 0)
+    assert "image format" in fails(capsys, 2, "generate", run, "--out", tmp_path / "a.abc")
+    assert "nz of a run cannot change" in fails(capsys, 2, "train", "dcgan", "--resume", "--nz", 9, "--out", run)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        "train",
+        "train dcgan",
+        "train dcgan --out x --steps no",
+        "train dcgan --out x --steps 0",
+        "generate",
+        "info 3",
+    ],
+)
+def test_bad_syntax_is_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments.split())
+    assert exit.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_failure_is_one_line_and_exit_code_1(run, tmp_path, capsys, monkeypatch):
+    assert "holds no checkpoint" in fails(capsys, 1, "generate", tmp_path)
+    assert "already holds a run" in fails(capsys, 1, "train", "dcgan", "--out", run)
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in fails(capsys, 1, "train", "dcgan", "--out", tmp_path / "file" / "run")
+    assert "Is a directory" in fails(
+        capsys, 1, "generate", run, "--out", (tmp_path / "d.png").mkdir() or tmp_path / "d.png"
+    )
+    monkeypatch.setenv("FASTGEN_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="already holds a run"):
+        main(["train", "dcgan", "--out", str(run)])
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_130(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "fastgen", "train", "dcgan", "--out", str(folder), "--steps", "100000", *TINY]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert f"go on with: fastgen train dcgan --out {folder} --resume" in errors and "Traceback" not in errors
+    assert main(["generate", str(folder), "--n", "4", "--out", str(tmp_path / "grid.png")]) == 0
+
+
+def test_help_is_quick_and_needs_no_torch():
+    script = (
+        "import sys\nfrom fastgen.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    for arguments in (
+        ["--help"],
+        ["train", "--help"],
+        ["train", "dcgan", "--help"],
+        ["generate", "--help"],
+        ["--version"],
+    ):
+        result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert "fastgen" in result.stdout

@@ -1,0 +1,12 @@
+import pytest
+import torch
+
+
+@pytest.fixture
+def poisoned():
+    """Uninitialized memory holds NaN: an output that is not written wholly shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,73 @@
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from fastgen.data import BatchSampler, list_datasets, load_dataset, save_grid
+from fastgen.errors import DataError, UsageError
+
+
+@pytest.mark.parametrize("name", list_datasets())
+@pytest.mark.parametrize("image_size", [8, 32])
+def test_data_sets_are_what_they_say(name, image_size):
+    pytest.importorskip("sklearn")
+    data = load_dataset(name, image_size)
+    assert data.images.shape[2:] == (image_size, image_size) and data.images.dtype == torch.float32
+    assert -1 <= data.images.min() < -0.9 and 0.9 < data.images.max() <= 1
+    assert data.labels.shape == (len(data.images),) and data.labels.dtype == torch.int64
+    assert data.labels.unique().tolist() == list(range(len(data.classes)))
+
+
+def test_digits_are_the_uci_ones():
+    pytest.importorskip("sklearn")
+    assert load_dataset("digits").images.shape == (1797, 1, 32, 32)
+
+
+def test_unknown_names_and_sizes_are_named():
+    with pytest.raises(UsageError, match=r"unknown data set 'digts': did you mean digits\?"):
+        load_dataset("digts")
+    with pytest.raises(UsageError, match="image_size must be positive, not 0"):
+        load_dataset("digits", 0)
+
+
+def test_missing_scikit_learn_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'fastgen\[demo\]'"):
+        load_dataset("digits")
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(10, 4), (3, 7), (8, 8), (1, 2)])
+def test_every_epoch_has_every_item_once(size, batch_size):
+    sampler = BatchSampler(size, batch_size, seed=0)
+    drawn = torch.cat([sampler.next() for _ in range(size)])
+    assert sampler.position == size * batch_size == len(drawn)
+    for epoch in drawn.split(size):
+        assert epoch.sort().values.tolist() == list(range(size))
+
+
+def test_sampler_goes_on_from_its_position():
+    first = BatchSampler(10, 4, seed=3)
+    batches = [first.next() for _ in range(7)]
+    for count in range(7):
+        again = BatchSampler(10, 4, seed=3, position=count * 4)
+        assert torch.equal(again.next(), batches[count])
+    assert not torch.equal(BatchSampler(100, 50, seed=4).next(), BatchSampler(100, 50, seed=5).next())
+
+
+def test_grid_places_the_images(tmp_path):
+    images = torch.full((3, 1, 2, 2), -1.0)
+    images[1], images[2] = 1.0, 5.0
+    save_grid(images, tmp_path / "new" / "grid.png", columns=2, padding=1)
+    picture = Image.open(tmp_path / "new" / "grid.png")
+    assert picture.mode == "L" and picture.size == (7, 7)
+    assert [picture.getpixel(at) for at in ((1, 1), (4, 1), (3, 1), (1, 4), (4, 4))] == [0, 255, 0, 255, 0]
+    save_grid(torch.zeros(5, 3, 4, 6), tmp_path / "colour.png")
+    assert Image.open(tmp_path / "colour.png").mode == "RGB"
+
+
+def test_grid_names_what_it_cannot_write(tmp_path):
+    with pytest.raises(UsageError, match=r"images must be .* not \(2, 2, 4, 4\)"):
+        save_grid(torch.zeros(2, 2, 4, 4), tmp_path / "x.png")
+    with pytest.raises(UsageError, match="names no image format"):
+        save_grid(torch.zeros(2, 1, 4, 4), tmp_path / "x.abc")

@@ -1,0 +1,276 @@
+"""What holds for every op, driven by the case table."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen import ops
+from fastgen.ops.norm_act import activate
+from tests.cases import CASES, LARGE, SMALL, UNIT_ROUNDOFF, OpCase
+
+IMPLEMENTATIONS = ("reference", "cpp")
+
+
+def by_id(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)
+
+
+def differentiable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.requires_grad_(not name.startswith("running")) for name, t in tensors.items()}
+
+
+def observe(case: OpCase, tensors: dict[str, Tensor], upstream: Tensor, impl: str) -> dict[str, Tensor]:
+    """Output, gradients and running statistics of one call on copies of the tensors."""
+    tensors = differentiable(
+        {name: t.detach().clone(memory_format=torch.preserve_format) for name, t in tensors.items()}
+    )
+    out = case.call(tensors, impl=impl)
+    leaves = {name: t for name, t in tensors.items() if t.requires_grad}
+    grads = torch.autograd.grad(out, list(leaves.values()), upstream.to(out.dtype))
+    seen = {"out": out.detach()} | {f"grad of {name}": g for name, g in zip(leaves, grads, strict=True)}
+    return seen | {name: t for name, t in tensors.items() if name.startswith("running")}
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """Relative L2 error."""
+    return ((found.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+
+
+@by_id(CASES)
+@pytest.mark.parametrize("channels_last", (False, True), ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("dtype", UNIT_ROUNDOFF, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_parity(case, dtype, channels_last, poisoned):
+    """At most `factor` times the error of PyTorch's own ops against float64, forward and backward."""
+    if dtype not in case.dtypes or (case in LARGE and (dtype != torch.float32 or not channels_last)):
+        pytest.skip("layers of real size are checked once, in float32 and channels_last")
+    tensors = case.tensors(dtype, channels_last)
+    exact_inputs = {name: t.double() for name, t in tensors.items()}
+    # A band around the activation's kink: rounding may put a value on either side of it, and the slope jumps.
+    z = case.call({name: t.clone() for name, t in exact_inputs.items()}, activation="identity", impl="reference")
+    upstream = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    upstream *= z.abs() > 16 * UNIT_ROUNDOFF[dtype] * z.abs().amax()
+    exact = observe(case, exact_inputs, upstream, "reference")
+    theirs = observe(case, tensors, upstream, "reference")
+    ours = observe(case, tensors, upstream, "cpp")
+    for name in exact:
+        if name == "grad of bias" and case.batch_stats:
+            continue  # exactly zero: what is left is rounding in all three
+        assert ours[name].dtype == theirs[name].dtype
+        assert error(ours[name], exact[name]) <= case.allowed(error(theirs[name], exact[name]), dtype, name), name
+    if z.dim() == 4 and channels_last and not z.is_contiguous():
+        assert ours["out"].is_contiguous(memory_format=torch.channels_last)
+        assert theirs["out"].is_contiguous(memory_format=torch.channels_last)
+
+
+@by_id(SMALL)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_gradcheck(case, impl):
+    """First and second derivatives against finite differences, in float64."""
+    tensors = differentiable(case.tensors(torch.float64))
+    leaves = {name: t for name, t in tensors.items() if t.requires_grad}
+
+    def call(*values):
+        state = {name: t.clone() for name, t in tensors.items() if name not in leaves}
+        return case.call(dict(zip(leaves, values, strict=True)) | state, impl=impl)
+
+    assert torch.autograd.gradcheck(call, tuple(leaves.values()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, tuple(leaves.values()), fast_mode=True)
+
+
+def elementary(case: OpCase, tensors: dict[str, Tensor]) -> Tensor:
+    """The op from elementary operations, exact to any order (PyTorch's batch_norm is not, beyond the second)."""
+    options = {"norm": "batch", "activation": "leaky_relu", "negative_slope": 0.01, "eps": 1e-5} | case.options
+    x = tensors["x"]
+    if "weight" in tensors:
+        convolution = ("stride", "padding", "output_padding", "groups", "dilation")
+        x = F.conv_transpose2d(
+            x, tensors["weight"], tensors.get("bias"), **{k: v for k, v in options.items() if k in convolution}
+        )
+    shape = (-1, *(1,) * (x.dim() - 2))
+    if options["norm"] != "none":
+        if case.batch_stats:
+            over = [d for d in range(x.dim()) if d > 1 or (d == 0 and options["norm"] == "batch")]
+            var, mean = torch.var_mean(x, over, correction=0, keepdim=True)
+        else:
+            mean, var = tensors["running_mean"].view(shape), tensors["running_var"].view(shape)
+        x = (x - mean) / (var + options["eps"]).sqrt()
+    if "norm_weight" in tensors:
+        x = x * tensors["norm_weight"].view(shape) + tensors["norm_bias"].view(shape)
+    return activate(x, options["activation"], options["negative_slope"])
+
+
+@by_id(SMALL)
+def test_third_derivative(case):
+    """The gradient of a gradient penalty's gradient."""
+    if "output_padding" in case.options:
+        pytest.skip("PyTorch has no third derivative of a transposed convolution with output_padding")
+    found = []
+    for call in (lambda t: case.call(t, impl="cpp"), lambda t: elementary(case, t)):
+        tensors = differentiable(case.tensors(torch.float64))
+        leaves = [t for t in tensors.values() if t.requires_grad]
+        value = call(tensors).pow(3).mean()
+        for _ in range(3):
+            grads = [
+                g for g in torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True) if g is not None
+            ]
+            value = sum(g.pow(2).mean() for g in grads)
+        found.append(value)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
+
+
+def recorded_calls(case: OpCase, dtype: torch.dtype, channels_last: bool):
+    """The dispatcher calls that one forward and backward pass of a case makes to fastgen's ops."""
+    calls = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "fastgen":
+                calls.append((func, tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        case.call(differentiable(case.tensors(dtype, channels_last)), impl="cpp").sum().backward()
+    return calls
+
+
+@by_id(SMALL)
+@pytest.mark.parametrize(
+    "dtype, channels_last", ((torch.float32, False), (torch.bfloat16, True)), ids=("float32", "bfloat16-channels_last")
+)
+def test_opcheck(case, dtype, channels_last):
+    """Schema, fake kernel and autograd registration of each registered op, forward and backward, agree with what it does."""
+    calls = recorded_calls(case, dtype, channels_last)
+    assert calls
+    for func, args in calls:
+        given_statistics = {i for i, a in enumerate(func._schema.arguments) if a.name in ("mean", "var")}
+        args = tuple(
+            a.requires_grad_(i not in given_statistics) if isinstance(a, Tensor) else a for i, a in enumerate(args)
+        )
+        torch.library.opcheck(func, args, rtol=1e-2, atol=1e-2)
+
+
+@by_id(SMALL)
+def test_compile(case):
+    """One graph, forward and backward, with the eager result."""
+    tensors = case.tensors(torch.float32)
+    upstream = torch.ones_like(case.call({name: t.clone() for name, t in tensors.items()}, impl="reference"))
+    eager = observe(case, tensors, upstream, "cpp")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: case.call(t, impl="cpp"), fullgraph=True, backend="aot_eager")
+    again = differentiable({name: t.clone() for name, t in case.tensors(torch.float32).items()})
+    out = compiled(again)
+    out.sum().backward()
+    torch.testing.assert_close(out, eager["out"])
+    for name, t in again.items():
+        torch.testing.assert_close(
+            t.grad if t.requires_grad else t, eager[f"grad of {name}" if t.requires_grad else name]
+        )
+
+
+@by_id([case for case in SMALL if case.name in ("batch", "dcgan-middle")])
+def test_compile_with_inductor(case):
+    """The default backend, with a dynamic batch size, in training."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: case.call(t, impl="cpp").sin(), fullgraph=True, dynamic=True)
+    for seed, samples in ((0, 3), (1, 5)):
+        tensors = case.tensors(torch.float32, seed=seed)
+        tensors["x"] = torch.randn(samples, *tensors["x"].shape[1:], generator=torch.Generator().manual_seed(seed))
+        copies = [differentiable({name: t.clone() for name, t in tensors.items()}) for _ in range(2)]
+        for call, t in zip((compiled, lambda t: case.call(t, impl="reference").sin()), copies, strict=True):
+            call(t).sum().backward()
+        for name in tensors:
+            mine, theirs = (t[name].grad if t[name].requires_grad else t[name] for t in copies)
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@by_id(SMALL)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_strides(case, impl):
+    """Strided, expanded and transposed inputs and incoming gradients count as their values."""
+    plain = case.tensors(torch.float64)
+    expected_upstream = torch.randn_like(case.call({n: t.clone() for n, t in plain.items()}, impl="reference"))
+    expected = observe(case, plain, expected_upstream, "reference")
+    strided = {}
+    for name, t in plain.items():
+        wide = torch.zeros(*(2 * size + 1 for size in t.shape), dtype=t.dtype)
+        strided[name] = wide[tuple(slice(1, None, 2) for _ in t.shape)].copy_(t)
+    tensors = differentiable({n: t if n.startswith("running") else t.detach() for n, t in strided.items()})
+    out = case.call(tensors, impl=impl)
+    upstream = expected_upstream.transpose(0, -1).contiguous().transpose(0, -1)
+    leaves = {n: t for n, t in tensors.items() if t.requires_grad}
+    torch.testing.assert_close(out, expected["out"])
+    for name, grad in zip(leaves, torch.autograd.grad(out, list(leaves.values()), upstream), strict=True):
+        torch.testing.assert_close(grad, expected[f"grad of {name}"], rtol=1e-6, atol=1e-9)
+
+
+@by_id(SMALL)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_expanded(case, impl):
+    """Stride 0 in the input and in the incoming gradient (sum() makes one)."""
+    tensors = case.tensors(torch.float64)
+    tensors["x"] = tensors["x"][:, :1].expand(tensors["x"].shape)
+    results = [case.call({n: t.clone() for n, t in tensors.items() if n != "x"} | {"x": tensors["x"]}, impl=i)
+               for i in ("reference", impl)]  # fmt: skip
+    torch.testing.assert_close(*results)
+    if case.options.get("norm") != "instance":
+        found = [
+            observe(case, case.tensors(torch.float64), torch.ones(()).expand_as(results[0]), i)
+            for i in ("reference", impl)
+        ]
+        torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
+
+
+@by_id([case for case in SMALL if case.options.get("norm") == "instance" or not case.batch_stats])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_empty_batch(case, impl):
+    tensors = case.tensors(torch.float32)
+    tensors["x"] = tensors["x"][:0]
+    tensors = differentiable(tensors)
+    out = case.call(tensors, impl=impl)
+    assert out.shape[0] == 0 and out.numel() == 0
+    out.sum().backward()
+    assert tensors["x"].grad.shape == tensors["x"].shape
+    for name in ("weight", "norm_weight"):
+        if name in tensors:
+            assert not tensors[name].grad.any()
+
+
+@by_id([case for case in SMALL if case.op.startswith("conv")])
+def test_autocast(case):
+    """x, weight and bias in autocast's dtype, the norm's parameters as they are; gradients in each leaf's own dtype."""
+    found = []
+    for impl in IMPLEMENTATIONS:
+        tensors = differentiable(case.tensors(torch.float32))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = case.call(tensors, impl=impl)
+        assert out.dtype == torch.bfloat16
+        out.float().sum().backward()
+        assert all(t.grad.dtype == torch.float32 for t in tensors.values() if t.requires_grad)
+        found.append(out)
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.05)
+
+
+@by_id([case for case in SMALL if case.options.get("training")])
+def test_thread_count_does_not_matter(case):
+    seen = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            tensors = case.tensors(torch.float32)
+            seen.append(
+                (case.call(tensors, impl="cpp"), tensors["x"], *(t for n, t in tensors.items() if "running" in n))
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for first, second in itertools.pairwise(seen):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_table_is_complete():
+    assert {case.op for case in CASES} == {
+        name for name in ops.__all__ if callable(getattr(ops, name)) and "norm" in name
+    }

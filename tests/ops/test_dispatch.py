@@ -1,0 +1,121 @@
+"""The choice of an implementation, and what is said when one is missing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastgen import ops
+from fastgen.errors import UsageError
+from tests.cases import CASES
+
+X = torch.ones(2, 3, 4, 4)
+
+
+def calls(impl: str) -> int:
+    return ops.implementations_used().get("norm_act", {}).get(impl, 0)
+
+
+def test_order_of_choice(monkeypatch):
+    """The argument, then use_impl, then FASTGEN_IMPL, then auto."""
+    monkeypatch.setenv("FASTGEN_IMPL", "reference")
+    for impl, override, runs in (
+        ("auto", "auto", "reference"),
+        ("auto", "cpp", "cpp"),
+        ("reference", "cpp", "reference"),
+    ):
+        before = calls(runs)
+        with ops.use_impl(override):
+            ops.norm_act(X, norm="none", impl=impl)
+        assert calls(runs) == before + 1
+    monkeypatch.delenv("FASTGEN_IMPL")
+    before = calls("cpp")
+    ops.norm_act(X, norm="none")
+    assert calls("cpp") == before + 1
+
+
+def test_use_impl_ends_with_its_context():
+    with pytest.raises(KeyError), ops.use_impl("reference"):
+        raise KeyError
+    before = calls("cpp")
+    ops.norm_act(X, norm="none")
+    assert calls("cpp") == before + 1
+
+
+@pytest.mark.parametrize("impl", ("cuda", "triton"))
+def test_missing_kernel_is_an_error_when_asked_for(impl):
+    with pytest.raises(RuntimeError, match=f"impl='{impl}' cannot run norm_act: fastgen .* has no {impl} kernel"):
+        ops.norm_act(X, norm="none", impl=impl)
+
+
+def test_cpp_on_another_device():
+    with pytest.raises(
+        RuntimeError, match="impl='cpp' cannot run norm_act: cpp kernels run on the CPU, the input is on meta"
+    ):
+        ops.norm_act(X.to("meta"), norm="none", impl="cpp")
+    assert ops.norm_act(X.to("meta"), norm="none").device.type == "meta"
+
+
+def test_unknown_names(monkeypatch):
+    with pytest.raises(UsageError, match="impl: unknown implementation 'cudnn'; there are auto, reference, cpp"):
+        ops.norm_act(X, norm="none", impl="cudnn")
+    with pytest.raises(UsageError, match="use_impl: unknown"), ops.use_impl("fast"):
+        pass
+    monkeypatch.setenv("FASTGEN_IMPL", "turbo")
+    with pytest.raises(UsageError, match="FASTGEN_IMPL: unknown implementation 'turbo'"):
+        ops.norm_act(X, norm="none")
+
+
+def test_info_names_every_op_and_each_reason():
+    text = ops.info()
+    for case in CASES:
+        assert case.op in text
+    assert "no triton kernel" in text and torch.__version__ in text
+
+
+WITHOUT_NATIVE = """
+import logging
+import torch
+from fastgen.ops import _dispatch
+from tests.cases import SMALL
+from tests.ops.test_cases import observe
+
+said = []
+logging.getLogger("fastgen").addFilter(lambda record: said.append(record.getMessage()))
+choose = _dispatch._choose
+for case in SMALL:
+    tensors = case.tensors(torch.float64, channels_last=True)
+    upstream = torch.ones_like(case.call({n: t.clone() for n, t in tensors.items()}, impl="reference"))
+    expected = observe(case, tensors, upstream, "reference")
+    torch.testing.assert_close(observe(case, tensors, upstream, "auto"), expected)
+    _dispatch._choose = lambda op, impl, device: "cpp"  # on to the registered op, whose default kernel runs
+    torch.testing.assert_close(observe(case, tensors, upstream, "auto"), expected, rtol=1e-6, atol=1e-9)
+    _dispatch._choose = choose
+assert len(said) == 1 and "FASTGEN_BUILD=0" in said[0], said
+"""
+
+
+def test_without_the_native_library(tmp_path):
+    """Auto falls back to the reference, saying so once; the registered ops themselves run their default kernels."""
+    environment = os.environ | {"FASTGEN_BUILD": "0", "FASTGEN_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_NATIVE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("isa", ("baseline", "avx2"))
+def test_other_instruction_sets(isa):
+    """FASTGEN_CPU_ISA lowers the instruction set; every kernel is right with each."""
+    code = (
+        "import torch\n"
+        "from tests.cases import SMALL, UNIT_ROUNDOFF\n"
+        "from tests.ops.test_cases import test_parity\n"
+        "for case in SMALL:\n"
+        "    for dtype in UNIT_ROUNDOFF:\n"
+        "        for channels_last in (False, True):\n"
+        "            test_parity(case, dtype, channels_last, None)\n"
+    )
+    environment = os.environ | {"FASTGEN_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr

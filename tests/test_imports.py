@@ -1,0 +1,126 @@
+"""Imports point one way, and `import fastgen` costs nothing."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fastgen"
+ANYTHING = None
+# Layer -> the layers of the package that it may import. `errors` is open to all; `fastgen` itself is the lazy front.
+LAYERS: dict[str, set[str] | None] = {
+    "__init__": set(),
+    "__main__": {"cli"},
+    "errors": set(),
+    "_build": set(),
+    "ops": {"_build"},
+    "nn": {"ops"},
+    "models": {"nn"},
+    "losses": set(),
+    "data": set(),
+    "metrics": {"data"},
+    "training": {"models", "losses", "data", "metrics"},
+    "inference": {"nn", "ops"},
+    "cli": ANYTHING,
+}
+
+
+def imports(file: Path, package: str) -> Iterator[tuple[str, int, bool]]:
+    """Each module that a file imports: its dotted name, the line, and whether that happens inside a function."""
+    nodes: list[tuple[ast.AST, bool]] = [(ast.parse(file.read_text()), False)]
+    while nodes:
+        node, inside = nodes.pop()
+        inside = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        nodes += [(child, inside) for child in ast.iter_child_nodes(node)]
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno, inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: -node.level + 1 or None]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            whole = module == "fastgen"  # from fastgen import ops
+            yield from ((f"{module}.{alias.name}" if whole else module, node.lineno, inside) for alias in node.names)
+
+
+def violations(file: Path) -> list[str]:
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    layer, allowed = parts[0], LAYERS[parts[0]]
+    found = []
+    for name, line, inside in imports(file, ".".join(("fastgen", *parts[:-1]))):
+        top, _, rest = name.partition(".")
+        target = rest.split(".")[0]
+        if top in ("tests", "benchmarks"):
+            found.append(f"{file.relative_to(ROOT)}:{line}: the package imports {name}")
+        elif top == "fastgen" and allowed is not ANYTHING:
+            lazy_kernel = layer == "ops" and target == "kernels" and inside
+            if not lazy_kernel and target not in {layer, "errors", "__version__", *allowed}:
+                found.append(f"{file.relative_to(ROOT)}:{line}: {layer} imports {name}")
+    return found
+
+
+def test_every_module_has_a_layer():
+    modules = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or list(path.glob("*.py"))}
+    assert modules <= set(LAYERS), "name the layer of a new module, and what it may import, in LAYERS"
+
+
+def test_package_imports_point_one_way():
+    assert [line for file in sorted(PACKAGE.rglob("*.py")) for line in violations(file)] == []
+
+
+def test_kernels_import_torch_and_triton_only():
+    allowed = {"torch", "triton", "kernels", "__future__", *sys.stdlib_module_names}
+    found = [
+        f"{file.relative_to(ROOT)}:{line}: kernels imports {name}"
+        for file in sorted((ROOT / "kernels").rglob("*.py"))
+        for name, line, _ in imports(file, "kernels")
+        if name.partition(".")[0] not in allowed and not name.startswith("fastgen.kernels")
+    ]
+    assert found == []
+
+
+def test_native_kernels_include_no_torch():
+    files = (file for folder in ("shared", "cpu", "cuda") for file in sorted((ROOT / "csrc" / folder).rglob("*.*")))
+    found = [
+        f"{file.relative_to(ROOT)}:{number}: {line}"
+        for file in files
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if re.match(r"\s*#\s*include\s*[<\"](torch|ATen|c10|caffe2|pybind11|Python\.h)\b", line)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("import fastgen.training.loop", ["fastgen.training.loop"]),
+        ("from fastgen import ops, __version__", ["fastgen.ops", "fastgen.__version__"]),
+        ("from .. import training", ["fastgen.training"]),
+        ("from ..training.loop import train", ["fastgen.training.loop"]),
+        ("from . import sequential", ["fastgen.nn"]),
+        ("def f():\n    from fastgen.kernels import norm_act", ["fastgen.kernels"]),
+    ],
+)
+def test_imports_are_read_in_every_form(tmp_path, text, expected):
+    (tmp_path / "module.py").write_text(text)
+    assert [name for name, _, _ in imports(tmp_path / "module.py", "fastgen.nn")] == expected
+
+
+def test_import_is_quick_and_silent(tmp_path):
+    code = """
+import sys, time
+start = time.perf_counter()
+import fastgen
+seconds = time.perf_counter() - start
+print(seconds, *(name for name in ("torch", "triton", "numpy", "fastgen._build") if name in sys.modules))
+"""
+    best = float("inf")
+    for _ in range(5):  # the machine may be busy: the best counts
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        seconds, *imported = done.stdout.split()
+        assert imported == [] and done.stderr == "" and done.stdout.count("\n") == 1
+        best = min(best, float(seconds))
+    assert best <= 0.050

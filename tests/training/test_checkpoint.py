@@ -1,0 +1,110 @@
+import json
+import os
+
+import pytest
+import torch
+
+from fastgen.errors import CheckpointError
+from fastgen.training import checkpoint
+
+
+@pytest.fixture
+def tensors():
+    shared = torch.arange(6.0)
+    return {"a": shared.view(2, 3).T, "b": shared[:2], "count": torch.tensor(3), "bytes": torch.arange(4).byte()}
+
+
+def tensor_files(folder):
+    return sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
+
+
+def load(folder):
+    meta = checkpoint.load_meta(folder)
+    return meta, checkpoint.load_tensors(folder, meta)
+
+
+def test_round_trip_keeps_one_tensor_file(tmp_path, tensors):
+    checkpoint.save_checkpoint(tmp_path, 1, tensors, {})
+    checkpoint.save_checkpoint(tmp_path, 2, tensors, {"position": 7})
+    meta, loaded = load(tmp_path)
+    assert meta["step"] == 2 and meta["position"] == 7
+    assert loaded.keys() == tensors.keys()
+    assert all(
+        torch.equal(loaded[name], tensors[name]) and loaded[name].dtype == tensors[name].dtype for name in loaded
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [meta["tensors"]["file"], "checkpoint.json"]
+
+
+@pytest.mark.parametrize("dies_at", [1, 2])
+def test_killed_between_the_renames_leaves_the_one_before(tmp_path, tensors, monkeypatch, dies_at):
+    checkpoint.save_checkpoint(tmp_path, 1, tensors, {})
+    calls = []
+
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2 * dies_at - 1:  # a file and its folder are synced in turn
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_checkpoint(tmp_path, 2, {"a": torch.zeros(9)}, {})
+    monkeypatch.undo()
+    meta, loaded = load(tmp_path)
+    assert meta["step"] == 1 and torch.equal(loaded["a"], tensors["a"])
+    checkpoint.save_checkpoint(tmp_path, 2, tensors, {})
+    assert len(tensor_files(tmp_path)) == 1, "what the kill left is swept up"
+
+
+def test_truncated_corrupted_and_missing_tensors_are_told_apart(tmp_path, tensors):
+    checkpoint.save_checkpoint(tmp_path, 1, tensors, {})
+    path = tmp_path / tensor_files(tmp_path)[0]
+    blob = path.read_bytes()
+    path.write_bytes(blob[:-5])
+    with pytest.raises(CheckpointError, match=rf"truncated: {len(blob) - 5} bytes of {len(blob)}"):
+        load(tmp_path)
+    path.write_bytes(blob[:-1] + bytes([blob[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="corrupted"):
+        load(tmp_path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load(tmp_path)
+
+
+def test_a_file_that_matches_its_hash_but_is_no_safetensors(tmp_path, tensors, monkeypatch):
+    for blob in (b"", b"\xff" * 64, b"\x08" + b"\0" * 7 + b"[[[[[[[["):
+        monkeypatch.setattr("safetensors.torch.save", lambda tensors, blob=blob: blob)
+        checkpoint.save_checkpoint(tmp_path, 1, tensors, {})
+        with pytest.raises(CheckpointError, match="not a safetensors file"):
+            load(tmp_path)
+
+
+GOOD = {"format": 1, "step": 0, "tensors": {"file": "checkpoint-000000-0123456789ab.safetensors"}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        "[" * 100_000,
+        "\xff\xfe".encode("latin1"),
+        '{"format": 1' + " " * (1 << 20) + "}",
+        '{"format": ' + "9" * 5000 + "}",
+        json.dumps({**GOOD, "format": 2}),
+        json.dumps({**GOOD, "step": -1}),
+        json.dumps({**GOOD, "step": True}),
+        json.dumps({**GOOD, "step": "1"}),
+        json.dumps({**GOOD, "tensors": None}),
+        json.dumps({**GOOD, "tensors": {"file": 3}}),
+        json.dumps({**GOOD, "tensors": {"file": "../../etc/passwd"}}),
+        json.dumps({**GOOD, "tensors": {"file": "/dev/zero"}}),
+        json.dumps({**GOOD, "tensors": {"file": GOOD["tensors"]["file"] + "\n"}}),
+    ],
+    ids=range(17),
+)
+def test_hostile_json_is_a_clear_error(tmp_path, text):
+    (tmp_path / "checkpoint.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json"):
+        load(tmp_path)

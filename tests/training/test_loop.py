@@ -1,0 +1,306 @@
+import dataclasses
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("sklearn")
+
+from fastgen.errors import CheckpointError, FastgenError, UsageError
+from fastgen.training import CONFIGS, DCGANTraining, load_model, sample, train
+from fastgen.training.checkpoint import load_meta, save_checkpoint
+from fastgen.training.config import config_from_json
+from fastgen.training.ema import EMA, reestimate_batch_norm
+from fastgen.training.recipes import RECIPES, DCGANRecipe
+from fastgen.training.run import plot_losses, read_metrics
+
+TINY = DCGANTraining(steps=7, batch_size=4, nz=4, ngf=2, ndf=2, log_every=2, save_every=3, r1_every=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    return train(TINY, folder)
+
+
+def tensors(folder):
+    return load_file(folder / load_meta(folder)["tensors"]["file"])
+
+
+def losses(folder):
+    return [(record["step"], record["losses"]) for record in read_metrics(folder)]
+
+
+def interrupt_after(monkeypatch, steps, number=signal.SIGINT):
+    """Sends this process a signal in the middle of training step `steps`."""
+    step = DCGANRecipe.step
+
+    def interrupted(self, at, indices):
+        if at == steps - 1:
+            os.kill(os.getpid(), number)
+        return step(self, at, indices)
+
+    monkeypatch.setattr(DCGANRecipe, "step", interrupted)
+
+
+def test_run_folder_is_complete(run):
+    names = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*.*")}
+    assert names == {
+        load_meta(run.folder)["tensors"]["file"],
+        "checkpoint.json",
+        "config.json",
+        "evaluation.json",
+        "loss.png",
+        "metrics.jsonl",
+        *(f"samples/step_{step:06d}.png" for step in (3, 6, 7)),
+        "samples.png",
+    }
+    assert run.step == 7 and not run.interrupted and run.images_per_second > 0
+    assert [step for step, _ in losses(run.folder)] == [2, 3, 4, 6, 7]
+    assert Image.open(run.folder / "samples.png").size == (10 * 34 + 2, 10 * 34 + 2)
+    assert config_from_json(json.loads((run.folder / "config.json").read_text())) == TINY
+    evaluation = json.loads((run.folder / "evaluation.json").read_text())
+    assert evaluation["step"] == 7
+    assert evaluation["classifier_sure_share"] == dataclasses.asdict(run.evaluation)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("steps", [2, 5])
+def test_stopped_and_resumed_is_bit_for_bit_the_same(run, tmp_path, monkeypatch, steps, number):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, steps, number)
+        stopped = train(TINY, folder)
+    assert stopped.interrupted and stopped.step == steps == load_meta(folder)["step"] and stopped.evaluation is None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    torch.manual_seed(99)
+    resumed = train(TINY, folder, resume=True)
+    assert resumed.step == 7 and resumed.evaluation == run.evaluation
+    expected, found = tensors(run.folder), tensors(folder)
+    assert found.keys() == expected.keys()
+    assert {name for name in expected if not torch.equal(found[name], expected[name])} == set()
+    assert (folder / "samples.png").read_bytes() == (run.folder / "samples.png").read_bytes()
+
+
+def test_resume_returns_to_the_checkpoint_and_may_extend(run, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def killed(self, at, indices, step=DCGANRecipe.step):
+        if at == 4:
+            raise MemoryError
+        return step(self, at, indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DCGANRecipe, "step", killed)
+        with pytest.raises(MemoryError):
+            train(TINY, folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "losses": {"d"')
+    train(TINY, folder, resume=True)
+    assert losses(folder) == losses(run.folder), "what lay beyond the checkpoint was trained and logged again"
+    longer = train(dataclasses.replace(TINY, steps=9), folder, resume=True)
+    assert longer.step == 9 and json.loads((folder / "config.json").read_text())["steps"] == 9
+
+
+def test_same_seed_same_bits_and_another_seed_others(run, tmp_path):
+    torch.manual_seed(5)
+    train(TINY, tmp_path / "same")
+    train(dataclasses.replace(TINY, seed=1), tmp_path / "other")
+    same, other, expected = tensors(tmp_path / "same"), tensors(tmp_path / "other"), tensors(run.folder)
+    assert all(torch.equal(same[name], expected[name]) for name in expected)
+    assert not torch.equal(other["model.generator.main.0.weight"], expected["model.generator.main.0.weight"])
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    def poisoned(self, at, indices, step=DCGANRecipe.step):
+        report = step(self, at, indices)
+        return report | {"d_loss": report["d_loss"] * float("nan")} if at == 4 else report
+
+    monkeypatch.setattr(DCGANRecipe, "step", poisoned)
+    with pytest.raises(FastgenError, match="d_loss is nan at step 5"):
+        train(TINY, tmp_path / "run")
+    assert load_meta(tmp_path / "run")["step"] == 3
+    assert load_model(tmp_path / "run").sample(2).isfinite().all()
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    def broken(self, at, indices, step=DCGANRecipe.step):
+        report = step(self, at, indices)
+        if at == 5:
+            self.model.generator.main[0].weight.data.fill_(float("inf"))
+        return report
+
+    monkeypatch.setattr(DCGANRecipe, "step", broken)
+    with pytest.raises(FastgenError, match=r"generator.main.0.weight is not finite after step 6"):
+        train(TINY, tmp_path / "run")
+    assert load_meta(tmp_path / "run")["step"] == 3
+
+
+def test_folders_that_cannot_be_a_run(run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    before = tensors(run.folder)
+    for folder, message in (
+        (run.folder, "already holds a run: go on with --resume"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "full", "is not empty"),
+    ):
+        with pytest.raises(FastgenError, match=message):
+            train(TINY, folder)
+    with pytest.raises(OSError, match="file"):
+        train(TINY, tmp_path / "file" / "run")
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        train(TINY, tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
+    assert tensors(run.folder).keys() == before.keys() and (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+
+
+def test_resume_refuses_other_settings(run):
+    with pytest.raises(UsageError, match="nz of a run cannot change: it is 4, not 5"):
+        train(dataclasses.replace(TINY, nz=5), run.folder, resume=True)
+
+
+def damaged(run, tmp_path, change):
+    """A copy of the run's checkpoint whose description went through `change`."""
+    meta = load_meta(run.folder)
+    change(meta)
+    state = tensors(run.folder)
+    step = meta.pop("step")
+    meta.pop("tensors")
+    save_checkpoint(tmp_path, step, state, meta)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model", None, "describes no known model"),
+        ("model", {"name": ["dcgan"], "options": {}, "averaged": "generator"}, "describes no known model"),
+        ("model", {"name": "dcgan", "options": {"nz": 10**30}, "averaged": "generator"}, "describes no known model"),
+        ("model", {"name": "dcgan", "options": {"ngf": 10**7}, "averaged": "generator"}, "another architecture"),
+        ("model", {"name": "dcgan", "options": {"__class__": 1}, "averaged": "generator"}, "describes no known model"),
+        ("model", {"name": "dcgan", "options": {}, "averaged": "no"}, "describes no known model"),
+        ("model", {"name": "dcgan", "options": {}, "averaged": 7}, "describes no known model"),
+        ("model", {"name": "dcgan", "options": {}, "averaged": "generator"}, "another architecture: .*main"),
+    ],
+    ids=range(8),
+)
+def test_a_description_that_does_not_fit_its_tensors(run, tmp_path, key, value, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_model(damaged(run, tmp_path, lambda meta: meta.update({key: value})))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda meta: meta.pop("config"),
+        lambda meta: meta["config"].update(system=[]),
+        lambda meta: meta["config"].update(lr="fast"),
+        lambda meta: meta["config"].update(nz=4.0),
+        lambda meta: meta["config"].update(colour=1),
+        lambda meta: meta.update(position=-4),
+        lambda meta: meta.update(position="4"),
+    ],
+    ids=range(7),
+)
+def test_resume_from_a_damaged_description(run, tmp_path, change):
+    with pytest.raises(CheckpointError):
+        train(TINY, damaged(run, tmp_path, change), resume=True)
+
+
+def test_resume_from_tensors_that_do_not_fit(run, tmp_path):
+    meta = load_meta(run.folder)
+    entry = {name: value for name, value in meta.items() if name not in ("step", "tensors")}
+    for name, value in (
+        ("model.generator.main.0.weight", torch.zeros(3)),
+        ("optimizer.generator.0.exp_avg", torch.zeros(3)),
+        ("optimizer.generator.77.exp_avg", torch.zeros(3)),
+        ("rng.noise", torch.zeros(3)),
+    ):
+        save_checkpoint(tmp_path, 7, tensors(run.folder) | {name: value}, entry)
+        with pytest.raises(CheckpointError, match="checkpoint"):
+            train(TINY, tmp_path, resume=True)
+
+
+def test_load_model_draws_what_the_run_drew(run):
+    model = load_model(run.folder)
+    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+    images = sample(model, 5, seed=3)
+    assert torch.equal(images, sample(load_model(run.folder), 5, seed=3))
+    assert not torch.equal(images, sample(model, 5, seed=4))
+    for n, seed in ((0, 0), (1, -1)):
+        with pytest.raises(UsageError, match="must be"):
+            sample(model, n, seed)
+
+
+def test_official_checkpoint_layout_is_what_is_saved(run, tmp_path):
+    state = tensors(run.folder)
+    generator = {
+        name.removeprefix("ema."): tensor.contiguous() for name, tensor in state.items() if name.startswith("ema.")
+    }
+    save_file(generator, tmp_path / "netG.safetensors")
+    load_model(run.folder).generator.load_state_dict(load_file(tmp_path / "netG.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"seed": -1}, "seed must be"),
+        ({"lr": float("nan")}, "lr must be positive"),
+        ({"beta1": 1.0}, "beta1 must be"),
+        ({"image_size": 33}, "image_size must be one of 32, 64, 128, not 33"),
+        ({"batch_size": 2.5}, "batch_size must be of type int"),
+        ({"lr_decay_from": 2.0}, "lr_decay_from must be between 0 and 1"),
+    ],
+)
+def test_settings_that_cannot_be_meant(options, message):
+    with pytest.raises(UsageError, match=message):
+        DCGANTraining(**options)
+
+
+def test_without_matplotlib_the_plot_is_left_out(run, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    (tmp_path / "metrics.jsonl").write_bytes((run.folder / "metrics.jsonl").read_bytes())
+    plot_losses(tmp_path)
+    assert "matplotlib is not installed" in caplog.text and not (tmp_path / "loss.png").exists()
+
+
+def test_every_system_has_a_recipe():
+    assert CONFIGS.keys() == RECIPES.keys()
+    for name, config in CONFIGS.items():
+        assert config_from_json(config().to_json()) == config() and config.system == name
+
+
+def test_average_shares_what_it_does_not_average():
+    model = torch.nn.Module()
+    model.generator, model.discriminator = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+    ema = EMA(model, "generator", decay=0.5)
+    start = model.generator.weight.detach().clone()
+    model.generator.weight.data.add_(1)
+    ema.update(step=1000)
+    torch.testing.assert_close(ema.module.weight, start + 0.5)
+    assert ema.model.discriminator is model.discriminator and ema.model.generator is ema.module
+
+
+def test_reestimated_statistics_are_the_mean_over_the_batches():
+    norm = torch.nn.BatchNorm2d(2, momentum=0.3).eval()
+    batches = torch.randn(5, 8, 2, 3, 3, dtype=torch.float32)
+    reestimate_batch_norm(norm, batches)
+    torch.testing.assert_close(norm.running_mean, batches.mean((1, 3, 4)).mean(0))
+    torch.testing.assert_close(norm.running_var, batches.transpose(1, 2).flatten(2).var(2).mean(0))
+    assert norm.momentum == 0.3 and not norm.training
