@@ -32,7 +32,8 @@ lint: $(INSTALLED) ## check style and types
 	$(BIN)/mypy
 
 bench: build ## measure against PyTorch's own ops
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks.report benchmarks/results/cpu.json > benchmarks/results/cpu.md
 
 clean: ## remove what was built here (not .venv, not runs)
 	rm -rf build dist *.egg-info fastgen/_native_*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
