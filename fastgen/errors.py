@@ -1,7 +1,9 @@
 """What fastgen raises for a user's mistake; the command line turns each into one line and an exit code."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 
 
 class FastgenError(RuntimeError):
@@ -18,6 +20,26 @@ class CheckpointError(FastgenError):
 
 class DataError(FastgenError):
     """A data set is missing, empty, or not what the model needs."""
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Gives `path` to an OSError that names no file, as those of a full disk do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy or PyTorch (whose CPU allocator has no error class of its own) ran out of memory."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
 
 
 def unknown_name(kind: str, name: str, names: Iterable[str]) -> UsageError:

@@ -10,7 +10,7 @@ import tyro
 from fastgen import __version__
 from fastgen.cli import commands
 from fastgen.cli.train import run_train
-from fastgen.errors import FastgenError, UsageError, unknown_name
+from fastgen.errors import FastgenError, UsageError, out_of_memory, unknown_name
 from fastgen.training.config import CONFIGS
 
 _COMMANDS: dict[str, Callable[..., Any]] = {
@@ -39,10 +39,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastgen: interrupted", file=sys.stderr)
         return 130
-    except (UsageError, FastgenError, OSError) as error:
-        if os.environ.get("FASTGEN_DEBUG") == "1":
+    except (UsageError, FastgenError, OSError, RuntimeError, MemoryError) as error:
+        expected = isinstance(error, (UsageError, FastgenError, OSError))
+        if os.environ.get("FASTGEN_DEBUG") == "1" or not (expected or out_of_memory(error)):
             raise
-        if isinstance(error, OSError) and error.filename is not None:
+        if not expected:
+            advice = "lower what asks for much (--n, --batch-size, the sizes of the model)"
+            print(f"fastgen: error: not enough memory: {advice}", file=sys.stderr)
+        elif isinstance(error, OSError) and error.filename is not None:
             print(f"fastgen: error: {error.filename}: {error.strerror}", file=sys.stderr)
         else:
             print(f"fastgen: error: {error}", file=sys.stderr)

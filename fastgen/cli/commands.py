@@ -22,9 +22,10 @@ def generate(run: Positional[Path], n: int = 64, seed: int = 0, out: Path = Path
         seed: Seed of the noise; the same seed gives the same picture.
         out: Picture to write; its ending says the format.
     """
-    from fastgen.data import save_grid
+    from fastgen.data import picture_format, save_grid
     from fastgen.training import load_model, sample
 
+    picture_format(out)  # a wrong ending shows before the work is done
     save_grid(sample(load_model(run), n, seed), out)
     print(f"{n} images in {out}")
 

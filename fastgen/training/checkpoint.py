@@ -15,7 +15,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastgen.errors import CheckpointError
+from fastgen.errors import CheckpointError, naming
 
 NAME = "checkpoint.json"
 _FORMAT = 1
@@ -31,6 +31,8 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: d
     )
     digest = hashlib.sha256(blob).hexdigest()
     tensor_file = f"checkpoint-{step:06d}-{digest[:12]}.safetensors"
+    for left_behind in folder.glob(".tmp-*.safetensors"):  # by a run that was killed: this one has the folder to itself
+        left_behind.unlink(missing_ok=True)
     write_atomically(folder / tensor_file, blob)
     entry = {"file": tensor_file, "bytes": len(blob), "sha256": digest}
     document = {"format": _FORMAT, "step": step, **meta, "tensors": entry}
@@ -38,6 +40,21 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: d
     for path in folder.iterdir():
         if _TENSOR_FILE.fullmatch(path.name) and path.name != tensor_file:
             path.unlink(missing_ok=True)
+
+
+def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `load_meta` and `load_tensors` return, of one step even while a run goes on in the folder.
+
+    Raises:
+        CheckpointError: as they do.
+    """
+    while True:
+        meta = load_meta(folder)
+        try:
+            return meta, load_tensors(folder, meta)
+        except CheckpointError:
+            if load_meta(folder)["tensors"] == meta["tensors"]:
+                raise
 
 
 def load_meta(folder: Path) -> dict[str, Any]:
@@ -62,8 +79,10 @@ def load_meta(folder: Path) -> dict[str, Any]:
     if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is not a fastgen checkpoint of format {_FORMAT}")
     entry, step = meta.get("tensors"), meta.get("step")
-    if type(step) is not int or step < 0 or not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
-        raise CheckpointError(f"{path} is damaged: no step, or no tensor file")
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise CheckpointError(f"{path} is damaged: step is not a number of steps")
+    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
+        raise CheckpointError(f"{path} is damaged: it names no tensor file")
     if not _TENSOR_FILE.fullmatch(entry["file"]):
         raise CheckpointError(f"{path} names {entry['file']!r}, which is not a checkpoint's tensor file")
     return meta
@@ -78,11 +97,12 @@ def load_tensors(folder: Path, meta: dict[str, Any]) -> dict[str, Tensor]:
     entry = meta["tensors"]
     path = folder / entry["file"]
     try:
+        size = path.stat().st_size
+        if size != entry.get("bytes"):
+            raise CheckpointError(f"{path} is truncated or changed: it has {size} bytes, not {entry.get('bytes')}")
         blob = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if len(blob) != entry.get("bytes"):
-        raise CheckpointError(f"{path} is truncated: {len(blob)} bytes of {entry.get('bytes')}")
     if hashlib.sha256(blob).hexdigest() != entry.get("sha256"):
         raise CheckpointError(f"{path} is corrupted: its SHA-256 is not the recorded one")
     try:
@@ -93,9 +113,9 @@ def load_tensors(folder: Path, meta: dict[str, Any]) -> dict[str, Tensor]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file under a temporary name, syncs it to disk and renames it over `path`."""
-    temporary = path.with_name(f".tmp{path.suffix}")  # one name, so that what a kill leaves is overwritten
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -1,6 +1,8 @@
 """What a run is made from. No torch here: the command line's help shows these classes."""
 
 import dataclasses
+import reprlib
+import sys
 import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -38,14 +40,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_type(field.name, typing.get_type_hints(type(self))[field.name], getattr(self, field.name))
-        for name in ("steps", "batch_size", "log_every", "save_every"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name, most in (("steps", 10**9), ("batch_size", 2**16), ("log_every", 10**9), ("save_every", 10**9)):
+            self._check_between(name, 1, most)
         self._check("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and below 1")
         self._check("seed", 0 <= self.seed < 2**63, "between 0 and 2^63")
 
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
-            raise UsageError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+            raise UsageError(f"{name} must be {wanted}, not {reprlib.repr(getattr(self, name))}")
+
+    def _check_between(self, name: str, least: int, most: int) -> None:
+        self._check(name, least <= getattr(self, name) <= most, f"between {least} and {most}")
 
     def to_json(self) -> dict[str, Any]:
         return {"system": self.system, **dataclasses.asdict(self)}
@@ -83,8 +88,8 @@ class DCGANTraining(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("nz", "ngf", "ndf", "r1_every"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name, most in (("nz", 2**13), ("ngf", 2**13), ("ndf", 2**13), ("r1_every", 10**9)):
+            self._check_between(name, 1, most)
         for name in ("beta1", "beta2"):
             self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         self._check("lr_decay_from", 0 <= self.lr_decay_from <= 1, "between 0 and 1")
@@ -116,9 +121,10 @@ def _check_type(name: str, wanted: Any, value: Any) -> None:
     if typing.get_origin(wanted) is Literal:
         choices = typing.get_args(wanted)
         if value not in choices:
-            raise UsageError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
+            raise UsageError(f"{name} must be one of {', '.join(map(str, choices))}, not {reprlib.repr(value)}")
     elif wanted is float:
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise UsageError(f"{name} must be a number, not {value!r}")
+        number = isinstance(value, float) or (type(value) is int and abs(value) <= sys.float_info.max)
+        if not number:
+            raise UsageError(f"{name} must be a number, not {reprlib.repr(value)}")
     elif type(value) is not wanted:
-        raise UsageError(f"{name} must be of type {wanted.__name__}, not {value!r}")
+        raise UsageError(f"{name} must be of type {wanted.__name__}, not {reprlib.repr(value)}")

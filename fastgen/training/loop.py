@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgen import __version__
-from fastgen.data import BatchSampler, load_dataset, save_grid
+from fastgen.data import BatchSampler, ImageDataset, load_dataset, save_grid
 from fastgen.errors import CheckpointError, FastgenError, UsageError
 from fastgen.metrics import ClassifierShare
 from fastgen.training import checkpoint, run
@@ -49,20 +49,29 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False) -> Trai
         UsageError: a setting that cannot be meant.
         CheckpointError: nothing to resume, or a damaged checkpoint.
         FastgenError: the folder is taken, or a loss is no longer finite; the last good checkpoint stays.
+        OSError: a file cannot be written; the last good checkpoint stays.
     """
     folder = Path(out)
     if resume:
         _check_same_run(run.read_config(folder), config)
     device = _device(config.device)
     data = load_dataset(config.data, config.image_size)
+    with run.claim(folder, new=not resume):
+        return _train(config, folder, data, device, resume)
+
+
+def _train(config: TrainConfig, folder: Path, data: ImageDataset, device: torch.device, resume: bool) -> TrainResult:
+    meta, state = checkpoint.load(folder) if resume else ({"step": 0, "position": 0}, None)
+    step, position = meta["step"], meta.get("position")
+    if type(position) is not int or position < 0:
+        raise CheckpointError(f"{folder / checkpoint.NAME} is damaged: no position in the data")
     torch.manual_seed(config.seed)
-    recipe = RECIPES[config.system](config, data, device, torch.Generator().manual_seed(config.seed))
-    sampler = BatchSampler(len(data.images), config.batch_size, config.seed)
+    noise = torch.Generator().manual_seed(config.seed)
+    recipe = RECIPES[config.system](config, data, device, noise, state)
+    sampler = BatchSampler(len(data.images), config.batch_size, config.seed, position)
     if resume:
-        step = _restore(folder, recipe, sampler)
+        run.rewind_metrics(folder, step)
     else:
-        step = 0
-        run.make_folder(folder)
         _save(folder, step, config, recipe, sampler)
     run.write_config(folder, config)
 
@@ -125,17 +134,6 @@ def _save(folder: Path, step: int, config: TrainConfig, recipe: Recipe, sampler:
     model = {"name": recipe.model_name, "options": recipe.model_options, "averaged": recipe.averaged}
     meta = {"fastgen": __version__, "config": config.to_json(), "model": model, "position": sampler.position}
     checkpoint.save_checkpoint(folder, step, tensors, meta)
-
-
-def _restore(folder: Path, recipe: Recipe, sampler: BatchSampler) -> int:
-    meta = checkpoint.load_meta(folder)
-    recipe.load_tensors(checkpoint.load_tensors(folder, meta))
-    position = meta.get("position")
-    if type(position) is not int or position < 0:
-        raise CheckpointError(f"{folder / checkpoint.NAME} is damaged: no position in the data")
-    sampler.position = position
-    run.rewind_metrics(folder, meta["step"])
-    return meta["step"]
 
 
 def _check_same_run(stored: TrainConfig, config: TrainConfig) -> None:

@@ -1,8 +1,12 @@
 """A run folder: config.json, metrics.jsonl, a checkpoint, samples/, samples.png, loss.png, evaluation.json."""
 
+import contextlib
 import dataclasses
 import json
 import logging
+import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgen.data import save_grid
-from fastgen.errors import CheckpointError, FastgenError, UsageError
+from fastgen.errors import CheckpointError, FastgenError, UsageError, naming
 from fastgen.metrics import ClassifierShare, classifier_for, classifier_sure_share
 from fastgen.models import create_model
 from fastgen.training import checkpoint
@@ -18,21 +22,47 @@ from fastgen.training.config import TrainConfig, config_from_json
 from fastgen.training.recipes.base import load_module
 
 _log = logging.getLogger(__name__)
+_MAX_SAMPLED = 2**28  # values of the images that `sample` makes at once: 1 GiB
+_MAX_PLOTTED = 20  # losses in loss.png
 
 
-def make_folder(folder: Path) -> None:
-    """Makes the folder of a new run.
+@contextlib.contextmanager
+def claim(folder: Path, *, new: bool) -> Iterator[None]:
+    """Holds a run's folder against other processes that train; makes it first if it is `new`.
 
     Raises:
-        FastgenError: the path is a file, or a folder that is not empty.
+        FastgenError: the path is a file, a folder that is not empty (if `new`), or one that another process trains in.
         OSError: the folder cannot be made or written.
     """
+    if new:
+        _check_empty(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    if os.name != "posix":  # Windows has no lock on a folder
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with the process
+        except BlockingIOError:
+            raise FastgenError(f"another process trains in {folder}") from None
+        except OSError as error:  # a file system without locks
+            _log.info("%s cannot be locked: %s", folder, error)
+        if new:
+            _check_empty(folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_empty(folder: Path) -> None:
     if folder.is_file():
         raise FastgenError(f"{folder} is a file: a run needs a folder of its own")
     if (folder / checkpoint.NAME).exists():
         raise FastgenError(f"{folder} already holds a run: go on with --resume, or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()):
         raise FastgenError(f"{folder} is not empty: a run needs a folder of its own")
 
 
@@ -46,7 +76,11 @@ def read_config(folder: Path) -> TrainConfig:
     Raises:
         CheckpointError: no checkpoint, or a damaged one.
     """
-    values = checkpoint.load_meta(folder).get("config")
+    return _config_of(folder, checkpoint.load_meta(folder))
+
+
+def _config_of(folder: Path, meta: dict[str, Any]) -> TrainConfig:
+    values = meta.get("config")
     try:
         return config_from_json(values if isinstance(values, dict) else {})
     except UsageError as error:
@@ -61,8 +95,12 @@ def load_model(folder: str | Path) -> Any:
     Raises:
         CheckpointError: no checkpoint, a damaged one, or one whose tensors are not those of the model that it names.
     """
-    folder = Path(folder)
-    meta = checkpoint.load_meta(folder)
+    return _load(Path(folder))[1]
+
+
+def _load(folder: Path) -> tuple[dict[str, Any], Any]:
+    """The checkpoint's description and its model, of one step."""
+    meta, tensors = checkpoint.load(folder)
     spec: Any = meta.get("model")
     try:
         with torch.device("meta"):  # sizes a hostile file makes up cost nothing
@@ -73,17 +111,17 @@ def load_model(folder: str | Path) -> Any:
         raise CheckpointError(
             f"{folder / checkpoint.NAME} is damaged: it describes no known model ({error})"
         ) from error
-    tensors = checkpoint.load_tensors(folder, meta)
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     weights |= {f"{averaged}.{name[4:]}": value for name, value in tensors.items() if name.startswith("ema.")}
     load_module(model, weights, assign=True)
-    return model.requires_grad_(False).eval()
+    return meta, model.requires_grad_(False).eval()
 
 
 def sample(model: Any, n: int, seed: int) -> Tensor:
     """`n` images of the model, the same for the same seed on the same machine."""
-    if n < 1:
-        raise UsageError(f"n must be at least 1, not {n}")
+    most = max(1, _MAX_SAMPLED // (model.config.channels * model.config.image_size**2))
+    if not 1 <= n <= most:
+        raise UsageError(f"n must be between 1 and {most} for images of this size, not {n}")
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed must be between 0 and 2^63, not {seed}")
     return model.sample(n, generator=torch.Generator().manual_seed(seed))
@@ -96,13 +134,13 @@ def evaluate(folder: str | Path, n: int = 1000, seed: int = 0) -> ClassifierShar
         None where the data has no classifier.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    model = load_model(folder)
+    meta, model = _load(folder)
+    config = _config_of(folder, meta)
     classifier = classifier_for(config.data)
     if classifier is None:
         return None
     result = classifier_sure_share(sample(model, n, seed), classifier)
-    document = {"data": config.data, "step": checkpoint.load_meta(folder)["step"], "seed": seed}
+    document = {"data": config.data, "step": meta["step"], "seed": seed}
     document |= {"classifier_sure_share": dataclasses.asdict(result)}
     checkpoint.write_atomically(folder / "evaluation.json", json.dumps(document, indent=2).encode())
     return result
@@ -116,12 +154,13 @@ def finish_run(folder: Path, config: TrainConfig) -> ClassifierShare | None:
 
 
 def append_metrics(folder: Path, record: dict[str, Any]) -> None:
-    with (folder / "metrics.jsonl").open("a") as file:
+    path = folder / "metrics.jsonl"
+    with naming(path), path.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a line cut short by a kill is left out."""
+    """The records of metrics.jsonl; a line that is none, as one cut short by a kill, is left out."""
     records = []
     path = folder / "metrics.jsonl"
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -129,7 +168,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int) and isinstance(record.get("losses"), dict):
+        step, losses = (record.get("step"), record.get("losses")) if isinstance(record, dict) else (None, None)
+        if type(step) is not int or not 0 <= step < 2**63 or not isinstance(losses, dict):
+            continue
+        if all(isinstance(value, float) and math.isfinite(value) for value in losses.values()):
             records.append(record)
     return records
 
@@ -148,14 +190,15 @@ def plot_losses(folder: Path) -> None:
         _log.warning("no loss.png: matplotlib is not installed (pip install 'fastgen[demo]')")
         return
     records = read_metrics(folder)
-    names = sorted({name for record in records for name in record["losses"]})
+    names = sorted({name for record in records for name in record["losses"]})[:_MAX_PLOTTED]
     figure = Figure(figsize=(8, 2.4 * max(len(names), 1)), layout="constrained")
     for index, name in enumerate(names):
         axes = figure.add_subplot(len(names), 1, index + 1)
         points = [(record["step"], record["losses"][name]) for record in records if name in record["losses"]]
         axes.plot(*zip(*points, strict=True), linewidth=1)
-        axes.set_ylabel(name)
+        axes.set_ylabel(name, parse_math=False)
         axes.grid(alpha=0.3)
         if index == len(names) - 1:
             axes.set_xlabel("step")
-    figure.savefig(folder / "loss.png", dpi=120)
+    with naming(folder / "loss.png"):
+        figure.savefig(folder / "loss.png", dpi=120)

@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("sklearn")
 
+import torch
+
 from fastgen.cli import main
 
 TINY = ["--batch-size", "4", "--nz", "4", "--ngf", "2", "--ndf", "2", "--log-every", "2", "--save-every", "3"]
@@ -68,7 +70,10 @@ def test_misuse_is_one_line_and_exit_code_2(run, tmp_path, capsys):
     assert "unknown model 'dcgn': did you mean dcgan" in fails(capsys, 2, "train", "dcgn", "--out", tmp_path / "a")
     line = fails(capsys, 2, "train", "dcgan", "--data", "digts", "--out", tmp_path / "a")
     assert "unknown data set 'digts': did you mean digits" in line
-    assert "n must be at least 1" in fails(capsys, 2, "generate", run, "--n", 0)
+    for n in (0, -1, 10_000_000):
+        assert f"n must be between 1 and 262144 for images of this size, not {n}" in fails(
+            capsys, 2, "generate", run, "--n", n
+        )
     assert "image format" in fails(capsys, 2, "generate", run, "--out", tmp_path / "a.abc")
     assert "nz of a run cannot change" in fails(capsys, 2, "train", "dcgan", "--resume", "--nz", 9, "--out", run)
     assert not (tmp_path / "a").exists()
@@ -104,6 +109,22 @@ def test_failure_is_one_line_and_exit_code_1(run, tmp_path, capsys, monkeypatch)
     monkeypatch.setenv("FASTGEN_DEBUG", "1")
     with pytest.raises(RuntimeError, match="already holds a run"):
         main(["train", "dcgan", "--out", str(run)])
+
+
+def test_an_implementation_that_cannot_run_is_exit_code_1(run, capsys, monkeypatch):
+    monkeypatch.setenv("FASTGEN_IMPL", "cuda")
+    assert "FASTGEN_IMPL='cuda' cannot run" in fails(capsys, 1, "generate", run)
+
+
+def test_no_memory_is_exit_code_1(run, capsys, monkeypatch):
+    def allocate(*arguments):
+        return torch.empty(2**60)
+
+    monkeypatch.setattr("fastgen.training.run.sample", allocate)
+    assert "not enough memory" in fails(capsys, 1, "generate", run)
+    monkeypatch.setattr("fastgen.training.run.sample", lambda *arguments: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        main(["generate", str(run)])  # a mistake of ours, to be seen whole
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_130(tmp_path):

@@ -1,11 +1,12 @@
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from fastgen.data import BatchSampler, list_datasets, load_dataset, save_grid
-from fastgen.errors import DataError, UsageError
+from fastgen.errors import DataError, FastgenError, UsageError
 
 
 @pytest.mark.parametrize("name", list_datasets())
@@ -69,5 +70,17 @@ def test_grid_places_the_images(tmp_path):
 def test_grid_names_what_it_cannot_write(tmp_path):
     with pytest.raises(UsageError, match=r"images must be .* not \(2, 2, 4, 4\)"):
         save_grid(torch.zeros(2, 2, 4, 4), tmp_path / "x.png")
-    with pytest.raises(UsageError, match="names no image format"):
-        save_grid(torch.zeros(2, 1, 4, 4), tmp_path / "x.abc")
+    for ending in ("abc", "psd", "mpeg", ""):  # Pillow reads psd and knows mpeg by name
+        with pytest.raises(UsageError, match="names no image format that can be written"):
+            save_grid(torch.zeros(2, 1, 4, 4), tmp_path / f"x.{ending}")
+    (tmp_path / "x.xbm").write_text("mine")
+    with pytest.raises(FastgenError, match=r"x\.xbm cannot be written as XBM"):
+        save_grid(torch.zeros(2, 1, 4, 4), tmp_path / "x.xbm")
+    assert (tmp_path / "x.xbm").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_full_disk_names_the_picture(tmp_path):
+    (tmp_path / "full.png").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*full\.png'"):
+        save_grid(torch.zeros(2, 1, 4, 4), tmp_path / "full.png")

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -55,12 +56,45 @@ def test_killed_between_the_renames_leaves_the_one_before(tmp_path, tensors, mon
     assert len(tensor_files(tmp_path)) == 1, "what the kill left is swept up"
 
 
+def test_full_disk_names_the_file_and_leaves_the_one_before(tmp_path, tensors, monkeypatch):
+    checkpoint.save_checkpoint(tmp_path, 1, tensors, {})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*checkpoint-000002-.*\.safetensors'"):
+        checkpoint.save_checkpoint(tmp_path, 2, tensors, {})
+    assert load(tmp_path)[0]["step"] == 1
+    assert len(list(tmp_path.iterdir())) == 2, "no temporary file stays"
+
+
+def test_what_a_killed_run_left_is_swept_up(tmp_path, tensors):
+    (tmp_path / ".tmp-1-checkpoint-000001-0123456789ab.safetensors").write_bytes(b"half")
+    checkpoint.save_checkpoint(tmp_path, 2, tensors, {})
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_loading_while_a_run_saves_gives_one_step(tmp_path, tensors, monkeypatch):
+    checkpoint.save_checkpoint(tmp_path, 1, tensors, {})
+    load_tensors = checkpoint.load_tensors
+
+    def overtaken(folder, meta):
+        if meta["step"] == 1:
+            checkpoint.save_checkpoint(tmp_path, 2, {"a": torch.ones(1)}, {})
+        return load_tensors(folder, meta)
+
+    monkeypatch.setattr(checkpoint, "load_tensors", overtaken)
+    meta, loaded = checkpoint.load(tmp_path)
+    assert meta["step"] == 2 and loaded["a"] == 1
+
+
 def test_truncated_corrupted_and_missing_tensors_are_told_apart(tmp_path, tensors):
     checkpoint.save_checkpoint(tmp_path, 1, tensors, {})
     path = tmp_path / tensor_files(tmp_path)[0]
     blob = path.read_bytes()
     path.write_bytes(blob[:-5])
-    with pytest.raises(CheckpointError, match=rf"truncated: {len(blob) - 5} bytes of {len(blob)}"):
+    with pytest.raises(CheckpointError, match=rf"truncated .*: it has {len(blob) - 5} bytes, not {len(blob)}"):
         load(tmp_path)
     path.write_bytes(blob[:-1] + bytes([blob[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="corrupted"):
@@ -94,6 +128,7 @@ GOOD = {"format": 1, "step": 0, "tensors": {"file": "checkpoint-000000-012345678
         '{"format": ' + "9" * 5000 + "}",
         json.dumps({**GOOD, "format": 2}),
         json.dumps({**GOOD, "step": -1}),
+        json.dumps({**GOOD, "step": 2**63}),
         json.dumps({**GOOD, "step": True}),
         json.dumps({**GOOD, "step": "1"}),
         json.dumps({**GOOD, "tensors": None}),
@@ -102,7 +137,7 @@ GOOD = {"format": 1, "step": 0, "tensors": {"file": "checkpoint-000000-012345678
         json.dumps({**GOOD, "tensors": {"file": "/dev/zero"}}),
         json.dumps({**GOOD, "tensors": {"file": GOOD["tensors"]["file"] + "\n"}}),
     ],
-    ids=range(17),
+    ids=range(18),
 )
 def test_hostile_json_is_a_clear_error(tmp_path, text):
     (tmp_path / "checkpoint.json").write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -17,7 +17,7 @@ from fastgen.training.checkpoint import load_meta, save_checkpoint
 from fastgen.training.config import config_from_json
 from fastgen.training.ema import EMA, reestimate_batch_norm
 from fastgen.training.recipes import RECIPES, DCGANRecipe
-from fastgen.training.run import plot_losses, read_metrics
+from fastgen.training.run import claim, plot_losses, read_config, read_metrics
 
 TINY = DCGANTraining(steps=7, batch_size=4, nz=4, ngf=2, ndf=2, log_every=2, save_every=3, r1_every=2)
 
@@ -81,11 +81,12 @@ def test_run_folder_is_complete(run):
 @pytest.mark.parametrize("steps", [2, 5])
 def test_stopped_and_resumed_is_bit_for_bit_the_same(run, tmp_path, monkeypatch, steps, number):
     folder = tmp_path / "run"
+    handler = signal.getsignal(signal.SIGINT)  # a shell's background job ignores it
     with monkeypatch.context() as patch:
         interrupt_after(patch, steps, number)
         stopped = train(TINY, folder)
     assert stopped.interrupted and stopped.step == steps == load_meta(folder)["step"] and stopped.evaluation is None
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     torch.manual_seed(99)
     resumed = train(TINY, folder, resume=True)
     assert resumed.step == 7 and resumed.evaluation == run.evaluation
@@ -169,6 +170,14 @@ def test_folders_that_cannot_be_a_run(run, tmp_path):
     assert tensors(run.folder).keys() == before.keys() and (tmp_path / "full" / "thesis.txt").read_text() == "mine"
 
 
+def test_one_process_at_a_time_trains_in_a_folder(run):
+    with claim(run.folder, new=False):
+        with pytest.raises(FastgenError, match="another process trains in"):
+            train(TINY, run.folder, resume=True)
+        assert len(load_model(run.folder).sample(1)) == 1, "anybody may draw from it"
+    assert train(TINY, run.folder, resume=True).step == 7
+
+
 def test_resume_refuses_other_settings(run):
     with pytest.raises(UsageError, match="nz of a run cannot change: it is 4, not 5"):
         train(dataclasses.replace(TINY, nz=5), run.folder, resume=True)
@@ -212,14 +221,19 @@ def test_a_description_that_does_not_fit_its_tensors(run, tmp_path, key, value, 
         lambda meta: meta["config"].update(lr="fast"),
         lambda meta: meta["config"].update(nz=4.0),
         lambda meta: meta["config"].update(colour=1),
+        lambda meta: meta["config"].update(nz=8192, ngf=8192, ndf=8192),  # 40 GB, were it made
+        lambda meta: meta["config"].update(batch_size=10**12),
+        lambda meta: meta["config"].update(steps=10**400),
+        lambda meta: meta["config"].update(lr=10**400),
         lambda meta: meta.update(position=-4),
         lambda meta: meta.update(position="4"),
     ],
-    ids=range(7),
+    ids=range(11),
 )
 def test_resume_from_a_damaged_description(run, tmp_path, change):
+    folder = damaged(run, tmp_path, change)
     with pytest.raises(CheckpointError):
-        train(TINY, damaged(run, tmp_path, change), resume=True)
+        train(read_config(folder), folder, resume=True)
 
 
 def test_resume_from_tensors_that_do_not_fit(run, tmp_path):
@@ -242,7 +256,7 @@ def test_load_model_draws_what_the_run_drew(run):
     images = sample(model, 5, seed=3)
     assert torch.equal(images, sample(load_model(run.folder), 5, seed=3))
     assert not torch.equal(images, sample(model, 5, seed=4))
-    for n, seed in ((0, 0), (1, -1)):
+    for n, seed in ((0, 0), (-1, 0), (10_000_000, 0), (1, -1)):
         with pytest.raises(UsageError, match="must be"):
             sample(model, n, seed)
 
@@ -259,7 +273,10 @@ def test_official_checkpoint_layout_is_what_is_saved(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"steps": 0}, "steps must be between 1 and 1000000000, not 0"),
+        ({"batch_size": 10**12}, "batch_size must be between 1 and 65536, not 10"),
+        ({"ngf": 10**6}, "ngf must be between 1 and 8192"),
+        ({"lr": 10**400}, "lr must be a number"),
         ({"seed": -1}, "seed must be"),
         ({"lr": float("nan")}, "lr must be positive"),
         ({"beta1": 1.0}, "beta1 must be"),
@@ -278,6 +295,15 @@ def test_without_matplotlib_the_plot_is_left_out(run, tmp_path, monkeypatch, cap
     (tmp_path / "metrics.jsonl").write_bytes((run.folder / "metrics.jsonl").read_bytes())
     plot_losses(tmp_path)
     assert "matplotlib is not installed" in caplog.text and not (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize("losses", ['"d"', '{"d": "1"}', '{"d": {}}', '{"d": NaN}', "{}}", "1" * 5000])
+def test_a_damaged_line_of_metrics_is_left_out(tmp_path, losses):
+    good = '{"step": 1, "losses": {"$\\\\frac$": 0.5}}\n'
+    (tmp_path / "metrics.jsonl").write_text(good + f'{{"step": 2, "losses": {losses}}}\n\0\n[]\n' + good)
+    assert len(read_metrics(tmp_path)) == 2
+    plot_losses(tmp_path)
+    assert (tmp_path / "loss.png").exists()
 
 
 def test_every_system_has_a_recipe():

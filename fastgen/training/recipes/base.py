@@ -23,6 +23,11 @@ class Recipe(ABC):
         data: what to learn from; kept whole on `device`.
         device: where to train.
         noise: source of everything random in a step, on the CPU, so that a checkpoint moves between devices.
+        state: what `tensors` returned, to go on from there. It is checked before anything of the sizes that `config`
+            asks for is made, so a file that makes up its settings costs no memory.
+
+    Raises:
+        CheckpointError: `state` is not that of this recipe with these settings.
     """
 
     model_name: ClassVar[str]
@@ -31,15 +36,27 @@ class Recipe(ABC):
     config: Any
     model: Any
 
-    def __init__(self, config: TrainConfig, data: ImageDataset, device: torch.device, noise: torch.Generator) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: ImageDataset,
+        device: torch.device,
+        noise: torch.Generator,
+        state: dict[str, Tensor] | None = None,
+    ) -> None:
         self.config = config
         self.noise = noise
         self.images = data.images.to(device)
         self.model_options = self.make_model_options(data)
+        if state is not None:
+            with torch.device("meta"):
+                _check_fits(create_model(self.model_name, **self.model_options), _under(state, "model."), "model.")
         model: Any = create_model(self.model_name, **self.model_options)
         self.model = model.to(device, memory_format=torch.channels_last)  # a quarter faster on the CPU too
         self.optimizers = self.make_optimizers()
         self.ema = EMA(self.model, self.averaged, config.ema_decay)
+        if state is not None:
+            self._load(state)
 
     @abstractmethod
     def make_model_options(self, data: ImageDataset) -> dict[str, Any]:
@@ -70,12 +87,8 @@ class Recipe(ABC):
                 named |= {f"optimizer.{name}.{index}.{key}": value for key, value in state.items()}
         return named | {"rng.noise": self.noise.get_state(), "rng.torch": torch.get_rng_state()}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `tensors`.
-
-        Raises:
-            CheckpointError: the tensors are not those of this recipe.
-        """
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `tensors`."""
         load_module(self.model, tensors, "model.")
         load_module(self.ema.module, tensors, "ema.")
         for name, optimizer in self.optimizers.items():
@@ -106,7 +119,13 @@ def load_module(module: nn.Module, tensors: dict[str, Tensor], prefix: str = "",
     Raises:
         CheckpointError: names what is missing, unknown or of another shape.
     """
-    wanted, given = module.state_dict(), _under(tensors, prefix)
+    given = _under(tensors, prefix)
+    _check_fits(module, given, prefix)
+    module.load_state_dict(given, assign=assign)
+
+
+def _check_fits(module: nn.Module, given: dict[str, Tensor], prefix: str) -> None:
+    wanted = module.state_dict()
     for name in [*wanted, *given]:
         if name not in given:
             raise CheckpointError(f"the checkpoint is of another architecture: it has no {prefix}{name}")
@@ -117,7 +136,6 @@ def load_module(module: nn.Module, tensors: dict[str, Tensor], prefix: str = "",
                 f"the checkpoint is of another architecture: {prefix}{name} is {_describe(given[name])} there and "
                 f"{_describe(wanted[name])} in the model"
             )
-    module.load_state_dict(given, assign=assign)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
