@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from fastgen import _build
-from fastgen.errors import UsageError
+from fastgen.errors import FastgenError, UsageError
 
 IMPLEMENTATIONS = ("reference", "cpp", "cuda", "triton")
 _WRITTEN: dict[str, tuple[str, ...]] = {}  # op -> the implementations it has
@@ -65,7 +65,7 @@ def _choose(op: str, impl: str, device: str) -> str:
     if impl == "auto":
         impl = "cpp" if device == "cpu" and why_not(op, "cpp", device) is None else "reference"
     elif reason := why_not(op, _checked(impl, source), device):
-        raise RuntimeError(f"{source}={impl!r} cannot run {op}: {reason}")
+        raise FastgenError(f"{source}={impl!r} cannot run {op}: {reason}")
     _used[op, impl] += 1
     return impl
 
