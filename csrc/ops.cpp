@@ -9,15 +9,16 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/conv_transpose2d_norm_act.h"
-#include "cpu/norm_act.h"
+#include "cpu/convolution.h"
 
 namespace {
 
 using fastgen::Activation;
-using fastgen::cpu::ConvTranspose2d;
+using fastgen::cpu::Convolution;
+using fastgen::cpu::ConvolutionTensors;
 using fastgen::cpu::DType;
 using fastgen::cpu::NormAct;
+using fastgen::cpu::NormActTensors;
 using fastgen::cpu::ParallelFor;
 using torch::headeronly::Layout;
 using torch::headeronly::MemoryFormat;
@@ -69,130 +70,168 @@ OptionalTensor accumulated(const OptionalTensor& x, ScalarType dtype) {
   return torch::stable::contiguous(x->scalar_type() == dtype ? *x : torch::stable::to(*x, dtype));
 }
 
-const void* data(const OptionalTensor& x) { return x ? x->const_data_ptr() : nullptr; }
+void* data(const OptionalTensor& x) { return x ? x->mutable_data_ptr() : nullptr; }
 
-NormAct norm_act_of(const Tensor& x, const std::string& norm, bool batch_stats, double eps, const std::string& activation,
-                    double negative_slope, bool channels_last) {
-  NormAct op{};
-  op.dtype = dtype_of(x);
-  op.n = x.size(0);
-  op.c = x.size(1);
-  op.s = 1;
-  for (int64_t i = 2; i < x.dim(); ++i) op.s *= x.size(i);
-  op.channels_last = channels_last || op.s == 1;
-  op.normalize = norm != "none";
-  op.batch_stats = op.normalize && batch_stats;
-  op.per_sample = op.batch_stats && norm == "instance";
-  if (op.channels_last && !op.per_sample) {  // one run of rows
-    op.s *= op.n;
-    op.n = 1;
+// The tail that every op shares, as its schema has it.
+struct Tail {
+  OptionalTensor weight, bias, mean, var, residual;  // after `prepare` in the kernel's dtype and layout
+  std::string norm;
+  int64_t num_groups;
+  double eps;
+  std::string activation;
+  double negative_slope;
+
+  // For x of these sizes; batch_stats: mean and var are those of x.
+  NormAct describe(const Tensor& x, bool batch_stats, bool channels_last) const {
+    NormAct op{};
+    op.dtype = dtype_of(x);
+    op.n = x.size(0);
+    op.c = x.size(1);
+    op.s = 1;
+    for (int64_t i = 2; i < x.dim(); ++i) op.s *= x.size(i);
+    op.channels_last = channels_last || op.s == 1;
+    op.normalize = norm != "none";
+    op.batch_stats = op.normalize && batch_stats;
+    op.per_sample = op.batch_stats && norm != "batch";
+    op.sets = op.per_sample && norm == "group" ? num_groups : op.c;
+    op.eps = eps;
+    op.activation = activation_of(activation);
+    op.negative_slope = negative_slope;
+    return op;
   }
-  op.eps = eps;
-  op.activation = activation_of(activation);
-  op.negative_slope = negative_slope;
-  return op;
+
+  NormActTensors prepare(const Tensor& x, bool channels_last) {
+    for (OptionalTensor* t : {&weight, &bias, &mean, &var}) *t = accumulated(*t, accumulation(x));
+    if (residual) residual = in_format(*residual, channels_last);
+    return {data(mean), data(var), data(weight), data(bias), data(residual)};
+  }
+};
+
+// Samples whose pixels lie one after another and share their statistics are one long sample.
+void join_samples(NormAct& op) {
+  if (!op.channels_last || op.per_sample) return;
+  op.s *= op.n;
+  op.n = 1;
 }
 
-std::vector<int64_t> moments_size(const NormAct& op, int64_t samples) {
-  if (!op.batch_stats) return {0};
-  return op.per_sample ? std::vector<int64_t>{samples, op.c} : std::vector<int64_t>{op.c};
+Tensor new_moments(const Tensor& x, const NormAct& op) {
+  if (!op.batch_stats) return new_tensor(x, {0}, accumulation(x));
+  return new_tensor(x, op.per_sample ? std::vector<int64_t>{op.n, op.sets} : std::vector<int64_t>{op.c}, accumulation(x));
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_act(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor mean, OptionalTensor var,
-                                            std::string norm, double eps, std::string activation, double negative_slope) {
+                                            OptionalTensor residual, std::string norm, int64_t num_groups, double eps,
+                                            std::string activation, double negative_slope) {
   const bool channels_last = is_channels_last(x);
   x = in_format(x, channels_last);
-  const NormAct op = norm_act_of(x, norm, !mean, eps, activation, negative_slope, channels_last);
-  const ScalarType acc = accumulation(x);
-  Tensor out = torch::stable::empty_like(x);
-  Tensor new_mean = new_tensor(x, moments_size(op, x.size(0)), acc), new_var = new_tensor(x, moments_size(op, x.size(0)), acc);
+  Tail tail{weight, bias, mean, var, residual, norm, num_groups, eps, activation, negative_slope};
+  NormAct op = tail.describe(x, !mean, channels_last);
+  Tensor out = torch::stable::empty_like(x), new_mean = new_moments(x, op), new_var = new_moments(x, op);
   if (x.numel() == 0) return {out, new_mean, new_var};
+  join_samples(op);
   if (op.batch_stats) {
     fastgen::cpu::norm_act_moments(op, x.const_data_ptr(), new_mean.mutable_data_ptr(), new_var.mutable_data_ptr(), torch_parallel);
-    mean = new_mean;
-    var = new_var;
+    tail.mean = new_mean;
+    tail.var = new_var;
   }
-  mean = accumulated(mean, acc);
-  var = accumulated(var, acc);
-  weight = accumulated(weight, acc);
-  bias = accumulated(bias, acc);
-  fastgen::cpu::norm_act_apply(op, x.const_data_ptr(), data(mean), data(var), data(weight), data(bias), out.mutable_data_ptr(),
-                               torch_parallel);
+  fastgen::cpu::norm_act_apply(op, x.const_data_ptr(), tail.prepare(x, channels_last), out.mutable_data_ptr(), torch_parallel);
   return {out, new_mean, new_var};
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_act_backward(Tensor grad_out, Tensor x, OptionalTensor weight, OptionalTensor bias,
-                                                     OptionalTensor mean, OptionalTensor var, bool batch_stats, std::string norm,
-                                                     double eps, std::string activation, double negative_slope) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(Tensor grad_out, Tensor x, OptionalTensor weight, OptionalTensor bias,
+                                                             OptionalTensor mean, OptionalTensor var, OptionalTensor residual,
+                                                             bool batch_stats, std::string norm, int64_t num_groups, double eps,
+                                                             std::string activation, double negative_slope) {
   const bool channels_last = is_channels_last(x);
   x = in_format(x, channels_last);
   grad_out = in_format(grad_out, channels_last);
-  const NormAct op = norm_act_of(x, norm, batch_stats, eps, activation, negative_slope, channels_last);
-  const ScalarType acc = accumulation(x);
+  Tail tail{weight, bias, mean, var, residual, norm, num_groups, eps, activation, negative_slope};
+  NormAct op = tail.describe(x, batch_stats, channels_last);
   const std::vector<int64_t> channels{op.normalize ? op.c : 0};
-  Tensor grad_x = torch::stable::empty_like(x), grad_weight = new_tensor(x, channels, acc), grad_bias = new_tensor(x, channels, acc);
+  Tensor grad_x = torch::stable::empty_like(x), grad_residual = residual ? torch::stable::empty_like(x) : new_tensor(x, {0}, x.scalar_type());
+  Tensor grad_weight = new_tensor(x, channels, accumulation(x)), grad_bias = new_tensor(x, channels, accumulation(x));
   if (x.numel() == 0) {
     torch::stable::zero_(grad_weight);
     torch::stable::zero_(grad_bias);
-    return {grad_x, grad_weight, grad_bias};
+    return {grad_x, grad_weight, grad_bias, grad_residual};
   }
-  mean = accumulated(mean, acc);
-  var = accumulated(var, acc);
-  weight = accumulated(weight, acc);
-  bias = accumulated(bias, acc);
-  fastgen::cpu::norm_act_backward(op, grad_out.const_data_ptr(), x.const_data_ptr(), data(mean), data(var), data(weight), data(bias),
-                                  grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr(), grad_bias.mutable_data_ptr(),
+  join_samples(op);
+  fastgen::cpu::norm_act_backward(op, grad_out.const_data_ptr(), x.const_data_ptr(), tail.prepare(x, channels_last),
+                                  {grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr(), grad_bias.mutable_data_ptr(),
+                                   residual ? grad_residual.mutable_data_ptr() : nullptr},
                                   torch_parallel);
-  return {grad_x, grad_weight, grad_bias};
+  return {grad_x, grad_weight, grad_bias, grad_residual};
+}
+
+using ConvolutionKernel = decltype(fastgen::cpu::conv2d_norm_act);
+
+// `conv` comes with its geometry and the output's height and width; the rest is filled in here.
+std::tuple<Tensor, Tensor, Tensor, Tensor> convolve(Convolution conv, int64_t out_channels, ConvolutionKernel* kernel, Tensor x,
+                                                    const Tensor& weight, OptionalTensor bias, Tail tail, bool save) {
+  const bool x_channels_last = is_channels_last(x), channels_last = x_channels_last || is_channels_last(weight);
+  x = in_format(x, x_channels_last);
+  conv.ic = x.size(1);
+  conv.ih = x.size(2);
+  conv.iw = x.size(3);
+  conv.kh = weight.size(2);
+  conv.kw = weight.size(3);
+  for (int i = 0; i < 4; ++i) conv.weight_strides[i] = weight.stride(i);
+  conv.x_channels_last = x_channels_last || conv.ih * conv.iw == 1;
+
+  Tensor out = new_tensor(x, {x.size(0), out_channels, conv.oh, conv.ow}, x.scalar_type(), channels_last);
+  const NormAct op = tail.describe(out, !tail.mean, channels_last);
+  Tensor pre = save ? torch::stable::empty_like(out) : new_tensor(x, {0}, x.scalar_type());
+  Tensor new_mean = new_moments(x, op), new_var = new_moments(x, op);
+  if (out.numel() == 0) return {out, pre, new_mean, new_var};
+  bias = accumulated(bias, accumulation(x));
+  if (op.batch_stats) {
+    tail.mean = new_mean;
+    tail.var = new_var;
+  }
+  kernel(conv, op, {x.const_data_ptr(), weight.const_data_ptr(), data(bias), save ? pre.mutable_data_ptr() : nullptr, out.mutable_data_ptr()},
+         tail.prepare(out, channels_last), torch_parallel);
+  return {out, pre, new_mean, new_var};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_transpose2d_norm_act(
     Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor mean,
-    OptionalTensor var, std::string norm, double eps, std::string activation, double negative_slope, std::vector<int64_t> stride,
-    std::vector<int64_t> padding, std::vector<int64_t> output_padding, int64_t groups, std::vector<int64_t> dilation, bool save) {
-  const bool x_channels_last = is_channels_last(x), channels_last = x_channels_last || is_channels_last(weight);
-  x = in_format(x, x_channels_last);
-  ConvTranspose2d conv{};
-  int64_t out_size[2];
+    OptionalTensor var, OptionalTensor residual, std::string norm, int64_t num_groups, double eps, std::string activation,
+    double negative_slope, std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> output_padding, int64_t groups,
+    std::vector<int64_t> dilation, bool save) {
+  Convolution conv{};
+  int64_t size[2];
   for (int i = 0; i < 2; ++i) {
-    out_size[i] = (x.size(2 + i) - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.size(2 + i) - 1) + output_padding[i] + 1;
+    size[i] = (x.size(2 + i) - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.size(2 + i) - 1) + output_padding[i] + 1;
     conv.stride[i] = stride[i];
     conv.padding[i] = padding[i];
     conv.dilation[i] = dilation[i];
   }
-  for (int i = 0; i < 4; ++i) conv.weight_strides[i] = weight.stride(i);
-  conv.ic = x.size(1);
-  conv.ih = x.size(2);
-  conv.iw = x.size(3);
-  conv.oh = out_size[0];
-  conv.ow = out_size[1];
-  conv.kh = weight.size(2);
-  conv.kw = weight.size(3);
+  conv.oh = size[0];
+  conv.ow = size[1];
   conv.groups = groups;
-  conv.x_channels_last = x_channels_last || conv.ih * conv.iw == 1;
+  return convolve(conv, weight.size(1) * groups, fastgen::cpu::conv_transpose2d_norm_act, x, weight, bias,
+                  {norm_weight, norm_bias, mean, var, residual, norm, num_groups, eps, activation, negative_slope}, save);
+}
 
-  Tensor out = new_tensor(x, {x.size(0), weight.size(1) * groups, conv.oh, conv.ow}, x.scalar_type(), channels_last);
-  NormAct op = norm_act_of(out, norm, !mean, eps, activation, negative_slope, channels_last);
-  op.n = x.size(0);  // the convolution works image by image
-  op.s = conv.oh * conv.ow;
-  Tensor pre = save ? torch::stable::empty_like(out) : new_tensor(x, {0}, x.scalar_type());
-  const ScalarType acc = accumulation(x);
-  Tensor new_mean = new_tensor(x, moments_size(op, op.n), acc), new_var = new_tensor(x, moments_size(op, op.n), acc);
-  if (out.numel() == 0) return {out, pre, new_mean, new_var};
-  bias = accumulated(bias, acc);
-  norm_weight = accumulated(norm_weight, acc);
-  norm_bias = accumulated(norm_bias, acc);
-  if (op.batch_stats) {
-    mean = new_mean;
-    var = new_var;
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_norm_act(
+    Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor mean,
+    OptionalTensor var, OptionalTensor residual, std::string norm, int64_t num_groups, double eps, std::string activation,
+    double negative_slope, std::vector<int64_t> stride, std::vector<int64_t> padding, bool reflect, int64_t groups,
+    std::vector<int64_t> dilation, bool save) {
+  Convolution conv{};
+  int64_t size[2];
+  for (int i = 0; i < 2; ++i) {
+    size[i] = (x.size(2 + i) + 2 * padding[i] - dilation[i] * (weight.size(2 + i) - 1) - 1) / stride[i] + 1;
+    conv.stride[i] = stride[i];
+    conv.padding[i] = padding[i];
+    conv.dilation[i] = dilation[i];
   }
-  mean = accumulated(mean, acc);
-  var = accumulated(var, acc);
-  fastgen::cpu::conv_transpose2d_norm_act(conv, op, x.const_data_ptr(), weight.const_data_ptr(), data(bias),
-                                          mean ? mean->mutable_data_ptr() : nullptr, var ? var->mutable_data_ptr() : nullptr,
-                                          data(norm_weight), data(norm_bias), save ? pre.mutable_data_ptr() : nullptr,
-                                          out.mutable_data_ptr(), torch_parallel);
-  return {out, pre, new_mean, new_var};
+  conv.oh = size[0];
+  conv.ow = size[1];
+  conv.groups = groups;
+  conv.reflect = reflect;
+  return convolve(conv, weight.size(0), fastgen::cpu::conv2d_norm_act, x, weight, bias,
+                  {norm_weight, norm_bias, mean, var, residual, norm, num_groups, eps, activation, negative_slope}, save);
 }
 
 }  // namespace
@@ -200,5 +239,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_transpose2d_norm_act(
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
   m.impl("norm_act", TORCH_BOX(&norm_act));
   m.impl("norm_act_backward", TORCH_BOX(&norm_act_backward));
+  m.impl("conv2d_norm_act", TORCH_BOX(&conv2d_norm_act));
   m.impl("conv_transpose2d_norm_act", TORCH_BOX(&conv_transpose2d_norm_act));
 }

@@ -47,7 +47,8 @@ class OpCase:
             if name in ("running_var", "norm_weight"):
                 value = value.abs() + 0.5
             if name == "weight":
-                value /= math.sqrt(max(1, value[:, 0].numel()) / math.prod(self._steps()))
+                fan_in = value[:, 0].numel() if "transpose" in self.op else value[0].numel()
+                value /= math.sqrt(max(1, fan_in) / math.prod(self._steps()))
             if channels_last and value.dim() == 4:
                 value = value.contiguous(memory_format=torch.channels_last)
             made[name] = value.to(dtype)
@@ -65,20 +66,25 @@ class OpCase:
 
     def _steps(self) -> tuple[int, int]:
         stride = self.options.get("stride", 1)
-        return (stride, stride) if isinstance(stride, int) else stride
+        return (1, 1) if "transpose" not in self.op else (stride, stride) if isinstance(stride, int) else stride
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Traffic of a forward pass that reads each input and writes the output once."""
-        with torch.device("meta"):
-            meta = {name: torch.empty(shape, dtype=dtype) for name, shape in self.shapes.items()}
-            out = self.call(meta, impl="reference")
-        return sum(t.numel() * t.element_size() for t in (*meta.values(), out))
+        sizes = [math.prod(shape) for shape in (*self.shapes.values(), self._output_shape())]
+        return sum(sizes) * dtype.itemsize
+
+    def _output_shape(self) -> tuple[int, ...]:
+        meta = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
+        return tuple(self.call(meta, impl="reference").shape)
 
     def flops(self) -> int:
         """Multiplications and additions of the convolution, done directly; 0 for the ops without one."""
         if "weight" not in self.shapes:
             return 0
-        n, channels, height, width = self.shapes["x"]
+        if "transpose" in self.op:
+            n, channels, height, width = self.shapes["x"]
+            return 2 * n * height * width * channels * math.prod(self.shapes["weight"][1:])
+        n, channels, height, width = self._output_shape()
         return 2 * n * height * width * channels * math.prod(self.shapes["weight"][1:])
 
 
@@ -98,17 +104,25 @@ def _conv(
     x: tuple[int, ...],
     weight: tuple[int, ...],
     *,
+    op: str = "conv_transpose2d_norm_act",
     bias: bool = False,
     affine: bool = True,
     running: bool = True,
+    residual: tuple[int, ...] | None = None,
     bench: bool = False,
     **options: Any,
 ) -> OpCase:
-    channels = weight[1] * options.get("groups", 1)
+    channels = weight[1] * options.get("groups", 1) if "transpose" in op else weight[0]
     shapes = {"x": x, "weight": weight} | ({"bias": (channels,)} if bias else {})
     if options.get("norm", "batch") != "none":
         shapes |= _channels(channels, affine, running)
-    return OpCase("conv_transpose2d_norm_act", name, shapes, options, bench)
+    if residual:
+        shapes["residual"] = residual
+    return OpCase(op, name, shapes, options, bench)
+
+
+def _conv2d(name: str, x: tuple[int, ...], weight: tuple[int, ...], **options: Any) -> OpCase:
+    return _conv(name, x, weight, op="conv2d_norm_act", **options)
 
 
 _DCGAN = {"training": True, "activation": "relu", "stride": 2, "padding": 1, "bench": True}
@@ -123,6 +137,12 @@ CASES = [
     _norm_act("instance-running", (2, 3, 4, 4), norm="instance", training=True, activation="leaky_relu", negative_slope=0.2),
     _norm_act("instance-eval", (2, 3, 4, 4), norm="instance", activation="sigmoid"),
     _norm_act("none", (2, 3, 5, 5), affine=False, running=False, norm="none", activation="tanh"),
+    OpCase("norm_act", "group", {"x": (3, 6, 4, 5), "norm_weight": (6,), "norm_bias": (6,)},
+           {"norm": "group", "num_groups": 2, "activation": "silu"}),
+    OpCase("norm_act", "residual", {"x": (3, 4, 5, 3), "residual": (3, 4, 5, 3), "norm_weight": (4,), "norm_bias": (4,)},
+           {"training": True, "activation": "relu"}),
+    OpCase("norm_act", "residual-none", {"x": (2, 4, 5, 3), "residual": (2, 4, 5, 3)},
+           {"norm": "none", "activation": "tanh"}),
     _norm_act("one-channel", (5, 1, 3, 3), training=True, eps=1e-3),
     _conv("dcgan-first", (5, 12, 1, 1), (12, 8, 4, 4), training=True, activation="relu"),
     _conv("dcgan-middle", (3, 6, 4, 4), (6, 9, 4, 4), training=True, activation="relu", stride=2, padding=1),
@@ -139,6 +159,21 @@ CASES = [
     _conv("gaps", (2, 3, 3, 3), (3, 4, 2, 1), bias=True, training=True, stride=3, output_padding=2, activation="silu"),
     _conv("linear", (2, 3, 3, 4), (3, 5, 3, 3), bias=True, norm="none", activation="identity"),
     _conv("wide-rows", (1, 3, 40, 21), (3, 2, 4, 4), training=True, stride=2, padding=1),
+    _conv("group-residual", (2, 4, 3, 3), (4, 6, 4, 4), residual=(2, 6, 6, 6), running=False, norm="group", num_groups=3,
+          stride=2, padding=1, activation="silu"),
+    _conv2d("patchgan-first", (2, 3, 8, 7), (5, 3, 4, 4), bias=True, norm="none", stride=2, padding=1, negative_slope=0.2),
+    _conv2d("patchgan-middle", (2, 4, 8, 8), (20, 4, 4, 4), training=True, stride=2, padding=1, negative_slope=0.2),
+    _conv2d("eval", (2, 4, 5, 6), (3, 4, 3, 3), bias=True, padding=1, activation="relu"),
+    _conv2d("cyclegan-first", (1, 3, 9, 8), (4, 3, 7, 7), bias=True, norm="instance", affine=False, running=False, padding=3,
+            padding_mode="reflect", activation="relu"),
+    _conv2d("cyclegan-block", (2, 4, 5, 6), (4, 4, 3, 3), bias=True, norm="instance", affine=False, running=False, padding=1,
+            padding_mode="reflect", activation="identity", residual=(2, 4, 5, 6)),
+    _conv2d("unclip-block", (2, 3, 6, 5), (8, 3, 3, 3), bias=True, norm="group", num_groups=4, running=False, padding=1,
+            activation="silu"),
+    _conv2d("groups", (2, 6, 7, 5), (4, 3, 3, 2), bias=True, training=True, groups=2, stride=(2, 1), padding=(0, 1),
+            dilation=(2, 3), activation="sigmoid"),
+    _conv2d("plain-residual", (2, 3, 6, 6), (4, 3, 1, 1), norm="none", activation="relu", residual=(2, 4, 6, 6)),
+    _conv2d("linear-residual", (2, 3, 6, 6), (4, 3, 1, 1), norm="none", activation="identity", residual=(2, 4, 6, 6)),
     _conv("dcgan64-0", (64, 100, 1, 1), (100, 512, 4, 4), training=True, activation="relu", bench=True),
     _conv("dcgan64-1", (64, 512, 4, 4), (512, 256, 4, 4), **_DCGAN),
     _conv("dcgan64-2", (64, 256, 8, 8), (256, 128, 4, 4), **_DCGAN),

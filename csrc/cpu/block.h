@@ -49,28 +49,23 @@ inline void activate_grad_block(Activation act, A* grad, const A* z, int64_t cou
   }
 }
 
-// The affine map of the normalisation: z = (x - center) * scale + shift, a coefficient a (sample,) channel.
+// The affine map of the normalisation: z = (x - center) * scale + shift, a coefficient a (row of stats,) channel.
 template <class A>
 struct Affine {
-  std::unique_ptr<A[]> rstd, scale;
-  const A* center;
-  const A* shift;  // (c)
-  std::unique_ptr<A[]> zeros;
+  std::unique_ptr<A[]> center, rstd, scale;
+  std::unique_ptr<A[]> shift;  // (c)
 
-  Affine(const NormAct& op, const void* mean, const void* var, const void* weight, const void* bias)
-      : center(static_cast<const A*>(mean)), shift(static_cast<const A*>(bias)) {
-    const int64_t groups = op.per_sample ? op.n : 1;
-    rstd = scratch<A>(groups * op.c);
-    scale = scratch<A>(groups * op.c);
-    for (int64_t i = 0; i < groups * op.c; ++i) {
-      rstd[i] = A(1) / std::sqrt(static_cast<const A*>(var)[i] + static_cast<A>(op.eps));
-      scale[i] = weight ? rstd[i] * static_cast<const A*>(weight)[i % op.c] : rstd[i];
+  Affine(const NormAct& op, const NormActTensors& given)
+      : center(scratch<A>(op.rows_of_stats() * op.c)), rstd(scratch<A>(op.rows_of_stats() * op.c)),
+        scale(scratch<A>(op.rows_of_stats() * op.c)), shift(scratch<A>(op.c)) {
+    const A* weight = static_cast<const A*>(given.weight);
+    for (int64_t k = 0; k < op.rows_of_stats() * op.c; ++k) {
+      const int64_t set = op.set(k / op.c, k % op.c);
+      center[k] = static_cast<const A*>(given.mean)[set];
+      rstd[k] = A(1) / std::sqrt(static_cast<const A*>(given.var)[set] + static_cast<A>(op.eps));
+      scale[k] = weight ? rstd[k] * weight[k % op.c] : rstd[k];
     }
-    if (!shift) {
-      zeros = scratch<A>(op.c);
-      std::fill_n(zeros.get(), op.c, A(0));
-      shift = zeros.get();
-    }
+    for (int64_t channel = 0; channel < op.c; ++channel) shift[channel] = given.bias ? static_cast<const A*>(given.bias)[channel] : A(0);
   }
 };
 

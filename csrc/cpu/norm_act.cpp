@@ -20,54 +20,86 @@ struct Each {
   A operator[](int64_t i) const { return values[i]; }
 };
 
-// Calls body(offset, count, sample, channel) for blocks that cover elements of x in memory order. Contiguous: each within one
-// plane, `channel` is the plane's; channels_last: each within one row, `channel` is the first element's.
+// A run of elements within one row of x: a plane (n, c) when contiguous, a pixel (n, s) when channels_last.
+struct Block {
+  int64_t at, count;  // in x
+  int64_t channel;    // of the plane, or of the first element
+  int64_t k;          // of the coefficients, (rows of stats, c)
+};
+
+inline int64_t row_count(const NormAct& op) { return op.n * (op.channels_last ? op.s : op.c); }
+
 template <class Body>
 void for_each_block(const NormAct& op, int64_t begin_row, int64_t end_row, const Body& body) {
   const int64_t length = op.channels_last ? op.c : op.s;
   for (int64_t row = begin_row; row < end_row; ++row) {
     const int64_t sample = row / (op.channels_last ? op.s : op.c);
-    for (int64_t i = 0; i < length; i += kBlock)
-      body(row * length + i, std::min(kBlock, length - i), sample, op.channels_last ? i : row % op.c);
+    for (int64_t i = 0; i < length; i += kBlock) {
+      const int64_t channel = op.channels_last ? i : row % op.c;
+      body(Block{row * length + i, std::min(kBlock, length - i), channel, (op.per_sample ? sample * op.c : 0) + channel});
+    }
   }
 }
 
-inline int64_t row_count(const NormAct& op) { return op.n * (op.channels_last ? op.s : op.c); }
+// The same over elements alone, when nothing depends on the channel.
+template <class Body>
+void for_each_element_block(const NormAct& op, const ParallelFor& parallel, const Body& body) {
+  const int64_t size = op.n * op.c * op.s;
+  parallel(ceil_div(size, kBlock), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kBlock; i < std::min(end * kBlock, size); i += kBlock) body(i, std::min(kBlock, size - i));
+  });
+}
+
+// Calls body(coefficient) with each array of coefficients in the form that the layout wants.
+template <class A, class Body>
+inline void with_coefficients(const NormAct& op, const Affine<A>& affine, const Block& block, const Body& body) {
+  const A *center = affine.center.get() + block.k, *scale = affine.scale.get() + block.k, *shift = affine.shift.get() + block.channel;
+  if (op.channels_last)
+    body(Each<A>{center}, Each<A>{scale}, Each<A>{shift});
+  else
+    body(Same<A>{*center}, Same<A>{*scale}, Same<A>{*shift});
+}
+
+// z = (x - center) * scale + shift + residual
+template <class T>
+inline void affine_block(const NormAct& op, const Affine<Acc<T>>& affine, const Block& block, const T* x, const T* residual, Acc<T>* z) {
+  with_coefficients(op, affine, block, [&](auto center, auto scale, auto shift) {
+    for (int64_t i = 0; i < block.count; ++i) z[i] = (load(x + block.at + i) - center[i]) * scale[i] + shift[i];
+  });
+  if (residual)
+    for (int64_t i = 0; i < block.count; ++i) z[i] += load(residual + block.at + i);
+}
 
 template <class T>
-void apply(const NormAct& op, const void* x_, const void* mean, const void* var, const void* weight, const void* bias, void* out_,
-           const ParallelFor& parallel) {
+inline void plain_block(const T* x, const T* residual, int64_t at, int64_t count, Acc<T>* z) {
+  load_block(x + at, z, count);
+  if (residual)
+    for (int64_t i = 0; i < count; ++i) z[i] += load(residual + at + i);
+}
+
+template <class T>
+void apply(const NormAct& op, const void* x_, const NormActTensors& given, void* out_, const ParallelFor& parallel) {
   using A = Acc<T>;
   const T* x = static_cast<const T*>(x_);
+  const T* residual = static_cast<const T*>(given.residual);
   T* out = static_cast<T*>(out_);
   const A slope = static_cast<A>(op.negative_slope);
   if (!op.normalize) {
-    const int64_t size = op.n * op.c * op.s;
-    parallel(ceil_div(size, kBlock), [&](int64_t begin, int64_t end) {
+    for_each_element_block(op, parallel, [&](int64_t at, int64_t count) {
       A z[kBlock];
-      for (int64_t i = begin * kBlock; i < std::min(end * kBlock, size); i += kBlock) {
-        const int64_t count = std::min(kBlock, size - i);
-        load_block(x + i, z, count);
-        activate_block(op.activation, z, count, slope);
-        store_block(out + i, z, count);
-      }
+      plain_block(x, residual, at, count, z);
+      activate_block(op.activation, z, count, slope);
+      store_block(out + at, z, count);
     });
     return;
   }
-  const Affine<A> affine(op, mean, var, weight, bias);
+  const Affine<A> affine(op, given);
   parallel(row_count(op), [&](int64_t begin, int64_t end) {
     A z[kBlock];
-    for_each_block(op, begin, end, [&](int64_t at, int64_t count, int64_t sample, int64_t channel) {
-      const int64_t k = (op.per_sample ? sample * op.c : 0) + channel;
-      const auto run = [&](auto center, auto scale, auto shift) {
-        for (int64_t i = 0; i < count; ++i) z[i] = (load(x + at + i) - center[i]) * scale[i] + shift[i];
-      };
-      if (op.channels_last)
-        run(Each<A>{affine.center + k}, Each<A>{affine.scale.get() + k}, Each<A>{affine.shift + channel});
-      else
-        run(Same<A>{affine.center[k]}, Same<A>{affine.scale[k]}, Same<A>{affine.shift[channel]});
-      activate_block(op.activation, z, count, slope);
-      store_block(out + at, z, count);
+    for_each_block(op, begin, end, [&](const Block& block) {
+      affine_block(op, affine, block, x, residual, z);
+      activate_block(op.activation, z, block.count, slope);
+      store_block(out + block.at, z, block.count);
     });
   });
 }
@@ -118,54 +150,91 @@ void moments(const NormAct& op, const void* x_, void* mean, void* var, const Par
   merge_moments(op, parts, chunks, mean, var);
 }
 
+// What the batch's statistics subtract from the gradient: dx = scale * g - offset - (x - mean) * slope, a (row of stats, channel).
+template <class A>
+struct StatsGrad {
+  std::unique_ptr<A[]> offset, slope;
+};
+
+// The sums of g and of g * (x - mean) become the gradients of weight and bias, and StatsGrad.
+template <class A>
+StatsGrad<A> merge_sums(const NormAct& op, const Affine<A>& affine, const std::vector<double>& g, const std::vector<double>& gx,
+                        int64_t chunks, A* grad_weight, A* grad_bias) {
+  const int64_t rows = op.rows_of_stats(), merged = op.per_sample ? chunks : op.n * chunks, size = rows * op.sets;
+  const double count = static_cast<double>((op.per_sample ? 1 : op.n) * op.s * (op.c / op.sets));
+  std::vector<double> set_g(static_cast<size_t>(size)), set_gx(static_cast<size_t>(size)), weight(static_cast<size_t>(op.c)),
+      bias(static_cast<size_t>(op.c));
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t channel = 0; channel < op.c; ++channel) {
+      double sum_g = 0, sum_gx = 0;
+      for (int64_t part = row * merged; part < (row + 1) * merged; ++part) {
+        sum_g += g[part * op.c + channel];
+        sum_gx += gx[part * op.c + channel];
+      }
+      const int64_t k = row * op.c + channel;
+      bias[channel] += sum_g;
+      weight[channel] += sum_gx * affine.rstd[k];
+      set_g[op.set(row, channel)] += sum_g * affine.scale[k];
+      set_gx[op.set(row, channel)] += sum_gx * affine.scale[k];
+    }
+  std::copy(weight.begin(), weight.end(), grad_weight);
+  std::copy(bias.begin(), bias.end(), grad_bias);
+  StatsGrad<A> result{scratch<A>(rows * op.c), scratch<A>(rows * op.c)};
+  for (int64_t k = 0; k < rows * op.c; ++k) {
+    const int64_t set = op.set(k / op.c, k % op.c);
+    const double rstd = affine.rstd[k];
+    result.offset[k] = op.batch_stats ? static_cast<A>(set_g[set] / count) : A(0);
+    result.slope[k] = op.batch_stats ? static_cast<A>(rstd * rstd * set_gx[set] / count) : A(0);
+  }
+  return result;
+}
+
 template <class T>
-void backward(const NormAct& op, const void* grad_out_, const void* x_, const void* mean, const void* var, const void* weight,
-              const void* bias, void* grad_x_, void* grad_weight, void* grad_bias, const ParallelFor& parallel) {
+void backward(const NormAct& op, const void* grad_out_, const void* x_, const NormActTensors& given, const NormActGrads& grads,
+              const ParallelFor& parallel) {
   using A = Acc<T>;
   const T* grad_out = static_cast<const T*>(grad_out_);
   const T* x = static_cast<const T*>(x_);
-  T* grad_x = static_cast<T*>(grad_x_);
+  const T* residual = static_cast<const T*>(given.residual);
+  T* grad_x = static_cast<T*>(grads.x);
+  T* grad_residual = static_cast<T*>(grads.residual);
   const A slope = static_cast<A>(op.negative_slope);
   if (!op.normalize) {
-    const int64_t size = op.n * op.c * op.s;
-    parallel(ceil_div(size, kBlock), [&](int64_t begin, int64_t end) {
+    for_each_element_block(op, parallel, [&](int64_t at, int64_t count) {
       A g[kBlock], z[kBlock];
-      for (int64_t i = begin * kBlock; i < std::min(end * kBlock, size); i += kBlock) {
-        const int64_t count = std::min(kBlock, size - i);
-        load_block(grad_out + i, g, count);
-        load_block(x + i, z, count);
-        activate_grad_block(op.activation, g, z, count, slope);
-        store_block(grad_x + i, g, count);
-      }
+      load_block(grad_out + at, g, count);
+      plain_block(x, residual, at, count, z);
+      activate_grad_block(op.activation, g, z, count, slope);
+      store_block(grad_x + at, g, count);
+      if (grad_residual) store_block(grad_residual + at, g, count);
     });
     return;
   }
 
-  const Affine<A> affine(op, mean, var, weight, bias);
-  // g = grad_out * act'(z) of one block
-  const auto grad_block = [&](int64_t at, int64_t count, auto center, auto scale, auto shift, A* g, A* z) {
-    for (int64_t i = 0; i < count; ++i) z[i] = (load(x + at + i) - center[i]) * scale[i] + shift[i];
-    load_block(grad_out + at, g, count);
-    activate_grad_block(op.activation, g, z, count, slope);
+  const Affine<A> affine(op, given);
+  // g = grad_out * act'(z)
+  const auto grad_block = [&](const Block& block, A* g) {
+    A z[kBlock];
+    affine_block(op, affine, block, x, residual, z);
+    load_block(grad_out + block.at, g, block.count);
+    activate_grad_block(op.activation, g, z, block.count, slope);
   };
 
   // Pass 1: sums of g and of g * (x - mean), a (sample, chunk, channel), in double.
-  const int64_t chunk = rows_a_chunk(op), chunks = ceil_div(op.s, chunk);
-  const int64_t parts = op.n * chunks * op.c;
+  const int64_t chunk = rows_a_chunk(op), chunks = ceil_div(op.s, chunk), parts = op.n * chunks * op.c;
   std::vector<double> sums_g(static_cast<size_t>(parts)), sums_gx(static_cast<size_t>(parts));
   parallel(op.channels_last ? op.n * chunks : op.n * op.c, [&](int64_t begin, int64_t end) {
-    A g[kBlock], z[kBlock];
+    A g[kBlock];
     for (int64_t i = begin; i < end; ++i) {
       if (!op.channels_last) {
-        for_each_block(op, i, i + 1, [&](int64_t at, int64_t count, int64_t, int64_t channel) {
-          const int64_t k = op.per_sample ? i : channel;
-          const A center = affine.center[k];
-          grad_block(at, count, Same<A>{center}, Same<A>{affine.scale[k]}, Same<A>{affine.shift[channel]}, g, z);
+        for_each_block(op, i, i + 1, [&](const Block& block) {
+          grad_block(block, g);
+          const A center = affine.center[block.k];
           double sum_g = 0, sum_gx = 0;
 #pragma omp simd reduction(+ : sum_g, sum_gx)
-          for (int64_t j = 0; j < count; ++j) {
+          for (int64_t j = 0; j < block.count; ++j) {
             sum_g += g[j];
-            sum_gx += g[j] * (load(x + at + j) - center);
+            sum_gx += g[j] * (load(x + block.at + j) - center);
           }
           sums_g[i] += sum_g;
           sums_gx[i] += sum_gx;
@@ -173,56 +242,39 @@ void backward(const NormAct& op, const void* grad_out_, const void* x_, const vo
         continue;
       }
       const int64_t sample = i / chunks, first_row = sample * op.s + i % chunks * chunk;
-      for_each_block(op, first_row, std::min((sample + 1) * op.s, first_row + chunk), [&](int64_t at, int64_t count, int64_t, int64_t channel) {
-        const int64_t k = (op.per_sample ? sample * op.c : 0) + channel;
-        const A* center = affine.center + k;
-        grad_block(at, count, Each<A>{center}, Each<A>{affine.scale.get() + k}, Each<A>{affine.shift + channel}, g, z);
-        double* sum_g = sums_g.data() + i * op.c + channel;
-        double* sum_gx = sums_gx.data() + i * op.c + channel;
-        for (int64_t j = 0; j < count; ++j) {
+      for_each_block(op, first_row, std::min((sample + 1) * op.s, first_row + chunk), [&](const Block& block) {
+        grad_block(block, g);
+        const A* center = affine.center.get() + block.k;
+        double* sum_g = sums_g.data() + i * op.c + block.channel;
+        double* sum_gx = sums_gx.data() + i * op.c + block.channel;
+        for (int64_t j = 0; j < block.count; ++j) {
           sum_g[j] += g[j];
-          sum_gx[j] += g[j] * (load(x + at + j) - center[j]);
+          sum_gx[j] += g[j] * (load(x + block.at + j) - center[j]);
         }
       });
     }
   });
 
-  // Pass 2: dx = scale * (g - sum(g) / m - (x - mean) * rstd^2 * sum(g * (x - mean)) / m), the last two only through batch statistics.
-  const int64_t groups = op.per_sample ? op.n : 1, merged = op.per_sample ? chunks : op.n * chunks;
-  const double m = static_cast<double>((op.per_sample ? 1 : op.n) * op.s);
-  auto offset = scratch<A>(groups * op.c), slope_x = scratch<A>(groups * op.c);
-  std::fill_n(static_cast<A*>(grad_weight), op.c, A(0));
-  std::fill_n(static_cast<A*>(grad_bias), op.c, A(0));
-  for (int64_t group = 0; group < groups; ++group)
-    for (int64_t channel = 0; channel < op.c; ++channel) {
-      double g = 0, gx = 0;
-      for (int64_t part = group * merged; part < (group + 1) * merged; ++part) {
-        g += sums_g[part * op.c + channel];
-        gx += sums_gx[part * op.c + channel];
-      }
-      const int64_t k = group * op.c + channel;
-      const double rstd = affine.rstd[k];
-      static_cast<A*>(grad_bias)[channel] += static_cast<A>(g);
-      static_cast<A*>(grad_weight)[channel] += static_cast<A>(gx * rstd);
-      offset[k] = op.batch_stats ? static_cast<A>(g / m) : A(0);
-      slope_x[k] = op.batch_stats ? static_cast<A>(rstd * rstd * gx / m) : A(0);
-    }
+  // Pass 2: dx = scale * g - offset - (x - mean) * slope.
+  const StatsGrad<A> stats =
+      merge_sums(op, affine, sums_g, sums_gx, chunks, static_cast<A*>(grads.weight), static_cast<A*>(grads.bias));
   parallel(row_count(op), [&](int64_t begin, int64_t end) {
-    A g[kBlock], z[kBlock];
-    for_each_block(op, begin, end, [&](int64_t at, int64_t count, int64_t sample, int64_t channel) {
-      const int64_t k = (op.per_sample ? sample * op.c : 0) + channel;
-      const auto run = [&](auto center, auto scale, auto shift, auto off, auto slope_of_x) {
-        grad_block(at, count, center, scale, shift, g, z);
-        for (int64_t i = 0; i < count; ++i)
-          g[i] = scale[i] * (g[i] - off[i] - (load(x + at + i) - center[i]) * slope_of_x[i]);
+    A g[kBlock];
+    for_each_block(op, begin, end, [&](const Block& block) {
+      grad_block(block, g);
+      if (grad_residual) store_block(grad_residual + block.at, g, block.count);
+      const A *offset = stats.offset.get() + block.k, *slope_of_x = stats.slope.get() + block.k;
+      const auto run = [&](auto center, auto scale, auto off, auto along_x) {
+        for (int64_t i = 0; i < block.count; ++i)
+          g[i] = scale[i] * g[i] - off[i] - (load(x + block.at + i) - center[i]) * along_x[i];
       };
-      if (op.channels_last)
-        run(Each<A>{affine.center + k}, Each<A>{affine.scale.get() + k}, Each<A>{affine.shift + channel}, Each<A>{offset.get() + k},
-            Each<A>{slope_x.get() + k});
-      else
-        run(Same<A>{affine.center[k]}, Same<A>{affine.scale[k]}, Same<A>{affine.shift[channel]}, Same<A>{offset[k]},
-            Same<A>{slope_x[k]});
-      store_block(grad_x + at, g, count);
+      with_coefficients(op, affine, block, [&](auto center, auto scale, auto) {
+        if constexpr (std::is_same_v<decltype(center), Each<A>>)
+          run(center, scale, Each<A>{offset}, Each<A>{slope_of_x});
+        else
+          run(center, scale, Same<A>{*offset}, Same<A>{*slope_of_x});
+      });
+      store_block(grad_x + block.at, g, block.count);
     });
   });
 }
@@ -231,15 +283,13 @@ inline void norm_act_moments(const NormAct& op, const void* x, void* mean, void*
   FASTGEN_FOR_DTYPE(op.dtype, moments, op, x, mean, var, parallel)
 }
 
-inline void norm_act_apply(const NormAct& op, const void* x, const void* mean, const void* var, const void* weight, const void* bias,
-                           void* out, const ParallelFor& parallel) {
-  FASTGEN_FOR_DTYPE(op.dtype, apply, op, x, mean, var, weight, bias, out, parallel)
+inline void norm_act_apply(const NormAct& op, const void* x, const NormActTensors& given, void* out, const ParallelFor& parallel) {
+  FASTGEN_FOR_DTYPE(op.dtype, apply, op, x, given, out, parallel)
 }
 
-inline void norm_act_backward(const NormAct& op, const void* grad_out, const void* x, const void* mean, const void* var,
-                              const void* weight, const void* bias, void* grad_x, void* grad_weight, void* grad_bias,
-                              const ParallelFor& parallel) {
-  FASTGEN_FOR_DTYPE(op.dtype, backward, op, grad_out, x, mean, var, weight, bias, grad_x, grad_weight, grad_bias, parallel)
+inline void norm_act_backward(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given,
+                              const NormActGrads& grads, const ParallelFor& parallel) {
+  FASTGEN_FOR_DTYPE(op.dtype, backward, op, grad_out, x, given, grads, parallel)
 }
 
 }  // namespace fastgen::cpu::FASTGEN_ISA
@@ -248,12 +298,13 @@ inline void norm_act_backward(const NormAct& op, const void* grad_out, const voi
 namespace fastgen::cpu {
 
 void merge_moments(const NormAct& op, const std::vector<Moments<double>>& parts, int64_t chunks, void* mean, void* var) {
-  const int64_t groups = op.per_sample ? op.n : 1, merged = op.per_sample ? chunks : op.n * chunks;
-  for (int64_t group = 0; group < groups; ++group)
-    for (int64_t channel = 0; channel < op.c; ++channel) {
+  const int64_t merged = op.per_sample ? chunks : op.n * chunks, channels = op.c / op.sets;
+  for (int64_t row = 0; row < op.rows_of_stats(); ++row)
+    for (int64_t set = 0; set < op.sets; ++set) {
       Moments<double> all;
-      for (int64_t part = 0; part < merged; ++part) all.merge(parts[(group * merged + part) * op.c + channel]);
-      const int64_t k = group * op.c + channel;
+      for (int64_t part = row * merged; part < (row + 1) * merged; ++part)
+        for (int64_t channel = set * channels; channel < (set + 1) * channels; ++channel) all.merge(parts[part * op.c + channel]);
+      const int64_t k = row * op.sets + set;
       const double variance = all.m2 / all.count;
       if (op.dtype == DType::float64) {
         static_cast<double*>(mean)[k] = all.mean;
@@ -269,15 +320,13 @@ void norm_act_moments(const NormAct& op, const void* x, void* mean, void* var, c
   FASTGEN_DISPATCH(norm_act_moments, op, x, mean, var, parallel)
 }
 
-void norm_act_apply(const NormAct& op, const void* x, const void* mean, const void* var, const void* weight, const void* bias,
-                    void* out, const ParallelFor& parallel) {
-  FASTGEN_DISPATCH(norm_act_apply, op, x, mean, var, weight, bias, out, parallel)
+void norm_act_apply(const NormAct& op, const void* x, const NormActTensors& given, void* out, const ParallelFor& parallel) {
+  FASTGEN_DISPATCH(norm_act_apply, op, x, given, out, parallel)
 }
 
-void norm_act_backward(const NormAct& op, const void* grad_out, const void* x, const void* mean, const void* var,
-                       const void* weight, const void* bias, void* grad_x, void* grad_weight, void* grad_bias,
+void norm_act_backward(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given, const NormActGrads& grads,
                        const ParallelFor& parallel) {
-  FASTGEN_DISPATCH(norm_act_backward, op, grad_out, x, mean, var, weight, bias, grad_x, grad_weight, grad_bias, parallel)
+  FASTGEN_DISPATCH(norm_act_backward, op, grad_out, x, given, grads, parallel)
 }
 
 }  // namespace fastgen::cpu

@@ -1,4 +1,4 @@
-// y = act((x - mean) / sqrt(var + eps) * weight + bias) over (n, c, s), or (n, s, c) when channels_last.
+// y = act((x - mean) / sqrt(var + eps) * weight + bias + residual) over (n, c, s), or (n, s, c) when channels_last.
 #pragma once
 
 #include "cpu/common.h"
@@ -7,15 +7,34 @@
 namespace fastgen::cpu {
 
 struct NormAct {
-  DType dtype;         // of x, out and their gradients; every other buffer has the accumulation type (float, or double for float64)
+  DType dtype;         // of x, residual, out and their gradients; every other buffer has the accumulation type (float, or double)
   int64_t n, c, s;     // samples, channels, pixels
   bool channels_last;  // memory order (n, s, c)
-  bool normalize;      // false: activation alone, the other buffers are null
+  bool normalize;      // false: no norm, its buffers are null
   bool batch_stats;    // mean and var are statistics of x, and the gradient goes through them
-  bool per_sample;     // mean and var are (n, c), else (c)
+  bool per_sample;     // mean and var are (n, sets), else (c)
+  int64_t sets;        // of channels that share statistics: c for batch and instance norm, the groups of group norm
   double eps;
   Activation activation;
   double negative_slope;
+
+  int64_t rows_of_stats() const { return per_sample ? n : 1; }
+  int64_t set(int64_t row, int64_t channel) const { return row * sets + channel / (c / sets); }
+};
+
+struct NormActTensors {
+  const void* mean;
+  const void* var;
+  const void* weight;    // (c) or null
+  const void* bias;      // (c) or null
+  const void* residual;  // like x, or null
+};
+
+struct NormActGrads {
+  void* x;
+  void* weight;    // (c), written when op.normalize
+  void* bias;      // the same
+  void* residual;  // like x, or null
 };
 
 // mean and (biased) var of x.
@@ -24,13 +43,10 @@ void norm_act_moments(const NormAct& op, const void* x, void* mean, void* var, c
 // The same from moments of parts, (n, chunks, c).
 void merge_moments(const NormAct& op, const std::vector<Moments<double>>& parts, int64_t chunks, void* mean, void* var);
 
-// out from x and mean, var; weight and bias are (c) or null. x == out is allowed.
-void norm_act_apply(const NormAct& op, const void* x, const void* mean, const void* var, const void* weight, const void* bias,
-                    void* out, const ParallelFor& parallel);
+// x == out is allowed.
+void norm_act_apply(const NormAct& op, const void* x, const NormActTensors& given, void* out, const ParallelFor& parallel);
 
-// grad_x; grad_weight and grad_bias (c), written when op.normalize.
-void norm_act_backward(const NormAct& op, const void* grad_out, const void* x, const void* mean, const void* var,
-                       const void* weight, const void* bias, void* grad_x, void* grad_weight, void* grad_bias,
+void norm_act_backward(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given, const NormActGrads& grads,
                        const ParallelFor& parallel);
 
 }  // namespace fastgen::cpu

@@ -1,7 +1,16 @@
 """The fused ops: one public function each, with the implementations `info` lists."""
 
 from fastgen.ops._dispatch import IMPLEMENTATIONS, implementations_used, info, use_impl
+from fastgen.ops.conv2d_norm_act import conv2d_norm_act
 from fastgen.ops.conv_transpose2d_norm_act import conv_transpose2d_norm_act
 from fastgen.ops.norm_act import norm_act
 
-__all__ = ["IMPLEMENTATIONS", "conv_transpose2d_norm_act", "implementations_used", "info", "norm_act", "use_impl"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "conv2d_norm_act",
+    "conv_transpose2d_norm_act",
+    "implementations_used",
+    "info",
+    "norm_act",
+    "use_impl",
+]

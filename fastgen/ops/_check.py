@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-NORMS = ("batch", "instance", "none")
+NORMS = ("batch", "instance", "group", "none")
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid", "silu")
 
 
@@ -51,47 +52,62 @@ def per_channel(name: str, tensor: Tensor | None, channels: int, x: Tensor) -> N
         raise ValueError(f"{name} must have shape ({channels},), one value a channel, got {tuple(tensor.shape)}")
 
 
-def norm_and_activation(
+def tail(
     x: Tensor,
-    channels: int,
-    norm: str | None,
+    sizes: Sequence[int],
+    norm: str,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     training: bool,
+    momentum: float,
     eps: float,
+    num_groups: int | None,
+    residual: Tensor | None,
     activation: str,
+    negative_slope: float,
 ) -> bool:
-    """Checks what norm_act and the fused convolutions share; whether the statistics are those of the batch."""
+    """Checks what norm_act and the fused convolutions share, for values of these sizes before the norm.
+
+    Returns whether the statistics are those of the values.
+    """
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if residual is not None:
+        alike("residual", residual, x)
+        if tuple(residual.shape) != tuple(sizes):
+            raise ValueError(f"residual must have the output's shape {tuple(sizes)}, got {tuple(residual.shape)}")
+    if (norm == "group") != (num_groups is not None):
+        raise ValueError(f"num_groups goes with norm='group', got num_groups={num_groups} and norm={norm!r}")
+    if num_groups is not None and (num_groups < 1 or sizes[1] % num_groups):
+        raise ValueError(f"num_groups must divide the {sizes[1]} channels, got {num_groups}")
     if norm == "none":
         return False
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
+    if norm == "group" and running_mean is not None:
+        raise ValueError("running_mean and running_var have no meaning for norm='group'")
     for name, tensor in (
         ("running_mean", running_mean),
         ("running_var", running_var),
         ("norm_weight", norm_weight),
         ("norm_bias", norm_bias),
     ):
-        per_channel(name, tensor, channels, x)
+        per_channel(name, tensor, sizes[1], x)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be given together")
     if norm == "batch" and running_mean is None and not training:
         raise ValueError("running_mean and running_var must be given when training=False and norm='batch'")
-    return training or running_mean is None
-
-
-def several_values(norm: str, sizes: Sequence[int]) -> None:
-    """More than one value a channel (and sample), as torch.nn.functional asks when statistics are taken."""
-    spatial = 1
-    for size in sizes[2:]:
-        spatial *= size
+    if not training and running_mean is not None:
+        return False
+    spatial = math.prod(sizes[2:])
     if norm == "batch" and sizes[0] * spatial == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(sizes)}")
     if norm == "instance" and spatial == 1:
         raise ValueError(f"Expected more than 1 spatial element when training, got input size {tuple(sizes)}")
+    if norm == "group" and sizes[0] * (sizes[1] // (num_groups or 1)) * spatial == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(sizes)}")
+    return True

@@ -85,20 +85,28 @@ def elementary(case: OpCase, tensors: dict[str, Tensor]) -> Tensor:
     options = {"norm": "batch", "activation": "leaky_relu", "negative_slope": 0.01, "eps": 1e-5} | case.options
     x = tensors["x"]
     if "weight" in tensors:
-        convolution = ("stride", "padding", "output_padding", "groups", "dilation")
-        x = F.conv_transpose2d(
-            x, tensors["weight"], tensors.get("bias"), **{k: v for k, v in options.items() if k in convolution}
-        )
+        names = ("stride", "padding", "output_padding", "groups", "dilation")
+        geometry = {k: v for k, v in options.items() if k in names}
+        if options.get("padding_mode") == "reflect":
+            x = F.pad(x, [geometry.pop("padding")] * 4, mode="reflect")
+        convolution = F.conv_transpose2d if "transpose" in case.op else F.conv2d
+        x = convolution(x, tensors["weight"], tensors.get("bias"), **geometry)
     shape = (-1, *(1,) * (x.dim() - 2))
     if options["norm"] != "none":
         if case.batch_stats:
             over = [d for d in range(x.dim()) if d > 1 or (d == 0 and options["norm"] == "batch")]
-            var, mean = torch.var_mean(x, over, correction=0, keepdim=True)
+            if options["norm"] == "group":
+                grouped = x.unflatten(1, (options["num_groups"], -1))
+                var, mean = torch.var_mean(grouped, list(range(2, grouped.dim())), correction=0, keepdim=True)
+                mean, var = (t.expand_as(grouped).flatten(1, 2) for t in (mean, var))
+            else:
+                var, mean = torch.var_mean(x, over, correction=0, keepdim=True)
         else:
             mean, var = tensors["running_mean"].view(shape), tensors["running_var"].view(shape)
         x = (x - mean) / (var + options["eps"]).sqrt()
     if "norm_weight" in tensors:
         x = x * tensors["norm_weight"].view(shape) + tensors["norm_bias"].view(shape)
+    x = x + tensors["residual"] if "residual" in tensors else x
     return activate(x, options["activation"], options["negative_slope"])
 
 
@@ -223,12 +231,11 @@ def test_expanded(case, impl):
         torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
 
 
-@by_id([case for case in SMALL if case.options.get("norm") == "instance" or not case.batch_stats])
+@by_id([case for case in SMALL if case.options.get("norm") in ("instance", "group") or not case.batch_stats])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_empty_batch(case, impl):
     tensors = case.tensors(torch.float32)
-    tensors["x"] = tensors["x"][:0]
-    tensors = differentiable(tensors)
+    tensors = differentiable({name: t[:0] if name in ("x", "residual") else t for name, t in tensors.items()})
     out = case.call(tensors, impl=impl)
     assert out.shape[0] == 0 and out.numel() == 0
     out.sum().backward()

@@ -70,7 +70,7 @@ def test_pytorchs_samples(sample, activation, impl):
             ValueError,
             r"Expected more than 1 value per channel when training, got input size \(1, 3\)",
         ),
-        ({"norm": "group"}, ValueError, "norm must be one of"),
+        ({"norm": "layer"}, ValueError, "norm must be one of"),
     ),
 )
 @pytest.mark.parametrize("impl", ("reference", "cpp"))

@@ -1,0 +1,228 @@
+"""What the two fused convolutions share: checks, default kernel, fake kernel and gradients, strided or transposed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.ops import _check, _dispatch
+from fastgen.ops import norm_act as tails
+from fastgen.ops._layout import is_channels_last, memory_format
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """stride, padding and dilation are [height, width]; output_padding is None unless transposed."""
+
+    stride: list[int]
+    padding: list[int]
+    output_padding: list[int] | None
+    groups: int
+    dilation: list[int]
+    reflect: bool = False
+
+    @property
+    def transposed(self) -> bool:
+        return self.output_padding is not None
+
+    def channels(self, weight: Tensor) -> tuple[int, int]:
+        """(input channels, output channels) that a weight stands for."""
+        first, second = weight.shape[0], weight.shape[1] * self.groups
+        return (first, second) if self.transposed else (second, first)
+
+    def sizes(self, x: Tensor, weight: Tensor) -> list[int]:
+        """The output's shape."""
+        spatial = []
+        for i, (step, pad, spread) in enumerate(zip(self.stride, self.padding, self.dilation, strict=True)):
+            reach = spread * (weight.shape[2 + i] - 1) + 1
+            if self.output_padding is not None:
+                spatial.append((x.shape[2 + i] - 1) * step - 2 * pad + reach + self.output_padding[i])
+            else:
+                spatial.append((x.shape[2 + i] + 2 * pad - reach) // step + 1)
+        return [x.shape[0], self.channels(weight)[1], *spatial]
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution in PyTorch."""
+        if self.output_padding is not None:
+            return F.conv_transpose2d(
+                x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            )
+        if self.reflect:
+            return F.conv2d(self.mirrored(x), weight, bias, self.stride, 0, self.dilation, self.groups)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def mirrored(self, x: Tensor) -> Tensor:
+        height, width = self.padding
+        return (
+            F.pad(x, [width, width, height, height], mode="reflect")
+            if x.shape[0]
+            else F.pad(x, [width, width, height, height])
+        )
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, wanted: list[bool]):
+        """Gradients of x, weight and bias: PyTorch's own op, itself differentiable."""
+        inner = self.mirrored(x) if self.reflect else x
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad, inner, weight, bias_sizes, self.stride, [0, 0] if self.reflect else self.padding, self.dilation,
+            self.transposed, self.output_padding or [0, 0], self.groups, wanted,
+        )  # fmt: skip
+        if self.reflect and grad_x is not None:
+            height, width = self.padding
+            layout = memory_format(is_channels_last(x))  # the op takes its gradient to be in x's
+            grad_x = grad_x.contiguous(memory_format=layout)
+            grad_x = torch.ops.aten.reflection_pad2d_backward(grad_x, x, [width, width, height, height])
+        return grad_x, grad_weight, grad_bias
+
+
+def call(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    arguments: tuple[Any, ...],
+    tail: tails.Tail,
+    impl: str,
+) -> Tensor:
+    """A public convolution after its own arguments are checked; `arguments` are the geometry as the op's schema has it."""
+    if torch.is_autocast_enabled(x.device.type) and tail.residual is not None:
+        tail = dataclasses.replace(tail, residual=tail.residual.to(x.dtype))
+    if x.dim() == 3 and tail.norm != "batch":
+        tail = dataclasses.replace(tail, residual=None if tail.residual is None else tail.residual.unsqueeze(0))
+        return call(op, x.unsqueeze(0), weight, bias, geometry, arguments, tail, impl).squeeze(0)
+    _check_tensors(x, weight, bias, geometry)
+    sizes = geometry.sizes(x, weight)
+    if min(sizes[2:]) < 1:
+        raise ValueError(
+            f"padding {geometry.padding} leaves an output of height {sizes[2]} and width {sizes[3]} from x of shape "
+            f"{tuple(x.shape)} and weight of shape {tuple(weight.shape)}; both must be at least 1"
+        )
+    batch_stats = _check.tail(x, sizes, **vars(tail))
+    if _dispatch.choose(op, impl, x.device) == "reference":
+        return tails.reference(geometry.convolve(x, weight, bias), tail)
+    inputs = (x, weight, bias, tail.norm_weight, tail.norm_bias, tail.residual)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    save = needs_grad and (tail.norm != "none" or tail.activation != "identity")
+    registered = getattr(torch.ops.fastgen, op)
+    out, _, mean, var = registered(x, weight, bias, *tail.tensors(batch_stats), *tail.options(), *arguments, save)
+    if batch_stats:
+        tail.update_running(mean, var, out.numel() // max(1, mean.numel()))
+    return out
+
+
+def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three in autocast's dtype where that is on, as PyTorch's convolutions have it: all but float64."""
+    if not torch.is_autocast_enabled(x.device.type) or torch.float64 in (x.dtype, weight.dtype):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+
+
+def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
+    layout = "(C_in, C_out / groups, KH, KW)" if geometry.transposed else "(C_out, C_in / groups, KH, KW)"
+    if x.dim() != 4:
+        raise ValueError(f"x must have 4 dimensions (N, C_in, H, W), got shape {tuple(x.shape)}")
+    if weight.dim() != 4:
+        raise ValueError(f"weight must have 4 dimensions {layout}, got shape {tuple(weight.shape)}")
+    if min(weight.shape) < 1 or min(x.shape[1:]) < 1:
+        raise ValueError(f"only N may be 0, got x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)}")
+    _check.alike("weight", weight, x)
+    if geometry.groups < 1 or x.shape[1] % geometry.groups or weight.shape[0] % geometry.groups:
+        raise ValueError(
+            f"groups must divide the {x.shape[1]} channels of x and the {weight.shape[0]} of weight's first dimension, "
+            f"got {geometry.groups}"
+        )
+    channels, out_channels = geometry.channels(weight)
+    if x.shape[1] != channels:
+        raise ValueError(f"x has {x.shape[1]} channels, weight of shape {tuple(weight.shape)} needs {channels}")
+    if bias is not None:
+        _check.per_channel("bias", bias, out_channels, x)
+        _check.alike("bias", bias, x)
+    for i, size in enumerate(geometry.output_padding or []):
+        if size >= max(geometry.stride[i], geometry.dilation[i]):
+            raise ValueError(
+                f"output_padding must be smaller than stride or dilation, got output_padding {geometry.output_padding}, stride "
+                f"{geometry.stride} and dilation {geometry.dilation}"
+            )
+    if geometry.reflect and any(pad >= size for pad, size in zip(geometry.padding, x.shape[2:], strict=True)):
+        raise ValueError(
+            f"padding must be smaller than x when it reflects, got {geometry.padding} for x of shape {tuple(x.shape)}"
+        )
+
+
+def pairs(**values: tuple[int | Sequence[int], int]) -> list[list[int]]:
+    """Each argument's (value, least) as [height, width]."""
+    return [_check.pair(name, value, least) for name, (value, least) in values.items()]
+
+
+def define(op: str, geometry_schema: str, geometry_of) -> None:
+    """Registers an op and all that PyTorch asks of it; geometry_of(*arguments of the schema) is its Geometry.
+
+    save: also return pre, the convolution before the norm, which the backward needs. mean, var: as in norm_act.
+    """
+    name = f"fastgen::{op}"
+    torch.library.define(
+        name,
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? var, "
+        f"Tensor? residual, {tails.OPTIONS}, {geometry_schema}, bool save) "
+        "-> (Tensor out, Tensor pre, Tensor mean, Tensor var)",
+    )
+    _dispatch.register(op, "reference", "cpp")
+
+    def layout(x, weight):
+        return memory_format(is_channels_last(x) or is_channels_last(weight))
+
+    def forward(x, weight, bias, norm_weight, norm_bias, mean, var, residual, *rest):
+        options, arguments, save = rest[:5], rest[5:-1], rest[-1]
+        pre = geometry_of(*arguments).convolve(x, weight, bias).contiguous(memory_format=layout(x, weight))
+        out, mean, var = torch.ops.fastgen.norm_act(pre, norm_weight, norm_bias, mean, var, residual, *options)
+        return out, pre if save else pre.new_empty(0), mean, var
+
+    def fake(x, weight, bias, norm_weight, norm_bias, mean, var, residual, norm, num_groups, *rest):
+        sizes = geometry_of(*rest[3:-1]).sizes(x, weight)
+        out = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout(x, weight))
+        pre = torch.empty_like(out) if rest[-1] else x.new_empty(0)
+        return out, pre, *tails.fake_moments(x, sizes, mean, norm, num_groups)
+
+    def setup(ctx, inputs, output):
+        x, weight, bias, norm_weight, norm_bias, mean, var, residual, *rest = inputs
+        ctx.options, ctx.geometry, save = rest[:5], geometry_of(*rest[5:-1]), rest[-1]
+        ctx.plain = ctx.options[0] == "none" and ctx.options[3] == "identity"
+        if not (save or ctx.plain):
+            raise RuntimeError(f"{name} was called with save=False on a tensor that requires a gradient")
+        ctx.batch_stats = ctx.options[0] != "none" and mean is None
+        if ctx.batch_stats:
+            mean, var = output[2:]
+        ctx.bias_sizes = None if bias is None else [bias.shape[0]]
+        ctx.save_for_backward(x, weight, norm_weight, norm_bias, mean, var, residual, output[1])
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad_out, grad_pre, grad_mean, grad_var):
+        """Both steps are differentiable ops; what a second backward asks of `pre` arrives as grad_pre."""
+        x, weight, norm_weight, norm_bias, mean, var, residual, pre = ctx.saved_tensors
+        grad, of_tail = grad_out, (None, None, None)
+        if grad_out is not None and not ctx.plain:
+            grad, *of_tail = tails.norm_act_grads(
+                grad_out, pre, norm_weight, norm_bias, mean, var, residual, ctx.batch_stats, *ctx.options
+            )
+        elif residual is not None:
+            of_tail = (None, None, grad_out)
+        if grad_pre is not None and not ctx.plain:
+            grad = grad_pre if grad is None else grad + grad_pre
+        count = len(ctx.needs_input_grad)
+        if grad is None:
+            return (None,) * count
+        grads = ctx.geometry.backward(grad, x, weight, ctx.bias_sizes, list(ctx.needs_input_grad[:3]))
+        grad_norm_weight, grad_norm_bias, grad_residual = of_tail
+        return *grads, grad_norm_weight, grad_norm_bias, None, None, grad_residual, *(None,) * (count - 8)
+
+    torch.library.impl(name, "CompositeExplicitAutograd")(forward)
+    torch.library.register_fake(name)(fake)
+    torch.library.register_autograd(name, backward, setup_context=setup)
