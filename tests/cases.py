@@ -26,7 +26,8 @@ class OpCase:
     dtypes: tuple[torch.dtype, ...] = tuple(UNIT_ROUNDOFF)
     factor: float = 2.0  # the error may be this many times that of PyTorch's own ops in the same precision,
     floor: float = 4.0  # or this many units of roundoff where theirs happens to be smaller,
-    sum_floor: float = 16.0  # or this many in a parameter's gradient, a sum whose terms may cancel
+    sum_floor: float = 16.0  # or this many in a parameter's gradient, a sum whose terms may cancel,
+    winograd: float = 5e-6  # or this much where Winograd's algorithm runs (csrc/cpu/convolution.h says where)
 
     @property
     def id(self) -> str:
@@ -54,12 +55,12 @@ class OpCase:
             made[name] = value.to(dtype)
         return made
 
-    def allowed(self, theirs: float, dtype: torch.dtype, name: str) -> float:
+    def allowed(self, theirs: float, dtype: torch.dtype, name: str, winograd: bool = False) -> float:
         """The largest relative L2 error of an output or gradient, given that of PyTorch's own ops."""
         floor = self.sum_floor if name.startswith("grad") and name != "grad of x" else self.floor
         if dtype == torch.float64:  # no wider oracle: the reference's own error is in the difference
             floor *= 16
-        return max(self.factor * theirs, floor * UNIT_ROUNDOFF[dtype])
+        return max(self.factor * theirs, floor * UNIT_ROUNDOFF[dtype], self.winograd if winograd else 0)
 
     def call(self, tensors: dict[str, Tensor], **options: Any) -> Tensor:
         return getattr(ops, self.op)(**tensors, **self.options | options)

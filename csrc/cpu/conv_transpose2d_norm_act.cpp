@@ -5,6 +5,8 @@
 #include "cpu/isa.h"
 
 #include "cpu/block.h"
+#include "cpu/tile.h"
+#include "cpu/winograd.h"
 #include "cpu/implicit_gemm.h"
 
 namespace fastgen::cpu::FASTGEN_ISA {

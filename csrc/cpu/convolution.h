@@ -1,6 +1,9 @@
 // y = norm_act(convolution(x, weight) + bias), the convolution strided or transposed.
 #pragma once
 
+#include <cstdlib>
+#include <cstring>
+
 #include "cpu/norm_act.h"
 
 namespace fastgen::cpu {
@@ -22,6 +25,27 @@ struct ConvolutionTensors {
   void* pre;         // the convolution with its bias, or null
   void* out;
 };
+
+// Winograd's tiles in use: m x m outputs of r x r taps. FASTGEN_WINOGRAD: 0 turns it off, "always" uses it wherever it can be
+// used, whatever it costs (for tests); else it runs where it was measured to be faster (benchmarks/NOTES.md).
+enum class WinogradTile { none, f4x2, f4x3 };
+
+inline WinogradTile winograd_tile(const Convolution& conv, const NormAct& op) {
+  const char* asked = getenv("FASTGEN_WINOGRAD");
+  if (asked && !strcmp(asked, "0")) return WinogradTile::none;
+  const bool always = asked && !strcmp(asked, "always");
+  const bool square = conv.kh == conv.kw && conv.stride[0] == conv.stride[1];
+  if (!square || conv.groups != 1 || conv.dilation[0] != 1 || conv.dilation[1] != 1) return WinogradTile::none;
+  const bool wide = conv.ic >= 16 && op.c >= 16, large = op.n * conv.oh * conv.ow >= 2048;
+  if (conv.kh == 4 && conv.stride[0] == 2 && (always || (wide && large))) return WinogradTile::f4x2;
+  if (conv.kh == 3 && conv.stride[0] == 1 && (always || (wide && op.n * conv.oh * conv.ow >= 256 && conv.oh >= 8))) return WinogradTile::f4x3;
+  return WinogradTile::none;
+}
+
+// Whether the transformed weights are too many to be kept: each band then transforms them anew.
+inline bool transforms_in_bands(const Convolution& conv, int64_t c) {
+  return conv.kh == 4 && conv.ic * c * 100 * int64_t(sizeof(float)) > (8 << 20);
+}
 
 // mean and var of `given` are written when op.batch_stats, else read.
 void conv2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors, const NormActTensors& given,

@@ -2,41 +2,6 @@
 // Included once per instruction set (see isa.h).
 namespace fastgen::cpu::FASTGEN_ISA {
 
-template <class A>
-struct Vector {
-  typedef A type __attribute__((vector_size(FASTGEN_VECTOR_BYTES), aligned(alignof(A)), may_alias));
-  static constexpr int64_t size = FASTGEN_VECTOR_BYTES / sizeof(A);
-};
-
-constexpr int kPixels = FASTGEN_TILE_PIXELS;
-
-// out[p][:] = sum over taps t and depth i of x[t][p][i] * w[t][i][:], for kPixels pixels and vectors * size channels,
-// all of them in registers.
-template <class A, int vectors>
-void tile(const A* const* x, const A* const* w, int64_t taps, int64_t depth, A* const* out) {
-  using V = typename Vector<A>::type;
-  constexpr int64_t width = vectors * Vector<A>::size;
-  V sum[kPixels][vectors] = {};
-  for (int64_t t = 0; t < taps; ++t, x += kPixels) {
-    const A* weight = w[t];
-    for (int64_t i = 0; i < depth; ++i, weight += width) {
-      V b[vectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) b[v] = *reinterpret_cast<const V*>(weight + v * Vector<A>::size);
-#pragma GCC unroll 16
-      for (int p = 0; p < kPixels; ++p) {
-        const A value = x[p][i];
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) sum[p][v] += b[v] * value;
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int p = 0; p < kPixels; ++p)
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) *reinterpret_cast<V*>(out[p] + v * Vector<A>::size) = sum[p][v];
-}
-
 // How the output positions of one axis read the input: position o, tap k -> source[o * taps + k], -1 outside. Positions that the
 // same taps reach form a class: one a residue of the stride when transposed, and on a short axis the positions at the border
 // apart from the rest, so that no tap is multiplied with zeros.
@@ -191,6 +156,28 @@ struct Call {
     });
   }
 
+  // The same by Winograd's algorithm: bands outside, blocks inside, so that the blocks of a band share its transformed input.
+  template <int m, int r>
+  void run(const Winograd<A, m, r, vectors>& winograd, const ParallelFor& parallel) const {
+    const int64_t bands = ceil_div(op.n, images) * bands_an_image();
+    const int64_t together = bands >= 16 ? blocks() : ceil_div(blocks(), ceil_div(16, bands)), parts_a_band = ceil_div(blocks(), together);
+    parallel(bands * parts_a_band, [&](int64_t begin, int64_t end) {
+      const int64_t band_size = images * band_rows * conv.ow * width;
+      auto band = scratch<A>(together * band_size);
+      auto memory = scratch<A>(winograd.scratch_size(images * winograd.tiles_an_image(0, band_rows)));
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t at = item / parts_a_band, first_block = item % parts_a_band * together, last_block = std::min(blocks(), first_block + together);
+        const int64_t first_image = at / bands_an_image() * images, last_image = std::min(op.n, first_image + images);
+        const int64_t first_row = at % bands_an_image() * band_rows, last_row = std::min(conv.oh, first_row + band_rows);
+        winograd.multiply(x, packed, first_block, last_block, first_image, last_image, first_row, last_row, band.get(), memory.get());
+        const A* z = band.get();
+        for (int64_t block = first_block; block < last_block; ++block)
+          for (int64_t image = first_image; image < last_image; ++image, z += (last_row - first_row) * conv.ow * width)
+            finish(block, image, first_row, last_row, const_cast<A*>(z));
+      }
+    });
+  }
+
   // The band's pixels of one class of rows and columns, kPixels at a time.
   void multiply(int64_t block, int64_t first_image, int64_t last_image, int64_t first_row, int64_t last_row, const Axis::Class& row,
                 const Axis::Class& column, const A* zeros, const A** sources, A* band) const {
@@ -267,22 +254,60 @@ struct Call {
   }
 };
 
+template <int m_, int r_>
+struct WinogradSize {
+  static constexpr int m = m_, r = r_;
+};
+
 template <class T, int vectors>
 void convolve(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors, const Affine<Acc<T>>* affine,
               T* pre, T* out, std::vector<Moments<double>>* parts, int64_t* chunks, const ParallelFor& parallel) {
   using A = Acc<T>;
   std::unique_ptr<A[]> storage;
   const A* pixels = pixels_first(static_cast<const T*>(tensors.x), op.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, storage, parallel);
-  const auto packed = pack_weights<T>(conv, op.c, Call<T, vectors>::width, transposed, static_cast<const T*>(tensors.weight), parallel);
+  const T* weight = static_cast<const T*>(tensors.weight);
+  Call<T, vectors> call{conv, op, pixels, nullptr, static_cast<const A*>(tensors.bias), affine, pre, out, parts, {}, {}, 0, 0};
+  const auto prepare = [&](int64_t images, int64_t rows) {
+    call.images = std::clamp<int64_t>(images, 1, op.n);
+    call.band_rows = std::clamp<int64_t>(rows, 1, conv.oh);
+    *chunks = call.bands_an_image();
+    if (parts) parts->resize(static_cast<size_t>(op.n * *chunks * op.c));
+  };
+
+  if constexpr (std::is_same_v<A, float>) {
+    const auto winograd = [&](auto tile) {
+      constexpr int m = decltype(tile)::m, r = decltype(tile)::r;
+      const auto axis = [&](int64_t in, int64_t size, int64_t kernel, int i) {
+        return transposed ? WinogradAxis::transposed(in, size, kernel, conv.stride[i], conv.padding[i])
+                          : WinogradAxis::conv(in, size, kernel, conv.stride[i], conv.padding[i], conv.reflect);
+      };
+      const Winograd<A, m, r, vectors> plan{conv.ic, conv.ih, conv.iw, op.c, axis(conv.ih, conv.oh, conv.kh, 0),
+                                            axis(conv.iw, conv.ow, conv.kw, 1), transforms_in_bands(conv, op.c)};
+      const int64_t unit = m * (transposed ? conv.stride[0] : 1), pixels_a_band = plan.expand ? 8192 : 48 * unit * unit;
+      prepare(pixels_a_band / op.s, std::max<int64_t>(1, pixels_a_band / (conv.ow * unit)) * unit);
+      const auto packed = scratch<A>(plan.packed_size());
+      const WeightStrides s = weight_strides(conv, op.c, transposed);
+      const int64_t strides[4] = {s.depth, s.channel, s.row, s.column};
+      plan.pack(weight, strides, packed.get(), parallel);
+      call.packed = packed.get();
+      call.run(plan, parallel);
+    };
+    switch (winograd_tile(conv, op)) {
+      case WinogradTile::none: break;
+      case WinogradTile::f4x2: return winograd(WinogradSize<4, 2>{});
+      case WinogradTile::f4x3: return winograd(WinogradSize<4, 3>{});
+    }
+  }
+
+  const auto packed = pack_weights<T>(conv, op.c, Call<T, vectors>::width, transposed, weight, parallel);
   const auto axis = [&](int64_t in, int64_t size, int64_t kernel, int i) {
     return transposed ? Axis::transposed(in, size, kernel, conv.stride[i], conv.padding[i], conv.dilation[i])
                       : Axis::strided(in, size, kernel, conv.stride[i], conv.padding[i], conv.dilation[i], conv.reflect);
   };
-  Call<T, vectors> call{conv, op, pixels, packed.get(), static_cast<const A*>(tensors.bias), affine, pre, out, parts,
-                        axis(conv.ih, conv.oh, conv.kh, 0), axis(conv.iw, conv.ow, conv.kw, 1),
-                        std::clamp<int64_t>(kBandPixels / op.s, 1, op.n), std::clamp<int64_t>(kBandPixels / conv.ow, 1, conv.oh)};
-  *chunks = call.bands_an_image();
-  if (parts) parts->resize(static_cast<size_t>(op.n * *chunks * op.c));
+  prepare(kBandPixels / op.s, kBandPixels / conv.ow);
+  call.packed = packed.get();
+  call.rows = axis(conv.ih, conv.oh, conv.kh, 0);
+  call.columns = axis(conv.iw, conv.ow, conv.kw, 1);
   call.run(parallel);
 }
 

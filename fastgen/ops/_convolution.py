@@ -66,18 +66,47 @@ class Geometry:
         )
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, wanted: list[bool]):
-        """Gradients of x, weight and bias: PyTorch's own op, itself differentiable."""
+        """Gradients of x, weight and bias, by ops that are themselves differentiable."""
         inner = self.mirrored(x) if self.reflect else x
-        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, inner, weight, bias_sizes, self.stride, [0, 0] if self.reflect else self.padding, self.dilation,
-            self.transposed, self.output_padding or [0, 0], self.groups, wanted,
-        )  # fmt: skip
+        padding = [0, 0] if self.reflect else self.padding
+        grad_x = self._opposite(grad, inner, weight, padding) if wanted[0] else None
+        rest = [wanted[0] and grad_x is None, *wanted[1:]]
+        found, grad_weight, grad_bias = (None, None, None)
+        if any(rest):
+            found, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+                grad, inner, weight, bias_sizes, self.stride, padding, self.dilation, self.transposed,
+                self.output_padding or [0, 0], self.groups, rest,
+            )  # fmt: skip
+        grad_x = found if grad_x is None else grad_x
         if self.reflect and grad_x is not None:
             height, width = self.padding
             layout = memory_format(is_channels_last(x))  # the op takes its gradient to be in x's
             grad_x = grad_x.contiguous(memory_format=layout)
             grad_x = torch.ops.aten.reflection_pad2d_backward(grad_x, x, [width, width, height, height])
         return grad_x, grad_weight, grad_bias
+
+    def _opposite(self, grad: Tensor, x: Tensor, weight: Tensor, padding: list[int]) -> Tensor | None:
+        """x's gradient by fastgen's kernel of the opposite convolution, where it was measured to win; else None.
+
+        In bfloat16 and float16 PyTorch's kernels win: they multiply in those types.
+        """
+        if grad.dtype != torch.float32 or _dispatch.why_not("conv2d_norm_act", "cpp", grad.device.type) is not None:
+            return None
+        reach = [spread * (size - 1) + 1 for spread, size in zip(self.dilation, weight.shape[2:], strict=True)]
+        tail = (None, None, None, None, None, "none", 0, 0.0, "identity", 0.0)
+        if self.transposed:
+            back = Geometry(self.stride, padding, None, self.groups, self.dilation)
+            if back.sizes(grad, weight)[2:] != list(x.shape[2:]):
+                return None  # an output_padding of a stride or more
+            return torch.ops.fastgen.conv2d_norm_act(
+                grad, weight, None, *tail, self.stride, padding, False, self.groups, self.dilation, False
+            )[0]
+        output_padding = [
+            (x.shape[2 + i] + 2 * padding[i] - reach[i]) % self.stride[i] for i in range(2)
+        ]  # rows and columns of x that no output reads
+        return torch.ops.fastgen.conv_transpose2d_norm_act(
+            grad, weight, None, *tail, self.stride, padding, output_padding, self.groups, self.dilation, False
+        )[0]
 
 
 def call(

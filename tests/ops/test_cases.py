@@ -39,19 +39,14 @@ def error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
 
 
-@by_id(CASES)
-@pytest.mark.parametrize("channels_last", (False, True), ids=("contiguous", "channels_last"))
-@pytest.mark.parametrize("dtype", UNIT_ROUNDOFF, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def test_parity(case, dtype, channels_last, poisoned):
+def check_parity(case: OpCase, dtype: torch.dtype, channels_last: bool, winograd: bool = False) -> None:
     """At most `factor` times the error of PyTorch's own ops against float64, forward and backward."""
-    if dtype not in case.dtypes or (case in LARGE and (dtype != torch.float32 or not channels_last)):
-        pytest.skip("layers of real size are checked once, in float32 and channels_last")
     tensors = case.tensors(dtype, channels_last)
     exact_inputs = {name: t.double() for name, t in tensors.items()}
     # A band around the activation's kink: rounding may put a value on either side of it, and the slope jumps.
     z = case.call({name: t.clone() for name, t in exact_inputs.items()}, activation="identity", impl="reference")
     upstream = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    upstream *= z.abs() > 16 * UNIT_ROUNDOFF[dtype] * z.abs().amax()
+    upstream *= z.abs() > (64 if winograd else 16) * UNIT_ROUNDOFF[dtype] * z.abs().amax()
     exact = observe(case, exact_inputs, upstream, "reference")
     theirs = observe(case, tensors, upstream, "reference")
     ours = observe(case, tensors, upstream, "cpp")
@@ -59,10 +54,34 @@ def test_parity(case, dtype, channels_last, poisoned):
         if name == "grad of bias" and case.batch_stats:
             continue  # exactly zero: what is left is rounding in all three
         assert ours[name].dtype == theirs[name].dtype
-        assert error(ours[name], exact[name]) <= case.allowed(error(theirs[name], exact[name]), dtype, name), name
+        allowed = case.allowed(error(theirs[name], exact[name]), dtype, name, winograd)
+        assert error(ours[name], exact[name]) <= allowed, name
     if z.dim() == 4 and channels_last and not z.is_contiguous():
         assert ours["out"].is_contiguous(memory_format=torch.channels_last)
         assert theirs["out"].is_contiguous(memory_format=torch.channels_last)
+
+
+@by_id(SMALL)
+@pytest.mark.parametrize("channels_last", (False, True), ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("dtype", UNIT_ROUNDOFF, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_parity(case, dtype, channels_last, poisoned):
+    check_parity(case, dtype, channels_last)
+
+
+@by_id(LARGE)
+@pytest.mark.parametrize("winograd", (False, True), ids=("direct", "winograd"))
+def test_parity_of_real_layers(case, winograd, poisoned, monkeypatch):
+    if not winograd:
+        monkeypatch.setenv("FASTGEN_WINOGRAD", "0")
+    check_parity(case, torch.float32, True, winograd)
+
+
+@by_id([case for case in SMALL if case.op.startswith("conv")])
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_parity_of_winograd(case, dtype, poisoned, monkeypatch):
+    """Odd sizes, few channels, padding of all kinds, where the algorithm does not pay."""
+    monkeypatch.setenv("FASTGEN_WINOGRAD", "always")
+    check_parity(case, dtype, True, winograd=True)
 
 
 @by_id(SMALL)

@@ -108,13 +108,15 @@ def test_without_the_native_library(tmp_path):
 def test_other_instruction_sets(isa):
     """FASTGEN_CPU_ISA lowers the instruction set; every kernel is right with each."""
     code = (
-        "import torch\n"
+        "import os\n"
         "from tests.cases import SMALL, UNIT_ROUNDOFF\n"
-        "from tests.ops.test_cases import test_parity\n"
-        "for case in SMALL:\n"
-        "    for dtype in UNIT_ROUNDOFF:\n"
-        "        for channels_last in (False, True):\n"
-        "            test_parity(case, dtype, channels_last, None)\n"
+        "from tests.ops.test_cases import check_parity\n"
+        "for winograd in (False, True):\n"
+        "    os.environ['FASTGEN_WINOGRAD'] = 'always' if winograd else '0'\n"
+        "    for case in SMALL:\n"
+        "        for dtype in UNIT_ROUNDOFF:\n"
+        "            for channels_last in (False, True):\n"
+        "                check_parity(case, dtype, channels_last, winograd)\n"
     )
     environment = os.environ | {"FASTGEN_CPU_ISA": isa}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

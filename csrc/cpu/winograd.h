@@ -1,0 +1,301 @@
+// Winograd convolutions: m outputs of r taps from m + r - 1 multiplications an axis instead of m * r (Lavin and Gray, 2015). A
+// convolution whose kernel is r times its stride is, or is the sum of, r-tap convolutions of stride 1, a phase of the stride each.
+// Included once per instruction set (see isa.h), after tile.h. Everything is computed in the accumulation type A.
+namespace fastgen::cpu::FASTGEN_ISA {
+
+// y = output [(weight g) * (input d)] from the points 0, 1, -1, 1/2, -2 and infinity (Toom and Cook): their
+// rounding errors are smaller than those of 0, 1, -1, 2, -2.
+template <int m, int r>
+struct Minimal {
+  static constexpr int n = m + r - 1;
+  double input[n][n] = {}, weight[n][r] = {}, output[m][n] = {};
+  double weight_gradient[r][n] = {}, output_gradient[n][m] = {};  // transposes of weight and output
+
+  constexpr Minimal() {
+    constexpr double at[] = {0, 1, -1, 0.5, -2};
+    for (int j = 0; j < n; ++j) {
+      double scale = 1;
+      input[j][0] = 1;
+      for (int l = 0, degree = 0; l < n - 1; ++l) {  // the product of (x - at[l]) over the other points
+        if (l == j) continue;
+        for (int k = ++degree; k >= 0; --k) input[j][k] = (k ? input[j][k - 1] : 0) - at[l] * input[j][k];
+        if (j < n - 1) scale *= at[j] - at[l];
+      }
+      double power = 1;
+      for (int k = 0; k < n; ++k) {
+        const double value = j < n - 1 ? power : 0;
+        if (k < r) weight[j][k] = j < n - 1 ? value / scale : k == r - 1;
+        if (k < m) output[k][j] = j < n - 1 ? value : k == m - 1;
+        if (j < n - 1) power *= at[j];
+      }
+    }
+    for (int j = 0; j < n; ++j) {
+      for (int k = 0; k < r; ++k) weight_gradient[k][j] = weight[j][k];
+      for (int k = 0; k < m; ++k) output_gradient[j][k] = output[k][j];
+    }
+  }
+};
+template <int m, int r>
+constexpr Minimal<m, r> kMinimal{};
+
+// to[i][j] = (matrix d matrix^T)[i][j], d[i][j] = from[i][j], one vector of channels each, the matrix a constant of the code.
+template <class A, int rows, int columns>
+inline __attribute__((always_inline)) void sandwich(const double (&matrix)[rows][columns], const A* const* from, int64_t from_offset,
+                                                    A* const* to, int64_t to_offset) {
+  using V = typename Vector<A>::type;
+  V half[columns][rows];
+#pragma GCC unroll 8
+  for (int j = 0; j < columns; ++j) {
+    V d[columns];
+#pragma GCC unroll 8
+    for (int k = 0; k < columns; ++k) d[k] = *reinterpret_cast<const V*>(from[k * columns + j] + from_offset);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      V sum = {};
+      bool started = false;
+#pragma GCC unroll 8
+      for (int k = 0; k < columns; ++k) {
+        if (matrix[i][k] == 0) continue;
+        sum = started ? sum + d[k] * A(matrix[i][k]) : d[k] * A(matrix[i][k]);
+        started = true;
+      }
+      half[j][i] = sum;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < rows; ++j) {
+      V sum = {};
+      bool started = false;
+#pragma GCC unroll 8
+      for (int k = 0; k < columns; ++k) {
+        if (matrix[j][k] == 0) continue;
+        sum = started ? sum + half[k][i] * A(matrix[j][k]) : half[k][i] * A(matrix[j][k]);
+        started = true;
+      }
+      *reinterpret_cast<V*>(to[i * rows + j] + to_offset) = sum;
+    }
+}
+
+// One axis: output o = t * out_step + phase of position t, or the sum over phases of the input; tap u of position t reads
+// source[phase][t + u], -1 outside, with the kernel's tap[phase][u].
+struct WinogradAxis {
+  int64_t out, in_step, out_step;
+  std::vector<std::vector<int64_t>> source, tap;
+
+  int64_t phases() const { return in_step * out_step; }
+  int64_t positions() const { return ceil_div(out, out_step); }
+
+  // i = o * stride + k - padding, kernel = r * stride.
+  static WinogradAxis conv(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding, bool reflect) {
+    WinogradAxis axis{out, stride, 1, {}, {}};
+    for (int64_t phase = 0; phase < stride; ++phase) {
+      axis.add(in, kernel / stride, stride, phase - padding, reflect);
+      for (int64_t k = phase; k < kernel; k += stride) axis.tap.back().push_back(k);
+    }
+    return axis;
+  }
+
+  // o + padding = i * stride + k, kernel = r * stride. With stride 1, the data gradient of conv.
+  static WinogradAxis transposed(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding) {
+    WinogradAxis axis{out, 1, stride, {}, {}};
+    for (int64_t phase = 0; phase < stride; ++phase) {
+      const int64_t r = kernel / stride;
+      axis.add(in, r, 1, (phase + padding) / stride - (r - 1), false);
+      for (int64_t u = 0; u < r; ++u) axis.tap.back().push_back((phase + padding) % stride + stride * (r - 1 - u));
+    }
+    return axis;
+  }
+
+ private:
+  void add(int64_t in, int64_t r, int64_t step, int64_t offset, bool reflect) {
+    source.emplace_back();
+    tap.emplace_back();
+    for (int64_t t = 0; t < positions() + 8 + r; ++t) {  // 8: the last tile may reach beyond the output
+      int64_t i = t * step + offset;
+      if (reflect && i < 0) i = -i;
+      if (reflect && i >= in) i = 2 * (in - 1) - i;
+      source.back().push_back(i < 0 || i >= in ? -1 : i);
+    }
+  }
+};
+
+// out[row][width] (+)= sum over depth i of v[i / size][row][i % size] * u[i][width], for `height` rows that stay in registers.
+template <class A, int vectors, int height>
+void product(const A* v, int64_t step, const A* u, int64_t groups, A* out, bool accumulate) {
+  using V = typename Vector<A>::type;
+  constexpr int64_t size = Vector<A>::size, width = vectors * size;
+  V sum[height][vectors] = {};
+  for (; groups; --groups, v += step)
+    for (int64_t i = 0; i < size; ++i, u += width) {
+      V b[vectors];
+#pragma GCC unroll 4
+      for (int k = 0; k < vectors; ++k) b[k] = *reinterpret_cast<const V*>(u + k * size);
+#pragma GCC unroll 16
+      for (int p = 0; p < height; ++p) {
+        const A value = v[p * size + i];
+#pragma GCC unroll 4
+        for (int k = 0; k < vectors; ++k) sum[p][k] += b[k] * value;
+      }
+    }
+#pragma GCC unroll 16
+  for (int p = 0; p < height; ++p)
+#pragma GCC unroll 4
+    for (int k = 0; k < vectors; ++k) {
+      V* const to = reinterpret_cast<V*>(out + p * width + k * size);
+      *to = accumulate ? *to + sum[p][k] : sum[p][k];  // parts of the depth are summed apart: smaller rounding errors
+    }
+}
+
+// A convolution of (n, ih, iw, ic) pixels, by tiles of m x m outputs, in blocks of `vectors` vectors of output channels.
+template <class A, int m, int r, int vectors>
+struct Winograd {
+  static constexpr int n = m + r - 1, points = n * n;
+  static constexpr int64_t size = Vector<A>::size, width = vectors * size;
+  static constexpr int64_t kBudget = 192 << 10;  // bytes of transformed input at a time; the weights take the rest of the second-level cache
+  static constexpr int64_t kGroups = 128 / size;  // vectors of depth whose transformed weights lie in the second-level cache
+
+  int64_t ic, ih, iw, oc;
+  WinogradAxis rows, columns;
+  bool expand;  // transformed weights are computed anew for each band: they are `n * n / (r * r)` times as large as the weights
+
+  int64_t blocks() const { return ceil_div(oc, width); }
+  int64_t sums() const { return rows.in_step * columns.in_step; }       // phases of the input
+  int64_t outputs() const { return rows.out_step * columns.out_step; }  // phases of the output
+  int64_t groups() const { return sums() * ceil_div(ic, size); }        // vectors of depth
+  int64_t tiles_an_image(int64_t first_row, int64_t last_row) const {
+    return ceil_div(last_row - first_row, rows.out_step * m) * ceil_div(columns.positions(), m);
+  }
+  int64_t tiles_at_once(int64_t tiles) const {
+    return expand ? tiles : std::min(tiles, std::clamp<int64_t>(kBudget / (points * groups() * size * sizeof(A)) / kPixels, 1, 8) * kPixels);
+  }
+  static constexpr int64_t weight_step(int64_t groups) { return (groups * width + 1) * size; }
+  int64_t point_step(int64_t tiles) const { return (groups() * tiles + 1) * size; }  // + 1: not a multiple of the cache's way size
+  int64_t scratch_size(int64_t tiles) const {
+    return points * (point_step(tiles_at_once(tiles)) + tiles_at_once(tiles) * width + (expand ? weight_step(kGroups) : 0)) + (m * m + 2) * width + ic + (n * n) * size;
+  }
+  int64_t parts() const { return ceil_div(groups(), kGroups); }
+  int64_t packed_at(int64_t block, int64_t part) const {
+    return (block * (groups() * width + parts()) + part * (kGroups * width + 1)) * size * (expand ? r * r : points);
+  }
+  int64_t packed_size() const { return packed_at(outputs() * blocks(), 0); }
+
+  // (output phase, block, part of the depth, point or tap, depth, width), zero beyond ic and oc. weight strides: of an input channel, an output channel, kh, kw.
+  template <class T>
+  void pack(const T* weight, const int64_t* stride, A* packed, const ParallelFor& parallel) const {
+    constexpr int64_t taps = r * r;
+    parallel(outputs() * blocks() * parts(), [&](int64_t begin, int64_t end) {
+      auto raw = scratch<A>(taps * weight_step(kGroups));
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t part = item % parts(), block = item / parts() % blocks();
+        const int64_t phase = item / parts() / blocks(), first = part * kGroups;
+        const int64_t count = std::min(kGroups, groups() - first), valid = std::min(width, oc - block * width);
+        A* const at = packed + packed_at(phase * blocks() + block, part);
+        A* const to = expand ? at : raw.get();
+        for (int64_t i = 0; i < count * size; ++i) {
+          const int64_t sum = (first + i / size) / ceil_div(ic, size), channel = (first + i / size) % ceil_div(ic, size) * size + i % size;
+          const auto& kh = rows.tap[std::max(phase / columns.out_step, sum / columns.in_step)];
+          const auto& kw = columns.tap[std::max(phase % columns.out_step, sum % columns.in_step)];
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            A* const row = to + tap * weight_step(count) + i * width;
+            const T* from = weight + channel * stride[0] + block * width * stride[1] + kh[tap / r] * stride[2] + kw[tap % r] * stride[3];
+            for (int64_t k = 0; k < width; ++k) row[k] = channel < ic && k < valid ? load(from + k * stride[1]) : A(0);
+          }
+        }
+        if (!expand) transform_weights(to, count, at);
+      }
+    });
+  }
+
+  static void transform_weights(const A* raw, int64_t count, A* u) {
+    const A* from[r * r];
+    A* to[points];
+    for (int tap = 0; tap < r * r; ++tap) from[tap] = raw + tap * weight_step(count);
+    for (int point = 0; point < points; ++point) to[point] = u + point * weight_step(count);
+    for (int64_t i = 0; i < count * size * width; i += size) sandwich(kMinimal<m, r>.weight, from, i, to, i);
+  }
+
+  // The band (block, image, row, column, width): all pixels of some rows of some images. first_row: a multiple of out_step * m.
+  void multiply(const A* x, const A* packed, int64_t first_block, int64_t last_block, int64_t first_image, int64_t last_image, int64_t first_row,
+                int64_t last_row, A* band, A* memory) const {
+    const int64_t across = ceil_div(columns.positions(), m), per_image = tiles_an_image(first_row, last_row);
+    const int64_t tiles = (last_image - first_image) * per_image, at_once = tiles_at_once(tiles), pixels = (last_image - first_image) * (last_row - first_row) * columns.out;
+    A* const v = memory;
+    A* const products = v + points * point_step(at_once);
+    A* const spare = products + points * at_once * width;
+    A* const zeros = spare + width;
+    A* const edge = zeros + ic;
+    A* const u = edge + points * size;
+    std::fill_n(zeros, ic, A(0));
+    for (int64_t phase = 0; phase < outputs(); ++phase)
+      for (int64_t first = 0; first < tiles; first += at_once) {
+        const int64_t count = std::min(at_once, tiles - first);
+        for (int64_t t = 0; t < count; ++t) {
+          const int64_t image = first_image + (first + t) / per_image, top = first_row / rows.out_step + (first + t) % per_image / across * m;
+          for (int64_t sum = 0; sum < sums(); ++sum)
+            transform_input(x + image * ih * iw * ic, phase, sum, top, (first + t) % across * m, zeros, edge,
+                            v + (sum * ceil_div(ic, size) * count + t) * size, count);
+        }
+        for (int64_t block = first_block; block < last_block; ++block) {
+          for (int64_t part = 0; part < parts(); ++part) {
+            const int64_t depth = std::min(kGroups, groups() - part * kGroups);
+            const A* at = packed + packed_at(phase * blocks() + block, part);
+            if (expand) transform_weights(at, depth, u), at = u;
+            for (int point = 0; point < points; ++point)
+              multiply_tiles(v + point * point_step(count) + part * kGroups * count * size, count, at + point * weight_step(depth), depth,
+                             products + point * count * width, part > 0);
+          }
+          for (int64_t t = 0; t < count; ++t) {
+            const int64_t image = (first + t) / per_image, top = first_row / rows.out_step + (first + t) % per_image / across * m;
+            transform_output(products + t * width, count * width, phase, top, (first + t) % across * m, first_row, last_row, spare,
+                             band + ((block - first_block) * pixels + image * (last_row - first_row) * columns.out) * width);
+          }
+        }
+      }
+  }
+
+  // The tile's (point, group of channels, tile, size).
+  void transform_input(const A* image, int64_t phase, int64_t sum, int64_t top, int64_t left, const A* zeros, A* edge, A* v, int64_t tiles) const {
+    const auto& row = rows.source[std::max(phase / columns.out_step, sum / columns.in_step)];
+    const auto& column = columns.source[std::max(phase % columns.out_step, sum % columns.in_step)];
+    const A* from[points];
+    A* to[points];
+    for (int i = 0; i < n; ++i)
+      for (int j = 0; j < n; ++j) {
+        const int64_t y = row[top + i], x = column[left + j];
+        from[i * n + j] = y < 0 || x < 0 ? zeros : image + (y * iw + x) * ic;
+        to[i * n + j] = v + (i * n + j) * point_step(tiles);
+      }
+    int64_t channel = 0;
+    for (; channel + size <= ic; channel += size) sandwich(kMinimal<m, r>.input, from, channel, to, channel * tiles);
+    if (channel == ic) return;
+    std::fill_n(edge, points * size, A(0));
+    for (int point = 0; point < points; ++point) from[point] = std::copy(from[point] + channel, from[point] + ic, edge + point * size) - (ic - channel);
+    sandwich(kMinimal<m, r>.input, from, 0, to, channel * tiles);
+  }
+
+  static void multiply_tiles(const A* v, int64_t tiles, const A* u, int64_t depth, A* out, bool accumulate) {
+    constexpr int most = kPixels, some = kPixels / 3 * 2, few = kPixels / 3;
+    int64_t t = 0;
+    for (; t + most <= tiles; t += most) product<A, vectors, most>(v + t * size, tiles * size, u, depth, out + t * width, accumulate);
+    for (; t + some <= tiles; t += some) product<A, vectors, some>(v + t * size, tiles * size, u, depth, out + t * width, accumulate);
+    for (; t + few <= tiles; t += few) product<A, vectors, few>(v + t * size, tiles * size, u, depth, out + t * width, accumulate);
+    for (; t < tiles; ++t) product<A, vectors, 1>(v + t * size, tiles * size, u, depth, out + t * width, accumulate);
+  }
+
+  // The tile's pixels of one block of channels; those outside the band go to `spare`.
+  void transform_output(const A* products, int64_t step, int64_t phase, int64_t top, int64_t left, int64_t first_row, int64_t last_row, A* spare, A* band) const {
+    const A* from[points];
+    A* to[m * m];
+    for (int point = 0; point < points; ++point) from[point] = products + point * step;
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < m; ++j) {
+        const int64_t y = (top + i) * rows.out_step + phase / columns.out_step, x = (left + j) * columns.out_step + phase % columns.out_step;
+        to[i * m + j] = y < last_row && x < columns.out ? band + ((y - first_row) * columns.out + x) * width : spare;
+      }
+    for (int64_t k = 0; k < width; k += size) sandwich(kMinimal<m, r>.output, from, k, to, k);
+  }
+};
+
+}  // namespace fastgen::cpu::FASTGEN_ISA
