@@ -62,6 +62,17 @@ def test_files_and_targets_it_names_are_there():
     assert set(re.findall(r"(?:^    |`)make (\w+)", README, re.MULTILINE)) <= set(targets)
 
 
+def test_every_environment_variable_is_in_the_table():
+    files = [
+        file
+        for folder in ("fastgen", "csrc")
+        for file in (ROOT / folder).rglob("*.*")
+        if file.suffix in (".py", ".cpp", ".h")
+    ]
+    read = {name for file in files for name in re.findall(r'"(FASTGEN_[A-Z_]+)"', file.read_text())} - {"FASTGEN_FILE"}
+    assert set(re.findall(r"^\| `(FASTGEN_\w+)` \|", README, re.MULTILINE)) == read
+
+
 def test_the_table_of_ops_is_complete():
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w+) \|$", README, re.MULTILINE)
     written = {
