@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
+from fastgen.ops import without_weight_grads
+
 
 def minimax_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """-E[log D(x)] - E[log(1 - D(G(z)))] with D = sigmoid(logit) (Goodfellow et al. 2014, arXiv:1406.2661)."""
@@ -41,5 +43,6 @@ def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
         logits: D(images), shape (N,).
         images: real images (N, C, H, W) that require a gradient.
     """
-    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    with without_weight_grads():
+        (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gradient.square().flatten(1).sum(1).mean()

@@ -21,7 +21,7 @@ LAYERS: dict[str, set[str] | None] = {
     "ops": {"_build"},
     "nn": {"ops"},
     "models": {"nn"},
-    "losses": set(),
+    "losses": {"ops"},
     "data": set(),
     "metrics": {"data"},
     "training": {"models", "losses", "data", "metrics"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,59 +26,89 @@ def fusable(
 ) -> tuple[nn.Module | None, nn.Module | None, nn.Module | None, int]:
     """(convolution, norm, activation, end) of the run of modules from `start` that one op computes; end == start: none.
 
-    Such a run is ConvTranspose2d -> [norm] -> [activation] with at least two members, or norm -> activation. Types are compared
-    exactly, since a subclass may compute something else, and modules with hooks keep their calls.
+    Such a run is Conv2d or ConvTranspose2d -> [norm] -> [activation], at least two members, or norm -> activation. Kinds are
+    compared exactly, since a subclass may compute something else, and modules with hooks keep their calls.
     """
     at = start
 
     def take(*types: type[nn.Module]) -> nn.Module | None:
         nonlocal at
-        if at < len(modules) and type(modules[at]) in types and not _has_hooks(modules[at]):
+        if at < len(modules) and kind(modules[at]) in types and is_plain(modules[at]) and _pads_fusably(modules[at]):
             at += 1
             return modules[at - 1]
         return None
 
-    convolution = take(nn.ConvTranspose2d)
-    norm = take(*(_BATCH + _INSTANCE if convolution is None else (nn.BatchNorm2d, nn.InstanceNorm2d)))
+    convolution = take(nn.ConvTranspose2d, nn.Conv2d)
+    norm = take(nn.GroupNorm, *(_BATCH + _INSTANCE if convolution is None else (nn.BatchNorm2d, nn.InstanceNorm2d)))
     activation = take(*_ACTIVATIONS)
     return convolution, norm, activation, at if at - start > 1 else start
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in hooks)
+def _pads_fusably(module: nn.Module) -> bool:
+    """Whether a convolution's padding is one that the ops have; others have none."""
+    if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        return True
+    return module.padding_mode in ("zeros", "reflect") and not isinstance(module.padding, str)
+
+
+def kind(module: nn.Module) -> type[nn.Module]:
+    """The module's class, past those that parametrizations and fastgen.fuse put in its place: they compute the same."""
+    cls = type(module)
+    base = cls.__bases__[0] if cls.__module__ == "torch.nn.utils.parametrize" else cls
+    return getattr(base, "stands_for", base)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's forward and nothing else."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def steps(sequential: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The (name, module) that a Sequential calls in turn; for a plain Sequential among them, its own."""
+    for name, module in sequential._modules.items():
+        if isinstance(module, nn.Sequential) and kind(module).forward is nn.Sequential.forward and is_plain(module):
+            yield from steps(module, f"{prefix}{name}.")
+        elif module is not None:
+            yield f"{prefix}{name}", module
 
 
 def run(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activation: nn.Module | None) -> Tensor:
     """What calling the three modules in turn computes, in one op."""
-    arguments: dict[str, Any] = {"activation": _ACTIVATIONS[type(activation)] if activation is not None else "identity"}
+    arguments: dict[str, Any] = {"activation": _ACTIVATIONS[kind(activation)] if activation is not None else "identity"}
     if isinstance(activation, nn.LeakyReLU):
         arguments["negative_slope"] = activation.negative_slope
     arguments.update(_norm_arguments(norm, x))
-    if not isinstance(convolution, nn.ConvTranspose2d):
+    if convolution is None:
         return ops.norm_act(x, **arguments)
-    return ops.conv_transpose2d_norm_act(
-        x,
-        convolution.weight,
-        convolution.bias,
-        stride=convolution.stride,
-        padding=convolution.padding,  # type: ignore[arg-type]  # a transposed one has no padding by name
-        output_padding=convolution.output_padding,
-        groups=convolution.groups,
-        dilation=convolution.dilation,
-        **arguments,
-    )
+    assert isinstance(convolution, (nn.Conv2d, nn.ConvTranspose2d))
+    for name in ("stride", "padding", "groups", "dilation"):
+        arguments[name] = getattr(convolution, name)
+    if isinstance(convolution, nn.Conv2d):
+        arguments["padding_mode"] = convolution.padding_mode
+        return ops.conv2d_norm_act(x, convolution.weight, convolution.bias, **arguments)
+    arguments["output_padding"] = convolution.output_padding
+    return ops.conv_transpose2d_norm_act(x, convolution.weight, convolution.bias, **arguments)
 
 
 def _norm_arguments(norm: nn.Module | None, x: Tensor) -> dict[str, Any]:
     """The norm's parameters, and what its forward does: counters, cumulative averages, statistics that are not tracked."""
     if norm is None:
         return {"norm": "none"}
+    if isinstance(norm, nn.GroupNorm):
+        affine = {"norm_weight": norm.weight, "norm_bias": norm.bias}
+        return {"norm": "group", "num_groups": norm.num_groups, "eps": norm.eps, **affine}
     assert isinstance(norm, (*_BATCH, *_INSTANCE))
     momentum = 0.0 if norm.momentum is None else norm.momentum
     tracks = norm.track_running_stats
     if isinstance(norm, _BATCH):
-        if x.dim() not in {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}[type(norm)]:
+        dims: dict[type, tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+        if x.dim() not in dims[kind(norm)]:
             raise ValueError(f"{type(norm).__name__} does not take an input of shape {tuple(x.shape)}")
         if norm.training and tracks and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)

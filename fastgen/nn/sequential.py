@@ -6,16 +6,18 @@ from fastgen.nn import _modules
 class Sequential(nn.Sequential):
     """nn.Sequential, with the same children and state_dict, that runs what fuses as one op.
 
-    Fused are ConvTranspose2d -> [BatchNorm2d or InstanceNorm2d] -> [activation] and norm -> activation; activations are ReLU,
-    LeakyReLU, Tanh, Sigmoid, SiLU and Identity. Every other child, and any with hooks or of a subclass, is called as it is.
-    An in-place activation of a fused run does not write to its input: nobody else sees that.
+    Fused are Conv2d or ConvTranspose2d -> [BatchNorm2d, InstanceNorm2d or GroupNorm] -> [activation] and norm -> activation;
+    activations are ReLU, LeakyReLU, Tanh, Sigmoid, SiLU and Identity. Every other child, and any with hooks or of a subclass,
+    is called as it is.
+    A plain nn.Sequential among the children counts as its children. An in-place activation of a fused run does not write to
+    its input: nobody else sees that.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        modules, at = list(self), 0
+        modules, at = [module for _, module in _modules.steps(self)], 0
         while at < len(modules):
             convolution, norm, activation, end = _modules.fusable(modules, at)
-            if end > at:
+            if end > at and isinstance(input, Tensor):
                 input, at = _modules.run(input, convolution, norm, activation), end
             else:
                 input, at = modules[at](input), at + 1

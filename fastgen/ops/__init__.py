@@ -1,5 +1,6 @@
 """The fused ops: one public function each, with the implementations `info` lists."""
 
+from fastgen.ops._convolution import without_weight_grads
 from fastgen.ops._dispatch import IMPLEMENTATIONS, implementations_used, info, use_impl
 from fastgen.ops.conv2d_norm_act import conv2d_norm_act
 from fastgen.ops.conv_transpose2d_norm_act import conv_transpose2d_norm_act
@@ -13,4 +14,5 @@ __all__ = [
     "info",
     "norm_act",
     "use_impl",
+    "without_weight_grads",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,23 @@ from torch import Tensor
 from fastgen.ops import _check, _dispatch
 from fastgen.ops import norm_act as tails
 from fastgen.ops._layout import is_channels_last, memory_format
+
+_weight_grads = True  # unset by without_weight_grads
+
+
+@contextlib.contextmanager
+def without_weight_grads() -> Iterator[None]:
+    """Within the context a backward pass of the fused convolutions leaves out the gradients of weight and bias.
+
+    For a backward pass that asks only for the input's gradient of a network whose weights require theirs (R1, WGAN-GP): an
+    operator in Python is not told what is asked for. With create_graph=True the second backward is complete.
+    """
+    global _weight_grads
+    before, _weight_grads = _weight_grads, False
+    try:
+        yield
+    finally:
+        _weight_grads = before
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,20 @@ class Geometry:
                 spatial.append((x.shape[2 + i] + 2 * pad - reach) // step + 1)
         return [x.shape[0], self.channels(weight)[1], *spatial]
 
+    def wins(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether fastgen's own kernel is faster than PyTorch's on the CPU, as measured (benchmarks/NOTES.md).
+
+        It is where Winograd's algorithm pays, and in transposed convolutions. In bfloat16 and float16 it is not: oneDNN
+        multiplies in those types.
+        """
+        if x.dtype not in (torch.float32, torch.float64) or min(self.channels(weight)) < 16 * self.groups:
+            return False
+        kernel, (n, _, height, width) = tuple(weight.shape[2:]), self.sizes(x, weight)
+        plain = self.groups == 1 and self.dilation == [1, 1]
+        four_by_two = kernel == (4, 4) and self.stride == [2, 2] and n * height * width >= 2048
+        three_by_one = kernel == (3, 3) and self.stride == [1, 1] and height >= 8 and n * height * width >= 256
+        return self.transposed or (plain and (four_by_two or three_by_one))
+
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution in PyTorch."""
         if self.output_padding is not None:
@@ -69,6 +101,8 @@ class Geometry:
         """Gradients of x, weight and bias, by ops that are themselves differentiable."""
         inner = self.mirrored(x) if self.reflect else x
         padding = [0, 0] if self.reflect else self.padding
+        if not _weight_grads:
+            wanted = [wanted[0], False, False]
         grad_x = self._opposite(grad, inner, weight, padding) if wanted[0] else None
         rest = [wanted[0] and grad_x is None, *wanted[1:]]
         found, grad_weight, grad_bias = (None, None, None)
@@ -86,24 +120,24 @@ class Geometry:
         return grad_x, grad_weight, grad_bias
 
     def _opposite(self, grad: Tensor, x: Tensor, weight: Tensor, padding: list[int]) -> Tensor | None:
-        """x's gradient by fastgen's kernel of the opposite convolution, where it was measured to win; else None.
-
-        In bfloat16 and float16 PyTorch's kernels win: they multiply in those types.
-        """
-        if grad.dtype != torch.float32 or _dispatch.why_not("conv2d_norm_act", "cpp", grad.device.type) is not None:
+        """x's gradient by fastgen's kernel of the opposite convolution, where that wins; else None."""
+        if grad.dtype == torch.float64 or _dispatch.why_not("conv2d_norm_act", "cpp", grad.device.type) is not None:
             return None
         reach = [spread * (size - 1) + 1 for spread, size in zip(self.dilation, weight.shape[2:], strict=True)]
         tail = (None, None, None, None, None, "none", 0, 0.0, "identity", 0.0)
         if self.transposed:
             back = Geometry(self.stride, padding, None, self.groups, self.dilation)
-            if back.sizes(grad, weight)[2:] != list(x.shape[2:]):
-                return None  # an output_padding of a stride or more
+            if not back.wins(grad, weight) or back.sizes(grad, weight)[2:] != list(x.shape[2:]):
+                return None  # sizes differ with an output_padding of a stride or more
             return torch.ops.fastgen.conv2d_norm_act(
                 grad, weight, None, *tail, self.stride, padding, False, self.groups, self.dilation, False
             )[0]
         output_padding = [
             (x.shape[2 + i] + 2 * padding[i] - reach[i]) % self.stride[i] for i in range(2)
         ]  # rows and columns of x that no output reads
+        back = Geometry(self.stride, padding, output_padding, self.groups, self.dilation)
+        if not back.wins(grad, weight):
+            return None
         return torch.ops.fastgen.conv_transpose2d_norm_act(
             grad, weight, None, *tail, self.stride, padding, output_padding, self.groups, self.dilation, False
         )[0]
@@ -133,8 +167,11 @@ def call(
             f"{tuple(x.shape)} and weight of shape {tuple(weight.shape)}; both must be at least 1"
         )
     batch_stats = _check.tail(x, sizes, **vars(tail))
-    if _dispatch.choose(op, impl, x.device) == "reference":
+    chosen = _dispatch.choose(op, impl, x.device, geometry.wins(x, weight))
+    if chosen == "reference":
         return tails.reference(geometry.convolve(x, weight, bias), tail)
+    if chosen == "composed":
+        return tails.apply(geometry.convolve(x, weight, bias), tail, batch_stats)
     inputs = (x, weight, bias, tail.norm_weight, tail.norm_bias, tail.residual)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     save = needs_grad and (tail.norm != "none" or tail.activation != "identity")

@@ -58,21 +58,25 @@ def why_not(op: str, impl: str, device: str) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _choose(op: str, impl: str, device: str) -> str:
+def _choose(op: str, impl: str, device: str, wins: bool) -> str:
     source = "impl"
     if impl == "auto":
         impl, source = _checked(os.environ.get("FASTGEN_IMPL", "auto"), "FASTGEN_IMPL"), "FASTGEN_IMPL"
     if impl == "auto":
-        impl = "cpp" if device == "cpu" and why_not(op, "cpp", device) is None else "reference"
+        here = device == "cpu" and why_not(op, "cpp", device) is None
+        impl = ("cpp" if wins else "composed") if here else "reference"
     elif reason := why_not(op, _checked(impl, source), device):
         raise FastgenError(f"{source}={impl!r} cannot run {op}: {reason}")
     _used[op, impl] += 1
     return impl
 
 
-def choose(op: str, impl: str, device: torch.device) -> str:
-    """The implementation that runs op on a tensor of this device. Raises if one was asked for that cannot."""
-    return _choose(op, _override if impl == "auto" else impl, device.type)
+def choose(op: str, impl: str, device: torch.device, wins: bool = True) -> str:
+    """The implementation that runs op on a tensor of this device. Raises if one was asked for that cannot.
+
+    Where the whole op's kernel does not win, auto is "composed": PyTorch's convolution and fastgen's norm_act.
+    """
+    return _choose(op, _override if impl == "auto" else impl, device.type, wins)
 
 
 def implementations_used() -> dict[str, dict[str, int]]:

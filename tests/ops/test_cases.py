@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import ops
+from fastgen.ops import _convolution
 from fastgen.ops.norm_act import activate
 from tests.cases import CASES, LARGE, SMALL, UNIT_ROUNDOFF, OpCase
 
@@ -97,6 +98,34 @@ def test_gradcheck(case, impl):
 
     assert torch.autograd.gradcheck(call, tuple(leaves.values()), fast_mode=True)
     assert torch.autograd.gradgradcheck(call, tuple(leaves.values()), fast_mode=True)
+
+
+@by_id([case for case in SMALL if case.op.startswith("conv")])
+def test_composed(case, monkeypatch):
+    """What auto runs where the convolution's own kernel does not win: PyTorch's, and fastgen's norm and activation."""
+    monkeypatch.setattr(_convolution.Geometry, "wins", lambda self, x, weight: False)
+    tensors = case.tensors(torch.float64)
+    upstream = torch.randn_like(case.call({name: t.clone() for name, t in tensors.items()}, impl="reference"))
+    before = ops.implementations_used().get(case.op, {}).get("composed", 0)
+    found = [observe(case, tensors, upstream, impl) for impl in ("auto", "reference")]
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
+    assert ops.implementations_used()[case.op]["composed"] == before + 1
+
+
+def test_without_weight_grads():
+    """The input's gradient alone, and a penalty on it that still reaches the weights."""
+    found = []
+    for impl in IMPLEMENTATIONS:
+        x, weight = (torch.randn(s, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+                     for s in ((2, 3, 5, 5), (4, 3, 3, 3)))  # fmt: skip
+        with ops.without_weight_grads():
+            out = ops.conv2d_norm_act(x, weight, norm="instance", activation="tanh", impl=impl).sum()
+            (grad,) = torch.autograd.grad(out, x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), weight)[0])
+    torch.testing.assert_close(*found)
+    with ops.without_weight_grads():
+        out = ops.conv2d_norm_act(x, weight, norm="instance", impl="cpp").sum()
+        assert torch.autograd.grad(out, weight, allow_unused=True) == (None,)
 
 
 def elementary(case: OpCase, tensors: dict[str, Tensor]) -> Tensor:

@@ -90,7 +90,7 @@ for case in SMALL:
     upstream = torch.ones_like(case.call({n: t.clone() for n, t in tensors.items()}, impl="reference"))
     expected = observe(case, tensors, upstream, "reference")
     torch.testing.assert_close(observe(case, tensors, upstream, "auto"), expected)
-    _dispatch._choose = lambda op, impl, device: "cpp"  # on to the registered op, whose default kernel runs
+    _dispatch._choose = lambda op, impl, device, wins: "cpp"  # on to the registered op, whose default kernel runs
     torch.testing.assert_close(observe(case, tensors, upstream, "auto"), expected, rtol=1e-6, atol=1e-9)
     _dispatch._choose = choose
 assert len(said) == 1 and "FASTGEN_BUILD=0" in said[0], said
