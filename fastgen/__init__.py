@@ -12,8 +12,10 @@ _EXPORTS = {
     "list_models": "fastgen.models",
     "use_impl": "fastgen.ops",
     "info": "fastgen.ops",
+    "fuse": "fastgen.inference",
+    "fusion_report": "fastgen.inference",
 }
-_SUBMODULES = {"cli", "data", "errors", "losses", "metrics", "models", "nn", "ops", "training"}
+_SUBMODULES = {"cli", "data", "errors", "inference", "losses", "metrics", "models", "nn", "ops", "training"}
 __all__ = ["__version__", *sorted(_EXPORTS), *sorted(_SUBMODULES)]
 
 

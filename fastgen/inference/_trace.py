@@ -1,0 +1,183 @@
+"""What a module's own forward does with its submodules: each path through it, traced by torch.fx."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dis
+import inspect
+import itertools
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import CodeType, FrameType, FunctionType
+from typing import Any, TypeVar
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+M = TypeVar("M", bound=nn.Module)
+MOST_PATHS = 128  # through one forward
+
+
+class UntraceableError(Exception):
+    """The dataflow of a forward is not known; the message says why."""
+
+
+@dataclass
+class Trace:
+    """The calls of submodules in a forward, which are leaves, along all its paths."""
+
+    graphs: list[fx.Graph] = field(default_factory=list)
+    places: dict[fx.Node, list] = field(default_factory=dict)  # equal for calls made in one function and mode
+    kept: set[fx.Node] = field(default_factory=set)  # those whose values were stored on a module
+    ran: set[tuple[str | None, tuple]] = field(default_factory=set)  # the path of `self`, and where the function is
+
+
+def where(code: CodeType) -> tuple[str, int, str]:
+    """What identifies a function, also in torch.fx's copies of it."""
+    return code.co_filename, code.co_firstlineno, code.co_name
+
+
+def clone(model: M, *, share: bool) -> M:
+    """copy.deepcopy, also of modules that keep a computed tensor (as old spectral_norm does); share: not of parameters."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach()
+        if share and "_fastgen" in vars(module):
+            memo[id(module._fastgen)] = module._fastgen
+    if share:
+        memo |= {id(parameter): parameter for parameter in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def trace(module: nn.Module) -> Trace:
+    """All paths through the module's own forward: in training and not, with and without each optional argument, either way
+    of each branch on a value.
+
+    A copy runs, so that nothing that forward stores is seen, and the random number generators stay as they were. Flags that
+    forward reads from the module are taken as they are. Raises UntraceableError.
+    """
+    if "forward" in vars(module):
+        raise UntraceableError("its forward was replaced on the instance")
+    if not isinstance(type(module).forward, FunctionType):
+        raise UntraceableError("it is not a Python function")
+    found = Trace()
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    optional = {p.name: p.default for p in parameters if p.default is not p.empty}
+    for training in (True, False):
+        for given in itertools.product((True, False), repeat=len(optional)):
+            fixed = {name: optional[name] for name, is_given in zip(optional, given, strict=True) if not is_given}
+            for graph in _paths(module, training, fixed, found):
+                found.graphs.append(graph)
+                if len(found.graphs) > MOST_PATHS:
+                    raise UntraceableError(f"there are more than {MOST_PATHS} paths through it")
+    if not found.graphs:
+        raise UntraceableError("it always raises")
+    return found
+
+
+def _paths(module: nn.Module, training: bool, fixed: dict[str, Any], found: Trace) -> Iterator[fx.Graph]:
+    decisions: list[bool] = []
+    for _ in range(MOST_PATHS + 1):
+        tracer = _Tracer(found, decisions)
+        try:
+            root = clone(module, share=True)
+            root.train(training)
+            with _randomness() as drawn, torch.set_grad_enabled(training), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                graph = tracer.trace(root, fixed)
+                if drawn():
+                    raise UntraceableError("it draws random numbers that tracing does not see")
+        except UntraceableError:
+            raise
+        except Exception as error:  # the user's code may raise anything
+            if not _raised_by_user(error):
+                raise UntraceableError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+        else:
+            for value in pytree.tree_leaves([vars(m) for m in root.modules()]):
+                if isinstance(value, fx.Proxy):
+                    found.kept.add(value.node)
+            yield graph
+        while decisions and decisions[-1]:
+            decisions.pop()
+        if not decisions:
+            return
+        decisions[-1] = True
+    raise UntraceableError(f"there are more than {MOST_PATHS} paths through it")
+
+
+class _Tracer(fx.Tracer):
+    """Follows one path: at branches on values first `decisions`, then False, which it adds to them."""
+
+    def __init__(self, found: Trace, decisions: list[bool]):
+        super().__init__()
+        self.found, self.decisions, self.branch = found, decisions, 0
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if self.branch == len(self.decisions):
+            self.decisions.append(False)
+        if self.branch == MOST_PATHS:
+            raise UntraceableError("it loops on a value")
+        self.branch += 1
+        return self.decisions[self.branch - 1]
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        called = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+        frame: FrameType | None = sys._getframe(2)  # past torch.fx
+        caller = frame
+        while caller and caller.f_code.co_name.startswith(("_", "<")):  # helpers that only their module calls
+            caller = caller.f_back
+        place: list[Any] = [caller, torch.is_grad_enabled()]
+        place += [torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
+        while frame and frame.f_globals.get("__name__") != fx._symbolic_trace.__name__:
+            if frame.f_globals.get("__name__") == torch.utils.checkpoint.__name__:
+                place.append(object())  # no run: a checkpoint's second pass may end in its middle
+            names = frame.f_code.co_names
+            if "is_tensor" in names or ("isinstance" in names and "Tensor" in names):
+                raise UntraceableError("it asks whether a value is a Tensor")
+            module = frame.f_locals.get("self")
+            path = self.path_of_module(module) if isinstance(module, nn.Module) else None
+            self.found.ran.add((path, where(frame.f_code)))
+            frame = frame.f_back
+        self.found.places[called.node] = place
+        return called
+
+
+@contextlib.contextmanager
+def _randomness() -> Iterator[Callable[[], bool]]:
+    """Puts the random number generators back at the end; yields whether they were used since the start."""
+    numpy = sys.modules.get("numpy")
+    before = random.getstate(), torch.get_rng_state(), numpy and numpy.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def drawn() -> bool:
+        now = random.getstate(), torch.get_rng_state(), numpy and numpy.random.get_state()
+        return str(now) != str(before) or not torch.equal(now[1], before[1])
+
+    try:
+        yield drawn
+    finally:
+        random.setstate(before[0])
+        torch.set_rng_state(before[1])
+        if numpy:
+            numpy.random.set_state(before[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _raised_by_user(error: Exception) -> bool:
+    """Whether the exception comes from a raise or an assert outside torch, and not from what tracing cannot do."""
+    at = error.__traceback__
+    while at and at.tb_next:
+        at = at.tb_next
+    if at is None or at.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
+        return False
+    opcodes = {i.offset: i.opname for i in dis.get_instructions(at.tb_frame.f_code)}
+    return opcodes.get(at.tb_lasti) == "RAISE_VARARGS"

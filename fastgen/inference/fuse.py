@@ -1,0 +1,163 @@
+"""fuse(model): the fused ops under anybody's modules."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastgen.inference import _members, _plan
+from fastgen.inference._members import Group, Run
+from fastgen.inference._trace import M, clone
+from fastgen.nn import Sequential, _modules
+
+_log = logging.getLogger("fastgen")
+
+
+@dataclass(frozen=True)
+class FusedRun:
+    """Modules that one op computes, by their names in the model."""
+
+    names: tuple[str, ...]
+    op: str  # of fastgen.ops
+    kinds: tuple[str, ...]
+    note: str = ""  # why it ends where it does, when an activation could follow
+
+
+@dataclass(frozen=True)
+class Unfused:
+    """A module that is left alone, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """What is fused in a model, what fuse would fuse, and what it leaves alone. str() of it is a table."""
+
+    fused: tuple[FusedRun, ...]
+    fusable: tuple[FusedRun, ...]
+    left: tuple[Unfused, ...]
+
+    def __str__(self) -> str:
+        parts: list[tuple[str, list[tuple[str, ...]]]] = []
+        for title, runs in (("fused", self.fused), ("fusable", self.fusable)):
+            rows: list[tuple[str, ...]] = [
+                (" + ".join(run.names), f"{run.op}: {' + '.join(run.kinds)}", run.note) for run in runs
+            ]
+            parts.append((title, rows))
+        parts.append(("left alone", [(left.name, left.reason) for left in self.left]))
+        lines = []
+        for title, rows in parts:
+            if rows:
+                widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+                lines.append(f"{title} ({len(rows)})")
+                for row in rows:
+                    lines.append("  " + "  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
+        if not (self.fused or self.fusable):
+            lines.insert(0, "nothing to fuse")
+        return "\n".join(lines)
+
+
+def fuse(model: M, *, inplace: bool = False) -> M:
+    """The model, with each run Conv2d or ConvTranspose2d -> norm -> activation, and norm -> activation, computed by one op.
+
+    Modules stay objects of their classes (or of subclasses of the same name) in their places, with their parameters, buffers
+    and names: the state_dict, optimizers, initialisation, .to(), copy.deepcopy, pickling and DDP see no change, and training
+    goes on as before. The model's own forward keeps running. Whatever is not known to fuse stays exactly as it was:
+    fusion_report says what and why.
+
+    Fused are runs within a Sequential (or a subclass with its forward; plain Sequentials in it included), and runs that one
+    function calls, where every path through every forward that calls them passes the output of each to the next alone. For
+    this the forwards are traced by torch.fx on copies, with their submodules as leaves.
+
+    What holds afterwards: parameters, options, train() and eval(), hooks, parametrizations and replaced modules may change at
+    any time; a run with a member that has hooks, or was replaced, computes its modules one by one. What does not: outside a
+    Sequential, the members of a run must be called by the functions that called them when the model was fused (a first
+    member called by itself computes the whole run), and flags that a forward reads must lead the same way: set them first,
+    then fuse again. A Sequential under torch.utils.checkpoint may update the running statistics of its last norm once, not
+    also when it is run again.
+
+    Not while another thread runs a model: tracing changes how modules are called.
+
+    Args:
+        model: any module. One that is fused already is analysed anew.
+        inplace: change the model itself; otherwise a deep copy is made, and the model stays as it is.
+
+    Returns the fused model; a model with nothing to fuse comes back unchanged (a copy, unless inplace), and a warning to the
+    logger "fastgen" says so. Raises TypeError if model is no nn.Module, and what copy.deepcopy raises.
+    """
+    _check_module(model)
+    if not inplace:
+        model = clone(model, share=False)
+    plan = _plan.make(model)
+    _members.unfuse(model)
+    for sequential in plan.sequentials:
+        if type(sequential).forward is not Sequential.forward:
+            _members.fuse_sequential(sequential)
+    slots: dict[nn.Module | None, tuple] = {}
+    for parent in model.modules():
+        slots.update((child, (parent, name, child)) for name, child in parent._modules.items())
+    for runs in _groups(plan.runs):
+        members = dict.fromkeys(member for run in runs for member in run.members)
+        group = Group(tuple(slots[member] for member in members))
+        for run in runs:
+            _members.fuse_run(run, group)
+    if not plan.sequentials and not plan.runs:
+        _log.warning("fuse: %s has nothing to fuse; fastgen.fusion_report says why", type(model).__name__)
+    return model
+
+
+def _groups(runs: list[Run]) -> list[list[Run]]:
+    """Runs that share an activation, together."""
+    groups: dict[nn.Module, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.members[-1]].append(run)
+    return list(groups.values())
+
+
+def fusion_report(model: nn.Module) -> FusionReport:
+    """What is fused in the model, what fuse(model) would fuse in it now, and which of its convolutions, norms, activations
+    and forwards it leaves alone, with the reasons.
+
+    The model stays as it is. Raises TypeError if model is no nn.Module.
+    """
+    _check_module(model)
+    plan = _plan.make(model)
+    names = {module: name for name, module in model.named_modules()}
+    found: list[tuple[bool, Run, tuple[str, ...]]] = []
+    for run in plan.runs:
+        is_fused = run in vars(run.members[0]).get("_fastgen", ())
+        found.append((is_fused, run, tuple(names[member] for member in run.members)))
+    for sequential, runs in plan.sequentials.items():
+        found.extend((type(sequential).forward is Sequential.forward, *run) for run in runs)
+    order = list(names.values())
+    entries: dict[bool, list[FusedRun]] = {True: [], False: []}
+    members: set[nn.Module] = set()
+    for is_fused, run, of in found:
+        if run.members[0] not in members:  # else it is the run of a Sequential within that of another
+            members.update(run.members)
+            entries[is_fused].append(_entry(run, of, plan.notes.get(run, "")))
+    for runs_of in entries.values():
+        runs_of.sort(key=lambda run: order.index(run.names[0]))
+    left = [
+        Unfused(name, _plan.reason(module, name, model, plan))
+        for module, name in names.items()
+        if module not in members and _plan.is_of_interest(module, plan)
+    ]
+    return FusionReport(tuple(entries[True]), tuple(entries[False]), tuple(left))
+
+
+def _entry(run: Run, names: tuple[str, ...], note: str) -> FusedRun:
+    op = "norm_act"
+    if run.convolution is not None:
+        op = f"conv{'_transpose' if _modules.kind(run.convolution) is nn.ConvTranspose2d else ''}2d_norm_act"
+    return FusedRun(names, op, tuple(_modules.kind(member).__name__ for member in run.members), note)
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -1,0 +1,266 @@
+"""Ways to write a forward, among them traps: PATTERNS[name] is (make, names in the runs that fuse, why others do not)."""
+
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+PATTERNS = {}
+
+
+class Base(nn.Module):
+    """c1 -> b1 -> act and c2 -> b2, to be called in some way; every convolution keeps the shape (N, 4, H, W)."""
+
+    def __init__(self, act=None):
+        super().__init__()
+        self.c1, self.c2 = nn.Conv2d(4, 4, 3, padding=1), nn.ConvTranspose2d(4, 4, 3, padding=1)
+        self.b1, self.b2 = nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+        self.act = act or nn.ReLU(inplace=True)
+
+
+def pattern(fused, left=None, make=lambda cls: cls()):
+    """Registers a class, or function that makes a module; `fused` is "c1 b1 act; c2 b2"."""
+
+    def register(cls):
+        runs = tuple(tuple(run.split()) for run in fused.split(";") if run.strip())
+        PATTERNS[cls.__name__] = ((lambda: make(cls)), runs, left or {})
+        return cls
+
+    return register
+
+
+@pattern("c1 b1 act; c2 b2", {})
+class Attributes(Base):
+    def forward(self, x):
+        return self.b2(self.c2(self.act(self.b1(self.c1(x)))))
+
+
+@pattern("c1 b1; c2 b2", {"act": "no forward calls it"})
+class FunctionalActivations(Base):
+    def forward(self, x):
+        x = F.leaky_relu(self.b1(self.c1(x)), 0.3, inplace=True)
+        x = self.b2(self.c2(x)).relu_()
+        return torch.tanh(x)
+
+
+@pattern("c1 b1 act; c2 b2")
+class OneRunCalledTwice(Base):
+    def forward(self, x):
+        for _ in range(2):
+            x = self.act(self.b1(self.c1(x)))
+        return self.b2(self.c2(x))
+
+
+@pattern("c1 b1 act; c2 b2 act")
+class OneActivationForTwoRuns(Base):
+    def forward(self, x):
+        return self.act(self.b2(self.c2(self.act(self.b1(self.c1(x))))))
+
+
+@pattern("c1 b1; c2 b2", {"act": "not one run"})
+class ActivationAlsoAfterASum(Base):
+    def forward(self, x):
+        h = self.b2(self.c2(self.act(self.b1(self.c1(x)))))
+        return self.act(h + x)
+
+
+@pattern("", {"c1": "not one run", "b1": "not one run", "b2": "not one run"})
+class ConvolutionWithTwoNorms(Base):
+    def forward(self, x):
+        return self.b1(self.c1(x)) + self.b2(self.c1(x))
+
+
+@pattern("", {"c1": "not one run", "c2": "not one run", "b1": "not one run"})
+class NormOfTwoConvolutions(Base):
+    def forward(self, x):
+        return self.b1(self.c1(x)) + self.b1(self.c2(x))
+
+
+@pattern("b1 act", {"c1": "not one run", "c2": "not one run"})
+class NormAndActivationOfTwoConvolutions(Base):
+    def forward(self, x):
+        return self.act(self.b1(self.c1(x))) + self.act(self.b1(self.c2(x)))
+
+
+@pattern("c1 b1", {"act": "not one run"})
+class ActivationAtTimes(Base):
+    def forward(self, x, last=False):
+        h = self.b1(self.c1(x))
+        return h if last else self.act(h)
+
+
+@pattern("c1 b1; c2 b2", {"act": "comes right before"})
+class InPlaceActivationOfAUsedValue(Base):
+    def forward(self, x):
+        h = self.b1(self.c1(x))
+        y = self.act(h)  # h is y now
+        return self.b2(self.c2(y)) + h
+
+
+@pattern("c2 b2", {"c1": "used in 2 places"})
+class ConvolutionUsedTwice(Base):
+    def forward(self, x):
+        h = self.c1(x)
+        return self.b2(self.c2(self.b1(h) * h.sigmoid()))
+
+
+@pattern("b1 act", {"c1": "used in 2 places"})
+class InPlaceBetween(Base):
+    def forward(self, x):
+        h = self.c1(x)
+        h.mul_(2)
+        return self.act(self.b1(h))
+
+
+@pattern("c1 b1 act; c2 b2")
+class BranchOnData(Base):
+    def forward(self, x):
+        if x.mean() > 0:
+            x = x * 2
+        assert x.dim() == 4, "images"
+        x = self.act(self.b1(self.c1(x)))
+        if x.shape[0] < 1:
+            raise ValueError("no images")
+        return self.b2(self.c2(x))
+
+
+@pattern("c2 b2; b1 act", {"c1": "used in 2 places"})
+class BranchThatSkipsTheNorm(Base):
+    def forward(self, x):
+        h = self.c1(x)
+        if h.mean() > 0:
+            h = self.act(self.b1(h))
+        return self.b2(self.c2(h))
+
+
+@pattern("c2 b2; b1 act", {"c1": "used in 2 places"})
+class BranchOnTraining(Base):
+    def forward(self, x):
+        h = self.c1(x)
+        if self.training:
+            h = h + 0.1 * h.square()
+        return self.b2(self.c2(self.act(self.b1(h))))
+
+
+@pattern("c2 b2; b1 act", {"c1": "goes to the function mul"})
+class OptionalArguments(Base):
+    def forward(self, x, scale=None, *, return_features=False):
+        h = self.c1(x)
+        if scale is not None:
+            h = h * scale
+        y = self.act(self.b1(h))
+        y = self.b2(self.c2(y))
+        return (y, h) if return_features else y
+
+
+@pattern("c1 b1 act; c2 b2")
+class ArgumentsOfAnyNumber(Base):
+    def forward(self, x, *args, **kwargs):
+        return self.b2(self.c2(self.act(self.b1(self.c1(x)))))
+
+
+@pattern("c2 b2; b1 act", {"c1": "stored on a module"})
+class StoredFeatures(Base):
+    def forward(self, x):
+        self.features = {"first": [self.c1(x)]}
+        y = self.b2(self.c2(self.act(self.b1(self.features["first"][0]))))
+        return y + self.features["first"][0]
+
+
+@pattern("", {"": "random numbers", "c1": "random numbers"})
+class RandomBranch(Base):
+    def forward(self, x):
+        h = self.c1(x)
+        if random.random() < 2.0:  # layer drop
+            h = self.b1(h)
+        return self.act(h)
+
+
+@pattern("", {"": "cannot be traced", "c1": "under ModuleThatDoesNotTrace"})
+class ModuleThatDoesNotTrace(Base):
+    def forward(self, x):
+        for i in range(int(x.shape[0] > 0)):
+            x = self.act(self.b1(self.c1(x))) + i
+        return x
+
+
+@pattern("", {"": "asks whether a value is a Tensor"})
+class AsksForTheType(Base):
+    def forward(self, x):
+        h = self.c1(x)
+        if isinstance(h, torch.Tensor):
+            h = h.sin()
+        return self.b1(h)
+
+
+@pattern("c2 b2", {"c1": "checkpoint"})
+class Checkpointed(Base):
+    def _first(self, x):
+        return self.act(self.b1(self.c1(x)))
+
+    def forward(self, x):
+        return self.b2(self.c2(checkpoint(self._first, x, use_reentrant=False)))
+
+
+@pattern("inner.c1 inner.b1 inner.act; inner.c2 inner.b2", {"": "cannot be traced"})
+class TracedWithinUntraced(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Attributes()
+
+    def forward(self, x):
+        return self.inner(x) * float(x.numel() > 0)
+
+
+@pattern(
+    "inner.c2 inner.b2; inner.b1 inner.act",
+    {"inner.c1": "CallsPartsOfAnother.forward uses it too", "": "cannot be traced"},
+)
+class CallsPartsOfAnother(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Attributes()
+
+    def forward(self, x):
+        return self.inner(x) + self.inner.c1(x) * float(x.numel() > 0)
+
+
+@pattern("c2 b2; b1 act", {"c1": "WithAnotherMethod.embed uses it too"})
+class WithAnotherMethod(Base):
+    def forward(self, x):
+        return self._decode(self.act(self.b1(self.c1(x))))
+
+    def _decode(self, h):
+        return self.b2(self.c2(h))
+
+    def embed(self, x):
+        return self.c1(x).mean((2, 3))
+
+    def reset(self):
+        nn.init.zeros_(self.c2.weight)
+
+
+@pattern("c2 b2; b1 act", {"c1": "another function"})
+class SplitOverMethods(Base):
+    def features(self, x):
+        return self.c1(x)
+
+    def forward(self, x):
+        return self.b2(self.c2(self.act(self.b1(self.features(x)))))
+
+
+@pattern("c2 b2; b1 act", {"c1": "another function"})
+class FirstWithoutGradients(Base):
+    def forward(self, x):
+        with torch.no_grad():
+            h = self.c1(x)
+        return self.b2(self.c2(self.act(self.b1(h))))
+
+
+@pattern("c1 b1 act", {"c2": "more than its input"})
+class OutputSize(Base):
+    def forward(self, x):
+        h = self.act(self.b1(self.c1(x)))
+        return self.b2(self.c2(h, output_size=h.shape[2:]))
