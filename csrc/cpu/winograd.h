@@ -1,6 +1,7 @@
 // Winograd convolutions: m outputs of r taps from m + r - 1 multiplications an axis instead of m * r (Lavin and Gray, 2015). A
-// convolution whose kernel is r times its stride is, or is the sum of, r-tap convolutions of stride 1, a phase of the stride each.
-// Included once per instruction set (see isa.h), after tile.h. Everything is computed in the accumulation type A.
+// convolution whose kernel is r times its stride is, or is the sum of, r-tap convolutions of stride 1, a phase of the stride
+// each. Included once per instruction set (see isa.h), after tile.h. Everything is computed in the accumulation type
+// A.
 namespace fastgen::cpu::FASTGEN_ISA {
 
 // y = output [(weight g) * (input d)] from the points 0, 1, -1, 1/2, -2 and infinity (Toom and Cook): their
@@ -38,11 +39,15 @@ struct Minimal {
 template <int m, int r>
 constexpr Minimal<m, r> kMinimal{};
 
-// to[i][j] = (matrix d matrix^T)[i][j], d[i][j] = from[i][j], one vector of channels each, the matrix a constant of the code.
-template <class A, int rows, int columns>
-inline __attribute__((always_inline)) void sandwich(const double (&matrix)[rows][columns], const A* const* from, int64_t from_offset,
-                                                    A* const* to, int64_t to_offset) {
+// to[i][j] = (matrix d matrix^T)[i][j], d[i][j] = from[i][j], one vector of channels each. The matrix, a member of Minimal<m,
+// r>, is a template argument: its zeros and ones cost nothing.
+template <class A, int m, int r, auto member>
+inline __attribute__((always_inline)) void sandwich(const A* const* from, int64_t from_offset, A* const* to,
+                                                    int64_t to_offset) {
   using V = typename Vector<A>::type;
+  constexpr auto& matrix = kMinimal<m, r>.*member;
+  constexpr int rows = std::extent_v<std::remove_reference_t<decltype(matrix)>, 0>,
+                columns = std::extent_v<std::remove_reference_t<decltype(matrix)>, 1>;
   V half[columns][rows];
 #pragma GCC unroll 8
   for (int j = 0; j < columns; ++j) {
@@ -76,6 +81,22 @@ inline __attribute__((always_inline)) void sandwich(const double (&matrix)[rows]
       }
       *reinterpret_cast<V*>(to[i * rows + j] + to_offset) = sum;
     }
+}
+
+// The same for all channels: a vector of them each `step` of the output; the last one is filled up with zeros.
+template <class A, int m, int r, auto member>
+void sandwich_channels(const A** from, int64_t channels, A* edge, A* const* to, int64_t step) {
+  constexpr int columns = std::extent_v<std::remove_reference_t<decltype(kMinimal<m, r>.*member)>, 1>;
+  constexpr int64_t size = Vector<A>::size;
+  int64_t channel = 0;
+  for (; channel + size <= channels; channel += size) sandwich<A, m, r, member>(from, channel, to, channel / size * step);
+  if (channel == channels) return;
+  std::fill_n(edge, columns * columns * size, A(0));
+  for (int i = 0; i < columns * columns; ++i) {
+    std::copy(from[i] + channel, from[i] + channels, edge + i * size);
+    from[i] = edge + i * size;
+  }
+  sandwich<A, m, r, member>(from, 0, to, channel / size * step);
 }
 
 // One axis: output o = t * out_step + phase of position t, or the sum over phases of the input; tap u of position t reads
@@ -153,12 +174,15 @@ template <class A, int m, int r, int vectors>
 struct Winograd {
   static constexpr int n = m + r - 1, points = n * n;
   static constexpr int64_t size = Vector<A>::size, width = vectors * size;
-  static constexpr int64_t kBudget = 192 << 10;  // bytes of transformed input at a time; the weights take the rest of the second-level cache
-  static constexpr int64_t kGroups = 128 / size;  // vectors of depth whose transformed weights lie in the second-level cache
+  // What lies in the second-level cache at a time: bytes of transformed input, and vectors of depth of transformed weights.
+  static constexpr int64_t kBudget = 192 << 10;
+  static constexpr int64_t kGroups = 128 / size;
 
   int64_t ic, ih, iw, oc;
   WinogradAxis rows, columns;
-  bool expand;  // transformed weights are computed anew for each band: they are `n * n / (r * r)` times as large as the weights
+  // The packed weights are the taps, transformed for each band: transformed ones are n * n / (r * r) times as large. Else they
+  // are packed transformed, for weights that are used often and stay in the cache.
+  bool expand;
 
   int64_t blocks() const { return ceil_div(oc, width); }
   int64_t sums() const { return rows.in_step * columns.in_step; }       // phases of the input
@@ -168,12 +192,16 @@ struct Winograd {
     return ceil_div(last_row - first_row, rows.out_step * m) * ceil_div(columns.positions(), m);
   }
   int64_t tiles_at_once(int64_t tiles) const {
-    return expand ? tiles : std::min(tiles, std::clamp<int64_t>(kBudget / (points * groups() * size * sizeof(A)) / kPixels, 1, 8) * kPixels);
+    return expand ? tiles
+                  : std::min(tiles,
+                             std::clamp<int64_t>(kBudget / (points * groups() * size * sizeof(A)) / kPixels, 1, 8) * kPixels);
   }
+  // From point to point. + 1: at a multiple of 4 KiB all points would fall into one set of the cache.
   static constexpr int64_t weight_step(int64_t groups) { return (groups * width + 1) * size; }
-  int64_t point_step(int64_t tiles) const { return (groups() * tiles + 1) * size; }  // + 1: not a multiple of the cache's way size
+  int64_t point_step(int64_t tiles) const { return (groups() * tiles + 1) * size; }
   int64_t scratch_size(int64_t tiles) const {
-    return points * (point_step(tiles_at_once(tiles)) + tiles_at_once(tiles) * width + (expand ? weight_step(kGroups) : 0)) + (m * m + 2) * width + ic + (n * n) * size;
+    return points * (point_step(tiles_at_once(tiles)) + tiles_at_once(tiles) * width + (expand ? weight_step(kGroups) : 0)) +
+           (m * m + 2) * width + ic + (n * n) * size;
   }
   int64_t parts() const { return ceil_div(groups(), kGroups); }
   int64_t packed_at(int64_t block, int64_t part) const {
@@ -181,7 +209,8 @@ struct Winograd {
   }
   int64_t packed_size() const { return packed_at(outputs() * blocks(), 0); }
 
-  // (output phase, block, part of the depth, point or tap, depth, width), zero beyond ic and oc. weight strides: of an input channel, an output channel, kh, kw.
+  // packed (output phase, block, part of the depth, point or tap, depth, width), zero beyond ic and oc. stride: of an input
+  // channel, an output channel, kh, kw. Of the phases `phase` and `sum` one is always 0.
   template <class T>
   void pack(const T* weight, const int64_t* stride, A* packed, const ParallelFor& parallel) const {
     constexpr int64_t taps = r * r;
@@ -194,14 +223,15 @@ struct Winograd {
         A* const at = packed + packed_at(phase * blocks() + block, part);
         A* const to = expand ? at : raw.get();
         for (int64_t i = 0; i < count * size; ++i) {
-          const int64_t sum = (first + i / size) / ceil_div(ic, size), channel = (first + i / size) % ceil_div(ic, size) * size + i % size;
+          const int64_t sum = (first + i / size) / ceil_div(ic, size),
+                        channel = (first + i / size) % ceil_div(ic, size) * size + i % size;
           const auto& kh = rows.tap[std::max(phase / columns.out_step, sum / columns.in_step)];
           const auto& kw = columns.tap[std::max(phase % columns.out_step, sum % columns.in_step)];
-          for (int64_t tap = 0; tap < taps; ++tap) {
-            A* const row = to + tap * weight_step(count) + i * width;
-            const T* from = weight + channel * stride[0] + block * width * stride[1] + kh[tap / r] * stride[2] + kw[tap % r] * stride[3];
-            for (int64_t k = 0; k < width; ++k) row[k] = channel < ic && k < valid ? load(from + k * stride[1]) : A(0);
-          }
+          const T* from = weight + channel * stride[0] + block * width * stride[1];
+          for (int64_t k = 0; k < width; ++k, from += stride[1])  // then the taps, which share a line of the cache
+            for (int64_t tap = 0; tap < taps; ++tap)
+              to[tap * weight_step(count) + i * width + k] =
+                  channel < ic && k < valid ? load(from + kh[tap / r] * stride[2] + kw[tap % r] * stride[3]) : A(0);
         }
         if (!expand) transform_weights(to, count, at);
       }
@@ -213,14 +243,16 @@ struct Winograd {
     A* to[points];
     for (int tap = 0; tap < r * r; ++tap) from[tap] = raw + tap * weight_step(count);
     for (int point = 0; point < points; ++point) to[point] = u + point * weight_step(count);
-    for (int64_t i = 0; i < count * size * width; i += size) sandwich(kMinimal<m, r>.weight, from, i, to, i);
+    for (int64_t i = 0; i < count * size * width; i += size) sandwich<A, m, r, &Minimal<m, r>::weight>(from, i, to, i);
   }
 
   // The band (block, image, row, column, width): all pixels of some rows of some images. first_row: a multiple of out_step * m.
-  void multiply(const A* x, const A* packed, int64_t first_block, int64_t last_block, int64_t first_image, int64_t last_image, int64_t first_row,
-                int64_t last_row, A* band, A* memory) const {
+  // memory: scratch_size(tiles of the band). Several blocks at once share the input's transforms.
+  void multiply(const A* x, const A* packed, int64_t first_block, int64_t last_block, int64_t first_image, int64_t last_image,
+                int64_t first_row, int64_t last_row, A* band, A* memory) const {
     const int64_t across = ceil_div(columns.positions(), m), per_image = tiles_an_image(first_row, last_row);
-    const int64_t tiles = (last_image - first_image) * per_image, at_once = tiles_at_once(tiles), pixels = (last_image - first_image) * (last_row - first_row) * columns.out;
+    const int64_t tiles = (last_image - first_image) * per_image, at_once = tiles_at_once(tiles),
+                  pixels = (last_image - first_image) * (last_row - first_row) * columns.out;
     A* const v = memory;
     A* const products = v + points * point_step(at_once);
     A* const spare = products + points * at_once * width;
@@ -232,7 +264,8 @@ struct Winograd {
       for (int64_t first = 0; first < tiles; first += at_once) {
         const int64_t count = std::min(at_once, tiles - first);
         for (int64_t t = 0; t < count; ++t) {
-          const int64_t image = first_image + (first + t) / per_image, top = first_row / rows.out_step + (first + t) % per_image / across * m;
+          const int64_t image = first_image + (first + t) / per_image,
+                        top = first_row / rows.out_step + (first + t) % per_image / across * m;
           for (int64_t sum = 0; sum < sums(); ++sum)
             transform_input(x + image * ih * iw * ic, phase, sum, top, (first + t) % across * m, zeros, edge,
                             v + (sum * ceil_div(ic, size) * count + t) * size, count);
@@ -243,12 +276,14 @@ struct Winograd {
             const A* at = packed + packed_at(phase * blocks() + block, part);
             if (expand) transform_weights(at, depth, u), at = u;
             for (int point = 0; point < points; ++point)
-              multiply_tiles(v + point * point_step(count) + part * kGroups * count * size, count, at + point * weight_step(depth), depth,
-                             products + point * count * width, part > 0);
+              multiply_tiles(v + point * point_step(count) + part * kGroups * count * size, count,
+                             at + point * weight_step(depth), depth, products + point * count * width, part > 0);
           }
           for (int64_t t = 0; t < count; ++t) {
-            const int64_t image = (first + t) / per_image, top = first_row / rows.out_step + (first + t) % per_image / across * m;
-            transform_output(products + t * width, count * width, phase, top, (first + t) % across * m, first_row, last_row, spare,
+            const int64_t image = (first + t) / per_image,
+                          top = first_row / rows.out_step + (first + t) % per_image / across * m;
+            transform_output(products + t * width, count * width, phase, top, (first + t) % across * m, first_row, last_row,
+                             spare,
                              band + ((block - first_block) * pixels + image * (last_row - first_row) * columns.out) * width);
           }
         }
@@ -256,7 +291,8 @@ struct Winograd {
   }
 
   // The tile's (point, group of channels, tile, size).
-  void transform_input(const A* image, int64_t phase, int64_t sum, int64_t top, int64_t left, const A* zeros, A* edge, A* v, int64_t tiles) const {
+  void transform_input(const A* image, int64_t phase, int64_t sum, int64_t top, int64_t left, const A* zeros, A* edge, A* v,
+                       int64_t tiles) const {
     const auto& row = rows.source[std::max(phase / columns.out_step, sum / columns.in_step)];
     const auto& column = columns.source[std::max(phase % columns.out_step, sum % columns.in_step)];
     const A* from[points];
@@ -267,34 +303,34 @@ struct Winograd {
         from[i * n + j] = y < 0 || x < 0 ? zeros : image + (y * iw + x) * ic;
         to[i * n + j] = v + (i * n + j) * point_step(tiles);
       }
-    int64_t channel = 0;
-    for (; channel + size <= ic; channel += size) sandwich(kMinimal<m, r>.input, from, channel, to, channel * tiles);
-    if (channel == ic) return;
-    std::fill_n(edge, points * size, A(0));
-    for (int point = 0; point < points; ++point) from[point] = std::copy(from[point] + channel, from[point] + ic, edge + point * size) - (ic - channel);
-    sandwich(kMinimal<m, r>.input, from, 0, to, channel * tiles);
+    sandwich_channels<A, m, r, &Minimal<m, r>::input>(from, ic, edge, to, tiles * size);
   }
 
   static void multiply_tiles(const A* v, int64_t tiles, const A* u, int64_t depth, A* out, bool accumulate) {
     constexpr int most = kPixels, some = kPixels / 3 * 2, few = kPixels / 3;
     int64_t t = 0;
-    for (; t + most <= tiles; t += most) product<A, vectors, most>(v + t * size, tiles * size, u, depth, out + t * width, accumulate);
-    for (; t + some <= tiles; t += some) product<A, vectors, some>(v + t * size, tiles * size, u, depth, out + t * width, accumulate);
-    for (; t + few <= tiles; t += few) product<A, vectors, few>(v + t * size, tiles * size, u, depth, out + t * width, accumulate);
+    for (; t + most <= tiles; t += most)
+      product<A, vectors, most>(v + t * size, tiles * size, u, depth, out + t * width, accumulate);
+    for (; t + some <= tiles; t += some)
+      product<A, vectors, some>(v + t * size, tiles * size, u, depth, out + t * width, accumulate);
+    for (; t + few <= tiles; t += few)
+      product<A, vectors, few>(v + t * size, tiles * size, u, depth, out + t * width, accumulate);
     for (; t < tiles; ++t) product<A, vectors, 1>(v + t * size, tiles * size, u, depth, out + t * width, accumulate);
   }
 
   // The tile's pixels of one block of channels; those outside the band go to `spare`.
-  void transform_output(const A* products, int64_t step, int64_t phase, int64_t top, int64_t left, int64_t first_row, int64_t last_row, A* spare, A* band) const {
+  void transform_output(const A* products, int64_t step, int64_t phase, int64_t top, int64_t left, int64_t first_row,
+                        int64_t last_row, A* spare, A* band) const {
     const A* from[points];
     A* to[m * m];
     for (int point = 0; point < points; ++point) from[point] = products + point * step;
     for (int i = 0; i < m; ++i)
       for (int j = 0; j < m; ++j) {
-        const int64_t y = (top + i) * rows.out_step + phase / columns.out_step, x = (left + j) * columns.out_step + phase % columns.out_step;
+        const int64_t y = (top + i) * rows.out_step + phase / columns.out_step,
+                      x = (left + j) * columns.out_step + phase % columns.out_step;
         to[i * m + j] = y < last_row && x < columns.out ? band + ((y - first_row) * columns.out + x) * width : spare;
       }
-    for (int64_t k = 0; k < width; k += size) sandwich(kMinimal<m, r>.output, from, k, to, k);
+    for (int64_t k = 0; k < width; k += size) sandwich<A, m, r, &Minimal<m, r>::output>(from, k, to, k);
   }
 };
 
