@@ -165,19 +165,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(Tensor grad_out, Te
 
 using ConvolutionKernel = decltype(fastgen::cpu::conv2d_norm_act);
 
-// `conv` comes with its geometry and the output's height and width; the rest is filled in here.
-std::tuple<Tensor, Tensor, Tensor, Tensor> convolve(Convolution conv, int64_t out_channels, ConvolutionKernel* kernel, Tensor x,
-                                                    const Tensor& weight, OptionalTensor bias, Tail tail, bool save) {
-  const bool x_channels_last = is_channels_last(x), channels_last = x_channels_last || is_channels_last(weight);
-  x = in_format(x, x_channels_last);
+Convolution geometry(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                     const std::vector<int64_t>& dilation, int64_t groups) {
+  Convolution conv{};
   conv.ic = x.size(1);
   conv.ih = x.size(2);
   conv.iw = x.size(3);
   conv.kh = weight.size(2);
   conv.kw = weight.size(3);
   for (int i = 0; i < 4; ++i) conv.weight_strides[i] = weight.stride(i);
-  conv.x_channels_last = x_channels_last || conv.ih * conv.iw == 1;
+  std::copy_n(stride.begin(), 2, conv.stride);
+  std::copy_n(padding.begin(), 2, conv.padding);
+  std::copy_n(dilation.begin(), 2, conv.dilation);
+  conv.groups = groups;
+  conv.x_channels_last = is_channels_last(x) || conv.ih * conv.iw == 1;
+  return conv;
+}
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> convolve(const Convolution& conv, int64_t out_channels, ConvolutionKernel* kernel, Tensor x,
+                                                    const Tensor& weight, OptionalTensor bias, Tail tail, bool save) {
+  const bool x_channels_last = is_channels_last(x), channels_last = x_channels_last || is_channels_last(weight);
+  x = in_format(x, x_channels_last);
   Tensor out = new_tensor(x, {x.size(0), out_channels, conv.oh, conv.ow}, x.scalar_type(), channels_last);
   const NormAct op = tail.describe(out, !tail.mean, channels_last);
   Tensor pre = save ? torch::stable::empty_like(out) : new_tensor(x, {0}, x.scalar_type());
@@ -198,17 +206,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_transpose2d_norm_act(
     OptionalTensor var, OptionalTensor residual, std::string norm, int64_t num_groups, double eps, std::string activation,
     double negative_slope, std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> output_padding, int64_t groups,
     std::vector<int64_t> dilation, bool save) {
-  Convolution conv{};
-  int64_t size[2];
-  for (int i = 0; i < 2; ++i) {
-    size[i] = (x.size(2 + i) - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.size(2 + i) - 1) + output_padding[i] + 1;
-    conv.stride[i] = stride[i];
-    conv.padding[i] = padding[i];
-    conv.dilation[i] = dilation[i];
-  }
-  conv.oh = size[0];
-  conv.ow = size[1];
-  conv.groups = groups;
+  Convolution conv = geometry(x, weight, stride, padding, dilation, groups);
+  conv.oh = (conv.ih - 1) * stride[0] - 2 * padding[0] + dilation[0] * (conv.kh - 1) + output_padding[0] + 1;
+  conv.ow = (conv.iw - 1) * stride[1] - 2 * padding[1] + dilation[1] * (conv.kw - 1) + output_padding[1] + 1;
   return convolve(conv, weight.size(1) * groups, fastgen::cpu::conv_transpose2d_norm_act, x, weight, bias,
                   {norm_weight, norm_bias, mean, var, residual, norm, num_groups, eps, activation, negative_slope}, save);
 }
@@ -218,20 +218,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_norm_act(
     OptionalTensor var, OptionalTensor residual, std::string norm, int64_t num_groups, double eps, std::string activation,
     double negative_slope, std::vector<int64_t> stride, std::vector<int64_t> padding, bool reflect, int64_t groups,
     std::vector<int64_t> dilation, bool save) {
-  Convolution conv{};
-  int64_t size[2];
-  for (int i = 0; i < 2; ++i) {
-    size[i] = (x.size(2 + i) + 2 * padding[i] - dilation[i] * (weight.size(2 + i) - 1) - 1) / stride[i] + 1;
-    conv.stride[i] = stride[i];
-    conv.padding[i] = padding[i];
-    conv.dilation[i] = dilation[i];
-  }
-  conv.oh = size[0];
-  conv.ow = size[1];
-  conv.groups = groups;
+  Convolution conv = geometry(x, weight, stride, padding, dilation, groups);
+  conv.oh = (conv.ih + 2 * padding[0] - dilation[0] * (conv.kh - 1) - 1) / stride[0] + 1;
+  conv.ow = (conv.iw + 2 * padding[1] - dilation[1] * (conv.kw - 1) - 1) / stride[1] + 1;
   conv.reflect = reflect;
   return convolve(conv, weight.size(0), fastgen::cpu::conv2d_norm_act, x, weight, bias,
                   {norm_weight, norm_bias, mean, var, residual, norm, num_groups, eps, activation, negative_slope}, save);
+}
+
+Tensor convolution_weight_grad(Tensor grad, Tensor x, Tensor weight, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                               std::vector<int64_t> output_padding, int64_t groups, std::vector<int64_t> dilation, bool reflect) {
+  Tensor out = torch::stable::empty_like(weight);
+  if (grad.numel() == 0) return torch::stable::zero_(out);
+  Convolution conv = geometry(x, out, stride, padding, dilation, groups);
+  conv.oh = grad.size(2);
+  conv.ow = grad.size(3);
+  conv.reflect = reflect;
+  x = in_format(x, is_channels_last(x));
+  grad = in_format(grad, is_channels_last(grad));
+  Tail plain{};
+  plain.norm = "none";
+  plain.activation = "identity";
+  fastgen::cpu::convolution_weight_grad(conv, plain.describe(grad, false, is_channels_last(grad)), !output_padding.empty(), grad.const_data_ptr(),
+                                        x.const_data_ptr(), out.mutable_data_ptr(), torch_parallel);
+  return out;
 }
 
 }  // namespace
@@ -241,4 +251,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
   m.impl("norm_act_backward", TORCH_BOX(&norm_act_backward));
   m.impl("conv2d_norm_act", TORCH_BOX(&conv2d_norm_act));
   m.impl("conv_transpose2d_norm_act", TORCH_BOX(&conv_transpose2d_norm_act));
+  m.impl("convolution_weight_grad", TORCH_BOX(&convolution_weight_grad));
 }

@@ -36,7 +36,7 @@ inline WinogradTile winograd_tile(const Convolution& conv, const NormAct& op) {
   const bool always = asked && !strcmp(asked, "always");
   const bool square = conv.kh == conv.kw && conv.stride[0] == conv.stride[1];
   if (!square || conv.groups != 1 || conv.dilation[0] != 1 || conv.dilation[1] != 1) return WinogradTile::none;
-  const bool wide = conv.ic >= 16 && op.c >= 16, large = op.n * conv.oh * conv.ow >= 2048;
+  const bool wide = conv.ic >= 16 && op.c >= 16, large = op.n * conv.oh * conv.ow >= 1024;
   if (conv.kh == 4 && conv.stride[0] == 2 && (always || (wide && large))) return WinogradTile::f4x2;
   if (conv.kh == 3 && conv.stride[0] == 1 && (always || (wide && op.n * conv.oh * conv.ow >= 256 && conv.oh >= 8))) return WinogradTile::f4x3;
   return WinogradTile::none;
@@ -44,7 +44,7 @@ inline WinogradTile winograd_tile(const Convolution& conv, const NormAct& op) {
 
 // Whether the transformed weights are too many to be kept: each band then transforms them anew.
 inline bool transforms_in_bands(const Convolution& conv, int64_t c) {
-  return conv.kh == 4 && conv.ic * c * 100 * int64_t(sizeof(float)) > (8 << 20);
+  return conv.kh == 4 && conv.ic * c * 100 * int64_t(sizeof(float)) > (16 << 20);
 }
 
 // mean and var of `given` are written when op.batch_stats, else read.
@@ -52,5 +52,9 @@ void conv2d_norm_act(const Convolution& conv, const NormAct& op, const Convoluti
                      const ParallelFor& parallel);
 void conv_transpose2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors,
                                const NormActTensors& given, const ParallelFor& parallel);
+
+// The gradient of the weight, `out` with conv.weight_strides, from the gradient of the output (no norm), which `op` describes.
+void convolution_weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad, const void* x, void* out,
+                             const ParallelFor& parallel);
 
 }  // namespace fastgen::cpu

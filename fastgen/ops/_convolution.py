@@ -68,16 +68,23 @@ class Geometry:
     def wins(self, x: Tensor, weight: Tensor) -> bool:
         """Whether fastgen's own kernel is faster than PyTorch's on the CPU, as measured (benchmarks/NOTES.md).
 
-        It is where Winograd's algorithm pays, and in transposed convolutions. In bfloat16 and float16 it is not: oneDNN
-        multiplies in those types.
+        It is where Winograd's algorithm pays, and in transposed convolutions with nothing to add up (1x1 images) or four 2x2
+        phases. In bfloat16 and float16 it is not: oneDNN multiplies in those types.
         """
         if x.dtype not in (torch.float32, torch.float64) or min(self.channels(weight)) < 16 * self.groups:
             return False
+        pixels = tuple(x.shape[2:]) == (1, 1)
+        four_by_two = tuple(weight.shape[2:]) == (4, 4) and self.stride == [2, 2]
+        return self._winograd(x, weight, 256) or (self.transposed and (pixels or four_by_two))
+
+    def _winograd(self, x: Tensor, weight: Tensor, least: int) -> bool:
+        """Whether Winograd's algorithm can run, on images of 8x8 and larger, with at least so many pixels in the output."""
         kernel, (n, _, height, width) = tuple(weight.shape[2:]), self.sizes(x, weight)
-        plain = self.groups == 1 and self.dilation == [1, 1]
-        four_by_two = kernel == (4, 4) and self.stride == [2, 2] and n * height * width >= 2048
-        three_by_one = kernel == (3, 3) and self.stride == [1, 1] and height >= 8 and n * height * width >= 256
-        return self.transposed or (plain and (four_by_two or three_by_one))
+        if self.groups != 1 or self.dilation != [1, 1]:
+            return False
+        if kernel == (4, 4) and self.stride == [2, 2]:
+            return n * height * width >= 1024
+        return kernel == (3, 3) and self.stride == [1, 1] and height >= 8 and n * height * width >= least
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution in PyTorch."""
@@ -97,50 +104,108 @@ class Geometry:
             else F.pad(x, [width, width, height, height])
         )
 
-    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, wanted: list[bool]):
-        """Gradients of x, weight and bias, by ops that are themselves differentiable."""
-        inner = self.mirrored(x) if self.reflect else x
-        padding = [0, 0] if self.reflect else self.padding
-        if not _weight_grads:
-            wanted = [wanted[0], False, False]
-        grad_x = self._opposite(grad, inner, weight, padding) if wanted[0] else None
-        rest = [wanted[0] and grad_x is None, *wanted[1:]]
-        found, grad_weight, grad_bias = (None, None, None)
-        if any(rest):
-            found, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-                grad, inner, weight, bias_sizes, self.stride, padding, self.dilation, self.transposed,
-                self.output_padding or [0, 0], self.groups, rest,
-            )  # fmt: skip
-        grad_x = found if grad_x is None else grad_x
-        if self.reflect and grad_x is not None:
-            height, width = self.padding
-            layout = memory_format(is_channels_last(x))  # the op takes its gradient to be in x's
-            grad_x = grad_x.contiguous(memory_format=layout)
-            grad_x = torch.ops.aten.reflection_pad2d_backward(grad_x, x, [width, width, height, height])
-        return grad_x, grad_weight, grad_bias
-
-    def _opposite(self, grad: Tensor, x: Tensor, weight: Tensor, padding: list[int]) -> Tensor | None:
-        """x's gradient by fastgen's kernel of the opposite convolution, where that wins; else None."""
-        if grad.dtype == torch.float64 or _dispatch.why_not("conv2d_norm_act", "cpp", grad.device.type) is not None:
-            return None
-        reach = [spread * (size - 1) + 1 for spread, size in zip(self.dilation, weight.shape[2:], strict=True)]
+    def plain(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The convolution alone, by the kernel that wins; differentiable."""
+        if not _has_kernels(x) or not self.wins(x, weight):
+            return self.convolve(x, weight, None)
         tail = (None, None, None, None, None, "none", 0, 0.0, "identity", 0.0)
-        if self.transposed:
-            back = Geometry(self.stride, padding, None, self.groups, self.dilation)
-            if not back.wins(grad, weight) or back.sizes(grad, weight)[2:] != list(x.shape[2:]):
-                return None  # sizes differ with an output_padding of a stride or more
-            return torch.ops.fastgen.conv2d_norm_act(
-                grad, weight, None, *tail, self.stride, padding, False, self.groups, self.dilation, False
-            )[0]
-        output_padding = [
-            (x.shape[2 + i] + 2 * padding[i] - reach[i]) % self.stride[i] for i in range(2)
-        ]  # rows and columns of x that no output reads
-        back = Geometry(self.stride, padding, output_padding, self.groups, self.dilation)
-        if not back.wins(grad, weight):
-            return None
-        return torch.ops.fastgen.conv_transpose2d_norm_act(
-            grad, weight, None, *tail, self.stride, padding, output_padding, self.groups, self.dilation, False
-        )[0]
+        if self.output_padding is not None:
+            op, geometry = "conv_transpose2d_norm_act", (self.stride, self.padding, self.output_padding)
+        else:
+            op, geometry = "conv2d_norm_act", (self.stride, self.padding, self.reflect)
+        return getattr(torch.ops.fastgen, op)(x, weight, None, *tail, *geometry, self.groups, self.dilation, False)[0]
+
+    def input_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """x's gradient, differentiable: the opposite convolution of grad."""
+        if self.reflect:
+            height, width = self.padding
+            inner = self.mirrored(x)
+            grad_x = dataclasses.replace(self, padding=[0, 0], reflect=False).input_grad(grad, inner, weight)
+            grad_x = grad_x.contiguous(memory_format=memory_format(is_channels_last(x)))  # the op takes it to be in x's
+            return torch.ops.aten.reflection_pad2d_backward(grad_x, x, [width, width, height, height])
+        output_padding = None
+        if not self.transposed:  # rows and columns of x that no output reads
+            reach = [spread * (size - 1) + 1 for spread, size in zip(self.dilation, weight.shape[2:], strict=True)]
+            output_padding = [(x.shape[2 + i] + 2 * self.padding[i] - reach[i]) % self.stride[i] for i in range(2)]
+        opposite = dataclasses.replace(self, output_padding=output_padding)
+        # An output_padding of a stride or more gives other sizes.
+        if _has_kernels(grad) and opposite.wins(grad, weight) and opposite.sizes(grad, weight) == list(x.shape):
+            return opposite.plain(grad, weight)
+        return self._aten_grads(grad, x, weight, [True, False])[0]
+
+    def weight_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """weight's gradient, differentiable."""
+        if _has_kernels(x) and self.wins(x, weight) and self._winograd(x, weight, 1024):
+            return torch.ops.fastgen.convolution_weight_grad(
+                grad,
+                x,
+                weight,
+                self.stride,
+                self.padding,
+                self.output_padding or [],
+                self.groups,
+                self.dilation,
+                self.reflect,
+            )
+        return self._aten_weight_grad(grad, x, weight)
+
+    def _aten_weight_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        if self.reflect:
+            return dataclasses.replace(self, padding=[0, 0], reflect=False)._aten_weight_grad(
+                grad, self.mirrored(x), weight
+            )
+        return self._aten_grads(grad, x, weight, [False, True])[1]
+
+    def _aten_grads(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, None, self.stride, self.padding, self.dilation, self.transposed,
+            self.output_padding or [0, 0], self.groups, [*wanted, False],
+        )  # fmt: skip
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return _dispatch.why_not("conv2d_norm_act", "cpp", x.device.type) is None
+
+
+# The weight's gradient as an op of its own; weight gives its sizes and strides. Empty output_padding: not transposed.
+torch.library.define(
+    "fastgen::convolution_weight_grad",
+    "(Tensor grad, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[] output_padding, int groups, int[2] dilation, "
+    "bool reflect) -> Tensor",
+)
+
+
+@torch.library.impl("fastgen::convolution_weight_grad", "CompositeExplicitAutograd")
+def _weight_grad(grad, x, weight, stride, padding, output_padding, *rest):
+    found = Geometry(stride, padding, list(output_padding) or None, *rest)._aten_weight_grad(grad, x, weight)
+    return torch.empty_like(weight).copy_(found)
+
+
+@torch.library.register_fake("fastgen::convolution_weight_grad")
+def _weight_grad_fake(grad, x, weight, *geometry):
+    return torch.empty_like(weight)
+
+
+def _setup_weight_grad(ctx, inputs, output):
+    grad, x, weight, stride, padding, output_padding, *rest = inputs
+    ctx.geometry = Geometry(stride, padding, list(output_padding) or None, *rest)
+    ctx.save_for_backward(grad, x)
+
+
+def _weight_grad_backward(ctx, direction):
+    """It is linear in both factors: the convolution with `direction` as its weight, and that one's input gradient."""
+    grad, x = ctx.saved_tensors
+    of_grad, of_x = ctx.needs_input_grad[:2]
+    return (
+        ctx.geometry.plain(x, direction) if of_grad else None,
+        ctx.geometry.input_grad(grad, x, direction) if of_x else None,
+        *(None,) * 7,
+    )
+
+
+torch.library.register_autograd(
+    "fastgen::convolution_weight_grad", _weight_grad_backward, setup_context=_setup_weight_grad
+)
 
 
 def call(
@@ -265,7 +330,6 @@ def define(op: str, geometry_schema: str, geometry_of) -> None:
         ctx.batch_stats = ctx.options[0] != "none" and mean is None
         if ctx.batch_stats:
             mean, var = output[2:]
-        ctx.bias_sizes = None if bias is None else [bias.shape[0]]
         ctx.save_for_backward(x, weight, norm_weight, norm_bias, mean, var, residual, output[1])
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
@@ -285,9 +349,22 @@ def define(op: str, geometry_schema: str, geometry_of) -> None:
         count = len(ctx.needs_input_grad)
         if grad is None:
             return (None,) * count
-        grads = ctx.geometry.backward(grad, x, weight, ctx.bias_sizes, list(ctx.needs_input_grad[:3]))
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        grad_x = ctx.geometry.input_grad(grad, x, weight) if of_x else None
+        grad_weight = ctx.geometry.weight_grad(grad, x, weight) if of_weight and _weight_grads else None
+        grad_bias = grad.sum((0, 2, 3)) if of_bias and _weight_grads else None
         grad_norm_weight, grad_norm_bias, grad_residual = of_tail
-        return *grads, grad_norm_weight, grad_norm_bias, None, None, grad_residual, *(None,) * (count - 8)
+        return (
+            grad_x,
+            grad_weight,
+            grad_bias,
+            grad_norm_weight,
+            grad_norm_bias,
+            None,
+            None,
+            grad_residual,
+            *(None,) * (count - 8),
+        )
 
     torch.library.impl(name, "CompositeExplicitAutograd")(forward)
     torch.library.register_fake(name)(fake)

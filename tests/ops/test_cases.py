@@ -40,6 +40,13 @@ def error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
 
 
+@pytest.fixture
+def own_kernels(monkeypatch):
+    """The backward of a convolution runs fastgen's kernels even where they do not win."""
+    for name in ("wins", "_winograd"):
+        monkeypatch.setattr(_convolution.Geometry, name, lambda *_: True)
+
+
 def check_parity(case: OpCase, dtype: torch.dtype, channels_last: bool, winograd: bool = False) -> None:
     """At most `factor` times the error of PyTorch's own ops against float64, forward and backward."""
     tensors = case.tensors(dtype, channels_last)
@@ -65,13 +72,13 @@ def check_parity(case: OpCase, dtype: torch.dtype, channels_last: bool, winograd
 @by_id(SMALL)
 @pytest.mark.parametrize("channels_last", (False, True), ids=("contiguous", "channels_last"))
 @pytest.mark.parametrize("dtype", UNIT_ROUNDOFF, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def test_parity(case, dtype, channels_last, poisoned):
+def test_parity(case, dtype, channels_last, poisoned, own_kernels):
     check_parity(case, dtype, channels_last)
 
 
 @by_id(LARGE)
 @pytest.mark.parametrize("winograd", (False, True), ids=("direct", "winograd"))
-def test_parity_of_real_layers(case, winograd, poisoned, monkeypatch):
+def test_parity_of_real_layers(case, winograd, poisoned, own_kernels, monkeypatch):
     if not winograd:
         monkeypatch.setenv("FASTGEN_WINOGRAD", "0")
     check_parity(case, torch.float32, True, winograd)
@@ -79,7 +86,7 @@ def test_parity_of_real_layers(case, winograd, poisoned, monkeypatch):
 
 @by_id([case for case in SMALL if case.op.startswith("conv")])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
-def test_parity_of_winograd(case, dtype, poisoned, monkeypatch):
+def test_parity_of_winograd(case, dtype, poisoned, own_kernels, monkeypatch):
     """Odd sizes, few channels, padding of all kinds, where the algorithm does not pay."""
     monkeypatch.setenv("FASTGEN_WINOGRAD", "always")
     check_parity(case, dtype, True, winograd=True)
@@ -87,7 +94,7 @@ def test_parity_of_winograd(case, dtype, poisoned, monkeypatch):
 
 @by_id(SMALL)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_gradcheck(case, impl):
+def test_gradcheck(case, impl, own_kernels):
     """First and second derivatives against finite differences, in float64."""
     tensors = differentiable(case.tensors(torch.float64))
     leaves = {name: t for name, t in tensors.items() if t.requires_grad}
@@ -159,7 +166,7 @@ def elementary(case: OpCase, tensors: dict[str, Tensor]) -> Tensor:
 
 
 @by_id(SMALL)
-def test_third_derivative(case):
+def test_third_derivative(case, own_kernels):
     """The gradient of a gradient penalty's gradient."""
     if "output_padding" in case.options:
         pytest.skip("PyTorch has no third derivative of a transposed convolution with output_padding")
@@ -196,7 +203,7 @@ def recorded_calls(case: OpCase, dtype: torch.dtype, channels_last: bool):
 @pytest.mark.parametrize(
     "dtype, channels_last", ((torch.float32, False), (torch.bfloat16, True)), ids=("float32", "bfloat16-channels_last")
 )
-def test_opcheck(case, dtype, channels_last):
+def test_opcheck(case, dtype, channels_last, own_kernels):
     """Schema, fake kernel and autograd registration of each registered op, forward and backward, agree with what it does."""
     calls = recorded_calls(case, dtype, channels_last)
     assert calls
@@ -209,7 +216,7 @@ def test_opcheck(case, dtype, channels_last):
 
 
 @by_id(SMALL)
-def test_compile(case):
+def test_compile(case, own_kernels):
     """One graph, forward and backward, with the eager result."""
     tensors = case.tensors(torch.float32)
     upstream = torch.ones_like(case.call({name: t.clone() for name, t in tensors.items()}, impl="reference"))

@@ -1,0 +1,70 @@
+#include "cpu/convolution.h"
+
+#undef FASTGEN_FILE
+#define FASTGEN_FILE "cpu/convolution_weight_grad.cpp"
+#include "cpu/isa.h"
+
+#include "cpu/block.h"
+#include "cpu/tile.h"
+#include "cpu/winograd.h"
+#include "cpu/implicit_gemm.h"
+#include "cpu/weight_gradient.h"
+
+namespace fastgen::cpu::FASTGEN_ISA {
+
+template <class T>
+void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad_, const void* x_, void* out,
+                 const ParallelFor& parallel) {
+  using A = Acc<T>;
+  std::unique_ptr<A[]> x_storage, grad_storage;
+  const A* x = pixels_first(static_cast<const T*>(x_), op.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, x_storage, parallel);
+  const A* grad = pixels_first(static_cast<const T*>(grad_), op.n, op.c, op.s, op.channels_last, grad_storage, parallel);
+  const int64_t* const s = conv.weight_strides;
+
+  if constexpr (std::is_same_v<A, float>) {
+    const auto winograd = [&](auto tile) {
+      constexpr int m = decltype(tile)::m, r = decltype(tile)::r;
+      const auto axis = [&](int64_t in, int64_t size, int64_t kernel, int i) {
+        return transposed ? WinogradAxis::transposed(in, size, kernel, conv.stride[i], conv.padding[i])
+                          : WinogradAxis::conv(in, size, kernel, conv.stride[i], conv.padding[i], conv.reflect);
+      };
+      WinogradWeightGradient<A, m, r, 2>{op.n, conv.ic, conv.ih, conv.iw, op.c, axis(conv.ih, conv.oh, conv.kh, 0),
+                                         axis(conv.iw, conv.ow, conv.kw, 1)}
+          .run(x, grad, static_cast<T*>(out), {s[transposed ? 0 : 1], s[transposed ? 1 : 0], s[2], s[3]}, parallel);
+    };
+    switch (winograd_tile(conv, op)) {
+      case WinogradTile::none: break;
+      case WinogradTile::f4x2: return winograd(WinogradSize<4, 2>{});
+      case WinogradTile::f4x3: return winograd(WinogradSize<4, 3>{});
+    }
+  }
+
+  DirectWeightGradient<A> direct{op.n, conv.ih, conv.iw, conv.ic, conv.oh, conv.ow, op.c, conv.kh, conv.kw, {}, {}, {}, conv.groups, conv.reflect};
+  if (transposed) {
+    std::swap(direct.bh, direct.sh);
+    std::swap(direct.bw, direct.sw);
+    std::swap(direct.bc, direct.sc);
+  }
+  std::copy_n(conv.stride, 2, direct.stride);
+  std::copy_n(conv.padding, 2, direct.padding);
+  std::copy_n(conv.dilation, 2, direct.dilation);
+  direct.run(transposed ? grad : x, transposed ? x : grad, static_cast<T*>(out), {s[1], s[0], s[2], s[3]}, parallel);
+}
+
+inline void convolution_weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad, const void* x, void* out,
+                                    const ParallelFor& parallel) {
+  FASTGEN_FOR_DTYPE(op.dtype, weight_grad, conv, op, transposed, grad, x, out, parallel)
+}
+
+}  // namespace fastgen::cpu::FASTGEN_ISA
+
+#ifdef FASTGEN_ONCE
+namespace fastgen::cpu {
+
+void convolution_weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad, const void* x, void* out,
+                             const ParallelFor& parallel) {
+  FASTGEN_DISPATCH(convolution_weight_grad, conv, op, transposed, grad, x, out, parallel)
+}
+
+}  // namespace fastgen::cpu
+#endif

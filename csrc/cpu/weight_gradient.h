@@ -1,0 +1,298 @@
+// Gradients of convolution weights: by Winograd's method, and direct for any convolution. Included once per instruction set
+// (see isa.h), after winograd.h. Everything is computed in the accumulation type A. The pixels are summed in chunks that do not
+// depend on the thread count, and the chunks are merged in order, so neither does the result.
+namespace fastgen::cpu::FASTGEN_ISA {
+
+// How a sum over pixels, the columns of the lines of some images, steps through its two factors.
+struct Steps {
+  int64_t images, a_image, b_image, lines, a_line, b_line, count, a, b;
+  int64_t b_vector;  // from one vector of b to the next
+};
+
+constexpr int64_t kBlockOfSums = 1024;
+
+// out[p][width] (+)= sum over pixels of a[pixel][p] * b[pixel][width], for `height` rows that stay in registers.
+template <class A, int vectors, int height>
+void outer_product(const A* a, const A* b, const Steps& step, A* out, int64_t out_step, bool accumulate) {
+  using V = typename Vector<A>::type;
+  V sum[height][vectors] = {};
+  for (int64_t image = 0; image < step.images; ++image)
+    for (int64_t line = 0; line < step.lines; ++line) {
+      const A* left = a + image * step.a_image + line * step.a_line;
+      const A* right = b + image * step.b_image + line * step.b_line;
+      for (int64_t t = 0; t < step.count; ++t, left += step.a, right += step.b) {
+        V row[vectors];
+#pragma GCC unroll 4
+        for (int k = 0; k < vectors; ++k) row[k] = *reinterpret_cast<const V*>(right + k * step.b_vector);
+#pragma GCC unroll 16
+        for (int p = 0; p < height; ++p) {
+          const A value = left[p];
+#pragma GCC unroll 4
+          for (int k = 0; k < vectors; ++k) sum[p][k] += row[k] * value;
+        }
+      }
+    }
+#pragma GCC unroll 16
+  for (int p = 0; p < height; ++p)
+#pragma GCC unroll 4
+    for (int k = 0; k < vectors; ++k) {
+      V* const to = reinterpret_cast<V*>(out + p * out_step + k * Vector<A>::size);
+      *to = accumulate ? *to + sum[p][k] : sum[p][k];
+    }
+}
+
+// out[rows][columns] (+)= the same, columns filled up to a multiple of the vectors.
+template <class A, int vectors>
+void outer_products(const A* a, int64_t rows, const A* b, int64_t columns, const Steps& step, A* out, int64_t out_step,
+                    bool accumulate) {
+  constexpr int most = kPixels, some = kPixels / 3 * 2, few = kPixels / 3;
+  int64_t p = 0;
+  const auto run = [&](auto height) {
+    for (; p + height <= rows; p += height)
+      for (int64_t k = 0; k < columns; k += vectors * Vector<A>::size)
+        outer_product<A, vectors, height>(a + p, b + k / Vector<A>::size * step.b_vector, step, out + p * out_step + k,
+                                          out_step, accumulate);
+  };
+  run(std::integral_constant<int, most>());
+  run(std::integral_constant<int, some>());
+  run(std::integral_constant<int, few>());
+  run(std::integral_constant<int, 1>());
+}
+
+// parts[0] += parts[1] + ..., in order; each of `size` values.
+template <class A>
+void sum_chunks(A* parts, int64_t chunks, int64_t size, const ParallelFor& parallel) {
+  if (chunks == 1) return;
+  parallel(ceil_div(size, kBlockOfSums), [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kBlockOfSums; first < std::min(size, end * kBlockOfSums); first += kBlockOfSums)
+      for (int64_t chunk = 1; chunk < chunks; ++chunk)
+        for (int64_t i = first; i < std::min(size, first + kBlockOfSums); ++i) parts[i] += parts[chunk * size + i];
+  });
+}
+
+// Strides of an input channel, an output channel, kh and kw.
+struct GradStrides {
+  int64_t in, out, kh, kw;
+};
+
+// out (ic, oc, kh, kw) = parts, each by its strides.
+template <class A, class T>
+void store_weights(const A* parts, const GradStrides& from, int64_t ic, int64_t oc, int64_t kh, int64_t kw, T* out,
+                   const GradStrides& to, const ParallelFor& parallel) {
+  parallel(ic, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t o = 0; o < oc; ++o)
+        for (int64_t h = 0; h < kh; ++h)
+          for (int64_t w = 0; w < kw; ++w)
+            store(out + i * to.in + o * to.out + h * to.kh + w * to.kw,
+                  parts[i * from.in + o * from.out + h * from.kh + w * from.kw]);
+  });
+}
+
+// The weight gradient of Winograd's convolution: the sum over tiles of its products' factors, the output's factor being the
+// gradient's.
+template <class A, int m, int r, int vectors>
+struct WinogradWeightGradient {
+  static constexpr int n = m + r - 1, points = n * n;
+  static constexpr int64_t size = Vector<A>::size, width = vectors * size;
+  static constexpr int64_t kTiles = 128;
+
+  int64_t images, ic, ih, iw, oc;
+  WinogradAxis rows, columns;
+
+  template <class T>
+  void run(const A* x, const A* grad, T* out, const GradStrides& strides, const ParallelFor& parallel) const {
+    const int64_t across = ceil_div(columns.positions(), m), per_image = ceil_div(rows.positions(), m) * across;
+    const int64_t kh = r * rows.phases(), kw = r * columns.phases(), taps = kh * kw, step = ceil_div(oc, width) * width;
+    const int64_t phases = rows.phases() * columns.phases(), tiles = images * per_image;
+    // Slabs of channels: a tile is transformed once a slab of the other factor, so large ones; with one phase, small ones for
+    // more items.
+    const int64_t slab = phases > 1 ? 128 : 64, in_slab = std::min(slab, ceil_div(ic, size) * size),
+                  out_slab = std::min(slab, step);
+    const int64_t in_slabs = ceil_div(ic, in_slab), out_slabs = ceil_div(oc, out_slab), slabs = phases * in_slabs * out_slabs;
+    const int64_t chunks = std::clamp<int64_t>(ceil_div(tiles, 256), 1, ceil_div(32, slabs)),
+                  at_once = std::min(kTiles, ceil_div(tiles, chunks));
+    auto parts = scratch<A>(chunks * taps * ic * step);
+    const int64_t v_step = at_once * in_slab + size, y_step = at_once * out_slab + size,
+                  u_step = in_slab * out_slab + size;  // no power of two
+    parallel(chunks * slabs, [&](int64_t begin, int64_t end) {
+      auto v = scratch<A>(points * v_step), y = scratch<A>(points * y_step), u = scratch<A>(points * u_step);
+      auto zeros = scratch<A>(std::max(ic, oc)), edge = scratch<A>(points * size);
+      std::fill_n(zeros.get(), std::max(ic, oc), A(0));
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t first_in = item % in_slabs * in_slab, first_out = item / in_slabs % out_slabs * out_slab;
+        const int64_t phase = item / in_slabs / out_slabs % phases, chunk = item / slabs;
+        const int64_t inputs = std::min(in_slab, ic - first_in), outputs = std::min(out_slab, oc - first_out);
+        const int64_t row_phase = phase / columns.phases(), column_phase = phase % columns.phases();
+        const int64_t last = tiles * (chunk + 1) / chunks;
+        bool accumulate = false;
+        for (int64_t first = tiles * chunk / chunks; first < last; first += at_once, accumulate = true) {
+          const int64_t count = std::min(at_once, last - first);
+          for (int64_t t = 0; t < count; ++t) {
+            const int64_t image = (first + t) / per_image, top = (first + t) % per_image / across * m,
+                          left = (first + t) % across * m;
+            const A* from[points];
+            A* to[points];
+            for (int i = 0; i < n; ++i)
+              for (int j = 0; j < n; ++j) {
+                const int64_t row = rows.source[row_phase][top + i], column = columns.source[column_phase][left + j];
+                from[i * n + j] = row < 0 || column < 0 ? zeros.get() : x + ((image * ih + row) * iw + column) * ic + first_in;
+                to[i * n + j] = v.get() + (i * n + j) * v_step + t * in_slab;
+              }
+            sandwich_channels<A, m, r, &Minimal<m, r>::input>(from, inputs, edge.get(), to, size);
+            for (int i = 0; i < m; ++i)
+              for (int j = 0; j < m; ++j) {
+                const int64_t row = (top + i) * rows.out_step + row_phase % rows.out_step;
+                const int64_t column = (left + j) * columns.out_step + column_phase % columns.out_step;
+                from[i * m + j] = row < rows.out && column < columns.out
+                                      ? grad + ((image * rows.out + row) * columns.out + column) * oc + first_out
+                                      : zeros.get();
+              }
+            for (int point = 0; point < points; ++point) to[point] = y.get() + point * y_step + t * size;
+            sandwich_channels<A, m, r, &Minimal<m, r>::output_gradient>(from, outputs, edge.get(), to, at_once * size);
+          }
+          for (int point = 0; point < points; ++point)
+            outer_products<A, vectors>(v.get() + point * v_step, inputs, y.get() + point * y_step, outputs,
+                                       {1, 0, 0, 1, 0, 0, count, in_slab, size, at_once * size}, u.get() + point * u_step,
+                                       out_slab, accumulate);
+        }
+        const A* from[points];
+        A* to[r * r];
+        for (int64_t channel = 0; channel < inputs; ++channel) {
+          for (int point = 0; point < points; ++point) from[point] = u.get() + point * u_step + channel * out_slab;
+          for (int tap = 0; tap < r * r; ++tap)
+            to[tap] = parts.get() +
+                      ((chunk * taps + rows.tap[row_phase][tap / r] * kw + columns.tap[column_phase][tap % r]) * ic + first_in +
+                       channel) *
+                          step +
+                      first_out;
+          for (int64_t k = 0; k < outputs; k += size) sandwich<A, m, r, &Minimal<m, r>::weight_gradient>(from, k, to, k);
+        }
+      }
+    });
+    sum_chunks(parts.get(), chunks, taps * ic * step, parallel);
+    store_weights(parts.get(), {step, 1, kw * ic * step, ic * step}, ic, oc, kh, kw, out, strides, parallel);
+  }
+};
+
+// The same for any convolution: the sum over pixels of a `small` tensor, of the convolution's output (or the transposed one's
+// input), and the `big` one's pixels small * stride + k * dilation - padding.
+template <class A>
+struct DirectWeightGradient {
+  static constexpr int64_t width = 2 * Vector<A>::size;
+  // Of the big tensor, a strip: at most so many bytes of some rows of an image, or of some images. It also has at most 256
+  // pixels of the small one, which bounds the rounding errors of one sum.
+  static constexpr int64_t kStrip = 128 << 10;
+  static constexpr int64_t kSlab = 2 * kPixels;  // channels of it
+
+  int64_t images, bh, bw, bc, sh, sw, sc, kh, kw;
+  int64_t stride[2], padding[2], dilation[2], groups;
+  bool reflect;  // big is mirrored beyond its edges instead of being zero
+
+  // out (bc / groups, sc, kh, kw); `in` of its strides is a channel of big, `out` one of small.
+  template <class T>
+  void run(const A* big, const A* small, T* out, const GradStrides& strides, const ParallelFor& parallel) const {
+    const int64_t whole = bc / groups, slabs = whole <= 64 ? 1 : ceil_div(whole, kSlab), b = ceil_div(whole, slabs),
+                  s = sc / groups;
+    const int64_t pitch = ((sw - 1) * stride[1] + (kw - 1) * dilation[1] + 1) * b;
+    const int64_t fit =
+        std::min(kStrip / (pitch * stride[0] * static_cast<int64_t>(sizeof(A))), ceil_div(256, sw));  // lines of small
+    const int64_t lines = std::clamp<int64_t>(fit, 1, sh), at_once = std::clamp<int64_t>(fit / sh, 1, images);
+    const int64_t height = (lines - 1) * stride[0] + (kh - 1) * dilation[0] + 1;
+    const int64_t strips_an_image = ceil_div(sh, lines), strips = ceil_div(images, at_once) * strips_an_image;
+    // With columns next to each other one product does the kernel's whole row. Its vectors run over the factor that fills them
+    // better.
+    const int64_t run = dilation[1] == 1 ? kw * b : b, s_step = ceil_div(s, width) * width,
+                  run_step = ceil_div(run, width) * width;
+    const bool across = run_step * s < s_step * run;
+    const int64_t row_size = across ? s * run_step : run * s_step, rows = kh * (kw * b / run),
+                  size = groups * slabs * rows * row_size;
+    const int64_t chunks = std::clamp<int64_t>((16 << 20) / size, 1, std::min<int64_t>(strips, ceil_div(32, groups * slabs)));
+    const int64_t splits = groups * slabs * chunks < 32 ? kh : 1;  // items that share a strip
+    auto parts = scratch<A>(chunks * size);
+    parallel(chunks * groups * slabs * splits, [&](int64_t begin, int64_t end) {
+      auto strip = scratch<A>(at_once * height * pitch + width),
+           packed = scratch<A>(across ? 0 : at_once * lines * sw * s_step);
+      std::fill_n(strip.get() + at_once * height * pitch, width, A(0));
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t chunk = item / splits / slabs / groups, slab = item / splits % (groups * slabs), split = item % splits;
+        const int64_t group = slab / slabs, channel = group * whole + slab % slabs * b,
+                      channels = std::min(b, (group + 1) * whole - channel);
+        for (int64_t at = strips * chunk / chunks; at < strips * (chunk + 1) / chunks; ++at) {
+          const int64_t image = at / strips_an_image * at_once, first = at % strips_an_image * lines;
+          const int64_t some = std::min(at_once, images - image), count = std::min(lines, sh - first),
+                        pixels = some * count * sw;
+          gather(big, image, some, first * stride[0] - padding[0], height, pitch, channel, channels, b, strip.get());
+          const A* const factor = small + (image * sh + first) * sw * sc + group * s;
+          if (!across) pack(factor, pixels, count * sw, s, packed.get());
+          for (int64_t row = rows * split / splits; row < rows * (split + 1) / splits; ++row) {
+            const A* from = strip.get() + row / (rows / kh) * dilation[0] * pitch + row % (rows / kh) * dilation[1] * b;
+            A* to = parts.get() + chunk * size + (slab * rows + row) * row_size;
+            const bool accumulate = at > strips * chunk / chunks;
+            const int64_t image_step = height * pitch, line_step = stride[0] * pitch, step = stride[1] * b;
+            if (across)
+              outer_products<A, 2>(factor, s, from, run,
+                                   {some, sh * sw * sc, image_step, count, sw * sc, line_step, sw, sc, step, Vector<A>::size},
+                                   to, run_step, accumulate);
+            else
+              outer_products<A, 2>(from, run, packed.get(), s,
+                                   {some, image_step, count * sw * Vector<A>::size, count, line_step, sw * Vector<A>::size, sw,
+                                    step, Vector<A>::size, pixels * Vector<A>::size},
+                                   to, s_step, accumulate);
+          }
+        }
+      }
+    });
+    sum_chunks(parts.get(), chunks, size, parallel);
+    const int64_t of_big = across ? 1 : s_step, of_small = across ? run_step : 1, of_kw = rows == kh ? b * of_big : row_size;
+    for (int64_t slab = 0; slab < groups * slabs; ++slab)
+      store_weights(parts.get() + slab * rows * row_size, {of_big, of_small, rows / kh * row_size, of_kw},
+                    std::min(b, whole - slab % slabs * b), s, kh, kw,
+                    out + slab % slabs * b * strides.in + slab / slabs * s * strides.out, strides, parallel);
+  }
+
+  // `channels` of the pixels of some lines of some images of big, from first_line on, padded: (image, line, pitch).
+  void gather(const A* big, int64_t image, int64_t count, int64_t first_line, int64_t height, int64_t pitch, int64_t channel,
+              int64_t channels, int64_t b, A* strip) const {
+    const auto inside = [this](int64_t i, int64_t size) {
+      return !reflect || (i >= 0 && i < size) ? i : std::clamp<int64_t>(i < 0 ? -i : 2 * (size - 1) - i, 0, size - 1);
+    };
+    const int64_t width = pitch / b, left = padding[1], right = std::clamp<int64_t>(width - left, 0, bw);
+    for (int64_t i = 0; i < count * height; ++i, strip += pitch) {
+      const int64_t line = inside(first_line + i % height, bh);
+      if (line < 0 || line >= bh) {
+        std::fill_n(strip, pitch, A(0));
+        continue;
+      }
+      const A* from = big + ((image + i / height) * bh + line) * bw * bc + channel;
+      const auto one = [&](int64_t at) {  // a column of the strip
+        const int64_t column = inside(at - left, bw);
+        A* to = strip + at * b;
+        if (column >= 0 && column < bw) to = std::copy_n(from + column * bc, channels, to);
+        std::fill(to, strip + (at + 1) * b, A(0));
+      };
+      for (int64_t at = 0; at < std::min(left, width); ++at) one(at);
+      if (channels == bc)
+        std::copy_n(from, right * b, strip + left * b);
+      else
+        for (int64_t at = left; at < left + right; ++at) one(at);
+      for (int64_t at = left + right; at < width; ++at) one(at);
+    }
+  }
+
+  // `channels` of the pixels, an_image of them next to each other: (group, pixel, vector), filled up with zeros to whole
+  // blocks.
+  void pack(const A* small, int64_t pixels, int64_t an_image, int64_t channels, A* packed) const {
+    constexpr int64_t size = Vector<A>::size;
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      const A* from = small + (pixel / an_image * sh * sw + pixel % an_image) * sc;
+      for (int64_t k = 0; k < ceil_div(channels, width) * width; k += size) {
+        A* const to = packed + (k * pixels + pixel * size);
+        const int64_t valid = std::clamp<int64_t>(channels - k, 0, size);
+        std::fill_n(std::copy_n(from + k, valid, to), size - valid, A(0));
+      }
+    }
+  }
+};
+
+}  // namespace fastgen::cpu::FASTGEN_ISA
