@@ -109,11 +109,9 @@ class Geometry:
         if not _has_kernels(x) or not self.wins(x, weight):
             return self.convolve(x, weight, None)
         tail = (None, None, None, None, None, "none", 0, 0.0, "identity", 0.0)
-        if self.output_padding is not None:
-            op, geometry = "conv_transpose2d_norm_act", (self.stride, self.padding, self.output_padding)
-        else:
-            op, geometry = "conv2d_norm_act", (self.stride, self.padding, self.reflect)
-        return getattr(torch.ops.fastgen, op)(x, weight, None, *tail, *geometry, self.groups, self.dilation, False)[0]
+        op = torch.ops.fastgen.conv_transpose2d_norm_act if self.transposed else torch.ops.fastgen.conv2d_norm_act
+        third = self.output_padding if self.transposed else self.reflect
+        return op(x, weight, None, *tail, self.stride, self.padding, third, self.groups, self.dilation, False)[0]
 
     def input_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """x's gradient, differentiable: the opposite convolution of grad."""
@@ -187,7 +185,7 @@ def _weight_grad_fake(grad, x, weight, *geometry):
 
 
 def _setup_weight_grad(ctx, inputs, output):
-    grad, x, weight, stride, padding, output_padding, *rest = inputs
+    grad, x, _, stride, padding, output_padding, *rest = inputs
     ctx.geometry = Geometry(stride, padding, list(output_padding) or None, *rest)
     ctx.save_for_backward(grad, x)
 
@@ -322,7 +320,7 @@ def define(op: str, geometry_schema: str, geometry_of) -> None:
         return out, pre, *tails.fake_moments(x, sizes, mean, norm, num_groups)
 
     def setup(ctx, inputs, output):
-        x, weight, bias, norm_weight, norm_bias, mean, var, residual, *rest = inputs
+        x, weight, _, norm_weight, norm_bias, mean, var, residual, *rest = inputs
         ctx.options, ctx.geometry, save = rest[:5], geometry_of(*rest[5:-1]), rest[-1]
         ctx.plain = ctx.options[0] == "none" and ctx.options[3] == "identity"
         if not (save or ctx.plain):
