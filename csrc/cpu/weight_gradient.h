@@ -75,17 +75,38 @@ struct GradStrides {
   int64_t in, out, kh, kw;
 };
 
-// out (ic, oc, kh, kw) = parts, each by its strides.
+// out (ic, oc, kh, kw) = parts, each by its strides: through blocks that are written in the order of out.
 template <class A, class T>
 void store_weights(const A* parts, const GradStrides& from, int64_t ic, int64_t oc, int64_t kh, int64_t kw, T* out,
                    const GradStrides& to, const ParallelFor& parallel) {
-  parallel(ic, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t o = 0; o < oc; ++o)
-        for (int64_t h = 0; h < kh; ++h)
-          for (int64_t w = 0; w < kw; ++w)
-            store(out + i * to.in + o * to.out + h * to.kh + w * to.kw,
-                  parts[i * from.in + o * from.out + h * from.kh + w * from.kw]);
+  constexpr int64_t block = 16;
+  const int64_t across = ceil_div(ic, block), taps = kh * kw;
+  const bool inputs_last = to.in < to.kw;
+  const int64_t of_input = inputs_last ? 1 : taps, of_tap = inputs_last ? block : 1;  // strides of a block's values
+  std::vector<int64_t> offsets(static_cast<size_t>(taps));
+  for (int64_t tap = 0; tap < taps; ++tap) offsets[tap] = tap / kw * to.kh + tap % kw * to.kw;
+  parallel(across * ceil_div(oc, block), [&](int64_t begin, int64_t end) {
+    auto values = scratch<A>(block * taps * block);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t in = item % across * block, inputs = std::min(block, ic - in);
+      const int64_t first = item / across * block, outputs = std::min(block, oc - first);
+      for (int64_t tap = 0; tap < taps; ++tap)
+        for (int64_t i = 0; i < inputs; ++i) {
+          const A* row = parts + tap / kw * from.kh + tap % kw * from.kw + (in + i) * from.in + first * from.out;
+          A* value = values.get() + i * of_input + tap * of_tap;
+          for (int64_t o = 0; o < outputs; ++o) value[o * taps * block] = row[o * from.out];
+        }
+      for (int64_t o = 0; o < outputs; ++o) {
+        T* const at = out + in * to.in + (first + o) * to.out;
+        const A* const value = values.get() + o * taps * block;
+        if (inputs_last)
+          for (int64_t tap = 0; tap < taps; ++tap)
+            for (int64_t i = 0; i < inputs; ++i) store(at + offsets[tap] + i * to.in, value[tap * block + i]);
+        else
+          for (int64_t i = 0; i < inputs; ++i)
+            for (int64_t tap = 0; tap < taps; ++tap) store(at + i * to.in + offsets[tap], value[i * taps + tap]);
+      }
+    }
   });
 }
 
