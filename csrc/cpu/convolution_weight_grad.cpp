@@ -16,9 +16,6 @@ template <class T>
 void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad_, const void* x_, void* out,
                  const ParallelFor& parallel) {
   using A = Acc<T>;
-  std::unique_ptr<A[]> x_storage, grad_storage;
-  const A* x = pixels_first(static_cast<const T*>(x_), op.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, x_storage, parallel);
-  const A* grad = pixels_first(static_cast<const T*>(grad_), op.n, op.c, op.s, op.channels_last, grad_storage, parallel);
   const int64_t* const s = conv.weight_strides;
 
   if constexpr (std::is_same_v<A, float>) {
@@ -28,9 +25,11 @@ void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, co
         return transposed ? WinogradAxis::transposed(in, size, kernel, conv.stride[i], conv.padding[i])
                           : WinogradAxis::conv(in, size, kernel, conv.stride[i], conv.padding[i], conv.reflect);
       };
+      const auto x = pixels_first<Stored<T>>(static_cast<const T*>(x_), op.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, parallel);
+      const auto grad = pixels_first<Stored<T>>(static_cast<const T*>(grad_), op.n, op.c, op.s, op.channels_last, parallel);
       WinogradWeightGradient<A, m, r, 2>{op.n, conv.ic, conv.ih, conv.iw, op.c, axis(conv.ih, conv.oh, conv.kh, 0),
                                          axis(conv.iw, conv.ow, conv.kw, 1)}
-          .run(x, grad, static_cast<T*>(out), {s[transposed ? 0 : 1], s[transposed ? 1 : 0], s[2], s[3]}, parallel);
+          .run(x.get(), grad.get(), static_cast<T*>(out), {s[transposed ? 0 : 1], s[transposed ? 1 : 0], s[2], s[3]}, parallel);
     };
     switch (winograd_tile(conv, op)) {
       case WinogradTile::none: break;
@@ -39,6 +38,8 @@ void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, co
     }
   }
 
+  const auto x = pixels_first<A>(static_cast<const T*>(x_), op.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, parallel);
+  const auto grad = pixels_first<A>(static_cast<const T*>(grad_), op.n, op.c, op.s, op.channels_last, parallel);
   DirectWeightGradient<A> direct{op.n, conv.ih, conv.iw, conv.ic, conv.oh, conv.ow, op.c, conv.kh, conv.kw, {}, {}, {}, conv.groups, conv.reflect};
   if (transposed) {
     std::swap(direct.bh, direct.sh);
@@ -48,7 +49,7 @@ void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, co
   std::copy_n(conv.stride, 2, direct.stride);
   std::copy_n(conv.padding, 2, direct.padding);
   std::copy_n(conv.dilation, 2, direct.dilation);
-  direct.run(transposed ? grad : x, transposed ? x : grad, static_cast<T*>(out), {s[1], s[0], s[2], s[3]}, parallel);
+  direct.run((transposed ? grad : x).get(), (transposed ? x : grad).get(), static_cast<T*>(out), {s[1], s[0], s[2], s[3]}, parallel);
 }
 
 inline void convolution_weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad, const void* x, void* out,

@@ -59,26 +59,39 @@ struct Axis {
   }
 };
 
-// x (n, c, s) of any dtype and order as (n, s, c) in the accumulation type; x itself where it is that already.
-template <class T>
-const Acc<T>* pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channels_last, std::unique_ptr<Acc<T>[]>& storage,
-                           const ParallelFor& parallel) {
-  if constexpr (std::is_same_v<T, Acc<T>>)
-    if (channels_last) return x;
-  storage = scratch<Acc<T>>(n * c * s);
-  Acc<T>* out = storage.get();
+// A tensor as a kernel reads it: the caller's, or a copy.
+template <class S>
+struct Pixels {
+  const S* x;
+  std::unique_ptr<S[]> copy;
+  const S* get() const { return x; }
+};
+
+// x (n, c, s) of any order as (n, s, c) of the type S: itself where it is that already.
+template <class S, class T>
+Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channels_last, const ParallelFor& parallel) {
+  if constexpr (std::is_same_v<T, S>)
+    if (channels_last) return {x, nullptr};
+  auto copy = scratch<S>(n * c * s);
+  S* out = copy.get();
+  const auto convert = [](const T* value) -> S {
+    if constexpr (std::is_same_v<T, S>)
+      return *value;
+    else
+      return load(value);
+  };
   parallel(n * ceil_div(s, 16), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t sample = block / ceil_div(s, 16), first = (block % ceil_div(s, 16)) * 16, last = std::min(s, first + 16);
       const int64_t base = sample * c * s;
       if (channels_last)
-        for (int64_t i = base + first * c; i < base + last * c; ++i) out[i] = load(x + i);
+        for (int64_t i = base + first * c; i < base + last * c; ++i) out[i] = convert(x + i);
       else
         for (int64_t channel = 0; channel < c; ++channel)
-          for (int64_t pixel = first; pixel < last; ++pixel) out[base + pixel * c + channel] = load(x + base + channel * s + pixel);
+          for (int64_t pixel = first; pixel < last; ++pixel) out[base + pixel * c + channel] = convert(x + base + channel * s + pixel);
     }
   });
-  return out;
+  return {out, std::move(copy)};
 }
 
 // A band: some rows of one image, or all rows of several small images; about kBandPixels output pixels, a unit of work.
@@ -263,10 +276,9 @@ template <class T, int vectors>
 void convolve(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors, const Affine<Acc<T>>* affine,
               T* pre, T* out, std::vector<Moments<double>>* parts, int64_t* chunks, const ParallelFor& parallel) {
   using A = Acc<T>;
-  std::unique_ptr<A[]> storage;
-  const A* pixels = pixels_first(static_cast<const T*>(tensors.x), op.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, storage, parallel);
+  const auto pixels = pixels_first<A>(static_cast<const T*>(tensors.x), op.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, parallel);
   const T* weight = static_cast<const T*>(tensors.weight);
-  Call<T, vectors> call{conv, op, pixels, nullptr, static_cast<const A*>(tensors.bias), affine, pre, out, parts, {}, {}, 0, 0};
+  Call<T, vectors> call{conv, op, pixels.get(), nullptr, static_cast<const A*>(tensors.bias), affine, pre, out, parts, {}, {}, 0, 0};
   const auto prepare = [&](int64_t images, int64_t rows) {
     call.images = std::clamp<int64_t>(images, 1, op.n);
     call.band_rows = std::clamp<int64_t>(rows, 1, conv.oh);

@@ -121,8 +121,8 @@ struct WinogradWeightGradient {
   int64_t images, ic, ih, iw, oc;
   WinogradAxis rows, columns;
 
-  template <class T>
-  void run(const A* x, const A* grad, T* out, const GradStrides& strides, const ParallelFor& parallel) const {
+  template <class S, class T>
+  void run(const S* x, const S* grad, T* out, const GradStrides& strides, const ParallelFor& parallel) const {
     const int64_t across = ceil_div(columns.positions(), m), per_image = ceil_div(rows.positions(), m) * across;
     const int64_t kh = r * rows.phases(), kw = r * columns.phases(), taps = kh * kw, step = ceil_div(oc, width) * width;
     const int64_t phases = rows.phases() * columns.phases(), tiles = images * per_image;
@@ -138,8 +138,8 @@ struct WinogradWeightGradient {
                   u_step = in_slab * out_slab + size;  // no power of two
     parallel(chunks * slabs, [&](int64_t begin, int64_t end) {
       auto v = scratch<A>(points * v_step), y = scratch<A>(points * y_step), u = scratch<A>(points * u_step);
-      auto zeros = scratch<A>(std::max(ic, oc)), edge = scratch<A>(points * size);
-      std::fill_n(zeros.get(), std::max(ic, oc), A(0));
+      auto zeros = scratch<S>(std::max(ic, oc)), edge = scratch<S>(points * size);
+      std::fill_n(zeros.get(), std::max(ic, oc), S{});
       for (int64_t item = begin; item < end; ++item) {
         const int64_t first_in = item % in_slabs * in_slab, first_out = item / in_slabs % out_slabs * out_slab;
         const int64_t phase = item / in_slabs / out_slabs % phases, chunk = item / slabs;
@@ -152,7 +152,7 @@ struct WinogradWeightGradient {
           for (int64_t t = 0; t < count; ++t) {
             const int64_t image = (first + t) / per_image, top = (first + t) % per_image / across * m,
                           left = (first + t) % across * m;
-            const A* from[points];
+            const S* from[points];
             A* to[points];
             for (int i = 0; i < n; ++i)
               for (int j = 0; j < n; ++j) {

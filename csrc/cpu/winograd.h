@@ -39,10 +39,25 @@ struct Minimal {
 template <int m, int r>
 constexpr Minimal<m, r> kMinimal{};
 
+// What transforms read and convert on the way: bfloat16 as it is, the other types in the accumulation type.
+template <class T>
+using Stored = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, Acc<T>>;
+
+template <class A>
+inline __attribute__((always_inline)) typename Vector<A>::type load_vector(const A* p) {
+  return *reinterpret_cast<const typename Vector<A>::type*>(p);
+}
+template <class A>
+inline __attribute__((always_inline)) Vector<float>::type load_vector(const BFloat16* p) {
+  typedef uint16_t Half __attribute__((vector_size(FASTGEN_VECTOR_BYTES / 2), aligned(2), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(FASTGEN_VECTOR_BYTES)));
+  return reinterpret_cast<Vector<float>::type>(__builtin_convertvector(*reinterpret_cast<const Half*>(p), Bits) << 16);
+}
+
 // to[i][j] = (matrix d matrix^T)[i][j], d[i][j] = from[i][j], one vector of channels each. The matrix, a member of Minimal<m,
 // r>, is a template argument: its zeros and ones cost nothing.
-template <class A, int m, int r, auto member>
-inline __attribute__((always_inline)) void sandwich(const A* const* from, int64_t from_offset, A* const* to,
+template <class A, int m, int r, auto member, class S>
+inline __attribute__((always_inline)) void sandwich(const S* const* from, int64_t from_offset, A* const* to,
                                                     int64_t to_offset) {
   using V = typename Vector<A>::type;
   constexpr auto& matrix = kMinimal<m, r>.*member;
@@ -53,7 +68,7 @@ inline __attribute__((always_inline)) void sandwich(const A* const* from, int64_
   for (int j = 0; j < columns; ++j) {
     V d[columns];
 #pragma GCC unroll 8
-    for (int k = 0; k < columns; ++k) d[k] = *reinterpret_cast<const V*>(from[k * columns + j] + from_offset);
+    for (int k = 0; k < columns; ++k) d[k] = load_vector<A>(from[k * columns + j] + from_offset);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
       V sum = {};
@@ -84,14 +99,14 @@ inline __attribute__((always_inline)) void sandwich(const A* const* from, int64_
 }
 
 // The same for all channels: a vector of them each `step` of the output; the last one is filled up with zeros.
-template <class A, int m, int r, auto member>
-void sandwich_channels(const A** from, int64_t channels, A* edge, A* const* to, int64_t step) {
+template <class A, int m, int r, auto member, class S>
+void sandwich_channels(const S** from, int64_t channels, S* edge, A* const* to, int64_t step) {
   constexpr int columns = std::extent_v<std::remove_reference_t<decltype(kMinimal<m, r>.*member)>, 1>;
   constexpr int64_t size = Vector<A>::size;
   int64_t channel = 0;
   for (; channel + size <= channels; channel += size) sandwich<A, m, r, member>(from, channel, to, channel / size * step);
   if (channel == channels) return;
-  std::fill_n(edge, columns * columns * size, A(0));
+  std::fill_n(edge, columns * columns * size, S{});
   for (int i = 0; i < columns * columns; ++i) {
     std::copy(from[i] + channel, from[i] + channels, edge + i * size);
     from[i] = edge + i * size;
@@ -248,7 +263,8 @@ struct Winograd {
 
   // The band (block, image, row, column, width): all pixels of some rows of some images. first_row: a multiple of out_step * m.
   // memory: scratch_size(tiles of the band). Several blocks at once share the input's transforms.
-  void multiply(const A* x, const A* packed, int64_t first_block, int64_t last_block, int64_t first_image, int64_t last_image,
+  template <class S>
+  void multiply(const S* x, const A* packed, int64_t first_block, int64_t last_block, int64_t first_image, int64_t last_image,
                 int64_t first_row, int64_t last_row, A* band, A* memory) const {
     const int64_t across = ceil_div(columns.positions(), m), per_image = tiles_an_image(first_row, last_row);
     const int64_t tiles = (last_image - first_image) * per_image, at_once = tiles_at_once(tiles),
@@ -256,10 +272,10 @@ struct Winograd {
     A* const v = memory;
     A* const products = v + points * point_step(at_once);
     A* const spare = products + points * at_once * width;
-    A* const zeros = spare + width;
-    A* const edge = zeros + ic;
-    A* const u = edge + points * size;
-    std::fill_n(zeros, ic, A(0));
+    S* const zeros = reinterpret_cast<S*>(spare + width);
+    S* const edge = zeros + ic;
+    A* const u = spare + width + ic + points * size;
+    std::fill_n(zeros, ic, S{});
     for (int64_t phase = 0; phase < outputs(); ++phase)
       for (int64_t first = 0; first < tiles; first += at_once) {
         const int64_t count = std::min(at_once, tiles - first);
@@ -291,11 +307,12 @@ struct Winograd {
   }
 
   // The tile's (point, group of channels, tile, size).
-  void transform_input(const A* image, int64_t phase, int64_t sum, int64_t top, int64_t left, const A* zeros, A* edge, A* v,
+  template <class S>
+  void transform_input(const S* image, int64_t phase, int64_t sum, int64_t top, int64_t left, const S* zeros, S* edge, A* v,
                        int64_t tiles) const {
     const auto& row = rows.source[std::max(phase / columns.out_step, sum / columns.in_step)];
     const auto& column = columns.source[std::max(phase % columns.out_step, sum % columns.in_step)];
-    const A* from[points];
+    const S* from[points];
     A* to[points];
     for (int i = 0; i < n; ++i)
       for (int j = 0; j < n; ++j) {
