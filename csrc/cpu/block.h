@@ -13,14 +13,37 @@ inline void store_block(T* p, const Acc<T>* in, int64_t count) {
   for (int64_t i = 0; i < count; ++i) store(p + i, in[i]);
 }
 
+// A block of a tensor in the accumulation type: the tensor's own memory if that has the type.
+template <class T>
+inline const Acc<T>* view(const T* p, Acc<T>* buffer, int64_t count) {
+  if constexpr (std::is_same_v<T, Acc<T>>) return p;
+  load_block(p, buffer, count);
+  return buffer;
+}
+
+// Where a block is computed: in the tensor that it goes to if that has the type, else in a buffer.
+template <class T>
+inline Acc<T>* place(T* p, Acc<T>* buffer) {
+  if constexpr (std::is_same_v<T, Acc<T>>)
+    return p;
+  else
+    return buffer;
+}
+
+// Moves a block that was computed in its place to the tensor.
+template <class T>
+inline void settle(T* p, const Acc<T>* in, int64_t count) {
+  if constexpr (!std::is_same_v<T, Acc<T>>) store_block(p, in, count);
+}
+
 template <Activation act, class A>
 inline void activate_block(A* z, int64_t count, A slope) {
   for (int64_t i = 0; i < count; ++i) z[i] = activate<act>(z[i], slope);
 }
 
 template <Activation act, class A>
-inline void activate_grad_block(A* grad, const A* z, int64_t count, A slope) {
-  for (int64_t i = 0; i < count; ++i) grad[i] = activate_grad<act>(grad[i], z[i], slope);
+inline void activate_grad_block(const A* grad, const A* z, A* out, int64_t count, A slope) {
+  for (int64_t i = 0; i < count; ++i) out[i] = activate_grad<act>(grad[i], z[i], slope);
 }
 
 // z = act(z)
@@ -36,36 +59,45 @@ inline void activate_block(Activation act, A* z, int64_t count, A slope) {
   }
 }
 
-// grad = grad * act'(z)
+// out = grad * act'(z)
 template <class A>
-inline void activate_grad_block(Activation act, A* grad, const A* z, int64_t count, A slope) {
+inline void activate_grad_block(Activation act, const A* grad, const A* z, A* out, int64_t count, A slope) {
   switch (act) {
-    case Activation::identity: return;
-    case Activation::relu: return activate_grad_block<Activation::relu>(grad, z, count, slope);
-    case Activation::leaky_relu: return activate_grad_block<Activation::leaky_relu>(grad, z, count, slope);
-    case Activation::tanh: return activate_grad_block<Activation::tanh>(grad, z, count, slope);
-    case Activation::sigmoid: return activate_grad_block<Activation::sigmoid>(grad, z, count, slope);
-    case Activation::silu: return activate_grad_block<Activation::silu>(grad, z, count, slope);
+    case Activation::identity: return activate_grad_block<Activation::identity>(grad, z, out, count, slope);
+    case Activation::relu: return activate_grad_block<Activation::relu>(grad, z, out, count, slope);
+    case Activation::leaky_relu: return activate_grad_block<Activation::leaky_relu>(grad, z, out, count, slope);
+    case Activation::tanh: return activate_grad_block<Activation::tanh>(grad, z, out, count, slope);
+    case Activation::sigmoid: return activate_grad_block<Activation::sigmoid>(grad, z, out, count, slope);
+    case Activation::silu: return activate_grad_block<Activation::silu>(grad, z, out, count, slope);
   }
 }
 
-// The affine map of the normalisation: z = (x - center) * scale + shift, a coefficient a (row of stats,) channel.
+// The affine map of the normalisation: z = (x - center) * scale + shift, a coefficient a (row of stats,) channel; `repeat` times one
+// after another, for blocks of several pixels.
 template <class A>
 struct Affine {
   std::unique_ptr<A[]> center, rstd, scale;
-  std::unique_ptr<A[]> shift;  // (c)
+  std::unique_ptr<A[]> shift;  // (repeat, c)
 
-  Affine(const NormAct& op, const NormActTensors& given)
-      : center(scratch<A>(op.rows_of_stats() * op.c)), rstd(scratch<A>(op.rows_of_stats() * op.c)),
-        scale(scratch<A>(op.rows_of_stats() * op.c)), shift(scratch<A>(op.c)) {
+  Affine(const NormAct& op, const NormActTensors& given, int64_t repeat = 1)
+      : center(scratch<A>(op.rows_of_stats() * repeat * op.c)), rstd(scratch<A>(op.rows_of_stats() * repeat * op.c)),
+        scale(scratch<A>(op.rows_of_stats() * repeat * op.c)), shift(scratch<A>(repeat * op.c)) {
     const A* weight = static_cast<const A*>(given.weight);
-    for (int64_t k = 0; k < op.rows_of_stats() * op.c; ++k) {
-      const int64_t set = op.set(k / op.c, k % op.c);
-      center[k] = static_cast<const A*>(given.mean)[set];
-      rstd[k] = A(1) / std::sqrt(static_cast<const A*>(given.var)[set] + static_cast<A>(op.eps));
-      scale[k] = weight ? rstd[k] * weight[k % op.c] : rstd[k];
-    }
-    for (int64_t channel = 0; channel < op.c; ++channel) shift[channel] = given.bias ? static_cast<const A*>(given.bias)[channel] : A(0);
+    const int64_t period = repeat * op.c;
+    for (int64_t row = 0; row < op.rows_of_stats(); ++row)
+      for (int64_t i = 0; i < period; ++i) {
+        const int64_t k = row * period + i, channel = i % op.c, set = op.set(row, channel);
+        if (i >= op.c) {
+          center[k] = center[k - op.c];
+          rstd[k] = rstd[k - op.c];
+          scale[k] = scale[k - op.c];
+          continue;
+        }
+        center[k] = static_cast<const A*>(given.mean)[set];
+        rstd[k] = A(1) / std::sqrt(static_cast<const A*>(given.var)[set] + static_cast<A>(op.eps));
+        scale[k] = weight ? rstd[k] * weight[channel] : rstd[k];
+      }
+    for (int64_t i = 0; i < period; ++i) shift[i] = given.bias ? static_cast<const A*>(given.bias)[i % op.c] : A(0);
   }
 };
 
@@ -74,12 +106,14 @@ inline Moments<double> moments_about(double mean, double sum, double squares, in
   return {static_cast<double>(count), mean + sum / count, std::max(0.0, squares - sum * sum / count)};
 }
 
-// Moments of `rows` rows of `c` channels, a channel a column, merged into out (c); blocks of rows in two passes.
+// Moments of `rows` rows of `c` channels, a channel a column, merged into out (c); blocks of rows in two passes. Short runs are
+// summed in the accumulation type, and those sums in double.
 template <class T>
 void column_moments(const T* x, int64_t rows, int64_t c, Moments<double>* out) {
   using A = Acc<T>;
+  constexpr int64_t run = 8;
   for (int64_t first = 0; first < c; first += kBlock) {
-    const int64_t width = std::min(kBlock, c - first), height = std::clamp<int64_t>(4096 / width, 16, 128);
+    const int64_t width = std::min(kBlock, c - first), height = std::clamp<int64_t>(32768 / width, 16, 128);
     A mean[kBlock];
     double sum[kBlock], squares[kBlock];
     for (int64_t row = 0; row < rows; row += height) {
@@ -91,12 +125,22 @@ void column_moments(const T* x, int64_t rows, int64_t c, Moments<double>* out) {
       for (int64_t r = 0; r < count; ++r)
         for (int64_t j = 0; j < width; ++j) mean[j] += load(block + r * c + j);
       for (int64_t j = 0; j < width; ++j) mean[j] /= static_cast<A>(count);
-      for (int64_t r = 0; r < count; ++r)
+      const auto add = [&](int64_t r, auto lines) {
         for (int64_t j = 0; j < width; ++j) {
-          const double d = load(block + r * c + j) - mean[j];
-          sum[j] += d;
-          squares[j] += d * d;
+          A s = 0, q = 0;
+#pragma GCC unroll 8
+          for (int64_t k = 0; k < lines; ++k) {
+            const A d = load(block + (r + k) * c + j) - mean[j];
+            s += d;
+            q += d * d;
+          }
+          sum[j] += s;
+          squares[j] += q;
         }
+      };
+      int64_t r = 0;
+      for (; r + run <= count; r += run) add(r, std::integral_constant<int64_t, run>());
+      for (; r < count; ++r) add(r, std::integral_constant<int64_t, 1>());
       for (int64_t j = 0; j < width; ++j) out[first + j].merge(moments_about(mean[j], sum[j], squares[j], count));
     }
   }

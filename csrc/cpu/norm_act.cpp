@@ -20,23 +20,31 @@ struct Each {
   A operator[](int64_t i) const { return values[i]; }
 };
 
-// A run of elements within one row of x: a plane (n, c) when contiguous, a pixel (n, s) when channels_last.
+// How many pixels of few channels make one row of the loops below: a power of two that divides the pixels. Nothing but the
+// coefficients and the sums, of which there are as many, knows that they are several.
+inline int64_t pixels_a_row(const NormAct& op) {
+  int64_t pixels = 1;
+  while (op.channels_last && op.s % (2 * pixels) == 0 && 2 * pixels * op.c <= kBlock) pixels *= 2;
+  return pixels;
+}
+
+// A run of elements within one row of x: a plane (n, c) when contiguous, pixels (n, s) when channels_last.
 struct Block {
   int64_t at, count;  // in x
   int64_t channel;    // of the plane, or of the first element
   int64_t k;          // of the coefficients, (rows of stats, c)
 };
 
-inline int64_t row_count(const NormAct& op) { return op.n * (op.channels_last ? op.s : op.c); }
+inline int64_t rows_a_sample(const NormAct& op) { return op.channels_last ? op.s / pixels_a_row(op) : op.c; }
 
 template <class Body>
 void for_each_block(const NormAct& op, int64_t begin_row, int64_t end_row, const Body& body) {
-  const int64_t length = op.channels_last ? op.c : op.s;
+  const int64_t length = op.channels_last ? pixels_a_row(op) * op.c : op.s, rows = rows_a_sample(op);
   for (int64_t row = begin_row; row < end_row; ++row) {
-    const int64_t sample = row / (op.channels_last ? op.s : op.c);
+    const int64_t coefficients = op.per_sample ? row / rows * (op.channels_last ? length : op.c) : 0;
     for (int64_t i = 0; i < length; i += kBlock) {
       const int64_t channel = op.channels_last ? i : row % op.c;
-      body(Block{row * length + i, std::min(kBlock, length - i), channel, (op.per_sample ? sample * op.c : 0) + channel});
+      body(Block{row * length + i, std::min(kBlock, length - i), channel, coefficients + channel});
     }
   }
 }
@@ -86,26 +94,33 @@ void apply(const NormAct& op, const void* x_, const NormActTensors& given, void*
   const A slope = static_cast<A>(op.negative_slope);
   if (!op.normalize) {
     for_each_element_block(op, parallel, [&](int64_t at, int64_t count) {
-      A z[kBlock];
+      A buffer[kBlock];
+      A* const z = place(out + at, buffer);
       plain_block(x, residual, at, count, z);
       activate_block(op.activation, z, count, slope);
-      store_block(out + at, z, count);
+      settle(out + at, z, count);
     });
     return;
   }
-  const Affine<A> affine(op, given);
-  parallel(row_count(op), [&](int64_t begin, int64_t end) {
-    A z[kBlock];
+  const Affine<A> affine(op, given, pixels_a_row(op));
+  parallel(op.n * rows_a_sample(op), [&](int64_t begin, int64_t end) {
+    A buffer[kBlock];
     for_each_block(op, begin, end, [&](const Block& block) {
+      A* const z = place(out + block.at, buffer);
       affine_block(op, affine, block, x, residual, z);
       activate_block(op.activation, z, block.count, slope);
-      store_block(out + block.at, z, block.count);
+      settle(out + block.at, z, block.count);
     });
   });
 }
 
-// Reductions run over chunks of the pixels whose size does not depend on the thread count, and so neither does the result.
-inline int64_t rows_a_chunk(const NormAct& op) { return op.channels_last ? std::max<int64_t>(64, ceil_div(op.s, 128)) : op.s; }
+// Reductions run over chunks of the pixels whose size does not depend on the thread count, and so neither does the result. In rows.
+inline int64_t rows_a_chunk(const NormAct& op) {
+  if (!op.channels_last) return 1;
+  const int64_t pixels = std::max(ceil_div(32768, op.c), ceil_div(op.s, 128));
+  return ceil_div(pixels, pixels_a_row(op));
+}
+inline int64_t chunks_a_sample(const NormAct& op) { return op.channels_last ? ceil_div(rows_a_sample(op), rows_a_chunk(op)) : 1; }
 
 // Moments of one contiguous plane: blocks in two passes, merged in double.
 template <class T>
@@ -120,10 +135,10 @@ Moments<double> plane_moments(const T* x, int64_t size) {
 #pragma omp simd reduction(+ : total)
     for (int64_t j = 0; j < count; ++j) total += block[j];
     const A mean = total / static_cast<A>(count);
-    double sum = 0, squares = 0;
+    A sum = 0, squares = 0;  // a lane of the vector adds up 32 of them at most
 #pragma omp simd reduction(+ : sum, squares)
     for (int64_t j = 0; j < count; ++j) {
-      const double d = block[j] - mean;
+      const A d = block[j] - mean;
       sum += d;
       squares += d * d;
     }
@@ -135,22 +150,35 @@ Moments<double> plane_moments(const T* x, int64_t size) {
 template <class T>
 void moments(const NormAct& op, const void* x_, void* mean, void* var, const ParallelFor& parallel) {
   const T* x = static_cast<const T*>(x_);
-  const int64_t chunk = rows_a_chunk(op), chunks = ceil_div(op.s, chunk);
-  std::vector<Moments<double>> parts(static_cast<size_t>(op.n * chunks * op.c));  // (n, chunks, c)
+  const int64_t chunk = rows_a_chunk(op), chunks = chunks_a_sample(op), rows = rows_a_sample(op), pixels = pixels_a_row(op);
+  std::vector<Moments<double>> parts(static_cast<size_t>(op.n * chunks * pixels * op.c));  // (n, chunks, pixels of a row, c)
   parallel(op.channels_last ? op.n * chunks : op.n * op.c, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (!op.channels_last) {
         parts[i] = plane_moments(x + i * op.s, op.s);
         continue;
       }
-      const int64_t row = (i % chunks) * chunk;
-      column_moments(x + ((i / chunks) * op.s + row) * op.c, std::min(chunk, op.s - row), op.c, parts.data() + i * op.c);
+      const int64_t row = i % chunks * chunk, length = pixels * op.c;
+      column_moments(x + (i / chunks * rows + row) * length, std::min(chunk, rows - row), length, parts.data() + i * length);
     }
   });
-  merge_moments(op, parts, chunks, mean, var);
+  merge_moments(op, parts, chunks * pixels, mean, var);
 }
 
-// What the batch's statistics subtract from the gradient: dx = scale * g - offset - (x - mean) * slope, a (row of stats, channel).
+// Adds the sums of g and of g * (x - center).
+template <class T>
+void add_sums(const Acc<T>* g, const T* x, Acc<T> center, int64_t count, double& sum_g, double& sum_gx) {
+  Acc<T> all_g = 0, all_gx = 0;
+#pragma omp simd reduction(+ : all_g, all_gx)
+  for (int64_t i = 0; i < count; ++i) {
+    all_g += g[i];
+    all_gx += g[i] * (load(x + i) - center);
+  }
+  sum_g += all_g;
+  sum_gx += all_gx;
+}
+
+// What the batch's statistics subtract from the gradient: dx = scale * g - offset - (x - mean) * slope, as Affine's coefficients.
 template <class A>
 struct StatsGrad {
   std::unique_ptr<A[]> offset, slope;
@@ -161,6 +189,7 @@ template <class A>
 StatsGrad<A> merge_sums(const NormAct& op, const Affine<A>& affine, const std::vector<double>& g, const std::vector<double>& gx,
                         int64_t chunks, A* grad_weight, A* grad_bias) {
   const int64_t rows = op.rows_of_stats(), merged = op.per_sample ? chunks : op.n * chunks, size = rows * op.sets;
+  const int64_t period = pixels_a_row(op) * op.c;
   const double count = static_cast<double>((op.per_sample ? 1 : op.n) * op.s * (op.c / op.sets));
   std::vector<double> set_g(static_cast<size_t>(size)), set_gx(static_cast<size_t>(size)), weight(static_cast<size_t>(op.c)),
       bias(static_cast<size_t>(op.c));
@@ -171,7 +200,7 @@ StatsGrad<A> merge_sums(const NormAct& op, const Affine<A>& affine, const std::v
         sum_g += g[part * op.c + channel];
         sum_gx += gx[part * op.c + channel];
       }
-      const int64_t k = row * op.c + channel;
+      const int64_t k = row * period + channel;
       bias[channel] += sum_g;
       weight[channel] += sum_gx * affine.rstd[k];
       set_g[op.set(row, channel)] += sum_g * affine.scale[k];
@@ -179,9 +208,9 @@ StatsGrad<A> merge_sums(const NormAct& op, const Affine<A>& affine, const std::v
     }
   std::copy(weight.begin(), weight.end(), grad_weight);
   std::copy(bias.begin(), bias.end(), grad_bias);
-  StatsGrad<A> result{scratch<A>(rows * op.c), scratch<A>(rows * op.c)};
-  for (int64_t k = 0; k < rows * op.c; ++k) {
-    const int64_t set = op.set(k / op.c, k % op.c);
+  StatsGrad<A> result{scratch<A>(rows * period), scratch<A>(rows * period)};
+  for (int64_t k = 0; k < rows * period; ++k) {
+    const int64_t set = op.set(k / period, k % period % op.c);
     const double rstd = affine.rstd[k];
     result.offset[k] = op.batch_stats ? static_cast<A>(set_g[set] / count) : A(0);
     result.slope[k] = op.batch_stats ? static_cast<A>(rstd * rstd * set_gx[set] / count) : A(0);
@@ -201,66 +230,72 @@ void backward(const NormAct& op, const void* grad_out_, const void* x_, const No
   const A slope = static_cast<A>(op.negative_slope);
   if (!op.normalize) {
     for_each_element_block(op, parallel, [&](int64_t at, int64_t count) {
-      A g[kBlock], z[kBlock];
-      load_block(grad_out + at, g, count);
-      plain_block(x, residual, at, count, z);
-      activate_grad_block(op.activation, g, z, count, slope);
-      store_block(grad_x + at, g, count);
+      A g_buffer[kBlock], z_buffer[kBlock], buffer[kBlock];
+      A* const g = place(grad_x + at, g_buffer);
+      const A* z = view(x + at, z_buffer, count);
+      if (residual) {
+        plain_block(x, residual, at, count, z_buffer);
+        z = z_buffer;
+      }
+      activate_grad_block(op.activation, view(grad_out + at, buffer, count), z, g, count, slope);
+      settle(grad_x + at, g, count);
       if (grad_residual) store_block(grad_residual + at, g, count);
     });
     return;
   }
 
-  const Affine<A> affine(op, given);
+  const Affine<A> affine(op, given, pixels_a_row(op));
   // g = grad_out * act'(z)
   const auto grad_block = [&](const Block& block, A* g) {
-    A z[kBlock];
+    A z[kBlock], buffer[kBlock];
     affine_block(op, affine, block, x, residual, z);
-    load_block(grad_out + block.at, g, block.count);
-    activate_grad_block(op.activation, g, z, block.count, slope);
+    activate_grad_block(op.activation, view(grad_out + block.at, buffer, block.count), z, g, block.count, slope);
   };
 
-  // Pass 1: sums of g and of g * (x - mean), a (sample, chunk, channel), in double.
-  const int64_t chunk = rows_a_chunk(op), chunks = ceil_div(op.s, chunk), parts = op.n * chunks * op.c;
-  std::vector<double> sums_g(static_cast<size_t>(parts)), sums_gx(static_cast<size_t>(parts));
+  // Pass 1: sums of g and of g * (x - mean), a (sample, chunk, channel): over short runs in A, and their sums in double.
+  const int64_t chunk = rows_a_chunk(op), chunks = chunks_a_sample(op), rows = rows_a_sample(op), pixels = pixels_a_row(op);
+  const int64_t period = pixels * op.c;
+  std::vector<double> sums_g(static_cast<size_t>(op.n * chunks * period)), sums_gx(static_cast<size_t>(op.n * chunks * period));
   parallel(op.channels_last ? op.n * chunks : op.n * op.c, [&](int64_t begin, int64_t end) {
+    constexpr int64_t run = 16;
     A g[kBlock];
+    auto sum_g = scratch<A>(period), sum_gx = scratch<A>(period);
     for (int64_t i = begin; i < end; ++i) {
       if (!op.channels_last) {
         for_each_block(op, i, i + 1, [&](const Block& block) {
           grad_block(block, g);
-          const A center = affine.center[block.k];
-          double sum_g = 0, sum_gx = 0;
-#pragma omp simd reduction(+ : sum_g, sum_gx)
-          for (int64_t j = 0; j < block.count; ++j) {
-            sum_g += g[j];
-            sum_gx += g[j] * (load(x + block.at + j) - center);
-          }
-          sums_g[i] += sum_g;
-          sums_gx[i] += sum_gx;
+          add_sums(g, x + block.at, affine.center[block.k], block.count, sums_g[i], sums_gx[i]);
         });
         continue;
       }
-      const int64_t sample = i / chunks, first_row = sample * op.s + i % chunks * chunk;
-      for_each_block(op, first_row, std::min((sample + 1) * op.s, first_row + chunk), [&](const Block& block) {
-        grad_block(block, g);
-        const A* center = affine.center.get() + block.k;
-        double* sum_g = sums_g.data() + i * op.c + block.channel;
-        double* sum_gx = sums_gx.data() + i * op.c + block.channel;
-        for (int64_t j = 0; j < block.count; ++j) {
-          sum_g[j] += g[j];
-          sum_gx[j] += g[j] * (load(x + block.at + j) - center[j]);
+      const int64_t first = i / chunks * rows + i % chunks * chunk, last = std::min((i / chunks + 1) * rows, first + chunk);
+      for (int64_t row = first; row < last; row += run) {
+        std::fill_n(sum_g.get(), period, A(0));
+        std::fill_n(sum_gx.get(), period, A(0));
+        for_each_block(op, row, std::min(last, row + run), [&](const Block& block) {
+          grad_block(block, g);
+          const A* center = affine.center.get() + block.k;
+          A *to_g = sum_g.get() + block.channel, *to_gx = sum_gx.get() + block.channel;
+          for (int64_t j = 0; j < block.count; ++j) {
+            to_g[j] += g[j];
+            to_gx[j] += g[j] * (load(x + block.at + j) - center[j]);
+          }
+        });
+        for (int64_t j = 0; j < period; ++j) {
+          sums_g[i * period + j] += sum_g[j];
+          sums_gx[i * period + j] += sum_gx[j];
         }
-      });
+      }
     }
   });
 
   // Pass 2: dx = scale * g - offset - (x - mean) * slope.
   const StatsGrad<A> stats =
-      merge_sums(op, affine, sums_g, sums_gx, chunks, static_cast<A*>(grads.weight), static_cast<A*>(grads.bias));
-  parallel(row_count(op), [&](int64_t begin, int64_t end) {
-    A g[kBlock];
+      merge_sums(op, affine, sums_g, sums_gx, chunks * pixels, static_cast<A*>(grads.weight), static_cast<A*>(grads.bias));
+  parallel(op.n * rows_a_sample(op), [&](int64_t begin, int64_t end) {
+    A buffer[kBlock];
     for_each_block(op, begin, end, [&](const Block& block) {
+      A* const g = place(grad_x + block.at, buffer);
       grad_block(block, g);
       if (grad_residual) store_block(grad_residual + block.at, g, block.count);
       const A *offset = stats.offset.get() + block.k, *slope_of_x = stats.slope.get() + block.k;
@@ -274,7 +309,7 @@ void backward(const NormAct& op, const void* grad_out_, const void* x_, const No
         else
           run(center, scale, Same<A>{*offset}, Same<A>{*slope_of_x});
       });
-      store_block(grad_x + block.at, g, block.count);
+      settle(grad_x + block.at, g, block.count);
     });
   });
 }
