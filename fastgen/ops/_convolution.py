@@ -45,6 +45,14 @@ class Geometry:
     dilation: list[int]
     reflect: bool = False
 
+    @staticmethod
+    def of(stride, padding, output_padding, groups, dilation, reflect) -> Geometry:
+        """From arguments of ops that serve both kinds: an empty output_padding stands for None."""
+        return Geometry(stride, padding, list(output_padding) or None, groups, dilation, reflect)
+
+    def arguments(self) -> tuple:
+        return self.stride, self.padding, self.output_padding or [], self.groups, self.dilation, self.reflect
+
     @property
     def transposed(self) -> bool:
         return self.output_padding is not None
@@ -131,21 +139,30 @@ class Geometry:
             return opposite.plain(grad, weight)
         return self._aten_grads(grad, x, weight, [True, False])[0]
 
+    def wins_weight_grad(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether fastgen's own kernel of the weight's gradient is faster than PyTorch's on the CPU, as measured."""
+        return _has_kernels(x) and min(self.channels(weight)) >= 16 and self._winograd(x, weight, 1024)
+
     def weight_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """weight's gradient, differentiable."""
-        if _has_kernels(x) and self.wins(x, weight) and self._winograd(x, weight, 1024):
-            return torch.ops.fastgen.convolution_weight_grad(
-                grad,
-                x,
-                weight,
-                self.stride,
-                self.padding,
-                self.output_padding or [],
-                self.groups,
-                self.dilation,
-                self.reflect,
-            )
+        if self.wins_weight_grad(x, weight):
+            return torch.ops.fastgen.convolution_weight_grad(grad, x, weight, *self.arguments())
         return self._aten_weight_grad(grad, x, weight)
+
+    def composed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """PyTorch's convolution, with fastgen's gradient of the weight where that wins."""
+        if not (weight.requires_grad and torch.is_grad_enabled() and self.wins_weight_grad(x, weight)):
+            return self.convolve(x, weight, bias)
+        return torch.ops.fastgen.convolution(x, weight, bias, *self.arguments())
+
+    def grads(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]):
+        """Gradients of x, weight and bias, those that are wanted, by ops that are themselves differentiable."""
+        of_x, of_weight, of_bias = wanted
+        return (
+            self.input_grad(grad, x, weight) if of_x else None,
+            self.weight_grad(grad, x, weight) if of_weight and _weight_grads else None,
+            grad.sum((0, 2, 3)) if of_bias and _weight_grads else None,
+        )
 
     def _aten_weight_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         if self.reflect:
@@ -165,18 +182,45 @@ def _has_kernels(x: Tensor) -> bool:
     return _dispatch.why_not("conv2d_norm_act", "cpp", x.device.type) is None
 
 
-# The weight's gradient as an op of its own; weight gives its sizes and strides. Empty output_padding: not transposed.
+_ARGUMENTS = (
+    "int[2] stride, int[2] padding, int[] output_padding, int groups, int[2] dilation, bool reflect"  # see Geometry.of
+)
+
+# PyTorch's convolution, so that its gradients can be chosen.
+torch.library.define("fastgen::convolution", f"(Tensor x, Tensor weight, Tensor? bias, {_ARGUMENTS}) -> Tensor")
+
+
+@torch.library.impl("fastgen::convolution", "CompositeExplicitAutograd")
+def _forward(x, weight, bias, *geometry):
+    return Geometry.of(*geometry).convolve(x, weight, bias)
+
+
+@torch.library.register_fake("fastgen::convolution")
+def _forward_fake(x, weight, bias, *geometry):
+    return Geometry.of(*geometry).convolve(x, weight, bias)
+
+
+def _setup_forward(ctx, inputs, output):
+    x, weight, _, *geometry = inputs
+    ctx.geometry = Geometry.of(*geometry)
+    ctx.save_for_backward(x, weight)
+
+
+def _forward_backward(ctx, grad):
+    return *ctx.geometry.grads(grad, *ctx.saved_tensors, ctx.needs_input_grad[:3]), *(None,) * 6
+
+
+torch.library.register_autograd("fastgen::convolution", _forward_backward, setup_context=_setup_forward)
+
+# The weight's gradient; weight gives its sizes and strides.
 torch.library.define(
-    "fastgen::convolution_weight_grad",
-    "(Tensor grad, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[] output_padding, int groups, int[2] dilation, "
-    "bool reflect) -> Tensor",
+    "fastgen::convolution_weight_grad", f"(Tensor grad, Tensor x, Tensor weight, {_ARGUMENTS}) -> Tensor"
 )
 
 
 @torch.library.impl("fastgen::convolution_weight_grad", "CompositeExplicitAutograd")
-def _weight_grad(grad, x, weight, stride, padding, output_padding, *rest):
-    found = Geometry(stride, padding, list(output_padding) or None, *rest)._aten_weight_grad(grad, x, weight)
-    return torch.empty_like(weight).copy_(found)
+def _weight_grad(grad, x, weight, *geometry):
+    return torch.empty_like(weight).copy_(Geometry.of(*geometry)._aten_weight_grad(grad, x, weight))
 
 
 @torch.library.register_fake("fastgen::convolution_weight_grad")
@@ -185,8 +229,8 @@ def _weight_grad_fake(grad, x, weight, *geometry):
 
 
 def _setup_weight_grad(ctx, inputs, output):
-    grad, x, _, stride, padding, output_padding, *rest = inputs
-    ctx.geometry = Geometry(stride, padding, list(output_padding) or None, *rest)
+    grad, x, _, *geometry = inputs
+    ctx.geometry = Geometry.of(*geometry)
     ctx.save_for_backward(grad, x)
 
 
@@ -234,7 +278,7 @@ def call(
     if chosen == "reference":
         return tails.reference(geometry.convolve(x, weight, bias), tail)
     if chosen == "composed":
-        return tails.apply(geometry.convolve(x, weight, bias), tail, batch_stats)
+        return tails.apply(geometry.composed(x, weight, bias), tail, batch_stats)
     inputs = (x, weight, bias, tail.norm_weight, tail.norm_bias, tail.residual)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     save = needs_grad and (tail.norm != "none" or tail.activation != "identity")

@@ -43,7 +43,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 @pytest.fixture
 def own_kernels(monkeypatch):
     """The backward of a convolution runs fastgen's kernels even where they do not win."""
-    for name in ("wins", "_winograd"):
+    for name in ("wins", "wins_weight_grad"):
         monkeypatch.setattr(_convolution.Geometry, name, lambda *_: True)
 
 
@@ -108,9 +108,11 @@ def test_gradcheck(case, impl, own_kernels):
 
 
 @by_id([case for case in SMALL if case.op.startswith("conv")])
-def test_composed(case, monkeypatch):
+@pytest.mark.parametrize("weight_grad", ("aten", "cpp"))
+def test_composed(case, weight_grad, monkeypatch):
     """What auto runs where the convolution's own kernel does not win: PyTorch's, and fastgen's norm and activation."""
-    monkeypatch.setattr(_convolution.Geometry, "wins", lambda self, x, weight: False)
+    monkeypatch.setattr(_convolution.Geometry, "wins", lambda *_: False)
+    monkeypatch.setattr(_convolution.Geometry, "wins_weight_grad", lambda *_: weight_grad == "cpp")
     tensors = case.tensors(torch.float64)
     upstream = torch.randn_like(case.call({name: t.clone() for name, t in tensors.items()}, impl="reference"))
     before = ops.implementations_used().get(case.op, {}).get("composed", 0)
