@@ -26,9 +26,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-const ParallelFor torch_parallel = [](int64_t count, const std::function<void(int64_t, int64_t)>& body) {
-  torch::stable::parallel_for(0, count, 1, body);
-};
+ParallelFor torch_parallel() {
+  return {static_cast<int>(torch::stable::get_num_threads()), [](int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+            torch::stable::parallel_for(0, count, 1, body);
+          }};
+}
 
 DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -130,11 +132,11 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(Tensor x, OptionalTensor weight, Opt
   if (x.numel() == 0) return {out, new_mean, new_var};
   join_samples(op);
   if (op.batch_stats) {
-    fastgen::cpu::norm_act_moments(op, x.const_data_ptr(), new_mean.mutable_data_ptr(), new_var.mutable_data_ptr(), torch_parallel);
+    fastgen::cpu::norm_act_moments(op, x.const_data_ptr(), new_mean.mutable_data_ptr(), new_var.mutable_data_ptr(), torch_parallel());
     tail.mean = new_mean;
     tail.var = new_var;
   }
-  fastgen::cpu::norm_act_apply(op, x.const_data_ptr(), tail.prepare(x, channels_last), out.mutable_data_ptr(), torch_parallel);
+  fastgen::cpu::norm_act_apply(op, x.const_data_ptr(), tail.prepare(x, channels_last), out.mutable_data_ptr(), torch_parallel());
   return {out, new_mean, new_var};
 }
 
@@ -159,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(Tensor grad_out, Te
   fastgen::cpu::norm_act_backward(op, grad_out.const_data_ptr(), x.const_data_ptr(), tail.prepare(x, channels_last),
                                   {grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr(), grad_bias.mutable_data_ptr(),
                                    residual ? grad_residual.mutable_data_ptr() : nullptr},
-                                  torch_parallel);
+                                  torch_parallel());
   return {grad_x, grad_weight, grad_bias, grad_residual};
 }
 
@@ -197,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> convolve(const Convolution& conv, int
     tail.var = new_var;
   }
   kernel(conv, op, {x.const_data_ptr(), weight.const_data_ptr(), data(bias), save ? pre.mutable_data_ptr() : nullptr, out.mutable_data_ptr()},
-         tail.prepare(out, channels_last), torch_parallel);
+         tail.prepare(out, channels_last), torch_parallel());
   return {out, pre, new_mean, new_var};
 }
 
@@ -240,7 +242,7 @@ Tensor convolution_weight_grad(Tensor grad, Tensor x, Tensor weight, std::vector
   plain.norm = "none";
   plain.activation = "identity";
   fastgen::cpu::convolution_weight_grad(conv, plain.describe(grad, false, is_channels_last(grad)), !output_padding.empty(), grad.const_data_ptr(),
-                                        x.const_data_ptr(), out.mutable_data_ptr(), torch_parallel);
+                                        x.const_data_ptr(), out.mutable_data_ptr(), torch_parallel());
   return out;
 }
 

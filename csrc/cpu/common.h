@@ -12,8 +12,13 @@
 
 namespace fastgen::cpu {
 
-// Runs body(begin, end) over a partition of [0, count).
-using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>& body)>;
+// Runs body(begin, end) over a partition of [0, count), on so many threads at most.
+struct ParallelFor {
+  int threads;
+  std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>& body)> run;
+
+  void operator()(int64_t count, const std::function<void(int64_t begin, int64_t end)>& body) const { run(count, body); }
+};
 
 enum class DType { float32, float64, bfloat16, float16 };
 

@@ -44,7 +44,7 @@ inline WinogradTile winograd_tile(const Convolution& conv, const NormAct& op) {
 
 // Whether the transformed weights are too many to be kept: each band then transforms them anew.
 inline bool transforms_in_bands(const Convolution& conv, int64_t c) {
-  return conv.kh == 4 && conv.ic * c * 100 * int64_t(sizeof(float)) > (16 << 20);
+  return conv.ic * c * (conv.kh == 4 ? 100 : 36) * int64_t(sizeof(float)) > (16 << 20);
 }
 
 // mean and var of `given` are written when op.batch_stats, else read.

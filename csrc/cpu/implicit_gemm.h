@@ -173,7 +173,8 @@ struct Call {
   template <int m, int r>
   void run(const Winograd<A, m, r, vectors>& winograd, const ParallelFor& parallel) const {
     const int64_t bands = ceil_div(op.n, images) * bands_an_image();
-    const int64_t together = bands >= 16 ? blocks() : ceil_div(blocks(), ceil_div(16, bands)), parts_a_band = ceil_div(blocks(), together);
+    const int64_t items = parallel.threads > 1 ? 2 * parallel.threads : 1;  // at least, if there are enough blocks
+    const int64_t together = ceil_div(blocks(), ceil_div(items, bands)), parts_a_band = ceil_div(blocks(), together);
     parallel(bands * parts_a_band, [&](int64_t begin, int64_t end) {
       const int64_t band_size = images * band_rows * conv.ow * width;
       auto band = scratch<A>(together * band_size);
