@@ -1,7 +1,8 @@
 """Layers over the fused ops; each stands for a run of PyTorch's own and has its state_dict."""
 
+from fastgen.nn.conv2d_norm_act import Conv2dNormAct
 from fastgen.nn.conv_transpose2d_norm_act import ConvTranspose2dNormAct
 from fastgen.nn.norm_act import NormAct
 from fastgen.nn.sequential import Sequential
 
-__all__ = ["ConvTranspose2dNormAct", "NormAct", "Sequential"]
+__all__ = ["Conv2dNormAct", "ConvTranspose2dNormAct", "NormAct", "Sequential"]

@@ -89,6 +89,7 @@ def run(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activa
     assert isinstance(convolution, (nn.Conv2d, nn.ConvTranspose2d))
     for name in ("stride", "padding", "groups", "dilation"):
         arguments[name] = getattr(convolution, name)
+    arguments["memory_efficient"] = getattr(convolution, "memory_efficient", False)
     if isinstance(convolution, nn.Conv2d):
         arguments["padding_mode"] = convolution.padding_mode
         return ops.conv2d_norm_act(x, convolution.weight, convolution.bias, **arguments)
@@ -128,13 +129,21 @@ def _norm_arguments(norm: nn.Module | None, x: Tensor) -> dict[str, Any]:
     }
 
 
-def norm_module(norm: str | None, channels: int, **options: Any) -> list[nn.Module]:
+def norm_module(
+    norm: str | None, channels: int, momentum: float | None, num_groups: int | None = None, **options: Any
+) -> list[nn.Module]:
     """[the 2-d norm layer of this name], or [] for None."""
     if norm in (None, "none"):
         return []
-    if norm not in ("batch", "instance"):
-        raise ValueError(f"norm must be 'batch', 'instance' or None, got {norm!r}")
-    return [(nn.BatchNorm2d if norm == "batch" else nn.InstanceNorm2d)(channels, **options)]
+    if norm not in ("batch", "instance", "group"):
+        raise ValueError(f"norm must be 'batch', 'instance', 'group' or None, got {norm!r}")
+    if (norm == "group") != (num_groups is not None):
+        raise ValueError(f"num_groups must be given for norm 'group' and for no other, got {num_groups} for {norm!r}")
+    if num_groups is not None:
+        options.pop("track_running_stats", None)
+        return [nn.GroupNorm(num_groups, channels, **options)]
+    layer: Any = nn.BatchNorm2d if norm == "batch" else nn.InstanceNorm2d
+    return [layer(channels, momentum=momentum, **options)]
 
 
 def activation_module(activation: str | None, negative_slope: float) -> list[nn.Module]:

@@ -16,11 +16,12 @@ class ConvTranspose2dNormAct(Sequential):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation: as in
             nn.ConvTranspose2d.
-        norm: "batch", "instance" or None.
+        norm: "batch", "instance", "group" (with num_groups) or None.
         activation: "relu", "leaky_relu", "tanh", "sigmoid", "silu", or None.
         affine, track_running_stats: None stands for the norm layer's own default.
+        memory_efficient: compute the convolution again in the backward pass instead of keeping its output.
 
-    The other arguments are those of BatchNorm2d, InstanceNorm2d and LeakyReLU. Shapes, dtypes and gradients: see
+    The other arguments are those of BatchNorm2d, InstanceNorm2d, GroupNorm and LeakyReLU. Shapes, dtypes and gradients: see
     fastgen.ops.conv_transpose2d_norm_act.
     """
 
@@ -39,10 +40,12 @@ class ConvTranspose2dNormAct(Sequential):
         norm: str | None = "batch",
         activation: str | None = "leaky_relu",
         negative_slope: float = 0.01,
+        num_groups: int | None = None,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool | None = None,
         track_running_stats: bool | None = None,
+        memory_efficient: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -52,6 +55,7 @@ class ConvTranspose2dNormAct(Sequential):
                 in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
                 device=device, dtype=dtype,
             ),
-            *_modules.norm_module(norm, out_channels, eps=eps, momentum=momentum, device=device, dtype=dtype, **options),
+            *_modules.norm_module(norm, out_channels, momentum, num_groups, eps=eps, device=device, dtype=dtype, **options),
             *_modules.activation_module(activation, negative_slope),
         )  # fmt: skip
+        self[0].__dict__["memory_efficient"] = memory_efficient

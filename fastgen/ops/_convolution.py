@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastgen.ops import _check, _dispatch
 from fastgen.ops import norm_act as tails
@@ -258,6 +259,7 @@ def call(
     geometry: Geometry,
     arguments: tuple[Any, ...],
     tail: tails.Tail,
+    memory_efficient: bool,
     impl: str,
 ) -> Tensor:
     """A public convolution after its own arguments are checked; `arguments` are the geometry as the op's schema has it."""
@@ -265,7 +267,7 @@ def call(
         tail = dataclasses.replace(tail, residual=tail.residual.to(x.dtype))
     if x.dim() == 3 and tail.norm != "batch":
         tail = dataclasses.replace(tail, residual=None if tail.residual is None else tail.residual.unsqueeze(0))
-        return call(op, x.unsqueeze(0), weight, bias, geometry, arguments, tail, impl).squeeze(0)
+        return call(op, x.unsqueeze(0), weight, bias, geometry, arguments, tail, memory_efficient, impl).squeeze(0)
     _check_tensors(x, weight, bias, geometry)
     sizes = geometry.sizes(x, weight)
     if min(sizes[2:]) < 1:
@@ -277,14 +279,24 @@ def call(
     chosen = _dispatch.choose(op, impl, x.device, geometry.wins(x, weight))
     if chosen == "reference":
         return tails.reference(geometry.convolve(x, weight, bias), tail)
-    if chosen == "composed":
-        return tails.apply(geometry.composed(x, weight, bias), tail, batch_stats)
-    inputs = (x, weight, bias, tail.norm_weight, tail.norm_bias, tail.residual)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    save = needs_grad and (tail.norm != "none" or tail.activation != "identity")
-    registered = getattr(torch.ops.fastgen, op)
-    out, _, mean, var = registered(x, weight, bias, *tail.tensors(batch_stats), *tail.options(), *arguments, save)
-    if batch_stats:
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, *given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if chosen == "composed":
+            return torch.ops.fastgen.norm_act(geometry.composed(x, weight, bias), *given, *options)
+        needs_grad = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, weight, bias, *given)
+        )
+        save = needs_grad and (tail.norm != "none" or tail.activation != "identity")
+        out, _, mean, var = getattr(torch.ops.fastgen, op)(x, weight, bias, *given, *options, *arguments, save)
+        return out, mean, var
+
+    options = tail.options()
+    inputs: tuple[Any, ...] = (x, weight, bias, *tail.tensors(batch_stats))
+    if memory_efficient and torch.is_grad_enabled():
+        out, mean, var = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+    else:
+        out, mean, var = run(*inputs)
+    if batch_stats:  # not in run, which a checkpoint calls twice
         tail.update_running(mean, var, out.numel() // max(1, mean.numel()))
     return out
 

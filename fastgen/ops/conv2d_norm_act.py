@@ -42,6 +42,7 @@ def conv2d_norm_act(
     padding_mode: str = "zeros",
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
+    memory_efficient: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """y = activation(normalize(t) + residual), t = conv2d(x, weight, bias).
@@ -53,6 +54,7 @@ def conv2d_norm_act(
         norm ... negative_slope: as in norm_act, with C = C_out; residual has the output's shape.
         stride, padding, groups, dilation: as in torch.nn.functional.conv2d; an int or two ints.
         padding_mode: "zeros" or "reflect" (mirrored at the border's pixel; padding must be smaller than H and W).
+        memory_efficient: keep x for the backward pass and not t, which is computed again then ("reference" keeps both).
         impl: "auto", "reference" or "cpp".
 
     Returns:
@@ -79,4 +81,6 @@ def conv2d_norm_act(
         norm or "none", running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, num_groups, residual,
         activation, negative_slope,
     )  # fmt: skip
-    return _convolution.call("conv2d_norm_act", x, weight, bias, _geometry(*arguments), arguments, tail, impl)
+    return _convolution.call(
+        "conv2d_norm_act", x, weight, bias, _geometry(*arguments), arguments, tail, memory_efficient, impl
+    )

@@ -39,6 +39,7 @@ def conv_transpose2d_norm_act(
     output_padding: int | Sequence[int] = 0,
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
+    memory_efficient: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """y = activation(normalize(t) + residual), t = conv_transpose2d(x, weight, bias).
@@ -49,6 +50,7 @@ def conv_transpose2d_norm_act(
         bias: (C_out,), x's dtype, or None.
         norm ... negative_slope: as in norm_act, with C = C_out; residual has the output's shape.
         stride, padding, output_padding, groups, dilation: as in torch.nn.functional.conv_transpose2d; an int or two ints.
+        memory_efficient: keep x for the backward pass and not t, which is computed again then ("reference" keeps both).
         impl: "auto", "reference" or "cpp".
 
     Returns:
@@ -77,5 +79,13 @@ def conv_transpose2d_norm_act(
         activation, negative_slope,
     )  # fmt: skip
     return _convolution.call(
-        "conv_transpose2d_norm_act", x, weight, bias, _convolution.Geometry(*arguments), arguments, tail, impl
+        "conv_transpose2d_norm_act",
+        x,
+        weight,
+        bias,
+        _convolution.Geometry(*arguments),
+        arguments,
+        tail,
+        memory_efficient,
+        impl,
     )

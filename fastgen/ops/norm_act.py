@@ -83,11 +83,6 @@ def norm_act(
     batch_stats = _check.tail(x, x.shape, **vars(tail))
     if _dispatch.choose("norm_act", impl, x.device) == "reference":
         return reference(x, tail)
-    return apply(x, tail, batch_stats)
-
-
-def apply(x: Tensor, tail: Tail, batch_stats: bool) -> Tensor:
-    """The registered op on checked arguments, and its effect on the running statistics."""
     out, mean, var = torch.ops.fastgen.norm_act(x, *tail.tensors(batch_stats), *tail.options())
     if batch_stats:
         tail.update_running(mean, var, x.numel() // max(1, mean.numel()))

@@ -1,5 +1,6 @@
 """What holds for every op, driven by the case table."""
 
+import functools
 import itertools
 
 import pytest
@@ -119,6 +120,38 @@ def test_composed(case, weight_grad, monkeypatch):
     found = [observe(case, tensors, upstream, impl) for impl in ("auto", "reference")]
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
     assert ops.implementations_used()[case.op]["composed"] == before + 1
+
+
+def kept_for_backward(call, tensors: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """The call's output, and how many values it keeps beyond its inputs."""
+    inputs, sizes = {t.untyped_storage().data_ptr() for t in tensors.values()}, []
+
+    def keep(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in inputs:
+            sizes.append(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        return call(tensors), sum(sizes)
+
+
+@by_id([case for case in SMALL if case.op.startswith("conv")])
+@pytest.mark.parametrize("impl", ("auto", *IMPLEMENTATIONS))
+def test_memory_efficient(case, impl):
+    """The same bits, running statistics included, and nothing but the inputs is kept."""
+    found, kept = [], []
+    for memory_efficient in (False, True):
+        tensors = differentiable(case.tensors(torch.float32))
+        leaves = [t for t in tensors.values() if t.requires_grad]
+        call = functools.partial(case.call, impl=impl, memory_efficient=memory_efficient)
+        out, count = kept_for_backward(call, tensors)
+        kept.append(count)
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), leaves, allow_unused=True)
+        found.append([out, *first, *second, *(t for t in tensors.values() if not t.requires_grad)])
+    assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(*found, strict=True))
+    if impl != "reference" and case.options.get("norm") != "none":
+        assert kept[1] == 0 < kept[0]
 
 
 def test_without_weight_grads():

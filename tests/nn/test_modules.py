@@ -1,0 +1,76 @@
+"""The modules that stand for runs of PyTorch's layers."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fastgen
+from fastgen.nn import Conv2dNormAct, ConvTranspose2dNormAct, NormAct
+
+
+def layers(module: nn.Sequential) -> nn.Sequential:
+    """PyTorch's Sequential of copies of the children."""
+    return nn.Sequential(*(copy.deepcopy(child) for child in module))
+
+
+@pytest.mark.parametrize("memory_efficient", (False, True))
+@pytest.mark.parametrize("norm", ("batch", "instance", "group", None))
+@pytest.mark.parametrize("cls", (Conv2dNormAct, ConvTranspose2dNormAct))
+def test_is_the_sequential_of_its_children(cls, norm, memory_efficient):
+    groups = {"num_groups": 2} if norm == "group" else {}
+    module = cls(
+        4, 6, 4, 2, 1, bias=norm is None, norm=norm, activation="relu", memory_efficient=memory_efficient, **groups
+    )
+    plain = layers(module)
+    assert module.state_dict().keys() == plain.state_dict().keys()
+    x = torch.randn(3, 4, 8, 8)
+    for one in (module, plain):
+        one(x).square().sum().backward()
+    for mine, theirs in zip(module.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    for mine, theirs in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(module))).eval()
+    torch.testing.assert_close(again(x), plain.eval()(x))
+
+
+def test_norm_act():
+    module = NormAct(5, norm="batch", activation="tanh")
+    x = torch.randn(4, 5, 3, 3)
+    torch.testing.assert_close(module(x), layers(module)(x))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    (
+        ({"norm": "layer"}, "norm must be"),
+        ({"norm": "group"}, "num_groups must be given"),
+        ({"num_groups": 2}, "num_groups must be given"),
+        ({"activation": "gelu"}, "activation must be"),
+    ),
+)
+def test_what_cannot_be_says_why(options, message):
+    with pytest.raises(ValueError, match=message):
+        Conv2dNormAct(4, 6, 3, **options)
+
+
+def test_reflection_padding():
+    module = Conv2dNormAct(4, 6, 3, padding=1, padding_mode="reflect", norm="instance")
+    x = torch.randn(1, 4, 5, 5)
+    torch.testing.assert_close(module(x), layers(module)(x))
+
+
+def test_fuse_memory_efficient_changes_no_bit():
+    blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.LeakyReLU(0.2)) for _ in range(4)]
+    model, x = nn.Sequential(*blocks), torch.randn(2, 8, 16, 16)
+    found = []
+    for memory_efficient in (False, True):
+        fused = fastgen.fuse(model, memory_efficient=memory_efficient)
+        out = fused(x)
+        out.square().mean().backward()
+        found.append([out, *(p.grad for p in fused.parameters()), *fused.buffers()])
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
