@@ -45,7 +45,7 @@ DType dtype_of(const Tensor& x) {
 Activation activation_of(const std::string& name) {
   if (name == "identity") return Activation::identity;
   if (name == "relu") return Activation::relu;
-  if (name == "leaky_relu") return Activation::leaky_relu;
+  if (name == "leaky_relu" || name == "leaky_relu_") return Activation::leaky_relu;
   if (name == "tanh") return Activation::tanh;
   if (name == "sigmoid") return Activation::sigmoid;
   STD_TORCH_CHECK(name == "silu", "fastgen: unknown activation ", name);

@@ -127,6 +127,9 @@ def _conv2d(name: str, x: tuple[int, ...], weight: tuple[int, ...], **options: A
 
 
 _DCGAN = {"training": True, "activation": "relu", "stride": 2, "padding": 1, "bench": True}
+_DCGAN_D = _DCGAN | {"activation": "leaky_relu", "negative_slope": 0.2, "inplace": True}
+_CYCLEGAN = {"bias": True, "norm": "instance", "affine": False, "running": False, "activation": "relu", "bench": True}
+_VAE = {"bias": True, "training": True, "stride": 2, "padding": 1, "bench": True}
 CASES = [
     _norm_act("batch", (3, 5, 7, 6), training=True),
     _norm_act("batch-eval", (2, 17, 3, 5), activation="tanh"),
@@ -145,6 +148,9 @@ CASES = [
     OpCase("norm_act", "residual-none", {"x": (2, 4, 5, 3), "residual": (2, 4, 5, 3)},
            {"norm": "none", "activation": "tanh"}),
     _norm_act("one-channel", (5, 1, 3, 3), training=True, eps=1e-3),
+    OpCase("norm_act", "inplace-residual", {"x": (2, 4, 5, 3), "residual": (2, 4, 5, 3)},
+           {"norm": "none", "activation": "leaky_relu", "negative_slope": 0.2, "inplace": True}),
+    OpCase("norm_act", "relu-residual", {"x": (2, 4, 5, 3), "residual": (2, 4, 5, 3)}, {"norm": "none", "activation": "relu"}),
     _conv("dcgan-first", (5, 12, 1, 1), (12, 8, 4, 4), training=True, activation="relu"),
     _conv("dcgan-middle", (3, 6, 4, 4), (6, 9, 4, 4), training=True, activation="relu", stride=2, padding=1),
     _conv("dcgan-last", (2, 5, 6, 6), (5, 3, 4, 4), norm="none", activation="tanh", stride=2, padding=1),
@@ -163,6 +169,7 @@ CASES = [
     _conv("group-residual", (2, 4, 3, 3), (4, 6, 4, 4), residual=(2, 6, 6, 6), running=False, norm="group", num_groups=3,
           stride=2, padding=1, activation="silu"),
     _conv2d("patchgan-first", (2, 3, 8, 7), (5, 3, 4, 4), bias=True, norm="none", stride=2, padding=1, negative_slope=0.2),
+    _conv2d("inplace", (2, 3, 8, 7), (5, 3, 4, 4), bias=True, norm="none", stride=2, negative_slope=0.2, inplace=True),
     _conv2d("patchgan-middle", (2, 4, 8, 8), (20, 4, 4, 4), training=True, stride=2, padding=1, negative_slope=0.2),
     _conv2d("eval", (2, 4, 5, 6), (3, 4, 3, 3), bias=True, padding=1, activation="relu"),
     _conv2d("cyclegan-first", (1, 3, 9, 8), (4, 3, 7, 7), bias=True, norm="instance", affine=False, running=False, padding=3,
@@ -175,11 +182,24 @@ CASES = [
             dilation=(2, 3), activation="sigmoid"),
     _conv2d("plain-residual", (2, 3, 6, 6), (4, 3, 1, 1), norm="none", activation="relu", residual=(2, 4, 6, 6)),
     _conv2d("linear-residual", (2, 3, 6, 6), (4, 3, 1, 1), norm="none", activation="identity", residual=(2, 4, 6, 6)),
-    _conv("dcgan64-0", (64, 100, 1, 1), (100, 512, 4, 4), training=True, activation="relu", bench=True),
-    _conv("dcgan64-1", (64, 512, 4, 4), (512, 256, 4, 4), **_DCGAN),
-    _conv("dcgan64-2", (64, 256, 8, 8), (256, 128, 4, 4), **_DCGAN),
-    _conv("dcgan64-3", (64, 128, 16, 16), (128, 64, 4, 4), **_DCGAN),
-    _conv("dcgan64-4", (64, 64, 32, 32), (64, 3, 4, 4), norm="none", activation="tanh", stride=2, padding=1, bench=True),
+    _conv("dcgan64-g0", (64, 100, 1, 1), (100, 512, 4, 4), training=True, activation="relu", bench=True),
+    _conv("dcgan64-g1", (64, 512, 4, 4), (512, 256, 4, 4), **_DCGAN),
+    _conv("dcgan64-g2", (64, 256, 8, 8), (256, 128, 4, 4), **_DCGAN),
+    _conv("dcgan64-g3", (64, 128, 16, 16), (128, 64, 4, 4), **_DCGAN),
+    _conv("dcgan64-g4", (64, 64, 32, 32), (64, 3, 4, 4), norm="none", activation="tanh", stride=2, padding=1, bench=True),
+    _conv2d("dcgan64-d0", (64, 3, 64, 64), (64, 3, 4, 4), **_DCGAN_D | {"norm": "none"}),
+    _conv2d("dcgan64-d1", (64, 64, 32, 32), (128, 64, 4, 4), **_DCGAN_D),
+    _conv2d("dcgan64-d2", (64, 128, 16, 16), (256, 128, 4, 4), **_DCGAN_D),
+    _conv2d("dcgan64-d3", (64, 256, 8, 8), (512, 256, 4, 4), **_DCGAN_D),
+    _conv2d("cyclegan-first", (1, 3, 128, 128), (64, 3, 7, 7), padding=3, padding_mode="reflect", **_CYCLEGAN),
+    _conv2d("cyclegan-down", (1, 64, 128, 128), (128, 64, 3, 3), stride=2, padding=1, **_CYCLEGAN),
+    _conv2d("cyclegan-block", (1, 256, 32, 32), (256, 256, 3, 3), padding=1, padding_mode="reflect", **_CYCLEGAN),
+    _conv("cyclegan-up", (1, 256, 32, 32), (256, 128, 3, 3), stride=2, padding=1, output_padding=1, **_CYCLEGAN),
+    _conv2d("cyclegan-last", (1, 64, 128, 128), (3, 64, 7, 7), padding=3, padding_mode="reflect",
+            **_CYCLEGAN | {"norm": "none", "activation": "tanh"}),
+    _conv2d("vae64-encoder", (64, 32, 32, 32), (64, 32, 3, 3), **_VAE),
+    _conv("vae64-decoder", (64, 64, 16, 16), (64, 32, 3, 3), output_padding=1, **_VAE),
+    _conv2d("vae64-last", (64, 32, 64, 64), (3, 32, 3, 3), **_VAE | {"norm": "none", "activation": "tanh", "stride": 1}),
 ]  # fmt: skip
 SMALL = [case for case in CASES if not case.bench]
 LARGE = [case for case in CASES if case.bench]

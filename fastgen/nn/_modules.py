@@ -82,7 +82,7 @@ def run(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activa
     """What calling the three modules in turn computes, in one op."""
     arguments: dict[str, Any] = {"activation": _ACTIVATIONS[kind(activation)] if activation is not None else "identity"}
     if isinstance(activation, nn.LeakyReLU):
-        arguments["negative_slope"] = activation.negative_slope
+        arguments.update(negative_slope=activation.negative_slope, inplace=activation.inplace)
     arguments.update(_norm_arguments(norm, x))
     if convolution is None:
         return ops.norm_act(x, **arguments)

@@ -67,6 +67,7 @@ def tail(
     residual: Tensor | None,
     activation: str,
     negative_slope: float,
+    inplace: bool,
 ) -> bool:
     """Checks what norm_act and the fused convolutions share, for values of these sizes before the norm.
 

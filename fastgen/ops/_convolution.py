@@ -286,7 +286,8 @@ def call(
         needs_grad = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, weight, bias, *given)
         )
-        save = needs_grad and (tail.norm != "none" or tail.activation != "identity")
+        plain = tail.norm == "none" and tail.activation == "identity"
+        save = needs_grad and not (plain or tails.needs_output_alone(options))
         out, _, mean, var = getattr(torch.ops.fastgen, op)(x, weight, bias, *given, *options, *arguments, save)
         return out, mean, var
 
@@ -379,12 +380,15 @@ def define(op: str, geometry_schema: str, geometry_of) -> None:
         x, weight, _, norm_weight, norm_bias, mean, var, residual, *rest = inputs
         ctx.options, ctx.geometry, save = rest[:5], geometry_of(*rest[5:-1]), rest[-1]
         ctx.plain = ctx.options[0] == "none" and ctx.options[3] == "identity"
-        if not (save or ctx.plain):
+        ctx.save, ctx.adds, pre = save, residual is not None, output[1]
+        if not save and tails.needs_output_alone(ctx.options):
+            pre, residual = output[0], None
+        elif not (save or ctx.plain):
             raise RuntimeError(f"{name} was called with save=False on a tensor that requires a gradient")
         ctx.batch_stats = ctx.options[0] != "none" and mean is None
         if ctx.batch_stats:
             mean, var = output[2:]
-        ctx.save_for_backward(x, weight, norm_weight, norm_bias, mean, var, residual, output[1])
+        ctx.save_for_backward(x, weight, norm_weight, norm_bias, mean, var, residual, pre)
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
 
@@ -396,29 +400,16 @@ def define(op: str, geometry_schema: str, geometry_of) -> None:
             grad, *of_tail = tails.norm_act_grads(
                 grad_out, pre, norm_weight, norm_bias, mean, var, residual, ctx.batch_stats, *ctx.options
             )
-        elif residual is not None:
-            of_tail = (None, None, grad_out)
-        if grad_pre is not None and not ctx.plain:
+        if ctx.adds and of_tail[2] is None:
+            of_tail = (*of_tail[:2], grad_out if ctx.plain else grad)
+        if grad_pre is not None and ctx.save:
             grad = grad_pre if grad is None else grad + grad_pre
         count = len(ctx.needs_input_grad)
         if grad is None:
             return (None,) * count
-        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
-        grad_x = ctx.geometry.input_grad(grad, x, weight) if of_x else None
-        grad_weight = ctx.geometry.weight_grad(grad, x, weight) if of_weight and _weight_grads else None
-        grad_bias = grad.sum((0, 2, 3)) if of_bias and _weight_grads else None
-        grad_norm_weight, grad_norm_bias, grad_residual = of_tail
-        return (
-            grad_x,
-            grad_weight,
-            grad_bias,
-            grad_norm_weight,
-            grad_norm_bias,
-            None,
-            None,
-            grad_residual,
-            *(None,) * (count - 8),
-        )
+        grads = ctx.geometry.grads(grad, x, weight, ctx.needs_input_grad[:3])
+        *of_norm, grad_residual = of_tail
+        return *grads, *of_norm, None, None, grad_residual, *(None,) * (count - 8)
 
     torch.library.impl(name, "CompositeExplicitAutograd")(forward)
     torch.library.register_fake(name)(fake)

@@ -44,6 +44,7 @@ def norm_act(
     residual: Tensor | None = None,
     activation: str = "leaky_relu",
     negative_slope: float = 0.01,
+    inplace: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """y = activation((x - mean) / sqrt(var + eps) * norm_weight + norm_bias + residual).
@@ -60,6 +61,8 @@ def norm_act(
         num_groups: groups of channels, for "group" alone.
         residual: x's shape and dtype, or None.
         activation: "identity", "relu", "leaky_relu" (slope negative_slope below 0), "tanh", "sigmoid" or "silu".
+        inplace: as of torch.nn's activations: y must not be changed before the backward pass, which may then use y and keep
+            nothing else. Without a norm "leaky_relu" does; "relu" always does, as PyTorch's. No input is written to.
         impl: "auto", "reference" or "cpp".
 
     Returns:
@@ -78,7 +81,7 @@ def norm_act(
         raise ValueError(f"x must have at least 2 dimensions (N, C, *), got shape {tuple(x.shape)}")
     tail = Tail(
         norm or "none", running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, num_groups, residual,
-        activation, negative_slope,
+        activation, negative_slope, inplace,
     )  # fmt: skip
     batch_stats = _check.tail(x, x.shape, **vars(tail))
     if _dispatch.choose("norm_act", impl, x.device) == "reference":
@@ -105,6 +108,7 @@ class Tail:
     residual: Tensor | None
     activation: str
     negative_slope: float
+    inplace: bool
 
     def tensors(self, batch_stats: bool) -> tuple[Tensor | None, ...]:
         """weight, bias, mean, var and residual of the schemas."""
@@ -112,8 +116,11 @@ class Tail:
         return self.norm_weight, self.norm_bias, *given, self.residual
 
     def options(self) -> tuple[str, int, float, str, float]:
-        """OPTIONS of the schemas."""
-        return self.norm, self.num_groups or 0, float(self.eps), self.activation, float(self.negative_slope)
+        """OPTIONS of the schemas; there "leaky_relu_" is the activation whose output stays as it is."""
+        activation = self.activation
+        if activation == "leaky_relu" and self.inplace and self.negative_slope >= 0:
+            activation = "leaky_relu_"
+        return self.norm, self.num_groups or 0, float(self.eps), activation, float(self.negative_slope)
 
     def update_running(self, mean: Tensor, var: Tensor, count: int) -> None:
         """Moves the running statistics, if any, towards mean and biased var, (C,) or (N, C), of `count` values each."""
@@ -126,12 +133,17 @@ class Tail:
                 running.copy_(torch.lerp(running.to(new.dtype), new, self.momentum))
 
 
+def needs_output_alone(options) -> bool:
+    """Whether the gradient follows from the output, given OPTIONS: from its sign."""
+    return options[0] == "none" and options[3] in ("relu", "leaky_relu_")
+
+
 def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
     """The activation by its name."""
     match activation:
         case "relu":
             return F.relu(z)
-        case "leaky_relu":
+        case "leaky_relu" | "leaky_relu_":
             return F.leaky_relu(z, negative_slope)
         case "tanh":
             return torch.tanh(z)
@@ -252,7 +264,7 @@ def _activation_grad(grad, z, activation, negative_slope):
     match activation:
         case "relu":
             return grad * (z > 0)
-        case "leaky_relu":
+        case "leaky_relu" | "leaky_relu_":
             return torch.where(z > 0, grad, grad * negative_slope)
         case "tanh":
             return grad * (1 - torch.tanh(z) ** 2)
@@ -284,9 +296,11 @@ def _backward_fake(grad_out, x, weight, bias, mean, var, residual, batch_stats, 
 
 def _setup_forward(ctx, inputs, output):
     x, weight, bias, mean, var, residual, *ctx.options = inputs
-    ctx.batch_stats = ctx.options[0] != "none" and mean is None
+    ctx.batch_stats, ctx.adds = ctx.options[0] != "none" and mean is None, residual is not None
     if ctx.batch_stats:
         mean, var = output[1:]
+    if needs_output_alone(ctx.options):
+        x, residual = output[0], None
     ctx.save_for_backward(x, weight, bias, mean, var, residual)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -298,6 +312,8 @@ def _forward_backward(ctx, grad_out, grad_mean, grad_var):
     grad_x, grad_weight, grad_bias, grad_residual = norm_act_grads(
         grad_out, *ctx.saved_tensors, ctx.batch_stats, *ctx.options
     )
+    if ctx.adds and grad_residual is None:
+        grad_residual = grad_x
     return grad_x, grad_weight, grad_bias, None, None, grad_residual, *(None,) * 5
 
 

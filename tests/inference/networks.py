@@ -25,15 +25,15 @@ class DCGANGenerator(nn.Module):
 
 
 class DCGANDiscriminator(nn.Module):
-    """pytorch/examples dcgan: `main.{0,2,5,8,11}`, for 32 pixels."""
+    """pytorch/examples dcgan: `main.{0,2,5,8,11}`, for 64 pixels; `main.{0,2,5,8}` for 32."""
 
-    def __init__(self, width=4):
+    def __init__(self, width=4, pixels=32):
         super().__init__()
         layers = [nn.Conv2d(3, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True)]
-        for i in (1, 2):
+        for i in (1, 2, 4)[: pixels // 32 + 1]:
             layers += [nn.Conv2d(i * width, 2 * i * width, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * i * width)]
             layers += [nn.LeakyReLU(0.2, inplace=True)]
-        self.main = nn.Sequential(*layers, nn.Conv2d(4 * width, 1, 4, 1, 0, bias=False), nn.Sigmoid())
+        self.main = nn.Sequential(*layers, nn.Conv2d(2 * i * width, 1, 4, 1, 0, bias=False), nn.Sigmoid())
 
     def forward(self, input):
         return self.main(input).view(-1, 1).squeeze(1)

@@ -1,0 +1,166 @@
+"""Whole networks in training: users' own modules under fuse, beside eager PyTorch and torch.compile, in both memory formats."""
+
+import copy
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastgen
+from benchmarks.memory import peak_mebibytes
+from tests.inference.networks import DCGANDiscriminator, DCGANGenerator, ResnetGenerator, VanillaVAE
+
+PEERS = {"eager": {}, "compile": {}, "fastgen": {}, "fastgen memory_efficient": {"memory_efficient": True}}
+PRECISIONS = ("fp32", "bf16")
+
+
+class GAN(nn.Module):
+    """pytorch/examples' DCGAN at 64 pixels, batch 64: a step of both networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator, self.discriminator = DCGANGenerator(100, 64), DCGANDiscriminator(64, 64)
+        self.discriminator.main = self.discriminator.main[:-1]  # the sigmoid is in the loss
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.normal_(module.weight, 0, 0.02)
+
+    def inputs(self) -> list[Tensor]:
+        return [torch.rand(64, 3, 64, 64) * 2 - 1, torch.randn(64, 100, 1, 1)]
+
+    def losses(self, real: Tensor, z: Tensor, autocast: Callable):
+        """Each loss with the network that it trains."""
+        with autocast():
+            fake = self.generator(z)
+            right, wrong = self.discriminator(real), self.discriminator(fake.detach())
+            yield self.discriminator, F.softplus(-right.float()).mean() + F.softplus(wrong.float()).mean()
+        with autocast():
+            yield self.generator, F.softplus(-self.discriminator(fake).float()).mean()
+
+
+class CycleGAN(nn.Module):
+    """The ResNet-9 generator at 128x128, batch 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = ResnetGenerator(64, 9)
+
+    def inputs(self) -> list[Tensor]:
+        return [torch.rand(1, 3, 128, 128) * 2 - 1]
+
+    def losses(self, x: Tensor, autocast: Callable):
+        with autocast():
+            yield self.generator, (self.generator(x).float() - x).abs().mean()
+
+
+class VAE(nn.Module):
+    """The conv VAE at 64 pixels, batch 64, with its noise left out: the results are compared."""
+
+    def __init__(self):
+        super().__init__()
+        self.vae = VanillaVAE(128, (32, 64, 128, 256, 512))
+
+    def inputs(self) -> list[Tensor]:
+        return [torch.rand(64, 3, 64, 64) * 2 - 1]
+
+    def losses(self, x: Tensor, autocast: Callable):
+        with autocast():
+            mu, logvar = self.vae.encode(x)
+            found = self.vae.decode(mu)
+            kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).float().sum(1).mean()
+            yield self.vae, (found.float() - x).square().mean() + 2.5e-4 * kl
+
+
+WORK = {
+    "DCGAN-64 training step, batch 64": GAN,
+    "CycleGAN ResNet-9 forward + backward, 128x128, batch 1": CycleGAN,
+    "conv VAE-64 training step, batch 64": VAE,
+}
+
+
+@functools.cache
+def model_of(work: str) -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    model = WORK[work]()
+    return model, model.inputs()
+
+
+def prepared(model: nn.Module, peer: str) -> None:
+    """Changes the children to the peer's."""
+    for name, child in list(model.named_children()):
+        if peer == "compile":
+            child.compile()
+        elif peer != "eager":
+            setattr(model, name, fastgen.fuse(child, **PEERS[peer]))
+
+
+def stepper(model: nn.Module, inputs: list[Tensor], precision: str) -> Callable[[bool], list[Tensor]]:
+    """step(train): one training step; the gradients of its losses, and without `train` no weight moves."""
+    optimizers = {
+        child: torch.optim.Adam(child.parameters(), 2e-4, (0.5, 0.999), fused=True) for child in model.children()
+    }
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bf16")
+
+    def step(train: bool = True) -> list[Tensor]:
+        found = []
+        for network, loss in model.losses(*inputs, autocast):
+            optimizers[network].zero_grad()
+            loss.backward()
+            if train:
+                optimizers[network].step()
+            else:
+                found += [loss.detach(), *(p.grad.clone() for p in network.parameters())]
+        return found
+
+    return step
+
+
+def distance(found: list[Tensor], exact: list[Tensor]) -> float:
+    """Relative L2 error of all gradients together."""
+    square = sum((a.double() - b).square().sum() for a, b in zip(found, exact, strict=True))
+    return (square / sum(b.square().sum() for b in exact)).sqrt().item()
+
+
+@functools.cache
+def reference(work: str) -> tuple[list[Tensor], dict[str, float], int]:
+    """Gradients in float64, how far eager PyTorch is from them in each precision, and the work in floating-point operations."""
+    model, inputs = model_of(work)
+    exact = stepper(copy.deepcopy(model).double(), [t.double() for t in inputs], "fp32")(False)
+    theirs = {
+        precision: distance(stepper(copy.deepcopy(model), inputs, precision)(False), exact) for precision in PRECISIONS
+    }
+    with FlopCounterMode(display=False) as counter:
+        stepper(copy.deepcopy(model), inputs, "fp32")(False)
+    return exact, theirs, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("channels_last", (False, True), ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("work", WORK)
+def test_training_of_networks(work, precision, peer, channels_last, measure):
+    exact, theirs, flops = reference(work)
+    model, inputs = copy.deepcopy(model_of(work)[0]), model_of(work)[1]
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        inputs = [t.contiguous(memory_format=torch.channels_last) for t in inputs]
+    torch._dynamo.reset()
+    prepared(model, peer)
+    step = stepper(model, inputs, precision)
+    worst = distance(step(False), exact)
+    step()
+    measure(
+        step,
+        rounds=7,
+        table=work,
+        row=precision,
+        column=f"{peer} {'channels_last' if channels_last else 'contiguous'}",
+        flops=flops,
+        error=worst,
+        correct=worst < 2 * theirs[precision] + 1e-6,
+        mebibytes=peak_mebibytes(step),
+    )
