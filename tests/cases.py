@@ -181,5 +181,18 @@ CASES = [
     _conv("dcgan64-3", (64, 128, 16, 16), (128, 64, 4, 4), **_DCGAN),
     _conv("dcgan64-4", (64, 64, 32, 32), (64, 3, 4, 4), norm="none", activation="tanh", stride=2, padding=1, bench=True),
 ]  # fmt: skip
+SAMPLER = [
+    OpCase("reparameterize_kl", name, dict.fromkeys(("mu", "logvar", *prior), shape), options)
+    for name, shape, prior, options in (
+        ("vae", (5, 20), (), {}),
+        ("odd", (3, 7, 3), (), {"beta": 0.5}),
+        ("vector", (9,), (), {}),
+        ("image", (2, 4, 3, 5), (), {"logvar_range": (-1.0, 0.5)}),
+        ("samples", (3, 6), (), {"num_samples": 4, "free_bits": 0.2}),
+        ("prior", (4, 2, 5), ("prior_mean", "prior_logvar"), {"num_samples": 2}),
+        ("long-rows", (2, 9001), (), {"free_bits": 0.1}),
+    )
+]  # fmt: skip
+SAMPLER_LARGE = [OpCase("reparameterize_kl", "2M", {"mu": (16384, 128), "logvar": (16384, 128)}, bench=True)]
 SMALL = [case for case in CASES if not case.bench]
 LARGE = [case for case in CASES if case.bench]
