@@ -10,7 +10,7 @@ from torch import Tensor
 from fastgen import ops
 from fastgen.ops import _convolution
 from fastgen.ops.norm_act import activate
-from tests.cases import CASES, LARGE, SAMPLER, SMALL, UNIT_ROUNDOFF, OpCase
+from tests.cases import CASES, LARGE, SAMPLER, SMALL, SPECTRAL, UNIT_ROUNDOFF, OpCase
 
 IMPLEMENTATIONS = ("reference", "cpp")
 
@@ -326,6 +326,13 @@ def test_thread_count_does_not_matter(case):
 
 
 def test_table_is_complete():
-    others = {"implementations_used", "info", "use_impl", "without_weight_grads", "reparameterize"}
+    others = {
+        "implementations_used",
+        "info",
+        "use_impl",
+        "without_weight_grads",
+        "reparameterize",
+        "spectral_norm_group",
+    }
     functions = {name for name in ops.__all__ if callable(getattr(ops, name))}
-    assert {case.op for case in CASES + SAMPLER} == functions - others
+    assert {case.op for case in CASES + SAMPLER + SPECTRAL} == functions - others
