@@ -131,6 +131,12 @@ struct Divergence {
   }
 };
 
+// The lines of the block after this one, fetched while its noise is computed.
+template <int write, class T>
+inline void prefetch_next(const T* p) {
+  for (int64_t i = kElements; i < 2 * kElements; i += 64 / sizeof(T)) __builtin_prefetch(p + i, write);
+}
+
 template <class T>
 inline void store_block(T* p, const Acc<T>* in, int64_t count) {
   for (int64_t i = 0; i < count; ++i) store(p + i, in[i]);
@@ -234,10 +240,13 @@ void backward(const Reparameterize& op, const void* grad_z_, const void* grad_kl
       const T* grad_z = static_cast<const T*>(grad_z_) + k * op.samples * size;
       units.for_each_block(unit, [&](int64_t at, int64_t count) {
         const int64_t to = k * size + at;
+        for (const T* p : {mu + at, logvar + at}) prefetch_next<0>(p);
+        for (void* p : {grads.mu, grads.logvar}) prefetch_next<1>(static_cast<T*>(p) + to);
         q.load_block(op, mu + at, logvar + at, count);
         std::fill_n(sum, count, A(0));    // of grad_z over the samples
         std::fill_n(along, count, A(0));  // of grad_z * noise
         for (int64_t s = 0; grad_z_ && s < op.samples; ++s) {
+          prefetch_next<0>(grad_z + s * size + at);
           const A* eps = normals(op.key[2 * k], op.key[2 * k + 1], s * size + at, count, buffer);
           accumulate_block(grad_z + s * size + at, eps, sum, along, count);
         }
