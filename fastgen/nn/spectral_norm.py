@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm as _Hook
 
 from fastgen import ops
 
@@ -162,8 +164,12 @@ class SpectralNormGroup:
         self._members: list[tuple[SpectralNorm, parametrize.ParametrizationList]] = []
         self._steps: dict[SpectralNorm, _Step] = {}
         for module in model.modules():
-            for name, parametrized in getattr(module, "parametrizations", {}).items():
-                if adopt(module, name) and parametrized.original.dim() > 1:
+            for name, form in list(forms(module)):
+                if isinstance(form, _Hook):
+                    continue  # it computes the weight when its module is called
+                adopt(module, name, form)
+                parametrized: Any = module.parametrizations[name]  # type: ignore[index]
+                if parametrized.original.dim() > 1:
                     self._members.append((parametrized[0], parametrized))
         if not self._members:
             raise ValueError("model must have weights under spectral_norm, alone and 2-d at least; there are none")
@@ -216,22 +222,46 @@ def _stamp(norm: SpectralNorm, weight: Tensor) -> tuple:
     return weight._version, weight.data_ptr(), weight.dtype, norm.training
 
 
-def adopt(module: Any, name: str) -> bool:
-    """Whether this parameter is under spectral norm alone; PyTorch's parametrization is replaced, its vectors are kept."""
-    parametrized = module.parametrizations[name]
-    if len(parametrized) != 1:
-        return False
-    theirs: Any = parametrized[0]
-    if type(theirs) is SpectralNorm:
-        return True
-    if type(theirs) is not getattr(parametrizations, "_SpectralNorm", None):
-        return False
+class OldSpectralNorm(_Hook):
+    """The hook of torch.nn.utils.spectral_norm in one op: the same buffers, steps and state_dict."""
+
+    def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
+        weight, u, v = (getattr(module, self.name + suffix) for suffix in ("_orig", "_u", "_v"))
+        if weight.dim() < 2:
+            return super().compute_weight(module, do_power_iteration)
+        out, _, *new = ops.spectral_norm(
+            weight, u, v, dim=self.dim, n_power_iterations=self.n_power_iterations, eps=self.eps,
+            training=do_power_iteration, v_first=True,
+        )  # fmt: skip
+        if do_power_iteration:
+            with torch.no_grad():
+                u.copy_(new[0])
+                v.copy_(new[1])
+        return out
+
+
+def forms(module: Any) -> Iterator[tuple[str, Any]]:
+    """(name, parametrization or hook) of each parameter that is under spectral norm alone, of PyTorch's forms or ours."""
+    known = (SpectralNorm, getattr(parametrizations, "_SpectralNorm", None))
+    for name, parametrized in getattr(module, "parametrizations", {}).items():
+        if len(parametrized) == 1 and type(parametrized[0]) in known:
+            yield name, parametrized[0]
+    for hook in module._forward_pre_hooks.values():
+        if type(hook) in (_Hook, OldSpectralNorm):
+            yield hook.name, hook
+
+
+def adopt(module: Any, name: str, theirs: Any) -> None:
+    """Puts the op under a form that `forms` found, which keeps its options, vectors and names."""
+    if isinstance(theirs, _Hook):
+        theirs.__class__ = OldSpectralNorm
+    if isinstance(theirs, (_Hook, SpectralNorm)):
+        return
     ours: Any = SpectralNorm.__new__(SpectralNorm)
     nn.Module.__init__(ours)
     ours.dim, ours.eps, ours._group = theirs.dim, theirs.eps, None
     ours.n_power_iterations = getattr(theirs, "n_power_iterations", 1)  # a vector's has none
     for buffer, value in theirs.named_buffers():
         ours.register_buffer(buffer, value)
-    parametrized[0] = ours.train(theirs.training)
+    module.parametrizations[name][0] = ours.train(theirs.training)
     _load_old_names(module, name)
-    return True

@@ -406,3 +406,23 @@ def test_other_instruction_sets(isa):
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"FASTGEN_CPU_ISA": isa}
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_default_kernels(tmp_path):
+    """Without the native library the registered ops themselves run in plain PyTorch, and give what the reference gives."""
+    code = (
+        "import torch\n"
+        "from fastgen.ops import _dispatch\n"
+        "from tests.cases import SAMPLER\n"
+        "from tests.ops.test_reparameterize import observe\n"
+        "dtype = torch.float64\n"
+        "for case in SAMPLER:\n"
+        "    expected = observe(case, case.tensors(dtype), 'reference')\n"
+        "    choose, _dispatch._choose = _dispatch._choose, lambda op, impl, device, wins: 'cpp'\n"
+        "    found = observe(case, case.tensors(dtype), 'cpp')\n"
+        "    _dispatch._choose = choose\n"
+        "    torch.testing.assert_close(found, expected)\n"
+    )
+    environment = os.environ | {"FASTGEN_BUILD": "0", "FASTGEN_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
