@@ -219,7 +219,8 @@ class SpectralNormGroup:
 
 
 def _stamp(norm: SpectralNorm, weight: Tensor) -> tuple:
-    return weight._version, weight.data_ptr(), weight.dtype, norm.training
+    # A result made in inference mode cannot serve a backward pass.
+    return weight._version, weight.data_ptr(), weight.dtype, norm.training, torch.is_inference_mode_enabled()
 
 
 class OldSpectralNorm(_Hook):

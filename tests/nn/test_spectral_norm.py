@@ -178,7 +178,10 @@ def test_group_copies_casts_and_loads():
     fastgen.nn.SpectralNormGroup(model)
     x = torch.randn(2, 3, 8, 8)
     model(x)
-    twin = copy.deepcopy(model)
+    with torch.inference_mode():
+        model.eval()(x)
+    model(x).sum().backward()
+    twin = copy.deepcopy(model.train())
     with torch.no_grad():
         for p in twin.parameters():
             p.mul_(1.5)
