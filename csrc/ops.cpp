@@ -4,12 +4,15 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/convolution.h"
+#include "cpu/reparameterize.h"
+#include "cpu/spectral_norm.h"
 
 namespace {
 
@@ -246,6 +249,216 @@ Tensor convolution_weight_grad(Tensor grad, Tensor x, Tensor weight, std::vector
   return out;
 }
 
+// Sizes and keys of reparameterize: mu is (keys, rows, size), key (*, 2) with the leading dimensions of mu.
+fastgen::cpu::Reparameterize describe_sampler(const Tensor& mu, const Tensor& key, int64_t num_samples) {
+  fastgen::cpu::Reparameterize op{};
+  op.dtype = dtype_of(mu);
+  op.keys = key.numel() / 2;
+  op.samples = std::max<int64_t>(1, num_samples);
+  op.rows = mu.size(key.dim() - 1);
+  op.size = op.keys * op.rows ? mu.numel() / (op.keys * op.rows) : 0;
+  op.key = static_cast<const int64_t*>(key.const_data_ptr());
+  op.mean_period = op.logvar_period = std::max<int64_t>(1, mu.numel());
+  return op;
+}
+
+// After how many elements a tensor that is expanded along its first dimensions repeats itself; 0 if it lies otherwise.
+int64_t period_of(const Tensor& x) {
+  int64_t period = 1, dim = x.dim() - 1;
+  for (; dim >= 0 && (x.size(dim) == 1 || x.stride(dim) == period); --dim) period *= x.size(dim);
+  for (; dim >= 0; --dim)
+    if (x.size(dim) != 1 && x.stride(dim) != 0) return 0;
+  return period;
+}
+
+// The arguments of the sampler after mu and logvar, in the kernel's form.
+struct SamplerOptions {
+  OptionalTensor prior_mean, prior_logvar;
+  std::optional<double> logvar_min, logvar_max;
+  double free_bits, beta;
+
+  fastgen::cpu::ReparameterizeTensors prepare(fastgen::cpu::Reparameterize& op, const Tensor& mu, const Tensor& logvar, bool channels_last) {
+    const double infinity = std::numeric_limits<double>::infinity();
+    op.logvar_min = logvar_min.value_or(-infinity);
+    op.logvar_max = logvar_max.value_or(infinity);
+    op.free_bits = free_bits > 0 ? free_bits : -infinity;
+    op.beta = beta;
+    if (prior_mean) {
+      op.mean_period = make_periodic(*prior_mean, channels_last);
+      op.logvar_period = make_periodic(*prior_logvar, channels_last);
+    }
+    return {mu.const_data_ptr(), logvar.const_data_ptr(), data(prior_mean), data(prior_logvar)};
+  }
+
+  static int64_t make_periodic(Tensor& x, bool channels_last) {
+    if (const int64_t period = channels_last ? 0 : period_of(x)) return period;
+    x = in_format(x, channels_last);
+    return x.numel();
+  }
+};
+
+bool counts_channels_last(const Tensor& mu, const Tensor& key, int64_t num_samples) {
+  return is_channels_last(mu) && key.dim() == 1 && num_samples == 0;
+}
+
+Tensor philox_normal(Tensor key, std::vector<int64_t> size, ScalarType dtype) {
+  key = torch::stable::contiguous(key);
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i + 1 < key.dim(); ++i) shape.push_back(key.size(i));
+  shape.insert(shape.end(), size.begin(), size.end());
+  Tensor out = new_tensor(key, shape, dtype);
+  fastgen::cpu::Reparameterize op{};
+  op.dtype = dtype_of(out);
+  op.keys = key.numel() / 2;
+  op.samples = op.rows = 1;
+  op.size = op.keys ? out.numel() / op.keys : 0;
+  op.key = static_cast<const int64_t*>(key.const_data_ptr());
+  fastgen::cpu::noise(op, out.mutable_data_ptr(), torch_parallel());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> reparameterize(Tensor mu, Tensor logvar, Tensor key, OptionalTensor prior_mean, OptionalTensor prior_logvar,
+                                          int64_t num_samples, bool with_kl, std::optional<double> logvar_min,
+                                          std::optional<double> logvar_max, double free_bits, double beta) {
+  const bool channels_last = counts_channels_last(mu, key, num_samples);
+  mu = in_format(mu, channels_last);
+  logvar = in_format(logvar, channels_last);
+  key = torch::stable::contiguous(key);
+  std::vector<int64_t> shape, rows;
+  for (int64_t i = 0; i < mu.dim(); ++i) {
+    if (i == key.dim() - 1 && num_samples) shape.push_back(num_samples);
+    shape.push_back(mu.size(i));
+    if (i < key.dim()) rows.push_back(mu.size(i));
+  }
+  Tensor z = new_tensor(mu, shape, mu.scalar_type(), channels_last);
+  Tensor kl = new_tensor(mu, with_kl ? rows : std::vector<int64_t>{0}, accumulation(mu));
+  if (mu.numel() == 0) {
+    torch::stable::zero_(kl);
+    return {z, kl};
+  }
+  fastgen::cpu::Reparameterize op = describe_sampler(mu, key, num_samples);
+  SamplerOptions options{prior_mean, prior_logvar, logvar_min, logvar_max, free_bits, beta};
+  fastgen::cpu::reparameterize(op, options.prepare(op, mu, logvar, channels_last), z.mutable_data_ptr(),
+                               with_kl ? kl.mutable_data_ptr() : nullptr, torch_parallel());
+  return {z, kl};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> reparameterize_backward(OptionalTensor grad_z, OptionalTensor grad_kl, Tensor mu, Tensor logvar,
+                                                                   Tensor key, OptionalTensor prior_mean, OptionalTensor prior_logvar,
+                                                                   int64_t num_samples, std::optional<double> logvar_min,
+                                                                   std::optional<double> logvar_max, double free_bits, double beta) {
+  const bool channels_last = counts_channels_last(mu, key, num_samples);
+  mu = in_format(mu, channels_last);
+  logvar = in_format(logvar, channels_last);
+  key = torch::stable::contiguous(key);
+  if (grad_z) grad_z = in_format(*grad_z, channels_last);
+  if (grad_kl) grad_kl = torch::stable::contiguous(*grad_kl);
+  const auto like_mu = [&](bool wanted) { return wanted ? torch::stable::empty_like(mu) : new_tensor(mu, {0}, mu.scalar_type()); };
+  Tensor grad_mu = like_mu(true), grad_logvar = like_mu(true);
+  Tensor grad_mean = like_mu(prior_mean.has_value()), grad_prior_logvar = like_mu(prior_mean.has_value());
+  if (mu.numel() == 0) return {grad_mu, grad_logvar, grad_mean, grad_prior_logvar};
+  fastgen::cpu::Reparameterize op = describe_sampler(mu, key, num_samples);
+  SamplerOptions options{prior_mean, prior_logvar, logvar_min, logvar_max, free_bits, beta};
+  fastgen::cpu::reparameterize_backward(op, data(grad_z), data(grad_kl), options.prepare(op, mu, logvar, channels_last),
+                                        {grad_mu.mutable_data_ptr(), grad_logvar.mutable_data_ptr(), grad_mean.mutable_data_ptr(),
+                                         grad_prior_logvar.mutable_data_ptr()},
+                                        torch_parallel());
+  return {grad_mu, grad_logvar, grad_mean, grad_prior_logvar};
+}
+
+// A weight as the matrix of its dimension `dim` against all others, in its own memory order, and the vectors in that order.
+struct SpectralWeight {
+  Tensor weight, u, v, sigma;
+  ScalarType vector_dtype;  // of the caller's u and v
+  int64_t swapped = 0;      // channels of a channels_last weight whose v counts them first, and the matrix's last
+
+  SpectralWeight(const Tensor& given, const Tensor& given_u, const Tensor& given_v, int64_t dim)
+      : weight(in_format(given, channels_last(given, dim))), u(own(given_u, weight)), v(own(given_v, weight)),
+        sigma(new_tensor(weight, {}, accumulation(weight))), vector_dtype(given_u.scalar_type()) {
+    if (channels_last(given, dim) && dim == 0) swapped = given.size(1);
+    if (swapped) v = transposed(v, swapped);
+    matrix.dtype = dtype_of(weight);
+    matrix.d = weight.size(dim);
+    matrix.a = matrix.b = 1;
+    for (int64_t i = 0; i < weight.dim(); ++i)
+      if (i != dim) (i < dim || (dim == 1 && channels_last(given, dim)) ? matrix.a : matrix.b) *= weight.size(i);
+    matrix.weight = weight.const_data_ptr();
+    matrix.u = u.mutable_data_ptr();
+    matrix.v = v.mutable_data_ptr();
+    matrix.sigma = sigma.mutable_data_ptr();
+  }
+
+  Tensor returned_u() const { return torch::stable::to(u, vector_dtype); }
+  Tensor returned_v() const { return torch::stable::to(swapped ? transposed(v, v.numel() / std::max<int64_t>(1, swapped)) : v, vector_dtype); }
+
+  fastgen::cpu::SpectralMatrix matrix{};
+
+ private:
+  static bool channels_last(const Tensor& weight, int64_t dim) { return is_channels_last(weight) && dim < 2; }
+
+  static Tensor own(const Tensor& x, const Tensor& weight) {
+    return x.scalar_type() == accumulation(weight) ? torch::stable::contiguous(torch::stable::clone(x)) : torch::stable::to(x, accumulation(weight));
+  }
+
+  static Tensor transposed(const Tensor& x, int64_t rows) {
+    if (x.numel() == 0) return x;
+    return torch::stable::reshape(torch::stable::contiguous(torch::stable::transpose(torch::stable::reshape(x, {rows, x.numel() / rows}), 0, 1)),
+                                  {x.numel()});
+  }
+};
+
+const DType all_dtypes[] = {DType::float32, DType::float64, DType::bfloat16, DType::float16};
+
+using Tensors = std::vector<Tensor>;
+
+std::tuple<Tensors, Tensors, Tensors, Tensors> spectral_norm(Tensors weights, Tensors us, Tensors vs, std::vector<int64_t> dims,
+                                                             int64_t iterations, double eps, bool v_first) {
+  std::vector<SpectralWeight> items;
+  Tensors outs, sigmas, new_us, new_vs;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    items.emplace_back(weights[i], us[i], vs[i], dims[i]);
+    outs.push_back(torch::stable::empty_like(items[i].weight));
+    items[i].matrix.out = outs[i].mutable_data_ptr();
+  }
+  for (DType dtype : all_dtypes) {
+    std::vector<fastgen::cpu::SpectralMatrix> matrices;
+    for (const SpectralWeight& item : items)
+      if (item.matrix.dtype == dtype) matrices.push_back(item.matrix);
+    if (!matrices.empty()) fastgen::cpu::spectral_norm(matrices, iterations, eps, v_first, torch_parallel());
+  }
+  for (const SpectralWeight& item : items) {
+    sigmas.push_back(item.sigma);
+    new_us.push_back(item.returned_u());
+    new_vs.push_back(item.returned_v());
+  }
+  return {outs, sigmas, new_us, new_vs};
+}
+
+Tensors spectral_norm_backward(Tensors grad_outs, Tensors grad_sigmas, Tensors weights, Tensors sigmas, Tensors us, Tensors vs,
+                               std::vector<int64_t> dims) {
+  std::vector<SpectralWeight> items;
+  Tensors grads;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    items.emplace_back(weights[i], us[i], vs[i], dims[i]);
+    grads.push_back(torch::stable::empty_like(items[i].weight));
+    grad_outs[i] = in_format(grad_outs[i], is_channels_last(items[i].weight));
+    for (Tensor* t : {&sigmas[i], &grad_sigmas[i]})
+      if (t->scalar_type() != accumulation(weights[i])) *t = torch::stable::to(*t, accumulation(weights[i]));
+    items[i].matrix.sigma = sigmas[i].mutable_data_ptr();
+  }
+  for (DType dtype : all_dtypes) {
+    std::vector<fastgen::cpu::SpectralMatrix> matrices;
+    std::vector<fastgen::cpu::SpectralMatrixGrad> of;
+    for (size_t i = 0; i < items.size(); ++i) {
+      if (items[i].matrix.dtype != dtype) continue;
+      matrices.push_back(items[i].matrix);
+      of.push_back({grad_outs[i].const_data_ptr(), grad_sigmas[i].const_data_ptr(), grads[i].mutable_data_ptr()});
+    }
+    if (!matrices.empty()) fastgen::cpu::spectral_norm_backward(matrices, of, torch_parallel());
+  }
+  return grads;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
@@ -254,4 +467,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
   m.impl("conv2d_norm_act", TORCH_BOX(&conv2d_norm_act));
   m.impl("conv_transpose2d_norm_act", TORCH_BOX(&conv_transpose2d_norm_act));
   m.impl("convolution_weight_grad", TORCH_BOX(&convolution_weight_grad));
+  m.impl("philox_normal", TORCH_BOX(&philox_normal));
+  m.impl("reparameterize", TORCH_BOX(&reparameterize));
+  m.impl("reparameterize_backward", TORCH_BOX(&reparameterize_backward));
+  m.impl("spectral_norm", TORCH_BOX(&spectral_norm));
+  m.impl("spectral_norm_backward", TORCH_BOX(&spectral_norm_backward));
 }

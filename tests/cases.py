@@ -201,5 +201,54 @@ CASES = [
     _conv("vae64-decoder", (64, 64, 16, 16), (64, 32, 3, 3), output_padding=1, **_VAE),
     _conv2d("vae64-last", (64, 32, 64, 64), (3, 32, 3, 3), **_VAE | {"norm": "none", "activation": "tanh", "stride": 1}),
 ]  # fmt: skip
+SAMPLER = [
+    OpCase("reparameterize_kl", name, dict.fromkeys(("mu", "logvar", *prior), shape), options)
+    for name, shape, prior, options in (
+        ("vae", (5, 20), (), {}),
+        ("odd", (3, 7, 3), (), {"beta": 0.5}),
+        ("vector", (9,), (), {}),
+        ("image", (2, 4, 3, 5), (), {"logvar_range": (-1.0, 0.5)}),
+        ("samples", (3, 6), (), {"num_samples": 4, "free_bits": 0.2}),
+        ("prior", (4, 2, 5), ("prior_mean", "prior_logvar"), {"num_samples": 2}),
+        ("long-rows", (2, 9001), (), {"free_bits": 0.1}),
+    )
+]  # fmt: skip
+SAMPLER_LARGE = [OpCase("reparameterize_kl", "2M", {"mu": (16384, 128), "logvar": (16384, 128)}, bench=True)]
+SPECTRAL = [
+    OpCase("spectral_norm", name, {"weight": shape, "u": (shape[dim],), "v": (math.prod(shape) // shape[dim],)},
+           {"dim": dim} | options)
+    for name, shape, dim, options in (
+        ("linear", (7, 5), 0, {}),
+        ("linear-dim1", (6, 5), 1, {"n_power_iterations": 2}),
+        ("conv", (6, 5, 3, 3), 0, {"n_power_iterations": 3}),
+        ("conv-eval", (6, 5, 4, 4), 0, {"training": False}),
+        ("conv-old", (10, 3, 2, 2), 0, {"v_first": True}),
+        ("transposed", (6, 5, 4, 4), 1, {}),
+        ("transposed-old", (3, 7, 3, 3), 1, {"v_first": True}),
+        ("transposed-eval", (4, 3, 3, 2, 2), 1, {"training": False}),
+        ("middle", (3, 5, 4), 2, {}),
+        ("tall", (700, 2), 0, {}),
+        ("wide", (2, 70000), 0, {}),
+        ("one", (1, 1), 0, {}),
+        ("parts", (130, 300, 3, 3), 0, {}),
+        ("parts-transposed", (130, 60, 3, 3), 1, {}),
+    )
+]  # fmt: skip
+SPECTRAL_LARGE = [
+    OpCase("spectral_norm", "512x256x4x4", {"weight": (512, 256, 4, 4), "u": (512,), "v": (4096,)}, bench=True)
+]
+_CH = 96  # BigGAN-128's discriminator: two 3x3 convolutions a block
+BIGGAN_128 = [
+    (out, channels, 3, 3)
+    for block_in, out in (
+        (3, _CH),
+        (_CH, 2 * _CH),
+        (2 * _CH, 4 * _CH),
+        (4 * _CH, 8 * _CH),
+        (8 * _CH, 16 * _CH),
+        (16 * _CH,) * 2,
+    )
+    for channels in (block_in, out)
+]
 SMALL = [case for case in CASES if not case.bench]
 LARGE = [case for case in CASES if case.bench]

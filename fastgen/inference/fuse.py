@@ -11,7 +11,8 @@ from torch import nn
 from fastgen.inference import _members, _plan
 from fastgen.inference._members import Group, Run
 from fastgen.inference._trace import M, clone
-from fastgen.nn import Sequential, _modules
+from fastgen.nn import Reparameterize, Sequential, _modules
+from fastgen.nn.spectral_norm import OldSpectralNorm, SpectralNorm, adopt, forms
 
 _log = logging.getLogger("fastgen")
 
@@ -41,10 +42,14 @@ class FusionReport:
     fused: tuple[FusedRun, ...]
     fusable: tuple[FusedRun, ...]
     left: tuple[Unfused, ...]
+    swapped: tuple[FusedRun, ...] = ()  # weights that spectral_norm computes, and the samplers that the model declares
+    swappable: tuple[FusedRun, ...] = ()  # weights that it would
 
     def __str__(self) -> str:
         parts: list[tuple[str, list[tuple[str, ...]]]] = []
-        for title, runs in (("fused", self.fused), ("fusable", self.fusable)):
+        for title, runs in (
+            ("fused", self.fused), ("fusable", self.fusable), ("swapped", self.swapped), ("swappable", self.swappable)
+        ):  # fmt: skip
             rows: list[tuple[str, ...]] = [
                 (" + ".join(run.names), f"{run.op}: {' + '.join(run.kinds)}", run.note) for run in runs
             ]
@@ -57,7 +62,7 @@ class FusionReport:
                 lines.append(f"{title} ({len(rows)})")
                 for row in rows:
                     lines.append("  " + "  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
-        if not (self.fused or self.fusable):
+        if not (self.fused or self.fusable or self.swapped or self.swappable):
             lines.insert(0, "nothing to fuse")
         return "\n".join(lines)
 
@@ -73,6 +78,10 @@ def fuse(model: M, *, inplace: bool = False, memory_efficient: bool = False) -> 
     Fused are runs within a Sequential (or a subclass with its forward; plain Sequentials in it included), and runs that one
     function calls, where every path through every forward that calls them passes the output of each to the next alone. For
     this the forwards are traced by torch.fx on copies, with their submodules as leaves.
+
+    Weights under torch.nn.utils.parametrizations.spectral_norm or torch.nn.utils.spectral_norm are computed by one op, with the
+    same vectors, steps and names. A sampler, mu + std * noise, is one op where the model declares it by a
+    fastgen.nn.Reparameterize; written out in a forward it stays as it is.
 
     What holds afterwards: parameters, options, train() and eval(), hooks, parametrizations and replaced modules may change at
     any time; a run with a member that has hooks, or was replaced, computes its modules one by one. What does not: outside a
@@ -102,6 +111,9 @@ def fuse(model: M, *, inplace: bool = False, memory_efficient: bool = False) -> 
             module.__dict__.pop("memory_efficient", None)
             if memory_efficient:
                 module.__dict__["memory_efficient"] = True
+    swaps = [(module, *form) for module in model.modules() for form in forms(module)]
+    for swap in swaps:
+        adopt(*swap)
     for sequential in plan.sequentials:
         if type(sequential).forward is not Sequential.forward:
             _members.fuse_sequential(sequential)
@@ -113,7 +125,7 @@ def fuse(model: M, *, inplace: bool = False, memory_efficient: bool = False) -> 
         group = Group(tuple(slots[member] for member in members))
         for run in runs:
             _members.fuse_run(run, group)
-    if not plan.sequentials and not plan.runs:
+    if not plan.sequentials and not plan.runs and not swaps:
         _log.warning("fuse: %s has nothing to fuse; fastgen.fusion_report says why", type(model).__name__)
     return model
 
@@ -155,7 +167,20 @@ def fusion_report(model: nn.Module) -> FusionReport:
         for module, name in names.items()
         if module not in members and _plan.is_of_interest(module, plan)
     ]
-    return FusionReport(tuple(entries[True]), tuple(entries[False]), tuple(left))
+    return FusionReport(tuple(entries[True]), tuple(entries[False]), tuple(left), *_swaps(model))
+
+
+def _swaps(model: nn.Module) -> tuple[tuple[FusedRun, ...], tuple[FusedRun, ...]]:
+    """What is not a run of modules: spectrally normalized weights, by fastgen's op and not, and declared samplers."""
+    swaps: dict[bool, list[FusedRun]] = {True: [], False: []}
+    for name, module in model.named_modules():
+        for parameter, form in forms(module):
+            done = isinstance(form, (SpectralNorm, OldSpectralNorm))
+            names = (f"{name}.{parameter}" if name else parameter,)
+            swaps[done].append(FusedRun(names, "spectral_norm", (_modules.kind(module).__name__,)))
+        if isinstance(module, Reparameterize):
+            swaps[True].append(FusedRun((name,), "reparameterize", (type(module).__name__,)))
+    return tuple(swaps[True]), tuple(swaps[False])
 
 
 def _entry(run: Run, names: tuple[str, ...], note: str) -> FusedRun:

@@ -3,6 +3,17 @@
 from fastgen.nn.conv2d_norm_act import Conv2dNormAct
 from fastgen.nn.conv_transpose2d_norm_act import ConvTranspose2dNormAct
 from fastgen.nn.norm_act import NormAct
+from fastgen.nn.reparameterize import Reparameterize
 from fastgen.nn.sequential import Sequential
+from fastgen.nn.spectral_norm import SpectralNorm, SpectralNormGroup, spectral_norm
 
-__all__ = ["Conv2dNormAct", "ConvTranspose2dNormAct", "NormAct", "Sequential"]
+__all__ = [
+    "Conv2dNormAct",
+    "ConvTranspose2dNormAct",
+    "NormAct",
+    "Reparameterize",
+    "Sequential",
+    "SpectralNorm",
+    "SpectralNormGroup",
+    "spectral_norm",
+]

@@ -5,6 +5,8 @@ from fastgen.ops._dispatch import IMPLEMENTATIONS, implementations_used, info, u
 from fastgen.ops.conv2d_norm_act import conv2d_norm_act
 from fastgen.ops.conv_transpose2d_norm_act import conv_transpose2d_norm_act
 from fastgen.ops.norm_act import norm_act
+from fastgen.ops.reparameterize import reparameterize, reparameterize_kl
+from fastgen.ops.spectral_norm import spectral_norm, spectral_norm_group
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -13,6 +15,10 @@ __all__ = [
     "implementations_used",
     "info",
     "norm_act",
+    "reparameterize",
+    "reparameterize_kl",
+    "spectral_norm",
+    "spectral_norm_group",
     "use_impl",
     "without_weight_grads",
 ]

@@ -1,0 +1,80 @@
+// Normals of shared/philox.h, a vector of counters at a time. Included once per instruction set (see isa.h).
+namespace fastgen::cpu::FASTGEN_ISA {
+
+// A word of each counter in the low half of its lane; what the high half holds does not matter.
+typedef uint64_t Words __attribute__((vector_size(FASTGEN_VECTOR_BYTES)));
+constexpr int64_t kLanes = FASTGEN_VECTOR_BYTES / 8, kCounters = 2 * kLanes;
+constexpr int64_t kNoiseSlack = 4 * kCounters + 4;  // floats that normals() may write beyond `count`
+
+// The products of the low halves.
+inline __attribute__((always_inline)) Words multiply(Words a, uint64_t b) {
+  const Words factor = b - Words{};
+#if defined(__x86_64__) && FASTGEN_VECTOR_BYTES == 64
+  return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)factor);
+#elif defined(__x86_64__) && FASTGEN_VECTOR_BYTES == 32
+  return (Words)_mm256_mul_epu32((__m256i)a, (__m256i)factor);
+#elif defined(__x86_64__)
+  return (Words)_mm_mul_epu32((__m128i)a, (__m128i)factor);
+#else
+  return (a & 0xffffffff) * factor;
+#endif
+}
+
+inline __attribute__((always_inline)) void philox(uint64_t seed, uint64_t offset, Words block, Words* word) {
+  word[0] = block;
+  word[1] = block >> 32;
+  word[2] = offset - Words{};
+  word[3] = (offset >> 32) - Words{};
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    const Words a = multiply(word[0], 0xD2511F53), b = multiply(word[2], 0xCD9E8D57);
+    word[0] = (b >> 32) ^ word[1] ^ key0;
+    word[1] = b;
+    word[2] = (a >> 32) ^ word[3] ^ key1;
+    word[3] = a;
+    key0 += 0x9E3779B9;
+    key1 += 0xBB67AE85;
+  }
+}
+
+// Standard normals of elements [first, first + count), from `out` on, which has room for count + kNoiseSlack; returns where
+// the first one is.
+inline const float* normals(uint64_t seed, uint64_t offset, uint64_t first, int64_t count, float* out) {
+  const uint64_t begin = first / 4;
+  const int64_t blocks = static_cast<int64_t>((first + count + 3) / 4 - begin);
+  Words lane;
+  for (int64_t i = 0; i < kLanes; ++i) lane[i] = 2 * i;
+  for (int64_t at = 0; at < blocks; at += kCounters) {
+    Words even[4], odd[4];
+    uint32_t word[4][kCounters];
+    philox(seed, offset, (begin + at) + lane, even);
+    philox(seed, offset, (begin + at + 1) + lane, odd);
+    for (int i = 0; i < 4; ++i) {
+      const Words both = (even[i] & 0xffffffff) | (odd[i] << 32);  // in the order of the counters
+      memcpy(word[i], &both, sizeof(both));
+    }
+    float* to = out + 4 * at;
+    for (int64_t i = 0; i < kCounters; ++i) {
+      const Normals a = box_muller(word[0][i], word[1][i]), b = box_muller(word[2][i], word[3][i]);
+      to[4 * i] = a.first;
+      to[4 * i + 1] = a.second;
+      to[4 * i + 2] = b.first;
+      to[4 * i + 3] = b.second;
+    }
+  }
+  return out + first % 4;
+}
+
+inline const double* normals(uint64_t seed, uint64_t offset, uint64_t first, int64_t count, double* out) {
+  const uint64_t begin = first / 2;
+  const int64_t blocks = static_cast<int64_t>((first + count + 1) / 2 - begin);
+  for (int64_t at = 0; at < blocks; ++at) {
+    const Normals64 pair = box_muller(fastgen::philox(seed, offset, begin + at));
+    out[2 * at] = pair.first;
+    out[2 * at + 1] = pair.second;
+  }
+  return out + first % 2;
+}
+
+}  // namespace fastgen::cpu::FASTGEN_ISA

@@ -1,0 +1,335 @@
+#include "cpu/spectral_norm.h"
+
+#include <atomic>
+
+#undef FASTGEN_FILE
+#define FASTGEN_FILE "cpu/spectral_norm.cpp"
+#include "cpu/isa.h"
+
+namespace fastgen::cpu::FASTGEN_ISA {
+
+constexpr int64_t kPartElements = 1 << 15, kPartRows = 64, kMostParts = 16;  // of a weight; none depends on the thread count
+constexpr int64_t kRows = 4;
+
+// A weight's outer index: the row i of (d, b) if a == 1, else the block p of (a, (d, b)).
+inline int64_t outer(const SpectralMatrix& m) { return m.a == 1 ? m.d : m.a; }
+inline int64_t inner(const SpectralMatrix& m) { return m.a == 1 ? m.b : m.d * m.b; }
+
+inline int64_t part_count(const SpectralMatrix& m) {
+  return std::max<int64_t>(1, std::min({kMostParts, outer(m), std::max(ceil_div(m.size(), kPartElements), ceil_div(outer(m), kPartRows))}));
+}
+
+// A range of a weight's outer index, which one thread works on.
+struct Part {
+  int64_t matrix, index, begin, end;
+};
+
+inline std::vector<Part> parts_of(const std::vector<SpectralMatrix>& matrices) {
+  std::vector<Part> parts;
+  for (int64_t k = 0; k < static_cast<int64_t>(matrices.size()); ++k) {
+    const int64_t count = part_count(matrices[k]), step = ceil_div(outer(matrices[k]), count);
+    for (int64_t i = 0; i < count; ++i)
+      parts.push_back({k, i, std::min(i * step, outer(matrices[k])), std::min((i + 1) * step, outer(matrices[k]))});
+  }
+  return parts;
+}
+
+// body(i) for each i < count, the next free one on whichever thread is free: parts differ in size.
+template <class Body>
+void for_each(int64_t count, const ParallelFor& parallel, const Body& body) {
+  std::atomic<int64_t> next{0};
+  parallel(count, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1)) < count;) body(i);
+  });
+}
+
+// body(b) with b as a constant where it is that of a usual kernel, so that loops over it unroll.
+template <class Body>
+inline void with_width(int64_t b, const Body& body) {
+  switch (b) {
+    case 9: return body(std::integral_constant<int64_t, 9>{});
+    case 16: return body(std::integral_constant<int64_t, 16>{});
+    default: return body(b);
+  }
+}
+
+template <int64_t rows, class T>
+inline void rows_times_v(const T* w, int64_t b, const Acc<T>* v, Acc<T>* y) {
+  Acc<T> s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+  if constexpr (rows == 4) {
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t q = 0; q < b; ++q) {
+      s0 += load(w + q) * v[q];
+      s1 += load(w + b + q) * v[q];
+      s2 += load(w + 2 * b + q) * v[q];
+      s3 += load(w + 3 * b + q) * v[q];
+    }
+    y[1] = s1;
+    y[2] = s2;
+    y[3] = s3;
+  } else {
+#pragma omp simd reduction(+ : s0)
+    for (int64_t q = 0; q < b; ++q) s0 += load(w + q) * v[q];
+  }
+  y[0] = s0;
+}
+
+template <int64_t rows, class T>
+inline void rows_times_u(const T* w, int64_t b, const Acc<T>* u, Acc<T>* t) {
+  const Acc<T> u0 = u[0], u1 = u[rows > 1], u2 = u[rows > 1 ? 2 : 0], u3 = u[rows > 1 ? 3 : 0];
+#pragma omp simd
+  for (int64_t q = 0; q < b; ++q) {
+    Acc<T> sum = t[q] + u0 * load(w + q);
+    if constexpr (rows == 4) sum += u1 * load(w + b + q) + u2 * load(w + 2 * b + q) + u3 * load(w + 3 * b + q);
+    t[q] = sum;
+  }
+}
+
+template <class T>
+inline void block_times_v(const T* w, int64_t d, int64_t b, const Acc<T>* v, Acc<T>* y, Acc<T>* columns) {
+  if (b == 1) return rows_times_u<1>(w, d, v, y);
+  with_width(b, [&](auto width) {  // columns (d, b): the sums over q come at the end
+    for (int64_t i = 0; i < d; ++i)
+      for (int64_t q = 0; q < width; ++q) columns[i * width + q] += load(w + i * width + q) * v[q];
+  });
+}
+
+template <class T>
+inline void block_times_u(const T* w, int64_t d, int64_t b, const Acc<T>* u, Acc<T>* t) {
+  if (b == 1) return rows_times_v<1>(w, d, u, t);
+  std::fill_n(t, b, Acc<T>(0));
+  with_width(b, [&](auto width) {
+    for (int64_t i = 0; i < d; ++i)
+      for (int64_t q = 0; q < width; ++q) t[q] += u[i] * load(w + i * width + q);
+  });
+}
+
+// The vector whose elements are sums over all parts: (d) from W v if a > 1, (b) from W^T u if a == 1.
+inline int64_t summed_size(const SpectralMatrix& m) { return m.a == 1 ? m.b : m.d; }
+
+// A part's share of the summed product. `both`: with the product of the other side, computed just before from the same
+// elements and not normalized.
+template <class T>
+void sum_part(const SpectralMatrix& m, const Part& part, bool both, Acc<T>* sum) {
+  using A = Acc<T>;
+  const T* w = static_cast<const T*>(m.weight);
+  A *u = static_cast<A*>(m.u), *v = static_cast<A*>(m.v);
+  std::fill_n(sum, summed_size(m), A(0));
+  if (m.a == 1) {
+    // v is read while u is written: the new v is what is summed.
+    int64_t i = part.begin;
+    for (; i + kRows <= part.end; i += kRows) {
+      if (both) rows_times_v<kRows>(w + i * m.b, m.b, v, u + i);
+      rows_times_u<kRows>(w + i * m.b, m.b, u + i, sum);
+    }
+    for (; i < part.end; ++i) {
+      if (both) rows_times_v<1>(w + i * m.b, m.b, v, u + i);
+      rows_times_u<1>(w + i * m.b, m.b, u + i, sum);
+    }
+    return;
+  }
+  std::unique_ptr<A[]> columns = scratch<A>(m.d * m.b);
+  std::fill_n(columns.get(), m.d * m.b, A(0));
+  for (int64_t p = part.begin; p < part.end; ++p) {
+    const T* block = w + p * m.d * m.b;
+    if (both) block_times_u(block, m.d, m.b, u, v + p * m.b);
+    block_times_v(block, m.d, m.b, v + p * m.b, sum, columns.get());
+  }
+  if (m.b > 1)
+    for (int64_t i = 0; i < m.d; ++i)
+      for (int64_t q = 0; q < m.b; ++q) sum[i] += columns[i * m.b + q];
+}
+
+// A part of the product that is not summed over parts: W v if a == 1, W^T u if a > 1.
+template <class T>
+void direct_part(const SpectralMatrix& m, const Part& part, Acc<T>* out) {
+  using A = Acc<T>;
+  const T* w = static_cast<const T*>(m.weight);
+  const A *u = static_cast<const A*>(m.u), *v = static_cast<const A*>(m.v);
+  if (m.a == 1) {
+    int64_t i = part.begin;
+    for (; i + kRows <= part.end; i += kRows) rows_times_v<kRows>(w + i * m.b, m.b, v, out + i);
+    for (; i < part.end; ++i) rows_times_v<1>(w + i * m.b, m.b, v, out + i);
+  } else {
+    for (int64_t p = part.begin; p < part.end; ++p) block_times_u(w + p * m.d * m.b, m.d, m.b, u, out + p * m.b);
+  }
+}
+
+// x / max(|x|, eps) in place; returns that divisor. Sums in double.
+template <class A>
+double normalize(A* x, int64_t size, double eps) {
+  double squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < size; ++i) squares += static_cast<double>(x[i]) * x[i];
+  const double norm = std::sqrt(squares), divisor = norm < eps ? eps : norm;  // NaN stays NaN
+  for (int64_t i = 0; i < size; ++i) x[i] = static_cast<A>(x[i] / divisor);
+  return divisor;
+}
+
+template <class A>
+double dot(const A* x, const A* y, int64_t size) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < size; ++i) sum += static_cast<double>(x[i]) * y[i];
+  return sum;
+}
+
+// What the parts of one weight leave: their sums (parts, summed_size), or sums of gradients.
+template <class T>
+struct Scratch {
+  std::vector<Acc<T>> sums, product;  // product: the second of an iteration, before it is normalized
+};
+
+template <class T>
+void add_parts(const SpectralMatrix& m, const std::vector<Acc<T>>& sums, Acc<T>* out) {
+  const int64_t size = summed_size(m), parts = part_count(m);
+  std::copy_n(sums.data(), size, out);
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < size; ++i) out[i] += sums[part * size + i];
+}
+
+// The weights of one dtype.
+template <class T>
+void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first, const ParallelFor& parallel) {
+  using A = Acc<T>;
+  const std::vector<Part> parts = parts_of(matrices);
+  const int64_t count = static_cast<int64_t>(matrices.size()), part_total = static_cast<int64_t>(parts.size());
+  std::vector<Scratch<T>> scratch(matrices.size());
+  for (int64_t k = 0; k < count; ++k) {
+    scratch[k].sums.resize(part_count(matrices[k]) * summed_size(matrices[k]));
+    scratch[k].product.resize(std::max(matrices[k].d, matrices[k].a * matrices[k].b));
+  }
+  const auto sum_at = [&](const Part& part) { return scratch[part.matrix].sums.data() + part.index * summed_size(matrices[part.matrix]); };
+
+  for (int64_t step = 0; step < iterations; ++step) {
+    const bool last = step == iterations - 1;
+    // One pass over a weight gives both products where the first is not summed over parts; else the first sums, and the
+    // second needs another pass.
+    const auto one_pass = [&](const SpectralMatrix& m) { return (m.a == 1) != v_first; };
+    const auto finish = [&](const SpectralMatrix& m, A* second, int64_t size, A* product) {
+      normalize(second, size, eps);
+      if (last) *static_cast<A*>(m.sigma) = static_cast<A>(dot(product, second, size));
+    };
+    for_each(part_total, parallel, [&](int64_t i) { sum_part<T>(matrices[parts[i].matrix], parts[i], one_pass(matrices[parts[i].matrix]), sum_at(parts[i])); });
+    for_each(count, parallel, [&](int64_t k) {
+      const SpectralMatrix& m = matrices[k];
+      A *u = static_cast<A*>(m.u), *v = static_cast<A*>(m.v);
+      A* first = v_first ? v : u;
+      A* second = v_first ? u : v;
+      const int64_t first_size = v_first ? m.a * m.b : m.d, second_size = v_first ? m.d : m.a * m.b;
+      if (!one_pass(m)) {
+        add_parts<T>(m, scratch[k].sums, first);
+        normalize(first, first_size, eps);
+        return;
+      }
+      const double divisor = normalize(first, first_size, eps);
+      A* product = scratch[k].product.data();
+      add_parts<T>(m, scratch[k].sums, product);
+      for (int64_t i = 0; i < second_size; ++i) product[i] = static_cast<A>(product[i] / divisor);
+      std::copy_n(product, second_size, second);
+      finish(m, second, second_size, product);
+    });
+    if (std::all_of(matrices.begin(), matrices.end(), one_pass)) continue;
+    for_each(part_total, parallel, [&](int64_t i) {
+      const SpectralMatrix& m = matrices[parts[i].matrix];
+      if (!one_pass(m)) direct_part<T>(m, parts[i], scratch[parts[i].matrix].product.data());
+    });
+    for_each(count, parallel, [&](int64_t k) {
+      const SpectralMatrix& m = matrices[k];
+      if (one_pass(m)) return;
+      A* second = static_cast<A*>(v_first ? m.u : m.v);
+      const int64_t size = v_first ? m.d : m.a * m.b;
+      std::copy_n(scratch[k].product.data(), size, second);
+      finish(m, second, size, scratch[k].product.data());
+    });
+  }
+  if (iterations == 0) {  // sigma = u^T W v, from W v or W^T u as the layout has it
+    for_each(part_total, parallel, [&](int64_t i) {
+      direct_part<T>(matrices[parts[i].matrix], parts[i], scratch[parts[i].matrix].product.data());
+    });
+    for (int64_t k = 0; k < count; ++k) {
+      const SpectralMatrix& m = matrices[k];
+      const A* other = static_cast<const A*>(m.a == 1 ? m.u : m.v);
+      *static_cast<A*>(m.sigma) = static_cast<A>(dot<A>(scratch[k].product.data(), other, m.a == 1 ? m.d : m.a * m.b));
+    }
+  }
+  for_each(part_total, parallel, [&](int64_t i) {
+    const SpectralMatrix& m = matrices[parts[i].matrix];
+    const T* w = static_cast<const T*>(m.weight);
+    T* out = static_cast<T*>(m.out);
+    const A factor = static_cast<A>(1.0 / *static_cast<const A*>(m.sigma));
+    for (int64_t j = parts[i].begin * inner(m); j < parts[i].end * inner(m); ++j) store(out + j, load(w + j) * factor);
+  });
+}
+
+// grad_weight = grad_out / sigma + (grad_sigma - <grad_out, weight> / sigma^2) u v^T
+template <class T>
+void backward_all(const std::vector<SpectralMatrix>& matrices, const std::vector<SpectralMatrixGrad>& grads, const ParallelFor& parallel) {
+  using A = Acc<T>;
+  const std::vector<Part> parts = parts_of(matrices);
+  std::vector<double> sums(parts.size()), along(matrices.size());
+  for_each(static_cast<int64_t>(parts.size()), parallel, [&](int64_t i) {
+    const SpectralMatrix& m = matrices[parts[i].matrix];
+    const T *w = static_cast<const T*>(m.weight), *g = static_cast<const T*>(grads[parts[i].matrix].grad_out);
+    double total = 0;  // of sums of up to 4096 elements
+    const int64_t end = parts[i].end * inner(m);
+    for (int64_t at = parts[i].begin * inner(m); at < end; at += 4096) {
+      A sum = 0;
+      const int64_t stop = std::min(at + 4096, end);
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = at; j < stop; ++j) sum += load(w + j) * load(g + j);
+      total += sum;
+    }
+    sums[i] = total;
+  });
+  for (size_t i = 0; i < parts.size(); ++i) along[parts[i].matrix] += sums[i];
+  for_each(static_cast<int64_t>(parts.size()), parallel, [&](int64_t i) {
+    const SpectralMatrix& m = matrices[parts[i].matrix];
+    const SpectralMatrixGrad& grad = grads[parts[i].matrix];
+    const T* g = static_cast<const T*>(grad.grad_out);
+    T* out = static_cast<T*>(grad.grad_weight);
+    const A *u = static_cast<const A*>(m.u), *v = static_cast<const A*>(m.v);
+    const double sigma = *static_cast<const A*>(m.sigma);
+    const A scale = static_cast<A>(1 / sigma);
+    const A slope = static_cast<A>(*static_cast<const A*>(grad.grad_sigma) - along[parts[i].matrix] / (sigma * sigma));
+    const auto row = [&](int64_t at, auto width, A factor, const A* vector) {
+      for (int64_t q = 0; q < width; ++q) store(out + at + q, load(g + at + q) * scale + factor * vector[q]);
+    };
+    for (int64_t k = parts[i].begin; k < parts[i].end; ++k) {
+      if (m.a == 1) {
+        row(k * m.b, m.b, slope * u[k], v);
+      } else if (m.b == 1) {
+        row(k * m.d, m.d, slope * v[k], u);
+      } else {
+        with_width(m.b, [&](auto width) {
+          for (int64_t j = 0; j < m.d; ++j) row((k * m.d + j) * m.b, width, slope * u[j], v + k * m.b);
+        });
+      }
+    }
+  });
+}
+
+inline void spectral_norm(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first, const ParallelFor& parallel) {
+  FASTGEN_FOR_DTYPE(matrices[0].dtype, normalize_all, matrices, iterations, eps, v_first, parallel)
+}
+
+inline void spectral_norm_backward(const std::vector<SpectralMatrix>& matrices, const std::vector<SpectralMatrixGrad>& grads, const ParallelFor& parallel) {
+  FASTGEN_FOR_DTYPE(matrices[0].dtype, backward_all, matrices, grads, parallel)
+}
+
+}  // namespace fastgen::cpu::FASTGEN_ISA
+
+#ifdef FASTGEN_ONCE
+namespace fastgen::cpu {
+
+void spectral_norm(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first, const ParallelFor& parallel) {
+  FASTGEN_DISPATCH(spectral_norm, matrices, iterations, eps, v_first, parallel)
+}
+
+void spectral_norm_backward(const std::vector<SpectralMatrix>& matrices, const std::vector<SpectralMatrixGrad>& grads,
+                            const ParallelFor& parallel) {
+  FASTGEN_DISPATCH(spectral_norm_backward, matrices, grads, parallel)
+}
+
+}  // namespace fastgen::cpu
+#endif

@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm as _Hook
+
+from fastgen import ops
+
+M = TypeVar("M", bound=nn.Module)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def spectral_norm(
+    module: M, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
+) -> M:
+    """torch.nn.utils.parametrizations.spectral_norm in one op: module.weight becomes weight / sigma.
+
+    Semantics, random initial vectors and state_dict are PyTorch's: 15 iterations at first, n_power_iterations more at each
+    access in training, none in eval, gradients through sigma, of any order. A state_dict of torch.nn.utils.spectral_norm
+    (weight_orig, weight_u, weight_v) loads too. u and v are new tensors at each access, so that one graph may hold many.
+
+    Args:
+        module: any with a parameter of this name: Linear, Embedding, a convolution, transposed or not. A parameter of one
+            dimension is divided by its length.
+        eps: the least norm in the iterations.
+        dim: the dimension that counts the outputs; None: 1 for transposed convolutions, else 0.
+
+    Returns the module. Raises ValueError for no such parameter, or n_power_iterations below 1; IndexError for dim.
+
+    Miyato et al., Spectral Normalization for Generative Adversarial Networks, 2018.
+    """
+    weight = getattr(module, name, None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"name must be that of a parameter of {type(module).__name__}, got {name!r}")
+    if dim is None:
+        dim = 1 if isinstance(module, _TRANSPOSED) else 0
+    parametrize.register_parametrization(module, name, SpectralNorm(weight, n_power_iterations, dim, eps))
+    _load_old_names(module, name)
+    return module
+
+
+class SpectralNorm(nn.Module):
+    """The parametrization that spectral_norm registers. Its buffers _u and _v are those of PyTorch's."""
+
+    _u: Tensor
+    _v: Tensor
+
+    def __init__(self, weight: Tensor, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12):
+        super().__init__()
+        if not -weight.dim() <= dim < weight.dim():
+            raise IndexError(f"dim must be a dimension of the weight, whose shape is {tuple(weight.shape)}, got {dim}")
+        if n_power_iterations < 1:
+            raise ValueError(f"n_power_iterations must be positive, got {n_power_iterations}")
+        self.dim, self.n_power_iterations, self.eps = dim % weight.dim(), n_power_iterations, eps
+        self._group: SpectralNormGroup | None = None
+        if weight.dim() > 1:
+            with torch.no_grad():
+                size = weight.shape[dim]
+                u, v = (weight.new_empty(n).normal_() for n in (size, weight.numel() // max(1, size)))
+                u, v = F.normalize(u, dim=0, eps=eps), F.normalize(v, dim=0, eps=eps)
+                *_, u, v = ops.spectral_norm(weight, u, v, dim=dim, n_power_iterations=15, eps=eps)
+            self.register_buffer("_u", u)
+            self.register_buffer("_v", v)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if weight.dim() == 1:
+            return F.normalize(weight, dim=0, eps=self.eps)
+        if self._group is not None and not torch.compiler.is_compiling():
+            found = self._group.normalized(self, weight)
+            if found is not None:
+                return found
+        out, _, u, v = ops.spectral_norm(
+            weight, self._u, self._v, dim=self.dim, n_power_iterations=self.n_power_iterations, eps=self.eps,
+            training=self.training,
+        )  # fmt: skip
+        self._keep(u, v)
+        return out
+
+    def _keep(self, u: Tensor, v: Tensor) -> None:
+        if self.training:
+            with torch.no_grad():  # in place: DataParallel's replicas share the buffers
+                self._u.copy_(u)
+                self._v.copy_(v)
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        return value
+
+    def extra_repr(self) -> str:
+        return f"n_power_iterations={self.n_power_iterations}, dim={self.dim}, eps={self.eps}"
+
+
+def _load_old_names(module: nn.Module, name: str) -> None:
+    """Makes load_state_dict take the names of torch.nn.utils.spectral_norm."""
+    ours = f"parametrizations.{name}"
+
+    def rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        weight = state.get(f"{prefix}{name}_orig")
+        if weight is None:
+            return
+        state.pop(prefix + name, None)  # what very old ones hold besides
+        u, v = state.get(f"{prefix}{name}_u"), state.get(f"{prefix}{name}_v")
+        norm = module.get_submodule(ours)[0]  # type: ignore[index]
+        if v is None and u is not None:
+            v = F.normalize(weight.movedim(norm.dim, 0).flatten(1).mT.mv(u), dim=0, eps=norm.eps)
+        for old, new, value in (("_orig", "original", weight), ("_u", "0._u", u), ("_v", "0._v", v)):
+            state.pop(f"{prefix}{name}{old}", None)
+            if value is not None:
+                state[f"{prefix}{ours}.{new}"] = value
+
+    module.register_load_state_dict_pre_hook(rename)
+
+
+class _Step(NamedTuple):
+    """One weight's results, and what they are the results of."""
+
+    stamp: tuple
+    out: Tensor
+    sigma: Tensor
+    u: Tensor
+    v: Tensor
+
+
+class _Normalized(torch.autograd.Function):
+    """out, computed before, as the function weight / sigma(weight) that it is: each access has a graph of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, step: _Step, dim: int) -> Tensor:
+        ctx.dim = dim
+        ctx.save_for_backward(weight, step.sigma, step.u, step.v)
+        return step.out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        weight, sigma, u, v = ctx.saved_tensors
+        arguments = ([grads[0]], [torch.zeros_like(sigma)], [weight], [sigma], [u], [v], [ctx.dim])
+        return torch.ops.fastgen.spectral_norm_backward(*arguments)[0], None, None
+
+
+class SpectralNormGroup:
+    """All spectrally normalized weights of a model, computed in one launch a step however often the model is called.
+
+    From then on the first access to such a weight after its parameter changed computes all of them, and others until the next
+    change take what is there: one power iteration a step of the optimizer, as in the paper's Algorithm 1, where PyTorch makes
+    one a call. Each access still has its own graph, so D(real) and D(fake) may go backward together or one by one.
+
+    Changes are seen by the parameters' version counters, which optimizers, load_state_dict and torch.no_grad() code count;
+    after writing through `.data`, or replaying a CUDA graph, call update(). Within torch.compile each weight is computed for
+    itself, at each call.
+
+    Args:
+        model: any module with weights normalized by fastgen.nn.spectral_norm or torch.nn.utils.parametrizations.
+            spectral_norm, which becomes the former; its state_dict stays the same. Moving, copying and casting it is fine.
+
+    Raises ValueError if there are none.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._members: list[tuple[SpectralNorm, parametrize.ParametrizationList]] = []
+        self._steps: dict[SpectralNorm, _Step] = {}
+        for module in model.modules():
+            for name, form in list(forms(module)):
+                if isinstance(form, _Hook):
+                    continue  # it computes the weight when its module is called
+                adopt(module, name, form)
+                parametrized: Any = module.parametrizations[name]  # type: ignore[index]
+                if parametrized.original.dim() > 1:
+                    self._members.append((parametrized[0], parametrized))
+        if not self._members:
+            raise ValueError("model must have weights under spectral_norm, alone and 2-d at least; there are none")
+        for norm, _ in self._members:
+            norm._group = self
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Computes all the weights now, with a power iteration for those in training."""
+        alike: dict[tuple, list] = defaultdict(list)
+        for norm, parametrized in self._members:
+            weight = parametrized.original
+            alike[norm.n_power_iterations, norm.eps, norm.training, weight.device].append((norm, weight))
+        for (iterations, eps, training, _), members in alike.items():
+            norms, weights = zip(*members, strict=True)
+            results = ops.spectral_norm_group(
+                weights, [norm._u for norm in norms], [norm._v for norm in norms], dims=[norm.dim for norm in norms],
+                n_power_iterations=iterations, eps=eps, training=training,
+            )  # fmt: skip
+            for norm, weight, *result in zip(norms, weights, *results, strict=True):
+                norm._keep(*result[2:])
+                self._steps[norm] = _Step(_stamp(norm, weight), *result)
+
+    def normalized(self, norm: SpectralNorm, weight: Tensor) -> Tensor | None:
+        """The weight of this parametrization as of this step; None if it is not the group's own, as in a replica."""
+        if not any(norm is member and weight is parametrized.original for member, parametrized in self._members):
+            return None
+        step = self._steps.get(norm)
+        if step is None or step.stamp != _stamp(norm, weight):
+            self.update()
+            step = self._steps[norm]
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return step.out
+        return _Normalized.apply(weight, step, norm.dim)
+
+    def sigmas(self) -> list[Tensor]:
+        """The largest singular value of each weight, as of the last computation."""
+        return [self._steps[norm].sigma for norm, _ in self._members if norm in self._steps]
+
+    def remove(self) -> None:
+        """Each weight is computed for itself again."""
+        for norm, _ in self._members:
+            norm._group = None
+
+
+def _stamp(norm: SpectralNorm, weight: Tensor) -> tuple:
+    # A result made in inference mode cannot serve a backward pass.
+    return weight._version, weight.data_ptr(), weight.dtype, norm.training, torch.is_inference_mode_enabled()
+
+
+class OldSpectralNorm(_Hook):
+    """The hook of torch.nn.utils.spectral_norm in one op: the same buffers, steps and state_dict."""
+
+    def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
+        weight, u, v = (getattr(module, self.name + suffix) for suffix in ("_orig", "_u", "_v"))
+        if weight.dim() < 2:
+            return super().compute_weight(module, do_power_iteration)
+        out, _, *new = ops.spectral_norm(
+            weight, u, v, dim=self.dim, n_power_iterations=self.n_power_iterations, eps=self.eps,
+            training=do_power_iteration, v_first=True,
+        )  # fmt: skip
+        if do_power_iteration:
+            with torch.no_grad():
+                u.copy_(new[0])
+                v.copy_(new[1])
+        return out
+
+
+def forms(module: Any) -> Iterator[tuple[str, Any]]:
+    """(name, parametrization or hook) of each parameter that is under spectral norm alone, of PyTorch's forms or ours."""
+    known = (SpectralNorm, getattr(parametrizations, "_SpectralNorm", None))
+    for name, parametrized in getattr(module, "parametrizations", {}).items():
+        if len(parametrized) == 1 and type(parametrized[0]) in known:
+            yield name, parametrized[0]
+    for hook in module._forward_pre_hooks.values():
+        if type(hook) in (_Hook, OldSpectralNorm):
+            yield hook.name, hook
+
+
+def adopt(module: Any, name: str, theirs: Any) -> None:
+    """Puts the op under a form that `forms` found, which keeps its options, vectors and names."""
+    if isinstance(theirs, _Hook):
+        theirs.__class__ = OldSpectralNorm
+    if isinstance(theirs, (_Hook, SpectralNorm)):
+        return
+    ours: Any = SpectralNorm.__new__(SpectralNorm)
+    nn.Module.__init__(ours)
+    ours.dim, ours.eps, ours._group = theirs.dim, theirs.eps, None
+    ours.n_power_iterations = getattr(theirs, "n_power_iterations", 1)  # a vector's has none
+    for buffer, value in theirs.named_buffers():
+        ours.register_buffer(buffer, value)
+    module.parametrizations[name][0] = ours.train(theirs.training)
+    _load_old_names(module, name)

@@ -1,0 +1,78 @@
+"""What fuse swaps where it stands: both of PyTorch's spectral norms; and the samplers that a model declares."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, remove_spectral_norm
+from torch.nn.utils import spectral_norm as old_spectral_norm
+
+import fastgen
+import fastgen.nn
+
+FORMS = {"parametrization": parametrizations.spectral_norm, "hook": old_spectral_norm}
+
+
+def discriminator(norm):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        norm(nn.Conv2d(3, 8, 4, 2, 1)), nn.LeakyReLU(0.2), norm(nn.ConvTranspose2d(8, 4, 3), n_power_iterations=2),
+        nn.Flatten(), norm(nn.Linear(4 * 6 * 6, 1)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("inplace", (False, True))
+def test_spectral_norm_is_swapped(form, inplace):
+    """The same outputs, gradients and state_dict, step by step, in training and eval; and it loads and saves as before."""
+    plain = discriminator(FORMS[form])
+    before = fastgen.fusion_report(plain)
+    assert [run.names[0] for run in before.swappable] == ["0.weight", "2.weight", "4.weight"] and not before.swapped
+    fused = fastgen.fuse(copy.deepcopy(plain), inplace=inplace)
+    after = fastgen.fusion_report(fused)
+    assert [run.names for run in after.swapped] == [run.names for run in before.swappable] and not after.swappable
+    assert "swapped (3)" in str(after) and {run.op for run in after.swapped} == {"spectral_norm"}
+    for training in (True, True, False):
+        x = torch.randn(2, 3, 8, 8)
+        for model in (plain, fused):
+            model.train(training).zero_grad()
+            (model(x) - model(x + 1)).square().sum().backward()
+        for (name, a), (other, b) in zip(plain.named_parameters(), fused.named_parameters(), strict=True):
+            assert name == other
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+        assert list(plain.state_dict()) == list(fused.state_dict())
+        torch.testing.assert_close(plain.state_dict(), fused.state_dict(), rtol=1e-4, atol=1e-5)
+    discriminator(FORMS[form]).load_state_dict(fused.state_dict())
+    fused.load_state_dict(plain.state_dict())
+    assert fastgen.fusion_report(fastgen.fuse(fused)).swapped == after.swapped
+    if form == "hook":
+        torch.testing.assert_close(pickle.loads(pickle.dumps(fused))(x), fused(x))
+        assert "weight" in dict(remove_spectral_norm(fused[0]).named_parameters())
+
+
+class Encoder(nn.Module):
+    def __init__(self, declared):
+        super().__init__()
+        self.heads = nn.Linear(4, 6)
+        self.sample = fastgen.nn.Reparameterize() if declared else None
+
+    def forward(self, x):
+        mu, logvar = self.heads(x).chunk(2, 1)
+        if self.sample is not None:
+            return self.sample(mu, logvar)
+        std = (0.5 * logvar).exp()
+        return mu + std * torch.randn_like(std)
+
+
+def test_samplers_are_declared_not_guessed():
+    report = fastgen.fusion_report(Encoder(declared=True))
+    assert [(run.names, run.op) for run in report.swapped] == [(("sample",), "reparameterize")]
+    model = Encoder(declared=False)
+    assert not fastgen.fusion_report(model).swapped
+    fused, x = fastgen.fuse(model), torch.randn(3, 4)
+    torch.manual_seed(0)
+    expected = model(x)
+    torch.manual_seed(0)
+    assert torch.equal(fused(x), expected)  # its own noise, as ever

@@ -1,0 +1,247 @@
+"""fastgen.nn.spectral_norm beside both of PyTorch's, and all weights of a model at once."""
+
+import copy
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import fastgen.nn
+
+LAYERS = {
+    "Linear": (lambda: nn.Linear(5, 7), (3, 5)),
+    "Conv1d": (lambda: nn.Conv1d(3, 4, 3), (2, 3, 6)),
+    "Conv2d": (lambda: nn.Conv2d(3, 4, 3), (2, 3, 6, 6)),
+    "Conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 2, 4, 4, 4)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(3, 4, 3), (2, 3, 6)),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(3, 4, 4), (2, 3, 5, 5)),
+    "ConvTranspose3d": (lambda: nn.ConvTranspose3d(2, 3, 2), (2, 2, 3, 3, 3)),
+    "Embedding": (lambda: nn.Embedding(9, 4), None),
+}
+
+
+def pair(make, ours=fastgen.nn.spectral_norm, theirs=parametrizations.spectral_norm, **options):
+    made = []
+    for norm in (ours, theirs):
+        torch.manual_seed(0)
+        made.append(norm(make().double(), **options))
+    return made
+
+
+def data(shape):
+    return torch.arange(5) if shape is None else torch.randn(shape, dtype=torch.float64)
+
+
+def vectors(layer, name="weight"):
+    norm = layer.parametrizations[name][0]
+    return norm._u.clone(), norm._v.clone()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("options", ({}, {"n_power_iterations": 3, "eps": 1e-4}, {"dim": -1}), ids=str)
+def test_as_the_parametrization(kind, options):
+    """The same weights, outputs, gradients, vectors and state_dict from the same seed, in training and eval."""
+    make, shape = LAYERS[kind]
+    ours, theirs = pair(make, **options)
+    x = data(shape)
+    for training in (True, True, False):
+        for layer in (ours, theirs):
+            layer.train(training).zero_grad()
+            (
+                layer(x) - layer(x * 2 if x.is_floating_point() else x)
+            ).square().sum().backward()  # two accesses, one graph
+        torch.testing.assert_close(ours.weight, theirs.weight)
+        torch.testing.assert_close(vectors(ours), vectors(theirs))
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    assert parametrize.remove_parametrizations(ours, "weight") is ours and type(ours) is type(make())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_loads_the_older_form(kind):
+    """weight_orig, weight_u and weight_v, also within a model, and without weight_v as very old files have it."""
+    make, shape = LAYERS[kind]
+    old = nn.ModuleDict({"layer": nn.utils.spectral_norm(make().double())})
+    for _ in range(30):
+        old["layer"](data(shape))
+    old.eval()["layer"](data(shape))
+    for drop in ((), ("layer.weight_v",)):
+        new = nn.ModuleDict({"layer": fastgen.nn.spectral_norm(make().double())})
+        state = {name: value for name, value in old.state_dict().items() if name not in drop}
+        new.load_state_dict(state)
+        torch.testing.assert_close(new.eval()["layer"].weight, old["layer"].weight, rtol=1e-3, atol=1e-4)
+    new.load_state_dict(new.state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        new.load_state_dict({"layer.weight_orig": old["layer"].weight_orig})
+
+
+def test_vector_and_other_names():
+    ours, theirs = pair(lambda: nn.LSTM(3, 4), name="weight_hh_l0")
+    torch.testing.assert_close(ours.weight_hh_l0, theirs.weight_hh_l0)
+    ours, theirs = pair(lambda: nn.LayerNorm(6))
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    with pytest.raises(ValueError, match="name must be"):
+        fastgen.nn.spectral_norm(nn.Linear(2, 2), "wheight")
+    with pytest.raises(ValueError, match="n_power_iterations"):
+        fastgen.nn.spectral_norm(nn.Linear(2, 2), n_power_iterations=0)
+    with pytest.raises(IndexError, match="dim"):
+        fastgen.nn.spectral_norm(nn.Linear(2, 2), dim=2)
+
+
+def test_bfloat16_and_compile():
+    layer = fastgen.nn.spectral_norm(nn.Linear(16, 8)).bfloat16()
+    assert layer.weight.dtype == layer.parametrizations.weight[0]._u.dtype == torch.bfloat16
+    torch._dynamo.reset()
+    layer = fastgen.nn.spectral_norm(nn.Linear(16, 8))
+    eager, x = copy.deepcopy(layer), torch.randn(3, 16)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for call in (compiled, eager):
+        call(x).square().sum().backward()
+    torch.testing.assert_close(layer.parametrizations.weight.original.grad, eager.parametrizations.weight.original.grad)
+    torch.testing.assert_close(vectors(layer), vectors(eager))
+
+
+def discriminator(norm=fastgen.nn.spectral_norm):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        norm(nn.Conv2d(3, 8, 4, 2, 1)), nn.LeakyReLU(0.2), norm(nn.Conv2d(8, 16, 4, 2, 1)), nn.LeakyReLU(0.2),
+        nn.Flatten(), norm(nn.Linear(16 * 4, 1)),
+    )  # fmt: skip
+
+
+def same_step(model, group, x, y, separate):
+    """A step of a hinge-like loss; with a group one iteration, else the same by hand."""
+    model.zero_grad()
+    losses = model(x).mean(), -model(y).mean()
+    for loss in losses if separate else (sum(losses),):
+        loss.backward()
+
+
+@pytest.mark.parametrize("separate", (False, True))
+@pytest.mark.parametrize("norm", (fastgen.nn.spectral_norm, parametrizations.spectral_norm))
+def test_group(separate, norm):
+    """One iteration a step for all weights; gradients as with the weights computed one by one, in one graph or two."""
+    model, single = discriminator(norm), discriminator()
+    before = list(model.state_dict())
+    group = fastgen.nn.SpectralNormGroup(model)
+    assert len(group) == 3 and list(model.state_dict()) == before
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (model, single)]
+    launches = []
+    update = group.update
+    group.update = lambda: launches.append(update())
+    for step in range(3):
+        x, y = torch.randn(2, 4, 3, 8, 8)
+        same_step(model, group, x, y, separate)
+        assert len(launches) == step + 1
+        single.train()
+        single.zero_grad()
+        loss = single(x).mean()
+        single.eval()  # no second iteration
+        (loss - single(y).mean()).backward()
+        for a, b in zip(model.parameters(), single.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+        torch.testing.assert_close(list(model.buffers()), list(single.buffers()))
+        for optimizer in optimizers:
+            optimizer.step()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), single.eval()(x), rtol=1e-4, atol=1e-4)
+    assert [sigma.item() > 0 for sigma in group.sigmas()] == [True] * 3
+    group.remove()
+    assert torch.equal(model(x), model(x))
+
+
+def test_group_gradient_penalty():
+    """Second derivatives, as R1 takes them, go through sigma."""
+    found = []
+    for grouped in (True, False):
+        model = discriminator().double()
+        if grouped:
+            fastgen.nn.SpectralNormGroup(model)
+        x = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*found)
+
+
+def test_group_copies_casts_and_loads():
+    model = discriminator()
+    fastgen.nn.SpectralNormGroup(model)
+    x = torch.randn(2, 3, 8, 8)
+    model(x)
+    with torch.inference_mode():
+        model.eval()(x)
+    model(x).sum().backward()
+    twin = copy.deepcopy(model.train())
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(1.5)
+    assert not torch.equal(twin.eval()(x), model.eval()(x))
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(x), model(x))
+    twin.double()
+    torch.testing.assert_close(twin(x.double()).float(), model(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    with pytest.raises(ValueError, match="there are none"):
+        fastgen.nn.SpectralNormGroup(nn.Linear(2, 2))
+
+
+DISTRIBUTED = """
+import os
+import sys
+import torch
+import torch.distributed as dist
+from tests.nn.test_spectral_norm import discriminator, same_step
+import fastgen.nn
+
+rank, file, grouped = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "1"
+torch.set_num_threads(1 + rank)
+dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+model = discriminator()
+group = fastgen.nn.SpectralNormGroup(model) if grouped else None
+ddp = torch.nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
+torch.manual_seed(rank)
+for _ in range(3):
+    same_step(ddp, group, *torch.randn(2, 4, 3, 8, 8), separate=False)
+    optimizer.step()
+for t in [*model.buffers(), *model.parameters()]:
+    both = [torch.empty_like(t) for _ in range(2)]
+    dist.all_gather(both, t.detach().contiguous())
+    assert torch.equal(*both)
+dist.destroy_process_group()
+os._exit(0)  # gloo's threads may abort an interpreter that ends in the usual way
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+@pytest.mark.parametrize("grouped", ("0", "1"))
+def test_ranks_hold_the_same_vectors(tmp_path, grouped):
+    """DistributedDataParallel, the discriminator called twice in one graph, another thread count on each rank."""
+    commands = [[sys.executable, "-c", DISTRIBUTED, str(rank), str(tmp_path / "store"), grouped] for rank in range(2)]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    for process in running:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+
+
+def test_step_differs_from_calls():
+    """Without a group each access in training is an iteration; in eval none is."""
+    layer = fastgen.nn.spectral_norm(nn.Linear(6, 5))
+    seen = [vectors(layer)[0] for _ in range(3) if layer.weight is not None]
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(seen))
+    layer.eval()
+    kept = vectors(layer)
+    expected = layer.parametrizations.weight.original / (kept[0] @ layer.parametrizations.weight.original @ kept[1])
+    torch.testing.assert_close(layer.weight, expected)
+    assert torch.equal(vectors(layer)[0], kept[0])
+    assert abs(F.normalize(kept[0], dim=0).norm() - 1) < 1e-6

@@ -1,0 +1,428 @@
+"""The sampler: its noise as a distribution, its keys, its gradients, its extremes."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fastgen import ops
+from fastgen.ops.reparameterize import reference_normal
+from tests.cases import SAMPLER, UNIT_ROUNDOFF
+from tests.ops.test_cases import by_id, error
+
+IMPLEMENTATIONS = ("reference", "cpp")
+SHORT = [case for case in SAMPLER if case.name != "long-rows"]
+
+
+def sample(case, tensors, impl="cpp", seed=0):
+    """z and kl, with the noise of this seed."""
+    torch.manual_seed(seed)
+    return case.call(tensors, impl=impl)
+
+
+def observe(case, tensors, impl):
+    """z, kl and the gradients of the tensors."""
+    tensors = {
+        name: t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for name, t in tensors.items()
+    }
+    z, kl = sample(case, tensors, impl)
+    upstream = [torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for t in (z, kl)]
+    grads = torch.autograd.grad(
+        (z, kl), list(tensors.values()), [g.to(t) for g, t in zip(upstream, (z, kl), strict=True)]
+    )
+    return {"z": z.detach(), "kl": kl.detach()} | dict(zip(tensors, grads, strict=True))
+
+
+def noise(count, seed=0, offset=0, dtype=torch.float32):
+    ops.reparameterize(torch.zeros(1), torch.zeros(1), impl="cpp")  # loads the native op
+    return torch.ops.fastgen.philox_normal(torch.tensor([seed, offset]), (count,), dtype)
+
+
+def test_philox_known_answers():
+    """The vectors that Random123 publishes for ten rounds: the words of a counter and key of zeros, and of ones."""
+    from fastgen.ops.reparameterize import _philox
+
+    assert [f"{int(w):08x}" for w in _philox(torch.tensor([0, 0]), 1)[0]] == [
+        "6627e8d5",
+        "e169c58d",
+        "bc57ac4c",
+        "9b00dbd8",
+    ]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_all_implementations_draw_the_same(dtype):
+    for key, count in itertools.product(
+        ([0, 0], [-1, -1], [2**62 + 12345, 987654321987], [5, -7]), (0, 1, 4, 5, 63, 1027)
+    ):
+        expected = reference_normal(
+            torch.tensor(key), (count,), torch.float64 if dtype == torch.float64 else torch.float32
+        )
+        torch.testing.assert_close(
+            noise(count, *key, dtype), expected, rtol=1e-6, atol=2e-6 if dtype == torch.float32 else 1e-14
+        )
+
+
+def kolmogorov_smirnov(x):
+    """The probability that draws of the normal distribution lie at least this far from it (Marsaglia's asymptotic form)."""
+    cdf, n = torch.special.ndtr(x.double()).sort().values, x.numel()
+    steps = torch.arange(n, dtype=torch.float64) / n
+    d = torch.maximum((cdf - steps).amax(), (steps + 1 / n - cdf).amax()).item() * math.sqrt(n)
+    return min(1.0, 2 * sum((-1) ** (k - 1) * math.exp(-2 * (k * d) ** 2) for k in range(1, 20)))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_distribution(dtype):
+    """Moments, Kolmogorov-Smirnov and tails of 10^7 draws of a fixed key; a true normal fails each bound once in 10^4."""
+    n = 10**7 if dtype == torch.float32 else 2 * 10**6
+    x = noise(n, 1234, 5678, dtype).double()
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
+        assert abs(x.pow(power).mean() - moment) < 4 * math.sqrt(variance / n), power
+    assert kolmogorov_smirnov(x) > 1e-4
+    for bound in (3.0, 4.0, 5.0):
+        expected = n * math.erfc(bound / math.sqrt(2))
+        assert abs((x.abs() > bound).sum() - expected) < 4 * math.sqrt(expected), bound
+    assert x.isfinite().all()
+
+
+def test_independence():
+    """Between neighbours, also squared, between the halves of a pair and between calls: each correlation within 4 sigma."""
+    n = 10**7
+    x = noise(n, 42, 1)
+    for lag in (1, 2, 3, 4, 64, 4096):
+        for f in (torch.Tensor.double, torch.square):
+            a, b = f(x[:-lag]).double(), f(x[lag:]).double()
+            correlation = ((a - a.mean()) * (b - b.mean())).mean() / (a.std() * b.std())
+            assert abs(correlation) < 4 / math.sqrt(n), lag
+    for seed, offset in ((42, 2), (43, 1)):
+        y = noise(n, seed, offset)
+        assert abs((x.double() * y).mean()) < 4 / math.sqrt(n)
+    torch.manual_seed(0)
+    a, b = (ops.reparameterize(torch.zeros(10**6), torch.zeros(10**6)) for _ in range(2))
+    assert abs((a.double() * b).mean()) < 4e-3
+
+
+@by_id(SAMPLER)
+@pytest.mark.parametrize("dtype", UNIT_ROUNDOFF, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_parity(case, dtype, poisoned):
+    """At most twice the reference's error in the same precision, against float64 with the same float32 noise."""
+    tensors = case.tensors(dtype)
+    tensors["logvar"] = tensors["logvar"].clamp(-2, 2)
+    theirs, ours = (observe(case, tensors, impl) for impl in IMPLEMENTATIONS)
+    doubles = {name: t.double() for name, t in tensors.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        if dtype != torch.float64:
+            module = sys.modules["fastgen.ops.reparameterize"]
+            patch.setattr(
+                module, "reference_normal", lambda key, size, dtype: reference_normal(key, size, torch.float32).double()
+            )
+        exact = observe(case, doubles, "reference")
+    for name in exact:
+        assert ours[name].dtype == theirs[name].dtype
+        floor = 16 if dtype == torch.float64 else 4
+        assert error(ours[name], exact[name]) <= max(
+            2 * error(theirs[name], exact[name]), floor * UNIT_ROUNDOFF[dtype]
+        ), name
+
+
+@by_id(SHORT)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_gradcheck(case, impl):
+    """First and second derivatives against finite differences, in float64."""
+    tensors = {name: t.requires_grad_() for name, t in case.tensors(torch.float64).items()}
+
+    def call(*values):
+        return sample(case, dict(zip(tensors, values, strict=True)), impl)
+
+    assert torch.autograd.gradcheck(call, tuple(tensors.values()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, tuple(tensors.values()), fast_mode=True)
+
+
+@by_id(SHORT)
+def test_third_derivative(case):
+    found = []
+    for impl in IMPLEMENTATIONS:
+        tensors = [t.requires_grad_() for t in case.tensors(torch.float64).values()]
+        z, kl = sample(case, dict(zip(case.shapes, tensors, strict=True)), impl)
+        value = z.pow(3).mean() + kl.pow(2).mean()
+        for _ in range(3):
+            grads = torch.autograd.grad(value, tensors, create_graph=True, allow_unused=True)
+            value = sum(g.pow(2).mean() for g in grads if g is not None)
+        found.append(value)
+    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-9)
+
+
+@by_id(SHORT)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_opcheck(case, dtype):
+    calls = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "fastgen":
+                calls.append((func, tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        observe(case, case.tensors(dtype), "cpp")
+    assert len(calls) == 2
+    for func, args in calls:
+        args = tuple(a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+        torch.library.opcheck(func, args, rtol=1e-2, atol=1e-2)
+    torch.library.opcheck(torch.ops.fastgen.philox_normal.default, (torch.tensor([1, 2]), [3, 5], torch.float32))
+
+
+@by_id(SHORT)
+def test_compile(case):
+    """One graph, forward and backward; the noise of the eager call for the same seed, and new noise at the next call."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: case.call(t, impl="cpp"), fullgraph=True, backend="aot_eager")
+    eager = observe(case, case.tensors(torch.float32), "cpp")
+    tensors = {name: t.requires_grad_() for name, t in case.tensors(torch.float32).items()}
+    torch.manual_seed(0)
+    z, kl = compiled(tensors)
+    upstream = [torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for t in (z, kl)]
+    torch.autograd.backward((z, kl), upstream)
+    torch.testing.assert_close(z, eager["z"])
+    for name, t in tensors.items():
+        torch.testing.assert_close(t.grad, eager[name])
+    assert not torch.equal(compiled(tensors)[0], z)
+
+
+def test_compile_with_inductor():
+    """The default backend, dynamic batch: its own key for each call, and a backward with the forward's noise."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda m, s: ops.reparameterize(m, s, impl="cpp"), fullgraph=True, dynamic=True)
+    for samples in (3, 5):
+        mu, logvar = torch.zeros(samples, 40), torch.zeros(samples, 40, requires_grad=True)
+        z, again = compiled(mu, logvar), compiled(mu, logvar)
+        assert not torch.equal(z, again)
+        z.sum().backward()
+        torch.testing.assert_close(logvar.grad, z.detach() / 2)
+
+
+@by_id(SHORT)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_strides(case, impl):
+    """Strided, expanded and transposed tensors count as their values."""
+    plain = case.tensors(torch.float64)
+    expected = observe(case, plain, "reference")
+    strided = {}
+    for name, t in plain.items():
+        wide = torch.zeros(*(2 * size + 1 for size in t.shape), dtype=t.dtype)
+        strided[name] = wide[tuple(slice(1, None, 2) for _ in t.shape)].copy_(t).detach().requires_grad_()
+    z, kl = sample(case, strided, impl)
+    generator = torch.Generator()
+    upstream = [torch.randn(t.shape, generator=generator.manual_seed(1)).to(t) for t in (z, kl)]
+    upstream[0] = upstream[0].transpose(0, -1).contiguous().transpose(0, -1)
+    torch.testing.assert_close(z, expected["z"])
+    torch.testing.assert_close(kl, expected["kl"])
+    for name, grad in zip(strided, torch.autograd.grad((z, kl), list(strided.values()), upstream), strict=True):
+        torch.testing.assert_close(grad, expected[name])
+    wide = {name: t[:1].expand(t.shape) for name, t in plain.items()}
+    (z, kl), (z2, kl2) = (sample(case, wide, i) for i in IMPLEMENTATIONS)
+    torch.testing.assert_close((z, kl), (z2, kl2))
+    torch.autograd.grad(sample(case, strided, impl)[0].sum(), strided["mu"])  # an incoming gradient of stride 0
+
+
+def test_channels_last():
+    """The layout is kept, and the noise counted along it, as torch.randn_like does."""
+    mu, logvar = (
+        torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_() for _ in range(2)
+    )
+    seen = []
+    for impl in IMPLEMENTATIONS:
+        torch.manual_seed(0)
+        z, kl = ops.reparameterize_kl(mu, logvar, impl=impl)
+        assert z.is_contiguous(memory_format=torch.channels_last)
+        seen.append((z, kl, *torch.autograd.grad(z.square().sum() + kl.sum(), (mu, logvar))))
+    torch.testing.assert_close(*seen, rtol=1e-5, atol=1e-5)
+    assert seen[1][2].is_contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    flat = ops.reparameterize(*(t.permute(0, 2, 3, 1).reshape(2, -1) for t in (mu, logvar)), impl="cpp")
+    assert torch.equal(flat, z.permute(0, 2, 3, 1).reshape(2, -1))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", ((0, 5), (3, 0), (0,)))
+def test_empty(impl, shape):
+    mu, logvar = torch.empty(shape, requires_grad=True), torch.empty(shape, requires_grad=True)
+    z, kl = ops.reparameterize_kl(mu, logvar, prior_mean=1.0, impl=impl)
+    assert z.shape == shape and kl.shape == shape[:1] and not kl.any()
+    (z.sum() + kl.sum()).backward()
+    assert mu.grad.shape == logvar.grad.shape == shape
+    assert ops.reparameterize(mu, logvar, num_samples=2, impl=impl).shape == (2, *shape)
+
+
+def test_keys():
+    """The generator's state decides: the same seed, the same bits; the next call, others; generator= leaves torch's alone."""
+    mu, logvar = torch.randn(50, 7), torch.randn(50, 7)
+    for impl in IMPLEMENTATIONS:
+        torch.manual_seed(3)
+        first, second = (ops.reparameterize(mu, logvar, impl=impl) for _ in range(2))
+        torch.manual_seed(3)
+        assert torch.equal(first, ops.reparameterize(mu, logvar, impl=impl)) and not torch.equal(first, second)
+        state = torch.get_rng_state()
+        again = ops.reparameterize(mu, logvar, generator=torch.Generator().manual_seed(3), impl=impl)
+        assert torch.equal(first, again) and torch.equal(state, torch.get_rng_state())
+
+
+def test_thread_count_does_not_matter():
+    case, threads, seen = SAMPLER[-1], torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            seen.append(observe(case, case.tensors(torch.float32), "cpp"))
+    finally:
+        torch.set_num_threads(threads)
+    for first, second in itertools.pairwise(seen):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("use_reentrant", (False, True))
+def test_checkpoint(use_reentrant):
+    """The recomputation draws the same noise, and so gives the same gradients."""
+    seen = []
+    for wrap in (False, True):
+        mu, logvar = torch.zeros(20, 9, requires_grad=True), torch.zeros(20, 9, requires_grad=True)
+
+        def f(m, s):
+            return ops.reparameterize(m, s, impl="cpp").square()
+
+        torch.manual_seed(0)
+        z = checkpoint(f, mu, logvar, use_reentrant=use_reentrant) if wrap else f(mu, logvar)
+        z.sum().backward()
+        seen.append((z, mu.grad, logvar.grad))
+    torch.testing.assert_close(*seen, rtol=0, atol=0)
+
+
+def test_memory_kept():
+    """mu, logvar and a key of 16 bytes."""
+    mu, logvar, kept = torch.randn(8, 5, requires_grad=True), torch.randn(8, 5, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ops.reparameterize_kl(mu, logvar, impl="cpp")
+    assert sorted(t.nbytes for t in kept) == [16, mu.nbytes, logvar.nbytes]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_vmap(impl):
+    """randomness= means what it means for torch.randn: an error, one noise for all, or each its own."""
+    mu, logvar = torch.zeros(3, 6, 4, requires_grad=True), torch.zeros(3, 6, 4)
+
+    def f(m, s):
+        return ops.reparameterize_kl(m, s, impl=impl)
+
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.func.vmap(f)(mu, logvar)
+    torch.manual_seed(0)
+    z, kl = torch.func.vmap(f, randomness="same")(mu, logvar)
+    torch.manual_seed(0)
+    torch.testing.assert_close(z, f(mu[0], logvar[0])[0].expand(3, 6, 4))
+    assert kl.shape == (3, 6)
+    z, kl = torch.func.vmap(f, randomness="different")(mu, logvar)
+    assert not torch.equal(z[0], z[1])
+    assert torch.equal(torch.autograd.grad(z.sum() + kl.sum(), mu)[0], torch.ones_like(mu))
+    shared = torch.func.vmap(f, in_dims=(0, None), randomness="different")(mu, logvar[0])
+    assert shared[0].shape == (3, 6, 4)
+    samples = torch.func.vmap(
+        lambda m: ops.reparameterize(m, m, num_samples=2, impl=impl), in_dims=1, randomness="different"
+    )
+    assert samples(torch.zeros(6, 3, 4)).shape == (3, 2, 6, 4)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16))
+def test_extremes(dtype):
+    """What eager PyTorch gives for infinite, huge, tiny and NaN values: z, kl and gradients."""
+    values = [-math.inf, -200.0, -100.0, 0.0, 80.0, 100.0, math.inf, math.nan]
+    mu = torch.tensor([[0.5, -2.0]]).repeat(len(values), 1).to(dtype)
+    logvar = torch.tensor(values).view(-1, 1).expand(-1, 2).to(dtype)
+    seen = []
+    for impl in IMPLEMENTATIONS:
+        m, s = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
+        torch.manual_seed(0)
+        z, kl = ops.reparameterize_kl(m, s, impl=impl)
+        z.float().sum().backward(retain_graph=True)
+        grads = (m.grad.clone(), s.grad.clone())
+        kl.sum().backward()
+        seen.append((z, kl, *grads, m.grad, s.grad))
+    torch.testing.assert_close(*seen, equal_nan=True, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5)
+    z = ops.reparameterize(mu, logvar, logvar_range=(-30, 20), impl="cpp")
+    assert z[:-1].isfinite().all() and z[-1].isnan().all()
+
+
+def test_divergence_agrees_with_torch_distributions():
+    q = torch.distributions.Normal(torch.randn(4, 3, dtype=torch.float64), torch.rand(4, 3, dtype=torch.float64) + 0.1)
+    p = torch.distributions.Normal(torch.randn(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 0.1)
+    expected = torch.distributions.kl_divergence(q, p)
+    arguments = {"prior_mean": p.mean, "prior_logvar": p.variance.log()}
+    for impl in IMPLEMENTATIONS:
+        _, kl = ops.reparameterize_kl(q.mean, q.variance.log(), **arguments, impl=impl)
+        torch.testing.assert_close(kl, expected.sum(1))
+        _, kl = ops.reparameterize_kl(q.mean, q.variance.log(), **arguments, free_bits=0.3, beta=2.0, impl=impl)
+        torch.testing.assert_close(kl, 2 * expected.clamp(min=0.3).sum(1))
+        _, kl = ops.reparameterize_kl(q.mean, q.variance.log(), prior_mean=0.5, impl=impl)
+        unit = torch.distributions.Normal(
+            torch.tensor(0.5, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+        )
+        torch.testing.assert_close(kl, torch.distributions.kl_divergence(q, unit).sum(1))
+
+
+def test_errors():
+    x = torch.zeros(2, 3)
+    for match, call in (
+        ("logvar must have mu's shape", lambda: ops.reparameterize(x, x[:1])),
+        ("num_samples must be", lambda: ops.reparameterize(x, x, num_samples=0)),
+        ("logvar_range must be", lambda: ops.reparameterize(x, x, logvar_range=(1, -1))),
+        ("free_bits must not", lambda: ops.reparameterize_kl(x, x, free_bits=-1.0)),
+        ("prior_mean must broadcast", lambda: ops.reparameterize_kl(x, x, prior_mean=torch.zeros(2))),
+        ("at least 1 dimension", lambda: ops.reparameterize(x[0, 0], x[0, 0])),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+    with pytest.raises(TypeError, match=r"logvar is torch\.float64"):
+        ops.reparameterize(x, x.double())
+    with pytest.raises(TypeError, match="mu must be float32"):
+        ops.reparameterize(x.long(), x)
+
+
+@pytest.mark.parametrize("isa", ("baseline", "avx2"))
+def test_other_instruction_sets(isa):
+    code = (
+        "import torch\n"
+        "from tests.cases import SAMPLER, UNIT_ROUNDOFF\n"
+        "from tests.ops.test_reparameterize import observe\n"
+        "for case in SAMPLER:\n"
+        "    for dtype in UNIT_ROUNDOFF:\n"
+        "        found = [observe(case, case.tensors(dtype), impl) for impl in ('reference', 'cpp')]\n"
+        "        close = {'rtol': 2e-2, 'atol': 2e-2} if dtype.itemsize == 2 else {'rtol': 1e-4, 'atol': 1e-4}\n"
+        "        torch.testing.assert_close(*found, **close)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"FASTGEN_CPU_ISA": isa}
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_default_kernels(tmp_path):
+    """Without the native library the registered ops themselves run in plain PyTorch, and give what the reference gives."""
+    code = (
+        "import torch\n"
+        "from fastgen.ops import _dispatch\n"
+        "from tests.cases import SAMPLER\n"
+        "from tests.ops.test_reparameterize import observe\n"
+        "dtype = torch.float64\n"
+        "for case in SAMPLER:\n"
+        "    expected = observe(case, case.tensors(dtype), 'reference')\n"
+        "    choose, _dispatch._choose = _dispatch._choose, lambda op, impl, device, wins: 'cpp'\n"
+        "    found = observe(case, case.tensors(dtype), 'cpp')\n"
+        "    _dispatch._choose = choose\n"
+        "    torch.testing.assert_close(found, expected)\n"
+    )
+    environment = os.environ | {"FASTGEN_BUILD": "0", "FASTGEN_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
