@@ -5,17 +5,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 
-def peak_gflops(size: int = 1536) -> float:
-    """What the machine reaches in a float32 matrix product, the best of several: the ceiling of the tables."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    best = float("inf")
-    for _ in range(12):
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
+def peak_gflops() -> float:
+    """What the machine reaches in float32, the best of several matrix products and convolutions: the ceiling of the tables."""
+    a, b = torch.randn(2, 1536, 1536)
+    x = torch.randn(4, 256, 32, 32).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(256, 256, 3, 3).contiguous(memory_format=torch.channels_last)
+    best = 0.0
+    for call, flops in ((lambda: a @ b, 2 * 1536**3), (lambda: F.conv2d(x, weight), 2 * 4 * 30 * 30 * weight.numel())):
+        for _ in range(12):
+            start = time.perf_counter()
+            call()
+            best = max(best, flops / (time.perf_counter() - start) / 1e9)
+    return best
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -13,11 +13,11 @@ def report(document: dict) -> str:
     lines = [
         f"{machine['cpu']}, {machine['threads']} threads ({machine['capability']}), torch {machine['torch']}, "
         f"{machine['date']}, commit {commit.get('id', 'unknown')[:12]}. "
-        f"Float32 matrix product: {machine['peak_gflops']} GFLOP/s.",
+        f"Peak: {machine['peak_gflops']} GFLOP/s, the best of a float32 matrix product and a convolution.",
         "",
         "Milliseconds: median (half the interquartile range); bold the fastest. A wrong result is no peer. "
         "Ratio: the best peer's median over the best of fastgen's; below 1 fastgen loses. "
-        "%: GFLOP/s of fastgen's best, counted directly, of the matrix product's.",
+        "GFLOP/s: fastgen's best, counted as the direct algorithm; %: of the peak (Winograd's algorithm does less work than that).",
     ]
     tables: dict[str, dict[str, dict[str, dict]]] = defaultdict(lambda: defaultdict(dict))
     for bench in document["benchmarks"]:
@@ -47,6 +47,17 @@ def report(document: dict) -> str:
         if ratios:
             mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
             lines += ["", f"Geometric mean of the ratios: {mean:.2f}; lowest: {min(ratios):.2f}."]
+        if any("mebibytes" in cell for cells in rows.values() for cell in cells.values()):
+            lines += [
+                "",
+                "Peak memory of tensors that the call allocates, MiB:",
+                "",
+                "| | " + " | ".join(columns) + " |",
+            ]
+            lines.append("|---" * (len(columns) + 1) + "|")
+            for row, cells in rows.items():
+                texts = [f"{cells[column]['mebibytes']:.0f}" if column in cells else "" for column in columns]
+                lines.append(f"| {row} | " + " | ".join(texts) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -263,7 +263,7 @@ def call(
     impl: str,
 ) -> Tensor:
     """A public convolution after its own arguments are checked; `arguments` are the geometry as the op's schema has it."""
-    if torch.is_autocast_enabled(x.device.type) and tail.residual is not None:
+    if _autocasts(x) and tail.residual is not None:
         tail = dataclasses.replace(tail, residual=tail.residual.to(x.dtype))
     if x.dim() == 3 and tail.norm != "batch":
         tail = dataclasses.replace(tail, residual=None if tail.residual is None else tail.residual.unsqueeze(0))
@@ -302,9 +302,15 @@ def call(
     return out
 
 
+def _autocasts(x: Tensor) -> bool:
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(
+        x.device.type
+    )  # "meta" has none
+
+
 def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The three in autocast's dtype where that is on, as PyTorch's convolutions have it: all but float64."""
-    if not torch.is_autocast_enabled(x.device.type) or torch.float64 in (x.dtype, weight.dtype):
+    if not _autocasts(x) or torch.float64 in (x.dtype, weight.dtype):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)

@@ -125,6 +125,14 @@ def test_composed(case, weight_grad, monkeypatch):
     assert ops.implementations_used()[case.op]["composed"] == before + 1
 
 
+@by_id(SMALL)
+def test_meta(case):
+    """Sizes without values, as torch.device("meta") gives them."""
+    tensors = case.tensors(torch.float32)
+    out = case.call({name: t.to("meta") for name, t in tensors.items()})
+    assert out.device.type == "meta" and out.shape == case.call(tensors).shape
+
+
 def kept_for_backward(call, tensors: dict[str, Tensor]) -> tuple[Tensor, int]:
     """The call's output, and how many values it keeps beyond its inputs."""
     inputs, sizes = {t.untyped_storage().data_ptr() for t in tensors.values()}, []
