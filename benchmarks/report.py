@@ -17,7 +17,7 @@ def report(document: dict) -> str:
         "",
         "Milliseconds: median (half the interquartile range); bold the fastest. A wrong result is no peer. "
         "Ratio: the best peer's median over the best of fastgen's; below 1 fastgen loses. "
-        "GFLOP/s: fastgen's best, counted as the direct algorithm; %: of the peak (Winograd's algorithm does less work than that).",
+        "GFLOP/s: fastgen's best, counted as the direct algorithm, of which Winograd's does a part; %: of the peak.",
     ]
     tables: dict[str, dict[str, dict[str, dict]]] = defaultdict(lambda: defaultdict(dict))
     for bench in document["benchmarks"]:
