@@ -77,14 +77,18 @@ class Geometry:
     def wins(self, x: Tensor, weight: Tensor) -> bool:
         """Whether fastgen's own kernel is faster than PyTorch's on the CPU, as measured (benchmarks/NOTES.md).
 
-        It is where Winograd's algorithm pays, and in transposed convolutions with nothing to add up (1x1 images) or four 2x2
-        phases. In bfloat16 and float16 it is not: oneDNN multiplies in those types.
+        It is where Winograd's algorithm pays, in transposed convolutions with four 2x2 phases, and for images of one pixel. In
+        bfloat16 and float16 it is the last alone: oneDNN multiplies in those types.
         """
-        if x.dtype not in (torch.float32, torch.float64) or min(self.channels(weight)) < 16 * self.groups:
-            return False
-        pixels = tuple(x.shape[2:]) == (1, 1)
+        wide, exact = min(self.channels(weight)) >= 16 * self.groups, x.dtype in (torch.float32, torch.float64)
+        if self._one_pixel(x, weight):
+            return (is_channels_last(weight) or (wide and exact)) and (self.transposed or x.shape[0] >= 32)
         four_by_two = tuple(weight.shape[2:]) == (4, 4) and self.stride == [2, 2]
-        return self._winograd(x, weight, 256) or (self.transposed and (pixels or four_by_two))
+        return exact and wide and (self._winograd(x, weight, 256) or (self.transposed and four_by_two))
+
+    def _one_pixel(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the images have one pixel: x's when transposed, else the output's."""
+        return list(x.shape[2:] if self.transposed else self.sizes(x, weight)[2:]) == [1, 1]
 
     def _winograd(self, x: Tensor, weight: Tensor, least: int) -> bool:
         """Whether Winograd's algorithm can run, on images of 8x8 and larger, with at least so many pixels in the output."""
@@ -142,7 +146,9 @@ class Geometry:
 
     def wins_weight_grad(self, x: Tensor, weight: Tensor) -> bool:
         """Whether fastgen's own kernel of the weight's gradient is faster than PyTorch's on the CPU, as measured."""
-        return _has_kernels(x) and min(self.channels(weight)) >= 16 and self._winograd(x, weight, 1024)
+        if not _has_kernels(x) or min(self.channels(weight)) < 16 * self.groups:
+            return False
+        return self._winograd(x, weight, 1024) or (self._one_pixel(x, weight) and x.shape[0] >= 32)
 
     def weight_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """weight's gradient, differentiable."""
