@@ -1,0 +1,251 @@
+#include "plan/plan.h"
+
+#include <chrono>
+#include <fstream>
+#include <limits>
+#include <stdexcept>
+
+#include "plan/file.h"
+#include "plan/pool.h"
+
+namespace fastgen::plan {
+namespace {
+
+constexpr int64_t kFew = 8;                  // from so many images on, a step runs its algorithm for many
+constexpr int64_t kInFlight = (4 << 20) / 4;  // floats: what a step reads and writes should stay in the cache
+
+bool is_convolution(const Step& step) { return step.kind == Kind::conv || step.kind == Kind::conv_transpose; }
+
+int64_t elements(const int64_t* size) { return size[0] * size[1] * size[2]; }
+
+// to (n, columns, rows) = from (n, rows, columns)
+void transpose(const float* from, int64_t n, int64_t rows, int64_t columns, float* to, const cpu::ParallelFor& parallel) {
+  constexpr int64_t block = 16;
+  const int64_t blocks = cpu::ceil_div(rows, block);
+  parallel(n * blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t base = item / blocks * rows * columns, first = item % blocks * block, last = std::min(rows, first + block);
+      for (int64_t column = 0; column < columns; ++column)
+        for (int64_t row = first; row < last; ++row) to[base + column * rows + row] = from[base + row * columns + column];
+    }
+  });
+}
+
+void concat(const Step& s, int64_t n, const float* x, const float* y, float* out, const cpu::ParallelFor& parallel) {
+  const int64_t rest = s.c - s.ic;
+  parallel(n * s.oh, [&](int64_t begin, int64_t end) {
+    for (int64_t pixel = begin * s.ow; pixel < end * s.ow; ++pixel) {
+      std::copy_n(x + pixel * s.ic, s.ic, out + pixel * s.c);
+      std::copy_n(y + pixel * rest, rest, out + pixel * s.c + s.ic);
+    }
+  });
+}
+
+}  // namespace
+
+std::string Plan::read(const std::string& path) {
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  if (!file) throw std::runtime_error("it cannot be opened");
+  const auto size = static_cast<int64_t>(file.tellg());
+  file.seekg(0);
+  char start[sizeof(Header)] = {};
+  file.read(start, static_cast<std::streamsize>(std::min<int64_t>(size, sizeof(start))));
+  check_header(start, static_cast<size_t>(std::max<int64_t>(size, 0)));
+  std::string bytes(static_cast<size_t>(size), '\0');
+  file.seekg(0);
+  if (!file.read(bytes.data(), size)) throw std::runtime_error("it cannot be read to its end");
+  return bytes;
+}
+
+Plan::Plan(const char* bytes, size_t size, int threads)
+    : steps_(check_file(bytes, size)), threads_(threads > 0 ? std::min(threads, thread_count()) : thread_count()) {
+  memcpy(&header_, bytes, sizeof(header_));
+  values_ = cpu::aligned<float>(header_.values);
+  memcpy(values_.get(), bytes + size - header_.values * sizeof(float), header_.values * sizeof(float));
+  convolutions_ = std::make_unique<Convolution[]>(steps_.size() * 2);
+  parallel_ = [this](int64_t count, const std::function<void(int64_t, int64_t)>& body) { run_parallel(threads_, count, body); };
+  place_values();
+}
+
+// Each value has a slot of memory from the step that computes it to the last one that reads it.
+void Plan::place_values() {
+  const size_t last = steps_.size();
+  std::vector<size_t> last_use(last + 1, 0);
+  int64_t largest = 1;
+  for (size_t i = 0; i < last; ++i) {
+    last_use[steps_[i].x] = i;
+    if (steps_[i].residual >= 0) last_use[steps_[i].residual] = i;
+    largest = std::max(largest, steps_[i].ic * steps_[i].ih * steps_[i].iw + steps_[i].c * steps_[i].oh * steps_[i].ow);
+    whole_batch_ |= steps_[i].norm == Norm::batch;
+  }
+  images_at_once_ = std::max<int64_t>(1, kInFlight / largest);
+  std::vector<int64_t> free;
+  const auto place = [&](int64_t size) {
+    const auto better = [&](int64_t a, int64_t b) {  // the smallest that is large enough, else the largest
+      const bool fits_a = slot_sizes_[a] >= size, fits_b = slot_sizes_[b] >= size;
+      return fits_a != fits_b ? fits_a : (slot_sizes_[a] < slot_sizes_[b]) == fits_a;
+    };
+    const auto found = std::min_element(free.begin(), free.end(), better);
+    if (found == free.end()) {
+      slot_of_.push_back(static_cast<int64_t>(slot_sizes_.size()));
+      slot_sizes_.push_back(size);
+      return;
+    }
+    slot_of_.push_back(*found);
+    slot_sizes_[*found] = std::max(slot_sizes_[*found], size);
+    free.erase(found);
+  };
+  place(elements(header_.input));
+  for (size_t i = 0; i < last; ++i) {
+    place(steps_[i].c * steps_[i].oh * steps_[i].ow);
+    for (size_t value = 0; value <= i; ++value)
+      if (last_use[value] == i && (value == 0 || last_use[value] >= value)) free.push_back(slot_of_[value]);
+  }
+}
+
+std::unique_ptr<Plan::Workspace> Plan::lease(int64_t images) const {
+  std::unique_ptr<Workspace> workspace;
+  {
+    const std::lock_guard<std::mutex> lock(idle_mutex_);
+    if (!idle_.empty()) {
+      workspace = std::move(idle_.back());
+      idle_.pop_back();
+    }
+  }
+  if (!workspace) workspace = std::make_unique<Workspace>();
+  int64_t size = 0;
+  for (const int64_t slot : slot_sizes_) size += cpu::ceil_div(slot * images, 16) * 16;
+  if (workspace->size < size) {
+    workspace->size = 0;
+    workspace->memory = cpu::aligned<float>(size);
+    workspace->size = size;
+  }
+  return workspace;
+}
+
+void Plan::give_back(std::unique_ptr<Workspace> workspace) const {
+  const std::lock_guard<std::mutex> lock(idle_mutex_);
+  idle_.push_back(std::move(workspace));
+}
+
+void Plan::run(int64_t n, const float* in, float* out) const {
+  const int64_t at_once = whole_batch_ ? n : std::min(n, images_at_once_);
+  auto workspace = lease(at_once);
+  for (int64_t first = 0; first < n; first += at_once)
+    run_images(std::min(at_once, n - first), in + first * elements(header_.input), out + first * elements(header_.output), *workspace);
+  give_back(std::move(workspace));
+}
+
+void Plan::run_images(int64_t n, const float* in, float* out, Workspace& workspace) const {
+  std::vector<float*> slots;
+  float* next = workspace.memory.get();
+  for (const int64_t size : slot_sizes_) {
+    slots.push_back(next);
+    next += cpu::ceil_div(size * n, 16) * 16;
+  }
+  const int64_t* size = header_.input;
+  const bool as_is = size[0] == 1 || size[1] * size[2] == 1;
+  if (!as_is) transpose(in, n, size[0], size[1] * size[2], slots[slot_of_[0]], parallel_);
+  const auto value = [&](int64_t i) { return i < 0 ? nullptr : i == 0 && as_is ? in : slots[slot_of_[i]]; };
+  for (size_t i = 0; i + 1 < steps_.size(); ++i) run_step(i, n, value(steps_[i].x), value(steps_[i].residual), slots[slot_of_[i + 1]], true);
+
+  const size_t i = steps_.size() - 1;
+  const Step& last = steps_[i];
+  const bool plain = last.c == 1 || last.oh * last.ow == 1;
+  const bool direct = plain || (is_convolution(last) && last.residual < 0 && (last.norm == Norm::none || last.norm == Norm::affine));
+  float* const to = direct ? out : slots[slot_of_[i + 1]];
+  run_step(i, n, value(last.x), value(last.residual), to, plain || !direct);
+  if (!direct) transpose(to, n, last.oh * last.ow, last.c, out, parallel_);
+}
+
+void Plan::run_step(size_t i, int64_t n, const float* x, const float* residual, float* out, bool channels_last) const {
+  const Step& s = steps_[i];
+  if (s.kind == Kind::concat) return concat(s, n, x, residual, out, parallel_);
+  const cpu::NormAct op = describe(s, n, channels_last);
+  std::vector<float> stats(static_cast<size_t>(op.batch_stats ? 2 * (op.per_sample ? n * op.sets : op.c) : 0));
+  const cpu::NormActTensors given{op.batch_stats ? stats.data() : value(s.mean), op.batch_stats ? stats.data() + stats.size() / 2 : value(s.var),
+                                  value(s.norm_weight), value(s.norm_bias), residual};
+  if (is_convolution(s)) return packed(i, n).run(op, x, given, out, parallel_);
+  if (op.batch_stats) cpu::norm_act_moments(op, x, const_cast<void*>(given.mean), const_cast<void*>(given.var), parallel_);
+  cpu::norm_act_apply(op, x, given, out, parallel_);
+}
+
+cpu::Algorithm Plan::algorithm(size_t i, int64_t n) const {
+  const int64_t asked = steps_[i].algorithm[n >= kFew];
+  return asked >= 0 ? static_cast<cpu::Algorithm>(asked)
+                    : cpu::choose(geometry(steps_[i]), describe(steps_[i], n >= kFew ? kFew : 1, true));
+}
+
+const cpu::PackedConvolution& Plan::packed(size_t i, int64_t n) const {
+  Convolution& many = convolutions_[2 * i + 1];
+  Convolution& mine = algorithm(i, n) == algorithm(i, kFew) ? many : convolutions_[2 * i];
+  std::call_once(mine.once, [&] {
+    const Step& s = steps_[i];
+    mine.packed = cpu::pack_convolution(geometry(s), s.c, s.kind == Kind::conv_transpose, algorithm(i, n), value(s.weight), value(s.bias), parallel_);
+  });
+  return *mine.packed;
+}
+
+namespace {
+double seconds(int64_t repeats, const std::function<void()>& body) {
+  double best = std::numeric_limits<double>::infinity();
+  for (int64_t i = 0; i < repeats; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    body();
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return best;
+}
+
+// Buffers for one step alone, filled with ordinary numbers.
+struct Example {
+  cpu::Buffer<float> x, residual, out;
+  Example(const Step& s, int64_t n)
+      : x(cpu::aligned<float>(n * s.ic * s.ih * s.iw)), residual(cpu::aligned<float>(n * s.c * s.oh * s.ow)), out(cpu::aligned<float>(n * s.c * s.oh * s.ow)) {
+    for (int64_t i = 0; i < n * s.ic * s.ih * s.iw; ++i) x[i] = static_cast<float>(i % 17) / 17 - 0.5f;
+    std::fill_n(residual.get(), n * s.c * s.oh * s.ow, 0.25f);
+  }
+};
+}  // namespace
+
+std::vector<double> Plan::profile(int64_t n, int64_t repeats) const {
+  n = whole_batch_ ? n : std::min(n, images_at_once_);
+  std::vector<double> found;
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    const Example example(steps_[i], n);
+    found.push_back(seconds(repeats, [&] {
+      run_step(i, n, example.x.get(), steps_[i].residual >= 0 ? example.residual.get() : nullptr, example.out.get(), true);
+    }));
+  }
+  return found;
+}
+
+std::vector<int64_t> Plan::tune(int64_t n) {
+  n = whole_batch_ ? n : std::min(n, images_at_once_);
+  auto tuned = std::make_unique<Convolution[]>(steps_.size() * 2);
+  std::vector<int64_t> chosen;
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    Step& s = steps_[i];
+    chosen.push_back(-1);
+    if (!is_convolution(s)) continue;
+    const Example example(s, n);
+    double best = std::numeric_limits<double>::infinity();
+    for (int64_t a = 0; a <= static_cast<int64_t>(cpu::Algorithm::winograd_4x3); ++a) {
+      const auto candidate = static_cast<cpu::Algorithm>(a);
+      if (!runs(candidate, s)) continue;
+      const auto packed = cpu::pack_convolution(geometry(s), s.c, s.kind == Kind::conv_transpose, candidate, value(s.weight), value(s.bias), parallel_);
+      const cpu::NormAct op = describe(s, n, true);
+      std::vector<float> stats(static_cast<size_t>(2 * n * op.c));
+      const cpu::NormActTensors given{op.batch_stats ? stats.data() : value(s.mean), op.batch_stats ? stats.data() + n * op.c : value(s.var),
+                                      value(s.norm_weight), value(s.norm_bias), nullptr};
+      const auto once = [&] { packed->run(op, example.x.get(), given, example.out.get(), parallel_); };
+      const double first = seconds(1, once), took = std::min(first, seconds(std::clamp<int64_t>(static_cast<int64_t>(0.02 / first), 2, 20), once));
+      if (took < best) best = took, chosen.back() = a;
+    }
+    s.algorithm[n >= kFew] = chosen.back();
+  }
+  convolutions_ = std::move(tuned);
+  return chosen;
+}
+
+}  // namespace fastgen::plan
