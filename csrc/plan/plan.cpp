@@ -12,7 +12,7 @@ namespace fastgen::plan {
 namespace {
 
 constexpr int64_t kFew = 8;                  // from so many images on, a step runs its algorithm for many
-constexpr int64_t kInFlight = (4 << 20) / 4;  // floats: what a step reads and writes should stay in the cache
+constexpr int64_t kInFlight = (16 << 20) / 4; // floats: what a step reads and writes should stay in the cache
 
 bool is_convolution(const Step& step) { return step.kind == Kind::conv || step.kind == Kind::conv_transpose; }
 
