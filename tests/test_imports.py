@@ -25,7 +25,8 @@ LAYERS: dict[str, set[str] | None] = {
     "data": set(),
     "metrics": {"data"},
     "training": {"models", "losses", "data", "metrics"},
-    "inference": {"nn", "ops"},
+    "runtime": {"_build"},
+    "inference": {"nn", "ops", "runtime"},
     "cli": ANYTHING,
 }
 
