@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +102,9 @@ class _Lowering:
             return
         step = self.steps[value - 1] if value > 0 and _is_read_once(x) else None
         if step is None or lies[1:] != (1, 1) or step.norm != "none" or step.residual >= 0 or step.kind != "conv":
-            raise UnsupportedError(f"a view of (N, {', '.join(map(str, x.shape))}) as (N, {', '.join(map(str, node.shape))})")
+            raise UnsupportedError(
+                f"a view of (N, {', '.join(map(str, x.shape))}) as (N, {', '.join(map(str, node.shape))})"
+            )
         # (c, h, w) becomes (h, w, c) in the rows of the linear layer
         rows = np.arange(prod(node_size)).reshape(node_size).transpose(1, 2, 0).reshape(-1)
         assert step.weight is not None
@@ -110,14 +113,14 @@ class _Lowering:
         self.sizes[value] = node_size
 
     def _norm(self, node: Node, x: Node) -> None:
-        options = {name: _array(v) if isinstance(v, Tensor) else v for name, v in node.options.items()}
+        options: dict[str, Any] = {n: _array(v) if isinstance(v, Tensor) else v for n, v in node.options.items()}
         step = self._last(x)
         c = _size(node.shape)[0]
         fits = step is not None and step.kind != "pointwise" and step.norm == "none" and step.residual < 0
         if step is None or not fits or step.output[0] != c:
             return self._step(node, "pointwise", x, **options)
         if options["norm"] == "affine":
-            _fold(step, **{name: options[name] for name in ("mean", "var", "norm_weight", "norm_bias", "eps")})
+            _fold(step, options["mean"], options["var"], options["norm_weight"], options["norm_bias"], options["eps"])
         else:
             for name, value in options.items():
                 setattr(step, name, value)

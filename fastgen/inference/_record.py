@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from fastgen.nn import Sequential
 
 
 class UnsupportedError(Exception):
@@ -56,9 +60,7 @@ def _linear(input, weight, bias=None):
     return "linear", (input,), {"weight": weight, "bias": bias}
 
 
-def _batch_norm(
-    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-):
+def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     given = {"mean": None, "var": None} if training else {"mean": running_mean, "var": running_var}
     norm = "batch" if training else "affine"
     return "norm", (input,), {"norm": norm, **given, "norm_weight": weight, "norm_bias": bias, "eps": eps}
@@ -201,10 +203,7 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         if result.dim() < 2 or result.shape[0] != self.batch:
             raise UnsupportedError(f"{name} that changes the batch")
-        if kind == _SAME:
-            node = nodes[0]
-        else:
-            node = Node(kind, nodes, tuple(result.shape[1:]), options)  # type: ignore[arg-type]
+        node = nodes[0] if kind == _SAME else Node(kind, nodes, tuple(result.shape[1:]), options)  # type: ignore[arg-type]
         assert node is not None
         if old is not None and result is args[0]:  # in place: all that share the value see it
             for key, (tensor, value) in self.known.items():
@@ -216,10 +215,23 @@ class _Recorder(TorchFunctionMode):
         return result
 
 
+@contextlib.contextmanager
+def _unfused(module: nn.Module) -> Iterator[None]:
+    """fastgen's layers call PyTorch's one by one."""
+    fused = [m for m in module.modules() if type(m).forward is Sequential.forward and "forward" not in vars(m)]
+    for m in fused:
+        m.forward = functools.partial(nn.Sequential.forward, m)  # type: ignore[method-assign,arg-type]
+    try:
+        yield
+    finally:
+        for m in fused:
+            del m.forward
+
+
 def record(module: nn.Module, x: Tensor) -> tuple[Node, Node]:
     """(input, output) of module(x), which must be one tensor. Raises UnsupportedError."""
     recorder = _Recorder(x)
-    with torch.no_grad(), recorder:
+    with torch.no_grad(), _unfused(module), recorder:
         result = module(x)
     output = recorder.node(result) if isinstance(result, Tensor) else None
     if output is None:

@@ -98,7 +98,7 @@ class Engine:
         if not _why_not(example, module):
             parts: list[Part] = []
             planned = clone(module, share=False)
-            _plan_parts(planned, "", _inputs(planned, example), parts)
+            _plan_within(planned, "", _inputs(planned, example), parts)
             if any(part.runs == "plan" for part in parts):
                 try:
                     self.error = _compare(planned, module, example)
@@ -149,7 +149,9 @@ class Engine:
         return engine
 
     def __repr__(self) -> str:
-        return f"Engine(precision={self.precision!r}, error={self.error:.1e}, parts=[{', '.join(map(str, self.parts))}])"
+        return (
+            f"Engine(precision={self.precision!r}, error={self.error:.1e}, parts=[{', '.join(map(str, self.parts))}])"
+        )
 
 
 class _Planned(nn.Module):
@@ -219,13 +221,17 @@ def _compare(call: Callable[[Tensor], Tensor], module: nn.Module, example: Tenso
         for x in (example, torch.cat([example, example.flip(-1) if example.dim() == 4 else -example])):
             expected, found = module(x), call(x)
             if found.shape != expected.shape:
-                raise UnsupportedError(f"the plan gives {tuple(found.shape)} where the module gives {tuple(expected.shape)}")
+                raise UnsupportedError(
+                    f"the plan gives {tuple(found.shape)} where the module gives {tuple(expected.shape)}"
+                )
             scale = expected.abs().max().clamp_min(1e-6) if expected.numel() else torch.ones(())
-            worst = max(worst, float(((found - expected).abs().max() / scale)) if expected.numel() else 0.0)
+            worst = max(worst, float((found - expected).abs().max() / scale) if expected.numel() else 0.0)
             if not torch.equal(found.isfinite(), expected.isfinite()):
                 raise UnsupportedError("the plan's output has other non-finite entries than the module's")
             if worst > 1e-3:
-                raise UnsupportedError(f"the plan's output differs from the module's by {worst:.1e} of its largest entry")
+                raise UnsupportedError(
+                    f"the plan's output differs from the module's by {worst:.1e} of its largest entry"
+                )
     return worst
 
 
@@ -235,7 +241,9 @@ def _inputs(model: nn.Module, example: Tensor) -> dict[nn.Module, Tensor]:
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         fits = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
-        same = module not in found or (isinstance(found[module], Tensor) and fits and found[module].shape == args[0].shape)
+        same = module not in found or (
+            isinstance(found[module], Tensor) and fits and found[module].shape == args[0].shape
+        )
         found[module] = args[0].clone() if fits and same else None
 
     hooks = [module.register_forward_pre_hook(see, with_kwargs=True) for module in model.modules()]
@@ -248,8 +256,10 @@ def _inputs(model: nn.Module, example: Tensor) -> dict[nn.Module, Tensor]:
     return {module: x for module, x in found.items() if x is not None}
 
 
-def _plan_parts(parent: nn.Module, prefix: str, inputs: dict[nn.Module, Tensor], parts: list[Part]) -> None:
+def _plan_within(parent: nn.Module, prefix: str, inputs: dict[nn.Module, Tensor], parts: list[Part]) -> None:
     """Puts plans in the place of the largest submodules that plans can compute."""
+    if _plan.is_sequential(parent) and parent in inputs:
+        return _plan_runs(cast(nn.Sequential, parent), prefix, inputs, parts)
     for name, child in list(parent.named_children()):
         full = f"{prefix}{name}"
         if not any(isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) for module in child.modules()):
@@ -259,10 +269,8 @@ def _plan_parts(parent: nn.Module, prefix: str, inputs: dict[nn.Module, Tensor],
                 raise UnsupportedError("it is not called with one tensor")
             plan = _make_plan(child, inputs[child])
         except (UnsupportedError, FastgenError) as error:
-            if _plan.is_sequential(child) and child in inputs:
-                _plan_runs(cast(nn.Sequential, child), f"{full}.", inputs, parts)
-            elif any(True for _ in child.children()):
-                _plan_parts(child, f"{full}.", inputs, parts)
+            if next(child.children(), None) is not None:
+                _plan_within(child, f"{full}.", inputs, parts)
             else:
                 parts.append(Part(full, "PyTorch", str(error)))
             continue
@@ -288,13 +296,17 @@ def _plan_runs(sequential: nn.Sequential, prefix: str, inputs: dict[nn.Module, T
             sequential._modules[names[at]] = _Planned(plan)
             for name in names[at + 1 : end]:
                 sequential._modules[name] = nn.Identity()
-            parts.append(Part(f"{prefix}{names[at]}" + (f" to {prefix}{names[end - 1]}" if end > at + 1 else ""), "plan"))
+            parts.append(
+                Part(f"{prefix}{names[at]}" + (f" to {prefix}{names[end - 1]}" if end > at + 1 else ""), "plan")
+            )
             at = end
             break
         else:
             module = cast(nn.Module, sequential._modules[names[at]])
             before = len(parts)
-            _plan_parts(module, f"{prefix}{names[at]}.", inputs, parts)
+            _plan_within(module, f"{prefix}{names[at]}.", inputs, parts)
             if len(parts) == before:
-                parts.append(Part(f"{prefix}{names[at]}", "PyTorch", reason if module in inputs else "it is not called"))
+                parts.append(
+                    Part(f"{prefix}{names[at]}", "PyTorch", reason if module in inputs else "it is not called")
+                )
             at += 1

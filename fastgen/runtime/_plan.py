@@ -85,5 +85,3 @@ class Plan:
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:1] if shape[1:] == (1, 1) else shape
-
-
