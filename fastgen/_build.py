@@ -102,7 +102,8 @@ def load_runtime(build: bool = False) -> ModuleType:
     global _runtime
     with _lock:
         if _runtime is None:
-            made = sorted(PACKAGE.glob(f"_runtime_{runtime_digest()}*.so")) if runtime_sources() else []
+            names = [f"_runtime_{runtime_digest()}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+            made = [PACKAGE / name for name in names if (PACKAGE / name).is_file()]
             path = made[0] if made else _compile(_runtime_key(), _compile_runtime_into, asked=build)
             loader = importlib.machinery.ExtensionFileLoader("fastgen._runtime", str(path))
             spec = importlib.util.spec_from_file_location("fastgen._runtime", path, loader=loader)
