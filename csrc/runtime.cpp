@@ -25,13 +25,15 @@ void run(const Plan& plan, int64_t n, uintptr_t in, uintptr_t out) {
 }  // namespace
 
 PYBIND11_MODULE(_runtime, m) {
-  m.def("read", [](const std::string& path) { return py::bytes(Plan::read(path)); });
   m.def("thread_count", fastgen::plan::thread_count);
   py::class_<Plan>(m, "Plan")
       .def(py::init([](const py::bytes& bytes, int threads) {
         const std::string_view view = bytes;
-        return std::make_unique<Plan>(view.data(), view.size(), threads);
+        fastgen::plan::File file{fastgen::cpu::aligned<char>(static_cast<int64_t>(view.size())), view.size()};
+        std::copy(view.begin(), view.end(), file.bytes.get());
+        return std::make_unique<Plan>(std::move(file), threads);
       }))
+      .def_static("load", [](const std::string& path, int threads) { return std::make_unique<Plan>(fastgen::plan::File::read(path), threads); })
       .def("run", run)
       .def("tune", &Plan::tune, py::call_guard<py::gil_scoped_release>())
       .def("profile", &Plan::profile, py::call_guard<py::gil_scoped_release>())

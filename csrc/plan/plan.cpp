@@ -43,7 +43,7 @@ void concat(const Step& s, int64_t n, const float* x, const float* y, float* out
 
 }  // namespace
 
-std::string Plan::read(const std::string& path) {
+File File::read(const std::string& path) {
   std::ifstream file(path, std::ios::binary | std::ios::ate);
   if (!file) throw std::runtime_error("it cannot be opened");
   const auto size = static_cast<int64_t>(file.tellg());
@@ -51,17 +51,17 @@ std::string Plan::read(const std::string& path) {
   char start[sizeof(Header)] = {};
   file.read(start, static_cast<std::streamsize>(std::min<int64_t>(size, sizeof(start))));
   check_header(start, static_cast<size_t>(std::max<int64_t>(size, 0)));
-  std::string bytes(static_cast<size_t>(size), '\0');
+  File whole{cpu::aligned<char>(size), static_cast<size_t>(size)};
   file.seekg(0);
-  if (!file.read(bytes.data(), size)) throw std::runtime_error("it cannot be read to its end");
-  return bytes;
+  if (!file.read(whole.bytes.get(), size)) throw std::runtime_error("it cannot be read to its end");
+  return whole;
 }
 
-Plan::Plan(const char* bytes, size_t size, int threads)
-    : steps_(check_file(bytes, size)), threads_(threads > 0 ? std::min(threads, thread_count()) : thread_count()) {
-  memcpy(&header_, bytes, sizeof(header_));
-  values_ = cpu::aligned<float>(header_.values);
-  memcpy(values_.get(), bytes + size - header_.values * sizeof(float), header_.values * sizeof(float));
+Plan::Plan(File file, int threads)
+    : file_(std::move(file)), steps_(check_file(file_.bytes.get(), file_.size)),
+      threads_(threads > 0 ? std::min(threads, thread_count()) : thread_count()) {
+  memcpy(&header_, file_.bytes.get(), sizeof(header_));
+  values_ = reinterpret_cast<const float*>(file_.bytes.get() + file_.size) - header_.values;
   convolutions_ = std::make_unique<Convolution[]>(steps_.size() * 2);
   parallel_ = [this](int64_t count, const std::function<void(int64_t, int64_t)>& body) { run_parallel(threads_, count, body); };
   place_values();

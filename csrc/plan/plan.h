@@ -39,12 +39,18 @@ struct Step {
   double eps, negative_slope;
 };
 
+// The bytes of a file.
+struct File {
+  cpu::Buffer<char> bytes;
+  size_t size;
+
+  static File read(const std::string& path);  // checks the header first
+};
+
 class Plan {
  public:
-  // The bytes of a file. Throws std::runtime_error unless all in it is consistent; nothing is allocated before that.
-  Plan(const char* bytes, size_t size, int threads);
-
-  static std::string read(const std::string& path);  // checks the header first
+  // Throws std::runtime_error unless all in the file is consistent; nothing is allocated before that.
+  Plan(File file, int threads);
 
   // in (n, c, h, w) and out, both contiguous. Several threads may call it.
   void run(int64_t n, const float* in, float* out) const;
@@ -70,9 +76,10 @@ class Plan {
     std::unique_ptr<cpu::PackedConvolution> packed;
   };
 
-  Header header_;
+  File file_;
   std::vector<Step> steps_;
-  cpu::Buffer<float> values_;
+  Header header_;
+  const float* values_;  // in the file
   std::vector<int64_t> slot_of_, slot_sizes_;  // where each value lies; floats an image
   int64_t images_at_once_;
   bool whole_batch_ = false;  // a norm looks at all images
@@ -89,7 +96,7 @@ class Plan {
   void run_step(size_t i, int64_t n, const float* x, const float* residual, float* out, bool channels_last) const;
   cpu::Algorithm algorithm(size_t i, int64_t n) const;
   const cpu::PackedConvolution& packed(size_t i, int64_t n) const;
-  const float* value(int64_t offset) const { return offset < 0 ? nullptr : values_.get() + offset; }
+  const float* value(int64_t offset) const { return offset < 0 ? nullptr : values_ + offset; }
 };
 
 }  // namespace fastgen::plan

@@ -87,7 +87,7 @@ class Engine:
         reason = _why_not(example, module)
         if not reason:
             try:
-                self.plan = _make_plan(module, example)
+                self.plan, self._data = _make_plan(module, example)
                 self.error = _compare(self._call_plan, module, example)
                 self.parts, self._module = (Part("", "plan"),), None
                 return
@@ -133,7 +133,7 @@ class Engine:
         with naming(path):
             try:
                 with open(partial, "wb") as file:
-                    file.write(self.plan.data)
+                    file.write(self._data)
                 os.replace(partial, path)
             except BaseException:
                 if os.path.exists(partial):
@@ -145,6 +145,8 @@ class Engine:
         """The engine that was saved. Raises OSError and fastgen.runtime.PlanError."""
         engine = cls.__new__(cls)
         engine.plan = Plan.load(path, threads=torch.get_num_threads())
+        with open(path, "rb") as file:
+            engine._data = file.read()
         engine.precision, engine.error, engine.parts, engine._module = "fp32", 0.0, (Part("", "plan"),), None
         return engine
 
@@ -204,14 +206,16 @@ def _why_not(example: Tensor, module: nn.Module) -> str:
     return ""
 
 
-def _make_plan(module: nn.Module, x: Tensor) -> Plan:
+def _make_plan(module: nn.Module, x: Tensor) -> tuple[Plan, bytes]:
+    """The plan of module(x), and the file of it."""
     steps, input_shape, output_shape = lower(module, x)
     threads = torch.get_num_threads()
     plan = Plan(encode(steps, input_shape, output_shape), threads=threads)
     few, many = plan.tune(_FEW), plan.tune(_MANY)
     for step, *algorithm in zip(steps, few, many, strict=True):
         step.algorithm = algorithm
-    return Plan(encode(steps, input_shape, output_shape), threads=threads)
+    data = encode(steps, input_shape, output_shape)
+    return Plan(data, threads=threads), data
 
 
 def _compare(call: Callable[[Tensor], Tensor], module: nn.Module, example: Tensor) -> float:
@@ -267,7 +271,7 @@ def _plan_within(parent: nn.Module, prefix: str, inputs: dict[nn.Module, Tensor]
         try:
             if child not in inputs:
                 raise UnsupportedError("it is not called with one tensor")
-            plan = _make_plan(child, inputs[child])
+            plan, _ = _make_plan(child, inputs[child])
         except (UnsupportedError, FastgenError) as error:
             if next(child.children(), None) is not None:
                 _plan_within(child, f"{full}.", inputs, parts)
@@ -289,7 +293,7 @@ def _plan_runs(sequential: nn.Sequential, prefix: str, inputs: dict[nn.Module, T
             if first not in inputs or not all(_modules.is_plain(cast(nn.Module, m)) for m in members):
                 continue
             try:
-                plan = _make_plan(nn.Sequential(*cast(list[nn.Module], members)), inputs[first])
+                plan, _ = _make_plan(nn.Sequential(*cast(list[nn.Module], members)), inputs[first])
             except (UnsupportedError, FastgenError) as error:
                 reason = str(error)
                 continue

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 
@@ -24,27 +25,28 @@ class Plan:
     """
 
     def __init__(self, data: bytes, *, threads: int | None = None) -> None:
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
-            raise ValueError(f"threads must be a positive integer or None, got {threads!r}")
-        native = _build.load_runtime()
         try:
-            self._plan = native.Plan(bytes(data), threads or 0)
+            self._open(_build.load_runtime().Plan(bytes(data), _checked(threads)))
         except RuntimeError as error:
             raise PlanError(f"the plan cannot be used: {error}") from None
-        self.data = data
-        self.input_shape: tuple[int, ...] = self._plan.input_shape
-        self.output_shape: tuple[int, ...] = self._plan.output_shape
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, threads: int | None = None) -> Plan:
-        """The plan of a file. Raises FileNotFoundError, and what Plan() raises with the path in front."""
-        with open(path, "rb"):  # OSError says why not
+        """The plan of a file. Raises OSError, and what Plan() raises with the path in front."""
+        with open(path, "rb"):  # says why it cannot be opened
             pass
         native = _build.load_runtime()
+        plan = cls.__new__(cls)
         try:
-            return cls(native.read(os.fspath(path)), threads=threads)
-        except (RuntimeError, MemoryError) as error:
+            plan._open(native.Plan.load(os.fspath(path), _checked(threads)))
+        except RuntimeError as error:
             raise PlanError(f"{os.fspath(path)}: {error}") from None
+        return plan
+
+    def _open(self, plan: Any) -> None:
+        self._plan = plan
+        self.input_shape: tuple[int, ...] = plan.input_shape
+        self.output_shape: tuple[int, ...] = plan.output_shape
 
     @property
     def threads(self) -> int:
@@ -81,6 +83,12 @@ class Plan:
     def profile(self, n: int = 1, repeats: int = 20) -> list[float]:
         """The least seconds that each step takes alone for `n` images."""
         return self._plan.profile(n, repeats)
+
+
+def _checked(threads: int | None) -> int:
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads must be a positive integer or None, got {threads!r}")
+    return threads or 0
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
