@@ -28,13 +28,19 @@ struct ConvolutionTensors {
 
 // Winograd's algorithms have tiles of m x m outputs of r x r taps. `rows`, for few output channels: the taps of a row of the
 // kernel are output channels of one matrix product, and their sums the output.
-enum class Algorithm { direct, rows, winograd_4x2, winograd_4x3 };
+// direct_bf16 and rows_bf16, for bfloat16 alone, multiply pairs of channels by one instruction that not all processors have.
+enum class Algorithm { direct, rows, winograd_4x2, winograd_4x3, direct_bf16, rows_bf16 };
+constexpr int64_t kAlgorithms = 6;
 
 // The algorithms that can compute a convolution to `c` channels; direct is always one.
 inline bool can_run(Algorithm algorithm, const Convolution& conv, int64_t c) {
   const bool plain = conv.kh == conv.kw && conv.stride[0] == conv.stride[1] && conv.groups == 1 && conv.dilation[0] == 1 && conv.dilation[1] == 1;
   switch (algorithm) {
     case Algorithm::direct: return true;
+    case Algorithm::direct_bf16: return conv.ic / conv.groups % 2 == 0;
+    case Algorithm::rows_bf16:
+      if (conv.ic % 2) return false;
+      [[fallthrough]];
     case Algorithm::rows: return conv.groups == 1 && c <= 4;
     case Algorithm::winograd_4x2: return plain && conv.kh == 4 && conv.stride[0] == 2;
     case Algorithm::winograd_4x3: return plain && conv.kh == 3 && conv.stride[0] == 1;
@@ -61,19 +67,22 @@ inline bool transforms_in_bands(const Convolution& conv, int64_t c) {
   return conv.kh == 4 && conv.ic * c * 100 * int64_t(sizeof(float)) > (8 << 20);
 }
 
+// Whether this processor has what the algorithms for bfloat16 need.
+bool can_dot_bf16();
+
 // mean and var of `given` are written when op.batch_stats, else read.
 void conv2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors, const NormActTensors& given,
                      const ParallelFor& parallel);
 void conv_transpose2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors,
                                const NormActTensors& given, const ParallelFor& parallel);
 
-// A float convolution whose weights (and bias, or null) are packed once, for any number of images.
+// A convolution of float32 or bfloat16 whose weights (and bias, or null) are packed once, for any number of images.
 class PackedConvolution {
  public:
   virtual ~PackedConvolution() = default;
-  // op: float, its sizes those of the convolution. pre, where the sum before an instance, group or batch norm of the images goes, is
-  // used when op.batch_stats, and mean and var of `given` are written then.
-  virtual void run(const NormAct& op, const float* x, const NormActTensors& given, float* out, const ParallelFor& parallel) const = 0;
+  // x (n, ih, iw, ic) and out of op.dtype, bfloat16 if the algorithm asks for it. mean and var of `given` are written when
+  // op.batch_stats.
+  virtual void run(const NormAct& op, const void* x, const NormActTensors& given, void* out, const ParallelFor& parallel) const = 0;
 };
 std::unique_ptr<PackedConvolution> pack_convolution(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm,
                                                     const float* weight, const float* bias, const ParallelFor& parallel);

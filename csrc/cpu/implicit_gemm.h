@@ -188,8 +188,9 @@ Packed<Acc<T>, vectors> pack(const Convolution& conv, int64_t c, bool transposed
   return {Direct{std::move(rows), std::move(columns)}, pack_weights(conv, c, width, transposed, weight, parallel)};
 }
 
-// The work of one call, over blocks of `vectors` vectors of output channels.
-template <class T, int vectors>
+// The work of one call, over blocks of `vectors` vectors of output channels. dot: a float of x and of the weights is a pair of
+// bfloat16, and counts as one channel.
+template <class T, int vectors, bool dot = false>
 struct Call {
   using A = Acc<T>;
   static constexpr int64_t width = vectors * Vector<A>::size;
@@ -281,7 +282,7 @@ struct Call {
               weights[taps++] = packed + (kh * plan.blocks(width) + block) * conv.ic * width;
             }
             for (int64_t p = 0; p < height; ++p) to[p] = t + (iw + p) * columns + block * width;
-            kTiles<A, vectors>[height - 1](sources, weights, taps, conv.ic, to);
+            kTiles<A, vectors, dot>[height - 1](sources, weights, taps, conv.ic, to);
           }
         for (int64_t channel = 0; channel < op.c; ++channel) {
           A* const line = z + channel * conv.ow;
@@ -346,10 +347,10 @@ struct Call {
           }
           to[filled] = band + (((image - first_image) * (last_row - first_row) + oh - first_row) * conv.ow + ow) * width;
           if (++filled < kPixels) continue;
-          tile<A, vectors, kPixels>(sources, weights, taps, depth, to);
+          kTiles<A, vectors, dot>[kPixels - 1](sources, weights, taps, depth, to);
           filled = 0;
         }
-    if (filled) kTiles<A, vectors>[filled - 1](sources, weights, taps, depth, to);
+    if (filled) kTiles<A, vectors, dot>[filled - 1](sources, weights, taps, depth, to);
   }
 
   // Bias, statistics or normalisation + activation, and the store, for one block of channels of some rows of one image.
@@ -400,7 +401,7 @@ struct Call {
 };
 
 // The convolution by packed weights, with what follows it.
-template <class T, int vectors>
+template <class T, int vectors, bool dot = false>
 void run_packed(const Packed<Acc<T>, vectors>& how, const Convolution& conv, const NormAct& op, const Acc<T>* pixels, const Acc<T>* bias,
                 const NormActTensors& given, T* pre, T* out, const ParallelFor& parallel) {
   using A = Acc<T>;
@@ -408,7 +409,7 @@ void run_packed(const Packed<Acc<T>, vectors>& how, const Convolution& conv, con
   T* const sum = later && !pre ? out : pre;
   std::vector<Moments<double>> parts;
   const auto affine = op.normalize && !later ? std::make_unique<Affine<A>>(op, given) : nullptr;
-  Call<T, vectors> call{conv, op, pixels, how.weights.get(), bias, affine.get(), later ? nullptr : static_cast<const T*>(given.residual), sum,
+  Call<T, vectors, dot> call{conv, op, pixels, how.weights.get(), bias, affine.get(), later ? nullptr : static_cast<const T*>(given.residual), sum,
                         later ? nullptr : out, later ? &parts : nullptr, 0, 0};
   std::visit([&](const auto& algorithm) { call.run(algorithm, parallel); }, how.how);
   if (!later) return;

@@ -46,6 +46,7 @@ int64_t elements(int64_t c, int64_t h, int64_t w) {
 }
 
 void check_ends(const Header& header) {
+  check(within(header.bfloat16, 0, 1), "the plan has an unknown precision");
   for (const auto& [rank, size] : {std::pair{header.input_rank, header.input}, std::pair{header.output_rank, header.output}}) {
     check((rank == 3 || (rank == 1 && size[1] == 1 && size[2] == 1)) && elements(size[0], size[1], size[2]),
           "the plan's input or output has an impossible size");
@@ -69,7 +70,8 @@ bool convolution_fits(const Step& s) {
   return true;
 }
 
-void check_step(const Step& s, int64_t at, const std::vector<int64_t>& sizes, int64_t values) {
+void check_step(const Step& s, int64_t at, const std::vector<int64_t>& sizes, const Header& header) {
+  const int64_t values = header.values;
   const std::string name = "step " + std::to_string(at) + " of the plan ";
   const int64_t in = elements(s.ic, s.ih, s.iw), out = elements(s.c, s.oh, s.ow);
   check(within(static_cast<int64_t>(s.kind), 0, static_cast<int64_t>(Kind::concat)), name + "is of an unknown kind");
@@ -99,8 +101,8 @@ void check_step(const Step& s, int64_t at, const std::vector<int64_t>& sizes, in
   there(s.weight, weights, true);
   there(s.bias, s.c, false);
   for (const int64_t algorithm : s.algorithm) {
-    const bool known = within(algorithm, -1, static_cast<int64_t>(cpu::Algorithm::winograd_4x3));
-    check(known && (algorithm < 0 || runs(static_cast<cpu::Algorithm>(algorithm), s)), name + "asks for an algorithm that cannot run");
+    const bool known = within(algorithm, -1, cpu::kAlgorithms - 1);
+    check(known && (algorithm < 0 || runs(static_cast<cpu::Algorithm>(algorithm), s, header.bfloat16)), name + "asks for an algorithm that cannot run");
   }
 }
 
@@ -130,7 +132,7 @@ std::vector<Step> check_file(const char* bytes, size_t size) {
   memcpy(steps.data(), bytes + sizeof(Header), steps.size() * sizeof(Step));
   std::vector<int64_t> sizes{elements(header.input[0], header.input[1], header.input[2])};
   for (const Step& step : steps) {
-    check_step(step, static_cast<int64_t>(sizes.size()) - 1, sizes, header.values);
+    check_step(step, static_cast<int64_t>(sizes.size()) - 1, sizes, header);
     sizes.push_back(elements(step.c, step.oh, step.ow));
   }
   const Step& last = steps.back();
@@ -139,9 +141,12 @@ std::vector<Step> check_file(const char* bytes, size_t size) {
   return steps;
 }
 
-bool runs(cpu::Algorithm algorithm, const Step& step) {
+bool runs(cpu::Algorithm algorithm, const Step& step, bool bfloat16) {
+  using cpu::Algorithm;
   const bool statistics = step.norm != Norm::none && step.norm != Norm::affine;
-  return cpu::can_run(algorithm, geometry(step), step.c) && !(algorithm == cpu::Algorithm::rows && statistics);
+  if (statistics && (algorithm == Algorithm::rows || algorithm == Algorithm::rows_bf16)) return false;
+  if (!bfloat16 && (algorithm == Algorithm::direct_bf16 || algorithm == Algorithm::rows_bf16)) return false;
+  return cpu::can_run(algorithm, geometry(step), step.c);
 }
 
 cpu::Convolution geometry(const Step& s) {
@@ -169,9 +174,9 @@ cpu::Convolution geometry(const Step& s) {
   return conv;
 }
 
-cpu::NormAct describe(const Step& s, int64_t n, bool channels_last) {
+cpu::NormAct describe(const Step& s, cpu::DType dtype, int64_t n, bool channels_last) {
   cpu::NormAct op{};
-  op.dtype = cpu::DType::float32;
+  op.dtype = dtype;
   op.n = n;
   op.c = s.c;
   op.s = s.oh * s.ow;

@@ -11,10 +11,10 @@ Header check_header(const char* bytes, size_t size);
 // The whole file; returns its steps.
 std::vector<Step> check_file(const char* bytes, size_t size);
 
-// Whether the algorithm can compute the step.
-bool runs(cpu::Algorithm algorithm, const Step& step);
+// Whether the algorithm can compute the step, on some processor.
+bool runs(cpu::Algorithm algorithm, const Step& step, bool bfloat16);
 
 cpu::Convolution geometry(const Step& step);
-cpu::NormAct describe(const Step& step, int64_t n, bool channels_last);
+cpu::NormAct describe(const Step& step, cpu::DType dtype, int64_t n, bool channels_last);
 
 }  // namespace fastgen::plan

@@ -19,24 +19,26 @@ bool is_convolution(const Step& step) { return step.kind == Kind::conv || step.k
 int64_t elements(const int64_t* size) { return size[0] * size[1] * size[2]; }
 
 // to (n, columns, rows) = from (n, rows, columns)
-void transpose(const float* from, int64_t n, int64_t rows, int64_t columns, float* to, const cpu::ParallelFor& parallel) {
+template <class From, class To>
+void transpose(const From* from, int64_t n, int64_t rows, int64_t columns, To* to, const cpu::ParallelFor& parallel) {
   constexpr int64_t block = 16;
   const int64_t blocks = cpu::ceil_div(rows, block);
   parallel(n * blocks, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t base = item / blocks * rows * columns, first = item % blocks * block, last = std::min(rows, first + block);
       for (int64_t column = 0; column < columns; ++column)
-        for (int64_t row = first; row < last; ++row) to[base + column * rows + row] = from[base + row * columns + column];
+        for (int64_t row = first; row < last; ++row) cpu::store(to + base + column * rows + row, cpu::load(from + base + row * columns + column));
     }
   });
 }
 
-void concat(const Step& s, int64_t n, const float* x, const float* y, float* out, const cpu::ParallelFor& parallel) {
-  const int64_t rest = s.c - s.ic;
+void concat(const Step& s, int64_t n, int64_t element, const void* x, const void* y, void* out, const cpu::ParallelFor& parallel) {
+  const size_t first = static_cast<size_t>(s.ic * element), second = static_cast<size_t>((s.c - s.ic) * element);
   parallel(n * s.oh, [&](int64_t begin, int64_t end) {
     for (int64_t pixel = begin * s.ow; pixel < end * s.ow; ++pixel) {
-      std::copy_n(x + pixel * s.ic, s.ic, out + pixel * s.c);
-      std::copy_n(y + pixel * rest, rest, out + pixel * s.c + s.ic);
+      char* const to = static_cast<char*>(out) + pixel * (first + second);
+      memcpy(to, static_cast<const char*>(x) + pixel * first, first);
+      memcpy(to + first, static_cast<const char*>(y) + pixel * second, second);
     }
   });
 }
@@ -62,6 +64,9 @@ Plan::Plan(File file, int threads)
       threads_(threads > 0 ? std::min(threads, thread_count()) : thread_count()) {
   memcpy(&header_, file_.bytes.get(), sizeof(header_));
   values_ = reinterpret_cast<const float*>(file_.bytes.get() + file_.size) - header_.values;
+  const bool bfloat16 = header_.bfloat16 && cpu::can_dot_bf16();
+  dtype_ = bfloat16 ? cpu::DType::bfloat16 : cpu::DType::float32;
+  element_ = bfloat16 ? 2 : 4;
   convolutions_ = std::make_unique<Convolution[]>(steps_.size() * 2);
   parallel_ = [this](int64_t count, const std::function<void(int64_t, int64_t)>& body) { run_parallel(threads_, count, body); };
   place_values();
@@ -114,10 +119,10 @@ std::unique_ptr<Plan::Workspace> Plan::lease(int64_t images) const {
   }
   if (!workspace) workspace = std::make_unique<Workspace>();
   int64_t size = 0;
-  for (const int64_t slot : slot_sizes_) size += cpu::ceil_div(slot * images, 16) * 16;
+  for (size_t slot = 0; slot < slot_sizes_.size(); ++slot) size += slot_bytes(static_cast<int64_t>(slot), images);
   if (workspace->size < size) {
     workspace->size = 0;
-    workspace->memory = cpu::aligned<float>(size);
+    workspace->memory = cpu::aligned<char>(size);
     workspace->size = size;
   }
   return workspace;
@@ -137,43 +142,61 @@ void Plan::run(int64_t n, const float* in, float* out) const {
 }
 
 void Plan::run_images(int64_t n, const float* in, float* out, Workspace& workspace) const {
-  std::vector<float*> slots;
-  float* next = workspace.memory.get();
-  for (const int64_t size : slot_sizes_) {
+  std::vector<void*> slots;
+  char* next = workspace.memory.get();
+  for (size_t slot = 0; slot < slot_sizes_.size(); ++slot) {
     slots.push_back(next);
-    next += cpu::ceil_div(size * n, 16) * 16;
+    next += slot_bytes(static_cast<int64_t>(slot), n);
   }
   const int64_t* size = header_.input;
-  const bool as_is = size[0] == 1 || size[1] * size[2] == 1;
-  if (!as_is) transpose(in, n, size[0], size[1] * size[2], slots[slot_of_[0]], parallel_);
-  const auto value = [&](int64_t i) { return i < 0 ? nullptr : i == 0 && as_is ? in : slots[slot_of_[i]]; };
+  const bool float32 = dtype_ == cpu::DType::float32, as_is = float32 && (size[0] == 1 || size[1] * size[2] == 1);
+  void* const start = slots[slot_of_[0]];
+  if (!float32)
+    transpose(in, n, size[0], size[1] * size[2], static_cast<cpu::BFloat16*>(start), parallel_);
+  else if (!as_is)
+    transpose(in, n, size[0], size[1] * size[2], static_cast<float*>(start), parallel_);
+  const auto value = [&](int64_t i) -> const void* { return i < 0 ? nullptr : i == 0 && as_is ? in : slots[slot_of_[i]]; };
   for (size_t i = 0; i + 1 < steps_.size(); ++i) run_step(i, n, value(steps_[i].x), value(steps_[i].residual), slots[slot_of_[i + 1]], true);
 
   const size_t i = steps_.size() - 1;
   const Step& last = steps_[i];
   const bool plain = last.c == 1 || last.oh * last.ow == 1;
-  const bool direct = plain || (is_convolution(last) && last.residual < 0 && (last.norm == Norm::none || last.norm == Norm::affine));
-  float* const to = direct ? out : slots[slot_of_[i + 1]];
+  const bool can_transpose = is_convolution(last) && last.residual < 0 && (last.norm == Norm::none || last.norm == Norm::affine);
+  const bool direct = float32 && (plain || can_transpose);
+  void* const to = direct ? out : slots[slot_of_[i + 1]];
   run_step(i, n, value(last.x), value(last.residual), to, plain || !direct);
-  if (!direct) transpose(to, n, last.oh * last.ow, last.c, out, parallel_);
+  if (direct) return;
+  if (float32)
+    transpose(static_cast<const float*>(to), n, last.oh * last.ow, last.c, out, parallel_);
+  else
+    transpose(static_cast<const cpu::BFloat16*>(to), n, last.oh * last.ow, last.c, out, parallel_);
 }
 
-void Plan::run_step(size_t i, int64_t n, const float* x, const float* residual, float* out, bool channels_last) const {
+void Plan::run_step(size_t i, int64_t n, const void* x, const void* residual, void* out, bool channels_last) const {
   const Step& s = steps_[i];
-  if (s.kind == Kind::concat) return concat(s, n, x, residual, out, parallel_);
-  const cpu::NormAct op = describe(s, n, channels_last);
+  if (s.kind == Kind::concat) return concat(s, n, element_, x, residual, out, parallel_);
+  run_with(is_convolution(s) ? &packed(i, n) : nullptr, s, n, x, residual, out, channels_last);
+}
+
+void Plan::run_with(const cpu::PackedConvolution* convolution, const Step& s, int64_t n, const void* x, const void* residual, void* out,
+                    bool channels_last) const {
+  const cpu::NormAct op = describe(s, dtype_, n, channels_last);
   std::vector<float> stats(static_cast<size_t>(op.batch_stats ? 2 * (op.per_sample ? n * op.sets : op.c) : 0));
   const cpu::NormActTensors given{op.batch_stats ? stats.data() : value(s.mean), op.batch_stats ? stats.data() + stats.size() / 2 : value(s.var),
                                   value(s.norm_weight), value(s.norm_bias), residual};
-  if (is_convolution(s)) return packed(i, n).run(op, x, given, out, parallel_);
+  if (convolution) return convolution->run(op, x, given, out, parallel_);
   if (op.batch_stats) cpu::norm_act_moments(op, x, const_cast<void*>(given.mean), const_cast<void*>(given.var), parallel_);
   cpu::norm_act_apply(op, x, given, out, parallel_);
 }
 
 cpu::Algorithm Plan::algorithm(size_t i, int64_t n) const {
-  const int64_t asked = steps_[i].algorithm[n >= kFew];
-  return asked >= 0 ? static_cast<cpu::Algorithm>(asked)
-                    : cpu::choose(geometry(steps_[i]), describe(steps_[i], n >= kFew ? kFew : 1, true));
+  const Step& s = steps_[i];
+  const int64_t asked = s.algorithm[n >= kFew];
+  const bool bfloat16 = dtype_ == cpu::DType::bfloat16;
+  if (asked >= 0 && runs(static_cast<cpu::Algorithm>(asked), s, bfloat16)) return static_cast<cpu::Algorithm>(asked);
+  for (const auto pairs : {cpu::Algorithm::rows_bf16, cpu::Algorithm::direct_bf16})
+    if (runs(pairs, s, bfloat16)) return pairs;
+  return cpu::choose(geometry(s), describe(s, dtype_, n >= kFew ? kFew : 1, true));
 }
 
 const cpu::PackedConvolution& Plan::packed(size_t i, int64_t n) const {
@@ -197,13 +220,16 @@ double seconds(int64_t repeats, const std::function<void()>& body) {
   return best;
 }
 
-// Buffers for one step alone, filled with ordinary numbers.
+// Buffers for one step alone, filled with zeros, which take as long as other numbers.
 struct Example {
-  cpu::Buffer<float> x, residual, out;
-  Example(const Step& s, int64_t n)
-      : x(cpu::aligned<float>(n * s.ic * s.ih * s.iw)), residual(cpu::aligned<float>(n * s.c * s.oh * s.ow)), out(cpu::aligned<float>(n * s.c * s.oh * s.ow)) {
-    for (int64_t i = 0; i < n * s.ic * s.ih * s.iw; ++i) x[i] = static_cast<float>(i % 17) / 17 - 0.5f;
-    std::fill_n(residual.get(), n * s.c * s.oh * s.ow, 0.25f);
+  cpu::Buffer<char> x, residual, out;
+  Example(const Step& s, int64_t element, int64_t n)
+      : x(zeros(n * s.ic * s.ih * s.iw * element)), residual(zeros(n * s.c * s.oh * s.ow * element)), out(zeros(n * s.c * s.oh * s.ow * element)) {}
+
+  static cpu::Buffer<char> zeros(int64_t bytes) {
+    auto made = cpu::aligned<char>(bytes);
+    std::fill_n(made.get(), bytes, 0);
+    return made;
   }
 };
 }  // namespace
@@ -212,7 +238,7 @@ std::vector<double> Plan::profile(int64_t n, int64_t repeats) const {
   n = whole_batch_ ? n : std::min(n, images_at_once_);
   std::vector<double> found;
   for (size_t i = 0; i < steps_.size(); ++i) {
-    const Example example(steps_[i], n);
+    const Example example(steps_[i], element_, n);
     found.push_back(seconds(repeats, [&] {
       run_step(i, n, example.x.get(), steps_[i].residual >= 0 ? example.residual.get() : nullptr, example.out.get(), true);
     }));
@@ -222,29 +248,24 @@ std::vector<double> Plan::profile(int64_t n, int64_t repeats) const {
 
 std::vector<int64_t> Plan::tune(int64_t n) {
   n = whole_batch_ ? n : std::min(n, images_at_once_);
-  auto tuned = std::make_unique<Convolution[]>(steps_.size() * 2);
   std::vector<int64_t> chosen;
-  for (size_t i = 0; i < steps_.size(); ++i) {
-    Step& s = steps_[i];
+  for (Step& s : steps_) {
     chosen.push_back(-1);
     if (!is_convolution(s)) continue;
-    const Example example(s, n);
+    const Example example(s, element_, n);
     double best = std::numeric_limits<double>::infinity();
-    for (int64_t a = 0; a <= static_cast<int64_t>(cpu::Algorithm::winograd_4x3); ++a) {
+    for (int64_t a = 0; a < cpu::kAlgorithms; ++a) {
       const auto candidate = static_cast<cpu::Algorithm>(a);
-      if (!runs(candidate, s)) continue;
+      if (!runs(candidate, s, dtype_ == cpu::DType::bfloat16)) continue;
       const auto packed = cpu::pack_convolution(geometry(s), s.c, s.kind == Kind::conv_transpose, candidate, value(s.weight), value(s.bias), parallel_);
-      const cpu::NormAct op = describe(s, n, true);
-      std::vector<float> stats(static_cast<size_t>(2 * n * op.c));
-      const cpu::NormActTensors given{op.batch_stats ? stats.data() : value(s.mean), op.batch_stats ? stats.data() + n * op.c : value(s.var),
-                                      value(s.norm_weight), value(s.norm_bias), nullptr};
-      const auto once = [&] { packed->run(op, example.x.get(), given, example.out.get(), parallel_); };
-      const double first = seconds(1, once), took = std::min(first, seconds(std::clamp<int64_t>(static_cast<int64_t>(0.02 / first), 2, 20), once));
+      const auto once = [&] { run_with(packed.get(), s, n, example.x.get(), nullptr, example.out.get(), true); };
+      const double first = seconds(1, once);
+      const double took = std::min(first, seconds(std::clamp<int64_t>(static_cast<int64_t>(0.02 / first), 2, 20), once));
       if (took < best) best = took, chosen.back() = a;
     }
     s.algorithm[n >= kFew] = chosen.back();
   }
-  convolutions_ = std::move(tuned);
+  convolutions_ = std::make_unique<Convolution[]>(steps_.size() * 2);
   return chosen;
 }
 

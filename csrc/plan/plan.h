@@ -18,6 +18,7 @@ struct Header {
   uint32_t checksum;  // CRC-32 of everything behind it
   int64_t size;       // of the file in bytes
   int64_t steps, values;
+  int64_t bfloat16;                // 1: values between steps are bfloat16, on a processor that multiplies them; else float32
   int64_t input_rank, input[3];    // c, h, w of an image; rank 1: (c), rank 3: (c, h, w)
   int64_t output_rank, output[3];
 };
@@ -68,7 +69,7 @@ class Plan {
 
  private:
   struct Workspace {
-    cpu::Buffer<float> memory;
+    cpu::Buffer<char> memory;
     int64_t size = 0;
   };
   struct Convolution {  // one a step and choice of algorithm, packed when it first runs
@@ -80,9 +81,11 @@ class Plan {
   std::vector<Step> steps_;
   Header header_;
   const float* values_;  // in the file
-  std::vector<int64_t> slot_of_, slot_sizes_;  // where each value lies; floats an image
+  std::vector<int64_t> slot_of_, slot_sizes_;  // where each value lies; elements an image
   int64_t images_at_once_;
   bool whole_batch_ = false;  // a norm looks at all images
+  cpu::DType dtype_;
+  int64_t element_;  // bytes
   int threads_;
   cpu::ParallelFor parallel_;
   std::unique_ptr<Convolution[]> convolutions_;
@@ -93,7 +96,10 @@ class Plan {
   std::unique_ptr<Workspace> lease(int64_t images) const;
   void give_back(std::unique_ptr<Workspace> workspace) const;
   void run_images(int64_t n, const float* in, float* out, Workspace& workspace) const;
-  void run_step(size_t i, int64_t n, const float* x, const float* residual, float* out, bool channels_last) const;
+  void run_step(size_t i, int64_t n, const void* x, const void* residual, void* out, bool channels_last) const;
+  void run_with(const cpu::PackedConvolution* convolution, const Step& step, int64_t n, const void* x, const void* residual, void* out,
+                bool channels_last) const;
+  int64_t slot_bytes(int64_t slot, int64_t images) const { return cpu::ceil_div(slot_sizes_[slot] * images * element_, 64) * 64; }
   cpu::Algorithm algorithm(size_t i, int64_t n) const;
   const cpu::PackedConvolution& packed(size_t i, int64_t n) const;
   const float* value(int64_t offset) const { return offset < 0 ? nullptr : values_ + offset; }

@@ -22,6 +22,7 @@ from fastgen.runtime._file import encode
 
 _log = logging.getLogger("fastgen")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+_MOST_ERROR = {"fp32": 1e-3, "tf32": 1e-3, "bf16": 0.2}  # beyond it something else is wrong than rounding
 _FEW, _MANY = 1, 16  # images for which algorithms are measured
 
 
@@ -52,7 +53,9 @@ class Engine:
     Args:
         model: any module that takes one tensor and returns one.
         example_inputs: an input (N, C) or (N, C, H, W), or a tuple of it alone. Other N work later, other C, H, W do not.
-        precision: "fp32"; "tf32" is the same on a CPU. The others are refused until kernels for them exist.
+        precision: "fp32"; "tf32" is the same on a CPU. "bf16": weights, and values between layers, are bfloat16, and sums
+            float32; inputs and outputs stay float32. A processor that does not multiply bfloat16 runs it as "fp32".
+            "fp16" is refused.
         impl: "auto"; "cpp": the whole model must lie in the plan; "reference": all through PyTorch.
 
     Raises TypeError and UsageError for arguments that cannot be meant, and FastgenError if impl="cpp" cannot run, with the
@@ -87,8 +90,8 @@ class Engine:
         reason = _why_not(example, module)
         if not reason:
             try:
-                self.plan, self._data = _make_plan(module, example)
-                self.error = _compare(self._call_plan, module, example)
+                self.plan, self._data = _make_plan(module, example, self.precision == "bf16")
+                self.error = _compare(self._call_plan, module, example, self.precision)
                 self.parts, self._module = (Part("", "plan"),), None
                 return
             except (UnsupportedError, FastgenError) as error:
@@ -98,10 +101,10 @@ class Engine:
         if not _why_not(example, module):
             parts: list[Part] = []
             planned = clone(module, share=False)
-            _plan_within(planned, "", _inputs(planned, example), parts)
+            _plan_within(planned, "", _inputs(planned, example), parts, self.precision == "bf16")
             if any(part.runs == "plan" for part in parts):
                 try:
-                    self.error = _compare(planned, module, example)
+                    self.error = _compare(planned, module, example, self.precision)
                     self._module, self.parts = planned, tuple(parts)
                 except Exception as error:  # the model's own code meets modules that it does not expect
                     reason += f"; nor in parts: {error}"
@@ -147,7 +150,8 @@ class Engine:
         engine.plan = Plan.load(path, threads=torch.get_num_threads())
         with open(path, "rb") as file:
             engine._data = file.read()
-        engine.precision, engine.error, engine.parts, engine._module = "fp32", 0.0, (Part("", "plan"),), None
+        engine.precision, engine.error = engine.plan.precision, 0.0
+        engine.parts, engine._module = (Part("", "plan"),), None
         return engine
 
     def __repr__(self) -> str:
@@ -190,8 +194,8 @@ def _check(model: object, example_inputs: object, precision: str, impl: str) -> 
         raise UsageError(f"example_inputs must be a batch of at least one, got shape {tuple(inputs[0].shape)}")
     if precision not in PRECISIONS:
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if precision in ("bf16", "fp16"):
-        raise UsageError(f"precision {precision!r} has no kernels yet: use 'fp32'")
+    if precision == "fp16":
+        raise UsageError("precision 'fp16' has no kernels on a CPU: use 'bf16' or 'fp32'")
     if impl not in ("auto", "cpp", "reference"):
         raise UsageError(f"impl must be 'auto', 'cpp' or 'reference', got {impl!r}")
     return inputs[0].detach()
@@ -206,19 +210,19 @@ def _why_not(example: Tensor, module: nn.Module) -> str:
     return ""
 
 
-def _make_plan(module: nn.Module, x: Tensor) -> tuple[Plan, bytes]:
+def _make_plan(module: nn.Module, x: Tensor, bfloat16: bool) -> tuple[Plan, bytes]:
     """The plan of module(x), and the file of it."""
     steps, input_shape, output_shape = lower(module, x)
     threads = torch.get_num_threads()
-    plan = Plan(encode(steps, input_shape, output_shape), threads=threads)
+    plan = Plan(encode(steps, input_shape, output_shape, bfloat16=bfloat16), threads=threads)
     few, many = plan.tune(_FEW), plan.tune(_MANY)
     for step, *algorithm in zip(steps, few, many, strict=True):
         step.algorithm = algorithm
-    data = encode(steps, input_shape, output_shape)
+    data = encode(steps, input_shape, output_shape, bfloat16=bfloat16)
     return Plan(data, threads=threads), data
 
 
-def _compare(call: Callable[[Tensor], Tensor], module: nn.Module, example: Tensor) -> float:
+def _compare(call: Callable[[Tensor], Tensor], module: nn.Module, example: Tensor, precision: str) -> float:
     """The largest difference of call(x) from module(x), relative to the largest entry; for the example and a larger batch."""
     worst = 0.0
     with torch.no_grad():
@@ -232,7 +236,7 @@ def _compare(call: Callable[[Tensor], Tensor], module: nn.Module, example: Tenso
             worst = max(worst, float((found - expected).abs().max() / scale) if expected.numel() else 0.0)
             if not torch.equal(found.isfinite(), expected.isfinite()):
                 raise UnsupportedError("the plan's output has other non-finite entries than the module's")
-            if worst > 1e-3:
+            if worst > _MOST_ERROR[precision]:
                 raise UnsupportedError(
                     f"the plan's output differs from the module's by {worst:.1e} of its largest entry"
                 )
@@ -260,10 +264,12 @@ def _inputs(model: nn.Module, example: Tensor) -> dict[nn.Module, Tensor]:
     return {module: x for module, x in found.items() if x is not None}
 
 
-def _plan_within(parent: nn.Module, prefix: str, inputs: dict[nn.Module, Tensor], parts: list[Part]) -> None:
+def _plan_within(
+    parent: nn.Module, prefix: str, inputs: dict[nn.Module, Tensor], parts: list[Part], bfloat16: bool
+) -> None:
     """Puts plans in the place of the largest submodules that plans can compute."""
     if _plan.is_sequential(parent) and parent in inputs:
-        return _plan_runs(cast(nn.Sequential, parent), prefix, inputs, parts)
+        return _plan_runs(cast(nn.Sequential, parent), prefix, inputs, parts, bfloat16)
     for name, child in list(parent.named_children()):
         full = f"{prefix}{name}"
         if not any(isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) for module in child.modules()):
@@ -271,10 +277,10 @@ def _plan_within(parent: nn.Module, prefix: str, inputs: dict[nn.Module, Tensor]
         try:
             if child not in inputs:
                 raise UnsupportedError("it is not called with one tensor")
-            plan, _ = _make_plan(child, inputs[child])
+            plan, _ = _make_plan(child, inputs[child], bfloat16)
         except (UnsupportedError, FastgenError) as error:
             if next(child.children(), None) is not None:
-                _plan_within(child, f"{full}.", inputs, parts)
+                _plan_within(child, f"{full}.", inputs, parts, bfloat16)
             else:
                 parts.append(Part(full, "PyTorch", str(error)))
             continue
@@ -282,7 +288,9 @@ def _plan_within(parent: nn.Module, prefix: str, inputs: dict[nn.Module, Tensor]
         parts.append(Part(full, "plan"))
 
 
-def _plan_runs(sequential: nn.Sequential, prefix: str, inputs: dict[nn.Module, Tensor], parts: list[Part]) -> None:
+def _plan_runs(
+    sequential: nn.Sequential, prefix: str, inputs: dict[nn.Module, Tensor], parts: list[Part], bfloat16: bool
+) -> None:
     """The same within a Sequential: the longest runs of its members become one plan each."""
     names = [name for name, _ in sequential.named_children()]
     at = 0
@@ -293,7 +301,7 @@ def _plan_runs(sequential: nn.Sequential, prefix: str, inputs: dict[nn.Module, T
             if first not in inputs or not all(_modules.is_plain(cast(nn.Module, m)) for m in members):
                 continue
             try:
-                plan, _ = _make_plan(nn.Sequential(*cast(list[nn.Module], members)), inputs[first])
+                plan, _ = _make_plan(nn.Sequential(*cast(list[nn.Module], members)), inputs[first], bfloat16)
             except (UnsupportedError, FastgenError) as error:
                 reason = str(error)
                 continue
@@ -308,7 +316,7 @@ def _plan_runs(sequential: nn.Sequential, prefix: str, inputs: dict[nn.Module, T
         else:
             module = cast(nn.Module, sequential._modules[names[at]])
             before = len(parts)
-            _plan_within(module, f"{prefix}{names[at]}.", inputs, parts)
+            _plan_within(module, f"{prefix}{names[at]}.", inputs, parts, bfloat16)
             if len(parts) == before:
                 parts.append(
                     Part(f"{prefix}{names[at]}", "PyTorch", reason if module in inputs else "it is not called")

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 _MAGIC, _VERSION = b"fgplan\r\n", 1
-_HEADER = struct.Struct("<8sII11q")
+_HEADER = struct.Struct("<8sII12q")
 _STEP = struct.Struct("<30q2d")
 _KINDS = ("conv", "conv_transpose", "pointwise", "concat")
 _NORMS = ("none", "affine", "batch", "instance", "group")
@@ -47,7 +47,9 @@ class Step:
     algorithm: list[int] = field(default_factory=lambda: [-1, -1])  # for few images and for many
 
 
-def encode(steps: list[Step], input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> bytes:
+def encode(
+    steps: list[Step], input_shape: tuple[int, ...], output_shape: tuple[int, ...], *, bfloat16: bool = False
+) -> bytes:
     """The bytes of a plan file. Shapes: (C,) or (C, H, W)."""
     values: list[np.ndarray] = []
     count = 0
@@ -70,7 +72,7 @@ def encode(steps: list[Step], input_shape: tuple[int, ...], output_shape: tuple[
         for s in steps
     ]  # fmt: skip
     body = b"".join([*records, *(value.tobytes() for value in values)])
-    sizes = (len(steps), count, *_end(input_shape), *_end(output_shape))
+    sizes = (len(steps), count, bfloat16, *_end(input_shape), *_end(output_shape))
     header = _HEADER.pack(_MAGIC, _VERSION, 0, _HEADER.size + len(body), *sizes)
     checksum = zlib.crc32(header[16:] + body)
     return _HEADER.pack(_MAGIC, _VERSION, checksum, _HEADER.size + len(body), *sizes) + body

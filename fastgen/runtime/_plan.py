@@ -47,6 +47,7 @@ class Plan:
         self._plan = plan
         self.input_shape: tuple[int, ...] = plan.input_shape
         self.output_shape: tuple[int, ...] = plan.output_shape
+        self.precision: str = plan.precision
 
     @property
     def threads(self) -> int:

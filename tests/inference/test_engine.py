@@ -1,5 +1,6 @@
 """Engine: the networks of others as plans, against themselves in float64."""
 
+import copy
 import logging
 import threading
 
@@ -81,6 +82,24 @@ def test_networks_become_plans(name, tmp_path):
         assert_parity(engine, model, x)
         assert torch.equal(loaded(x), engine(x))
         np.testing.assert_array_equal(Plan.load(tmp_path / "a.fgplan")(x.numpy()), engine(x).numpy())
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_networks_in_bfloat16(name, tmp_path):
+    """No further from float64 than twice PyTorch's bfloat16, which rounds between more operations."""
+    make, shape = WHOLE[name]
+    model = prepared(make)
+    x = torch.rand(1, *shape) * 2 - 1
+    engine = fastgen.Engine(model, x, precision="bf16", impl="cpp")
+    engine.save(tmp_path / "a.fgplan")
+    assert fastgen.Engine.load(tmp_path / "a.fgplan").precision == "bf16"
+    x = torch.rand(9, *shape) * 2 - 1
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        expected = model.bfloat16()(x.bfloat16())
+    found = engine(x)
+    assert found.dtype == torch.float32 and torch.equal(fastgen.Engine.load(tmp_path / "a.fgplan")(x), found)
+    assert relative_error(found, exact) <= max(2 * relative_error(expected, exact), 1e-2)
 
 
 def test_what_the_modules_around_a_convolution_do():
@@ -225,6 +244,7 @@ def test_non_finite_values_come_out_as_pytorch_computes_them():
         ({"example_inputs": (torch.rand(1, 3), torch.rand(1, 3))}, TypeError, "a tensor or a tuple of one"),
         ({"example_inputs": torch.rand(3)}, UsageError, r"at least one, got shape \(3,\)"),
         ({"precision": "fp8"}, UsageError, "fp32, tf32, bf16, fp16, got 'fp8'"),
+        ({"precision": "fp16"}, UsageError, "no kernels on a CPU"),
         ({"impl": "cuda"}, UsageError, "'auto', 'cpp' or 'reference', got 'cuda'"),
     ],
 )

@@ -15,7 +15,7 @@ from fastgen.runtime import Plan, PlanError, _file
 from fastgen.runtime._file import Step, encode
 
 
-def small() -> bytes:
+def small(bfloat16: bool = False) -> bytes:
     """(3, 1, 1) -> conv_transpose, instance norm, leaky_relu -> conv + residual, batch norm's map, tanh: (2, 4, 4)."""
     generator = np.random.default_rng(0)
 
@@ -30,7 +30,7 @@ def small() -> bytes:
         Step("concat", 1, (2, 4, 4), (4, 4, 4), residual=2),
         Step("pointwise", 3, (4, 4, 4), (4, 4, 4), norm="group", num_groups=2, norm_weight=floats(4), activation="silu"),
     ]  # fmt: skip
-    return encode(steps, (3, 1, 1), (4, 4, 4))
+    return encode(steps, (3, 1, 1), (4, 4, 4), bfloat16=bfloat16)
 
 
 def sealed(data: bytes) -> bytes:
@@ -128,7 +128,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
     for size in range(len(data)):
         with pytest.raises(PlanError, match="cannot be used"):
             Plan(data[:size])
-    for size in (0, 7, 103, 104, 600, len(data) - 1):
+    for size in (0, 7, 111, 112, 600, len(data) - 1):
         path.write_bytes(data[:size])
         with pytest.raises(PlanError, match=r"cut\.fgplan: .*(short|cut)"):
             Plan.load(path)
@@ -154,9 +154,10 @@ def test_another_version_and_other_files_are_refused(tmp_path):
         Plan(small(), threads=0)
 
 
-def test_no_header_or_step_makes_it_crash_even_with_the_right_checksum():
+@pytest.mark.parametrize("bfloat16", (False, True))
+def test_no_header_or_step_makes_it_crash_even_with_the_right_checksum(bfloat16):
     """Huge and odd numbers in every field: an error, or a plan that runs."""
-    data = small()
+    data = small(bfloat16)
     numbers = [0, 1, -1, 2, 3, 5, 255, 1 << 20, 1 << 28, 1 << 31, (1 << 31) - 1, 1 << 40, (1 << 62) + 5, -(1 << 63)]
     end = _file._HEADER.size + 4 * _file._STEP.size
     loaded = 0
@@ -200,11 +201,12 @@ assert out.shape == (2, 4, 4, 4) and np.isfinite(out).all()
 
 @pytest.mark.parametrize("isa", ("avx512", "avx2", "baseline"))
 @pytest.mark.parametrize("threads", ("1", "3"))
-def test_every_instruction_set_and_more_threads_than_processors(isa, threads, tmp_path):
+@pytest.mark.parametrize("bfloat16", (False, True))
+def test_every_instruction_set_and_more_threads_than_processors(isa, threads, bfloat16, tmp_path):
     z = np.random.default_rng(1).standard_normal((9, 3, 1, 1)).astype(np.float32)
     np.save(tmp_path / "z.npy", z)
     np.save(tmp_path / "y.npy", Plan(small())(z))
-    (tmp_path / "a.fgplan").write_bytes(small())
+    (tmp_path / "a.fgplan").write_bytes(small(bfloat16))
     code = """
 import sys, numpy as np
 from fastgen.runtime import Plan
@@ -212,7 +214,7 @@ z, y = np.load(sys.argv[1] + "/z.npy"), np.load(sys.argv[1] + "/y.npy")
 plan = Plan.load(sys.argv[1] + "/a.fgplan")
 assert plan.threads == int(sys.argv[2])
 for _ in range(20):
-    np.testing.assert_allclose(plan(z), y, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(plan(z), y, rtol=0, atol=0.05 if plan.precision == "bf16" else 1e-5)
 """
     environment = {**os.environ, "FASTGEN_CPU_ISA": isa, "FASTGEN_THREADS": threads}
     subprocess.run([sys.executable, "-c", code, tmp_path, threads], check=True, timeout=60, env=environment)
