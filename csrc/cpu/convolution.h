@@ -67,9 +67,6 @@ inline bool transforms_in_bands(const Convolution& conv, int64_t c) {
   return conv.kh == 4 && conv.ic * c * 100 * int64_t(sizeof(float)) > (8 << 20);
 }
 
-// Whether this processor has what the algorithms for bfloat16 need.
-bool can_dot_bf16();
-
 // mean and var of `given` are written when op.batch_stats, else read.
 void conv2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors, const NormActTensors& given,
                      const ParallelFor& parallel);
@@ -86,5 +83,8 @@ class PackedConvolution {
 };
 std::unique_ptr<PackedConvolution> pack_convolution(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm,
                                                     const float* weight, const float* bias, const ParallelFor& parallel);
+
+// Whether this processor has what the algorithms for bfloat16 need.
+bool can_dot_bf16();
 
 }  // namespace fastgen::cpu

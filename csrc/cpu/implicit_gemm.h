@@ -124,10 +124,34 @@ struct Direct {
 // y[oh][ow][c] = sum over kw of t[column(ow, kw)][kw * channels + c], t = sum over kh of x[row(oh, kh)] w[kh]: a product as wide as a row
 // of the kernel, for as few output channels as an image has.
 struct Rows {
-  Axis rows, columns;
-  int64_t channels;
+  // Output positions ow, ow + ow_step, ... that read the input's iw, iw + iw_step, ... by the tap kw.
+  struct Run {
+    int64_t kw, ow, ow_step, iw, iw_step, count;
+  };
+  Axis rows;
+  int64_t taps, channels;
+  std::vector<Run> runs;
 
-  int64_t blocks(int64_t width) const { return ceil_div(columns.taps * channels, width); }
+  Rows(Axis rows_, const Axis& columns, int64_t channels_) : rows(std::move(rows_)), taps(columns.taps), channels(channels_) {
+    for (int64_t kw = 0; kw < taps; ++kw) {
+      Run run{kw, 0, 0, 0, 0, 0};
+      for (int64_t ow = 0; ow < static_cast<int64_t>(columns.source.size()) / taps; ++ow) {
+        const int64_t iw = columns.source[ow * taps + kw];
+        if (iw < 0) continue;
+        const int64_t last_ow = run.ow + (run.count - 1) * run.ow_step, last_iw = run.iw + (run.count - 1) * run.iw_step;
+        if (run.count == 1) run.ow_step = ow - last_ow, run.iw_step = iw - last_iw;
+        if (run.count && ow - last_ow == run.ow_step && iw - last_iw == run.iw_step) {
+          ++run.count;
+          continue;
+        }
+        if (run.count) runs.push_back(run);
+        run = {kw, ow, 0, iw, 0, 1};
+      }
+      if (run.count) runs.push_back(run);
+    }
+  }
+
+  int64_t blocks(int64_t width) const { return ceil_div(taps * channels, width); }
 };
 
 // The weights as (kh, block, ic, width), a column kw * c + channel, zero beyond.
@@ -184,7 +208,7 @@ Packed<Acc<T>, vectors> pack(const Convolution& conv, int64_t c, bool transposed
   };
   Axis rows = axis(conv.ih, conv.oh, conv.kh, 0), columns = axis(conv.iw, conv.ow, conv.kw, 1);
   if (algorithm == Algorithm::rows)
-    return {Rows{std::move(rows), std::move(columns), c}, pack_rows(conv, c, width, transposed, weight)};
+    return {Rows(std::move(rows), columns, c), pack_rows(conv, c, width, transposed, weight)};
   return {Direct{std::move(rows), std::move(columns)}, pack_weights(conv, c, width, transposed, weight, parallel)};
 }
 
@@ -284,18 +308,14 @@ struct Call {
             for (int64_t p = 0; p < height; ++p) to[p] = t + (iw + p) * columns + block * width;
             kTiles<A, vectors, dot>[height - 1](sources, weights, taps, conv.ic, to);
           }
-        for (int64_t channel = 0; channel < op.c; ++channel) {
-          A* const line = z + channel * conv.ow;
-          std::fill_n(line, conv.ow, bias ? bias[channel] : A(0));
-          for (int64_t kw = 0; kw < conv.kw; ++kw)
-            for (const Axis::Class& same : plan.columns.classes) {
-              if (std::find(same.taps.begin(), same.taps.end(), kw) == same.taps.end()) continue;
-              for (const int64_t ow : same.positions) {
-                const int64_t iw = plan.columns.source[ow * conv.kw + kw];
-                if (iw >= 0) line[ow] += t[iw * columns + kw * op.c + channel];
-              }
-            }
-        }
+        for (int64_t channel = 0; channel < op.c; ++channel)
+          std::fill_n(z + channel * conv.ow, conv.ow, bias ? bias[channel] : A(0));
+        for (const Rows::Run& run : plan.runs)
+          for (int64_t channel = 0; channel < op.c; ++channel) {
+            A* to = z + channel * conv.ow + run.ow;
+            const A* from = t + run.iw * columns + run.kw * op.c + channel;
+            for (int64_t i = 0; i < run.count; ++i) to[i * run.ow_step] += from[i * run.iw_step * columns];
+          }
         if (pre) put_row(z, pre, image, oh);
         if (!out) continue;
         for (int64_t channel = 0; channel < op.c; ++channel)

@@ -134,7 +134,7 @@ void Plan::give_back(std::unique_ptr<Workspace> workspace) const {
 }
 
 void Plan::run(int64_t n, const float* in, float* out) const {
-  const int64_t at_once = whole_batch_ ? n : std::min(n, images_at_once_);
+  const int64_t parts = whole_batch_ ? 1 : cpu::ceil_div(n, images_at_once_), at_once = parts ? cpu::ceil_div(n, parts) : 0;
   auto workspace = lease(at_once);
   for (int64_t first = 0; first < n; first += at_once)
     run_images(std::min(at_once, n - first), in + first * elements(header_.input), out + first * elements(header_.output), *workspace);

@@ -125,10 +125,11 @@ def info() -> None:
 
 
 def build() -> None:
-    """Compile the native extension now instead of at first use."""
+    """Compile the native code now instead of at first use."""
     from fastgen import _build
 
     print(f"native ops: {_build.build(verbose=True)}")
+    print(f"plans: {_build.load_runtime(build=True).__file__}")
 
 
 def print_evaluation(result: ClassifierShare) -> None:
