@@ -20,11 +20,9 @@ import stat
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -272,6 +270,8 @@ def _compile(
             raise FastgenError(failure)
         for left_behind in folder.glob("build-*"):  # by a builder that was killed: the lock is ours now
             shutil.rmtree(left_behind, ignore_errors=True)
+        import tempfile  # here: a plan that only loads starts sooner
+
         logger.warning("building the native ops, once, into %s: this can take a few minutes", folder)
         start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as private, environment():
@@ -309,6 +309,8 @@ def _compile_into(folder: str) -> str:
 
 def _compile_runtime_into(folder: str) -> str:
     """The same for the inference plan, by the compiler alone."""
+    from concurrent.futures import ThreadPoolExecutor
+
     import pybind11
 
     library = os.path.join(folder, "runtime.so")
@@ -356,6 +358,8 @@ def _cache_folders() -> list[Path]:
     there = next(folder for folder in (chosen, *chosen.parents) if os.path.exists(folder))
     if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
         return [chosen]
+    import tempfile
+
     own = Path(tempfile.gettempdir(), f"fastgen-{os.geteuid()}")
     with contextlib.suppress(OSError):
         own.mkdir(mode=0o700, exist_ok=True)

@@ -162,7 +162,8 @@ _READERS: dict[Any, Callable] = {
     F.sigmoid: _activation("sigmoid"), torch.sigmoid: _activation("sigmoid"), Tensor.sigmoid: _activation("sigmoid"),
     F.silu: _activation("silu"),
     F.pad: _pad, torch.cat: _cat, F.dropout: _dropout, F.dropout2d: _dropout, F.alpha_dropout: _dropout,
-    Tensor.contiguous: _same, Tensor.clone: _same, torch.clone: _same, Tensor.detach: _same,
+    Tensor.contiguous: _same, Tensor.clone: _same, torch.clone: _same, Tensor.detach: _same, Tensor.to: _same, Tensor.float: _same,
+    Tensor.type_as: _same,
     Tensor.view: _view, Tensor.reshape: _view, torch.reshape: _view, Tensor.flatten: _view, torch.flatten: _view,
     Tensor.squeeze: _view, torch.squeeze: _view, Tensor.unsqueeze: _view, torch.unsqueeze: _view, Tensor.unflatten: _view,
     torch.add: _add, Tensor.add: _add, Tensor.add_: _add, operator.add: _add, Tensor.__add__: _add, Tensor.__radd__: _add,
@@ -201,6 +202,8 @@ class _Recorder(TorchFunctionMode):
             raise UnsupportedError(f"{name} of values and constants")
         old = self.node(args[0]) if args and isinstance(args[0], Tensor) else None
         result = func(*args, **kwargs)
+        if result.dtype != torch.float32 or result.device.type != "cpu":
+            raise UnsupportedError(f"{name} to {result.dtype} on {result.device}")
         if result.dim() < 2 or result.shape[0] != self.batch:
             raise UnsupportedError(f"{name} that changes the batch")
         node = nodes[0] if kind == _SAME else Node(kind, nodes, tuple(result.shape[1:]), options)  # type: ignore[arg-type]

@@ -185,6 +185,27 @@ def test_no_header_or_step_makes_it_crash_even_with_the_right_checksum(bfloat16)
     assert loaded
 
 
+def test_without_the_native_module_one_line_says_why(tmp_path):
+    (tmp_path / "a.fgplan").write_bytes(small())
+    code = """
+import sys
+from pathlib import Path
+from fastgen import _build
+from fastgen.errors import FastgenError
+from fastgen.runtime import Plan
+_build.PACKAGE = Path(sys.argv[1])  # nothing was built ahead of time
+try:
+    Plan.load(sys.argv[1] + "/a.fgplan")
+except FastgenError as error:
+    print(error)
+"""
+    environment = {**os.environ, "FASTGEN_BUILD": "0", "FASTGEN_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], check=True, timeout=60, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "building is turned off (FASTGEN_BUILD=0)\n"
+
+
 def test_it_runs_without_torch(tmp_path):
     """In a process in which torch cannot be imported."""
     (tmp_path / "a.fgplan").write_bytes(small())
