@@ -40,5 +40,6 @@ PYBIND11_MODULE(_runtime, m) {
       .def_property_readonly("input_shape", [](const Plan& plan) { return shape(plan.header().input_rank, plan.header().input); })
       .def_property_readonly("output_shape", [](const Plan& plan) { return shape(plan.header().output_rank, plan.header().output); })
       .def_property_readonly("precision", [](const Plan& plan) { return plan.header().bfloat16 ? "bf16" : "fp32"; })
+      .def_property_readonly("images_at_once", &Plan::images_at_once)
       .def_property_readonly("threads", &Plan::threads);
 }

@@ -1,6 +1,7 @@
 // A network as a list of steps whose weights are packed once: what fastgen.Engine and fastgen.runtime.Plan run. No torch.
 #pragma once
 
+#include <limits>
 #include <mutex>
 #include <string>
 
@@ -56,7 +57,8 @@ class Plan {
   // in (n, c, h, w) and out, both contiguous. Several threads may call it.
   void run(int64_t n, const float* in, float* out) const;
 
-  // Measures the algorithms of every convolution for `n` images, uses the best ones from now on and returns them, one a step (-1: none).
+  // Measures the algorithms of every convolution for `n` images, or as many as run at once, uses the best ones from now on and returns
+  // them, one a step (-1: none).
   // Not while another thread runs the plan.
   std::vector<int64_t> tune(int64_t n);
 
@@ -66,6 +68,7 @@ class Plan {
   const Header& header() const { return header_; }
   const std::vector<Step>& steps() const { return steps_; }
   int threads() const { return threads_; }
+  int64_t images_at_once() const { return whole_batch_ ? std::numeric_limits<int64_t>::max() : images_at_once_; }
 
  private:
   struct Workspace {

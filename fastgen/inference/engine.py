@@ -215,7 +215,8 @@ def _make_plan(module: nn.Module, x: Tensor, bfloat16: bool) -> tuple[Plan, byte
     steps, input_shape, output_shape = lower(module, x)
     threads = torch.get_num_threads()
     plan = Plan(encode(steps, input_shape, output_shape, bfloat16=bfloat16), threads=threads)
-    few, many = plan.tune(_FEW), plan.tune(_MANY)
+    few = plan.tune(_FEW)
+    many = plan.tune(_MANY) if plan.images_at_once >= 8 else few  # kFew in csrc/plan/plan.cpp
     for step, *algorithm in zip(steps, few, many, strict=True):
         step.algorithm = algorithm
     data = encode(steps, input_shape, output_shape, bfloat16=bfloat16)

@@ -53,6 +53,11 @@ class Plan:
     def threads(self) -> int:
         return self._plan.threads
 
+    @property
+    def images_at_once(self) -> int:
+        """How many images of a batch run together, so that what lies between layers stays in the cache."""
+        return self._plan.images_at_once
+
     def __call__(self, z: np.ndarray) -> np.ndarray:
         """Runs the network.
 
