@@ -1,24 +1,45 @@
-"""Builds the native ops ahead of time where torch and a compiler are at hand; else they are built at first use."""
+"""Builds the native code ahead of time where torch, pybind11 and a compiler are at hand; else at first use."""
 
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from fastgen import _build
 
 
 def native() -> dict:
-    """The arguments of setup() that build ahead of time; none without torch, as in an isolated build."""
+    """The arguments of setup() that build ahead of time: the ops where torch is, the inference plan where pybind11 is.
+
+    An isolated build has neither.
+    """
+    extensions: list[Extension] = []
+    base: type[build_ext] = build_ext
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except (ImportError, OSError):
-        return {}
 
-    class BuildOrLeaveOut(BuildExtension):
+        base = BuildExtension
+        extensions.append(
+            extension(CppExtension, "native", _build.digest(), _build.sources(), _build.CFLAGS, py_limited_api=True)
+        )
+    except (ImportError, OSError):
+        pass
+    try:
+        import pybind11
+
+        if sources := _build.runtime_sources():
+            flags = _build.RUNTIME_CFLAGS
+            extensions.append(extension(Extension, "runtime", _build.runtime_digest(), sources, flags))
+            extensions[-1].include_dirs.append(pybind11.get_include())
+    except ImportError:
+        pass
+
+    class BuildOrLeaveOut(base):  # type: ignore[misc,valid-type]
         """A build that fails does not fail the installation."""
 
         def run(self) -> None:
@@ -26,21 +47,29 @@ def native() -> dict:
                 with _build.environment():
                     super().run()
             except Exception as error:  # whatever a compiler, ninja or setuptools raise
-                warnings.warn(f"the native ops are left out, to be built at first use: {error}", stacklevel=1)
+                warnings.warn(f"the native code is left out, to be built at first use: {error}", stacklevel=1)
                 self.extensions.clear()
 
-    extension = CppExtension(
-        f"fastgen._native_{_build.digest()}",
-        [os.path.relpath(file) for file in _build.sources()],
-        include_dirs=[str(_build.CSRC)],
-        extra_compile_args=list(_build.CFLAGS),
-        py_limited_api=True,
-    )
+    if not extensions:
+        return {}
     return {
-        "ext_modules": [extension],
+        "ext_modules": extensions,
         "cmdclass": {"build_ext": BuildOrLeaveOut},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
+
+
+def extension(
+    kind: Callable, name: str, digest: str, sources: list[Path], flags: tuple[str, ...], **options
+) -> Extension:
+    return kind(
+        f"fastgen._{name}_{digest}",
+        [os.path.relpath(file) for file in sources],
+        include_dirs=[str(_build.CSRC)],
+        extra_compile_args=list(flags),
+        language="c++",
+        **options,
+    )
 
 
 # Folders of the repository that install inside the package.

@@ -14,8 +14,9 @@ _EXPORTS = {
     "info": "fastgen.ops",
     "fuse": "fastgen.inference",
     "fusion_report": "fastgen.inference",
+    "Engine": "fastgen.inference",
 }
-_SUBMODULES = {"cli", "data", "errors", "inference", "losses", "metrics", "models", "nn", "ops", "training"}
+_SUBMODULES = {"cli", "data", "errors", "inference", "losses", "metrics", "models", "nn", "ops", "runtime", "training"}
 __all__ = ["__version__", *sorted(_EXPORTS), *sorted(_SUBMODULES)]
 
 

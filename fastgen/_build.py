@@ -2,11 +2,14 @@
 
 `setup.py` builds `sources()` with `CFLAGS` ahead of time into `fastgen/_native_<digest>.abi3.so`. Where that is missing
 or was made from other sources, `load()` builds the same list just in time into a cache folder. torch is imported when
-something is loaded, not before.
+something is loaded, not before. `runtime_sources()` become `fastgen/_runtime_<digest>.*.so` in the same two ways,
+without torch: see `load_runtime()`.
 """
 
 import contextlib
 import hashlib
+import importlib.machinery
+import importlib.util
 import logging
 import os
 import platform
@@ -17,12 +20,12 @@ import stat
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from fastgen.errors import FastgenError
 
@@ -38,6 +41,7 @@ CFLAGS = (
     "-Wno-maybe-uninitialized",  # false alarms about buffers that a called loop fills
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11: one binary serves every later torch
 )
+RUNTIME_CFLAGS = (*CFLAGS, "-std=c++17", "-fvisibility=hidden", "-pthread")
 MEMORY_PER_JOB = 2 << 30  # bytes that one compiler process may take
 
 logger = logging.getLogger("fastgen")
@@ -56,6 +60,7 @@ class Status:
 
 _lock = threading.Lock()
 _outcome: Status | None = None  # of the first load() in this process
+_runtime: ModuleType | None = None
 
 
 def load() -> str | None:
@@ -81,10 +86,34 @@ def build(force: bool = False, verbose: bool = False) -> Path:
     global _outcome
     with _lock:
         found = None if force else next(_libraries(), None)
-        path, how = found or (_compile(asked=True, force=force, verbose=verbose), "just in time")
+        path, how = found or (_compile(_key(), _compile_into, True, force, verbose), "just in time")
         if _outcome is None or not _outcome.loaded:
             _outcome = _open(path, how)
     return path
+
+
+def load_runtime(build: bool = False) -> ModuleType:
+    """The inference plan's module (csrc/runtime.cpp), built at first use; imports no torch.
+
+    `build`: by the user's wish, which overrules FASTGEN_BUILD and an earlier failure. Raises FastgenError.
+    """
+    global _runtime
+    with _lock:
+        if _runtime is None:
+            names = [f"_runtime_{runtime_digest()}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+            made = [PACKAGE / name for name in names if (PACKAGE / name).is_file()]
+            made += _cached(f"{_runtime_key()}.so")
+            path = made[0] if made else _compile(_runtime_key(), _compile_runtime_into, asked=build)
+            loader = importlib.machinery.ExtensionFileLoader("fastgen._runtime", str(path))
+            spec = importlib.util.spec_from_file_location("fastgen._runtime", path, loader=loader)
+            assert spec is not None
+            try:
+                module = importlib.util.module_from_spec(spec)
+                loader.exec_module(module)
+            except ImportError as error:
+                raise FastgenError(f"the inference plan's module does not load: {error}") from error
+            _runtime = module
+    return _runtime
 
 
 def status() -> Status:
@@ -102,10 +131,24 @@ def sources() -> list[Path]:
     return [*CSRC.glob("ops.cpp"), *sorted((CSRC / "cpu").glob("*.cpp"))]
 
 
+def runtime_sources() -> list[Path]:
+    """The C++ files of the inference plan, which link no torch."""
+    return [*CSRC.glob("runtime.cpp"), *sorted((CSRC / "plan").glob("*.cpp")), *(CSRC / "cpu").glob("norm_act.cpp")]
+
+
 def digest() -> str:
     """A hash of all that decides what the library does: sources, headers, flags, machine."""
-    state = hashlib.sha256(repr((CFLAGS, sys.platform, platform.machine())).encode())
-    for file in [*sources(), *sorted(CSRC.rglob("*.h"))]:
+    return _digest(sources(), CFLAGS, [CSRC / "cpu", CSRC / "shared"])
+
+
+def runtime_digest() -> str:
+    """The same for the inference plan, whose library serves one version of Python."""
+    return _digest(runtime_sources(), RUNTIME_CFLAGS, [CSRC])
+
+
+def _digest(files: list[Path], flags: tuple[str, ...], includes: list[Path]) -> str:
+    state = hashlib.sha256(repr((flags, sys.platform, platform.machine())).encode())
+    for file in [*files, *sorted(header for folder in includes for header in folder.rglob("*.h"))]:
         state.update(f"\0{file.relative_to(CSRC)}\0".encode() + file.read_bytes())
     return state.hexdigest()[:16]
 
@@ -166,7 +209,7 @@ def _open_or_build() -> Status:
         except FastgenError as error:
             logger.warning("%s", error)
             damaged |= how == "just in time"
-    path = _compile(force=damaged)
+    path = _compile(_key(), _compile_into, force=damaged)
     try:
         return _open(path, "just in time")
     except FastgenError as error:  # a symbol is missing: the next process need not build it to learn that
@@ -213,11 +256,12 @@ def _remembered_failure(key: str) -> str | None:
     return f"an earlier build failed (`fastgen build` tries again): {failures[0]}" if failures else None
 
 
-def _compile(asked: bool = False, force: bool = False, verbose: bool = False) -> Path:
+def _compile(
+    key: str, compile_into: Callable[[str], str], asked: bool = False, force: bool = False, verbose: bool = False
+) -> Path:
     """Build into the cache, if no other process has by now; return the library's path."""
     if obstacle := _obstacle(asked):
         raise FastgenError(obstacle)
-    key = _key()
     with _locked_cache() as folder:
         library, failed = folder / f"{key}.so", folder / f"{key}.failed"
         if library.is_file() and not force:
@@ -226,11 +270,13 @@ def _compile(asked: bool = False, force: bool = False, verbose: bool = False) ->
             raise FastgenError(failure)
         for left_behind in folder.glob("build-*"):  # by a builder that was killed: the lock is ours now
             shutil.rmtree(left_behind, ignore_errors=True)
+        import tempfile  # here: a plan that only loads starts sooner
+
         logger.warning("building the native ops, once, into %s: this can take a few minutes", folder)
         start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as private, environment():
             try:
-                os.replace(_compile_into(private), library)
+                os.replace(compile_into(private), library)
             except RuntimeError as error:
                 if verbose:
                     logger.error("%s", error)
@@ -261,6 +307,28 @@ def _compile_into(folder: str) -> str:
     )
 
 
+def _compile_runtime_into(folder: str) -> str:
+    """The same for the inference plan, by the compiler alone."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import pybind11
+
+    library = os.path.join(folder, "runtime.so")
+    includes = (str(CSRC), pybind11.get_include(), sysconfig.get_path("include"))
+    command = [*_compiler_command(), *RUNTIME_CFLAGS, "-fPIC", *(f"-I{folder}" for folder in includes)]
+
+    def run(*arguments: str) -> None:
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            raise RuntimeError(done.stderr or f"{command[0]} failed with exit code {done.returncode}")
+
+    files = {os.path.join(folder, f"{file.stem}.o"): str(file) for file in runtime_sources()}
+    with ThreadPoolExecutor(_jobs()) as jobs:
+        list(jobs.map(lambda target: run("-c", files[target], "-o", target), files))
+    run("-shared", *files, "-o", library)
+    return library
+
+
 def _first_error(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return next((line for line in lines if re.search(r"\berror:|undefined reference", line)), lines[-1])
@@ -274,6 +342,11 @@ def _key() -> str:
     return f"{digest()}-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}"
 
 
+def _runtime_key() -> str:
+    """The same for the inference plan; it asks no compiler, so that a plan starts at once."""
+    return f"runtime-{runtime_digest()}-{sysconfig.get_config_var('SOABI')}"
+
+
 def _cached(name: str) -> Iterator[Path]:
     return (folder / name for folder in _cache_folders() if os.path.isfile(folder / name))
 
@@ -285,6 +358,8 @@ def _cache_folders() -> list[Path]:
     there = next(folder for folder in (chosen, *chosen.parents) if os.path.exists(folder))
     if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
         return [chosen]
+    import tempfile
+
     own = Path(tempfile.gettempdir(), f"fastgen-{os.geteuid()}")
     with contextlib.suppress(OSError):
         own.mkdir(mode=0o700, exist_ok=True)

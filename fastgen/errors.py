@@ -1,7 +1,6 @@
 """What fastgen raises for a user's mistake; the command line turns each into one line and an exit code."""
 
 import contextlib
-import difflib
 import os
 from collections.abc import Iterable, Iterator
 
@@ -44,6 +43,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def unknown_name(kind: str, name: str, names: Iterable[str]) -> UsageError:
     """The error for a name that is not among `names`: it shows the nearest of them, and all."""
+    import difflib
+
     names = sorted(names)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""

@@ -22,10 +22,12 @@ LAYERS: dict[str, set[str] | None] = {
     "nn": {"ops"},
     "models": {"nn"},
     "losses": {"ops"},
-    "data": set(),
+    "images": set(),
+    "data": {"images"},
     "metrics": {"data"},
     "training": {"models", "losses", "data", "metrics"},
-    "inference": {"nn", "ops"},
+    "runtime": {"_build"},
+    "inference": {"nn", "ops", "runtime"},
     "cli": ANYTHING,
 }
 

@@ -46,7 +46,9 @@ def test_the_commands_run(folder, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     commands = [shlex.split(line, comments=True)[1:] for line in SHELL.splitlines() if line.startswith("fastgen ")]
     commands.append(["train", "dcgan", "--out", "runs/a", "--resume"])
-    assert [command[0] for command in commands] == ["train", "generate", "evaluate", "info", "build", "train"]
+    assert [command[0] for command in commands] == [
+        *("train", "generate", "evaluate", "info", "build", "export", "generate", "bench", "train")
+    ]
     for command in commands:
         if "--steps" in command:  # a small run
             command[command.index("--steps") + 1] = "2"

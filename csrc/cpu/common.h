@@ -2,12 +2,17 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <new>
 #include <type_traits>
+#include <utility>
+#include <variant>
 #include <vector>
 
 namespace fastgen::cpu {
@@ -74,6 +79,34 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class T>
 std::unique_ptr<T[]> scratch(int64_t count) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+// Memory that begins at a line of the cache, not zeroed.
+template <class T>
+Buffer<T> aligned(int64_t count) {
+  void* const memory = std::aligned_alloc(64, static_cast<size_t>(ceil_div(std::max<int64_t>(count, 1) * sizeof(T), 64) * 64));
+  if (!memory) throw std::bad_alloc();
+  return Buffer<T>(static_cast<T*>(memory));
+}
+
+// Scratch memory of the calling thread; the next call for the same type hands out the same.
+template <class T>
+T* thread_scratch(int64_t count) {
+  thread_local Buffer<T> buffer;
+  thread_local int64_t size = 0;
+  if (size < count) {
+    buffer.reset();
+    size = 0;
+    buffer = aligned<T>(count);
+    size = count;
+  }
+  return buffer.get();
 }
 
 }  // namespace fastgen::cpu

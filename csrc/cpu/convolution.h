@@ -26,20 +26,40 @@ struct ConvolutionTensors {
   void* out;
 };
 
-// Winograd's tiles in use: m x m outputs of r x r taps. FASTGEN_WINOGRAD: 0 turns it off, "always" uses it wherever it can be
-// used, whatever it costs (for tests); else it runs where it was measured to be faster (benchmarks/NOTES.md).
-enum class WinogradTile { none, f4x2, f4x3 };
+// Winograd's algorithms have tiles of m x m outputs of r x r taps. `rows`, for few output channels: the taps of a row of the
+// kernel are output channels of one matrix product, and their sums the output.
+// direct_bf16 and rows_bf16, for bfloat16 alone, multiply pairs of channels by one instruction that not all processors have.
+enum class Algorithm { direct, rows, winograd_4x2, winograd_4x3, direct_bf16, rows_bf16 };
+constexpr int64_t kAlgorithms = 6;
 
-inline WinogradTile winograd_tile(const Convolution& conv, const NormAct& op) {
+// The algorithms that can compute a convolution to `c` channels; direct is always one.
+inline bool can_run(Algorithm algorithm, const Convolution& conv, int64_t c) {
+  const bool plain = conv.kh == conv.kw && conv.stride[0] == conv.stride[1] && conv.groups == 1 && conv.dilation[0] == 1 && conv.dilation[1] == 1;
+  switch (algorithm) {
+    case Algorithm::direct: return true;
+    case Algorithm::direct_bf16: return conv.ic / conv.groups % 2 == 0;
+    case Algorithm::rows_bf16:
+      if (conv.ic % 2) return false;
+      [[fallthrough]];
+    case Algorithm::rows: return conv.groups == 1 && c <= 4;
+    case Algorithm::winograd_4x2: return plain && conv.kh == 4 && conv.stride[0] == 2;
+    case Algorithm::winograd_4x3: return plain && conv.kh == 3 && conv.stride[0] == 1;
+  }
+  return false;
+}
+
+// The one to use: where it was measured to be the fastest (benchmarks/NOTES.md). FASTGEN_WINOGRAD: 0 turns Winograd's off, "always"
+// uses them wherever they can be used, whatever it costs (for tests).
+inline Algorithm choose(const Convolution& conv, const NormAct& op) {
   const char* asked = getenv("FASTGEN_WINOGRAD");
-  if (asked && !strcmp(asked, "0")) return WinogradTile::none;
-  const bool always = asked && !strcmp(asked, "always");
-  const bool square = conv.kh == conv.kw && conv.stride[0] == conv.stride[1];
-  if (!square || conv.groups != 1 || conv.dilation[0] != 1 || conv.dilation[1] != 1) return WinogradTile::none;
-  const bool wide = conv.ic >= 16 && op.c >= 16, large = op.n * conv.oh * conv.ow >= 1024;
-  if (conv.kh == 4 && conv.stride[0] == 2 && (always || (wide && large))) return WinogradTile::f4x2;
-  if (conv.kh == 3 && conv.stride[0] == 1 && (always || (wide && op.n * conv.oh * conv.ow >= 256 && conv.oh >= 8))) return WinogradTile::f4x3;
-  return WinogradTile::none;
+  const bool never = op.dtype == DType::float64 || (asked && !strcmp(asked, "0")), always = asked && !strcmp(asked, "always");
+  const bool wide = conv.ic >= 16 && op.c >= 16;
+  const int64_t pixels = op.n * conv.oh * conv.ow;
+  if (!never && can_run(Algorithm::winograd_4x2, conv, op.c) && (always || (wide && pixels >= 1024))) return Algorithm::winograd_4x2;
+  if (!never && can_run(Algorithm::winograd_4x3, conv, op.c) && (always || (wide && pixels >= 256 && conv.oh >= 8)))
+    return Algorithm::winograd_4x3;
+  if (!op.batch_stats && can_run(Algorithm::rows, conv, op.c)) return Algorithm::rows;
+  return Algorithm::direct;
 }
 
 // Whether the transformed weights are too many to be kept: each band then transforms them anew.
@@ -56,5 +76,19 @@ void conv_transpose2d_norm_act(const Convolution& conv, const NormAct& op, const
 // The gradient of the weight, `out` with conv.weight_strides, from the gradient of the output (no norm), which `op` describes.
 void convolution_weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad, const void* x, void* out,
                              const ParallelFor& parallel);
+
+// A convolution of float32 or bfloat16 whose weights (and bias, or null) are packed once, for any number of images.
+class PackedConvolution {
+ public:
+  virtual ~PackedConvolution() = default;
+  // x (n, ih, iw, ic) and out of op.dtype, bfloat16 if the algorithm asks for it. mean and var of `given` are written when
+  // op.batch_stats.
+  virtual void run(const NormAct& op, const void* x, const NormActTensors& given, void* out, const ParallelFor& parallel) const = 0;
+};
+std::unique_ptr<PackedConvolution> pack_convolution(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm,
+                                                    const float* weight, const float* bias, const ParallelFor& parallel);
+
+// Whether this processor has what the algorithms for bfloat16 need.
+bool can_dot_bf16();
 
 }  // namespace fastgen::cpu

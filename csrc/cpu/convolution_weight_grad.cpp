@@ -12,6 +12,11 @@
 
 namespace fastgen::cpu::FASTGEN_ISA {
 
+template <int m_, int r_>
+struct WinogradSize {
+  static constexpr int m = m_, r = r_;
+};
+
 template <class T>
 void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad_, const void* x_, void* out,
                  const ParallelFor& parallel) {
@@ -31,10 +36,10 @@ void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, co
                                          axis(conv.iw, conv.ow, conv.kw, 1)}
           .run(x.get(), grad.get(), static_cast<T*>(out), {s[transposed ? 0 : 1], s[transposed ? 1 : 0], s[2], s[3]}, parallel);
     };
-    switch (winograd_tile(conv, op)) {
-      case WinogradTile::none: break;
-      case WinogradTile::f4x2: return winograd(WinogradSize<4, 2>{});
-      case WinogradTile::f4x3: return winograd(WinogradSize<4, 3>{});
+    switch (choose(conv, op)) {
+      case Algorithm::winograd_4x2: return winograd(WinogradSize<4, 2>{});
+      case Algorithm::winograd_4x3: return winograd(WinogradSize<4, 3>{});
+      default: break;
     }
   }
 

@@ -95,7 +95,7 @@ Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channel
 }
 
 // A band: some rows of one image, or all rows of several small images; about kBandPixels output pixels, a unit of work.
-constexpr int64_t kBandPixels = 1024;
+constexpr int64_t kBandPixels = 1024, kItems = 8;
 
 // Where the weights of a group lie: from + ic * depth + oc * channel + kh * row + kw * column.
 struct WeightStrides {
@@ -110,11 +110,11 @@ inline WeightStrides weight_strides(const Convolution& conv, int64_t c, bool tra
 
 // The weights as (group, block, tap, ic / groups, width), zero where a block is wider than the group's channels.
 template <class T>
-std::unique_ptr<Acc<T>[]> pack_weights(const Convolution& conv, int64_t c, int64_t width, bool transposed, const T* weight,
+Buffer<Acc<T>> pack_weights(const Convolution& conv, int64_t c, int64_t width, bool transposed, const T* weight,
                                        const ParallelFor& parallel) {
   const int64_t depth = conv.ic / conv.groups, channels = c / conv.groups, blocks = ceil_div(channels, width), taps = conv.kh * conv.kw;
   const WeightStrides stride = weight_strides(conv, c, transposed);
-  auto packed = scratch<Acc<T>>(conv.groups * blocks * taps * depth * width);
+  auto packed = aligned<Acc<T>>(conv.groups * blocks * taps * depth * width);
   parallel(conv.groups * blocks * depth, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t i = row % depth, block = row / depth % blocks, group = row / depth / blocks;
@@ -130,8 +130,104 @@ std::unique_ptr<Acc<T>[]> pack_weights(const Convolution& conv, int64_t c, int64
   return packed;
 }
 
-// The work of one call, over blocks of `vectors` vectors of output channels.
+struct Direct {
+  Axis rows, columns;
+};
+
+// y[oh][ow][c] = sum over kw of t[column(ow, kw)][kw * channels + c], t = sum over kh of x[row(oh, kh)] w[kh]: a product as wide as a row
+// of the kernel, for as few output channels as an image has.
+struct Rows {
+  // Output positions ow, ow + ow_step, ... that read the input's iw, iw + iw_step, ... by the tap kw.
+  struct Run {
+    int64_t kw, ow, ow_step, iw, iw_step, count;
+  };
+  Axis rows;
+  int64_t taps, channels;
+  std::vector<Run> runs;
+
+  Rows(Axis rows_, const Axis& columns, int64_t channels_) : rows(std::move(rows_)), taps(columns.taps), channels(channels_) {
+    for (int64_t kw = 0; kw < taps; ++kw) {
+      Run run{kw, 0, 0, 0, 0, 0};
+      for (int64_t ow = 0; ow < static_cast<int64_t>(columns.source.size()) / taps; ++ow) {
+        const int64_t iw = columns.source[ow * taps + kw];
+        if (iw < 0) continue;
+        const int64_t last_ow = run.ow + (run.count - 1) * run.ow_step, last_iw = run.iw + (run.count - 1) * run.iw_step;
+        if (run.count == 1) run.ow_step = ow - last_ow, run.iw_step = iw - last_iw;
+        if (run.count && ow - last_ow == run.ow_step && iw - last_iw == run.iw_step) {
+          ++run.count;
+          continue;
+        }
+        if (run.count) runs.push_back(run);
+        run = {kw, ow, 0, iw, 0, 1};
+      }
+      if (run.count) runs.push_back(run);
+    }
+  }
+
+  int64_t blocks(int64_t width) const { return ceil_div(taps * channels, width); }
+};
+
+// The weights as (kh, block, ic, width), a column kw * c + channel, zero beyond.
+template <class T>
+Buffer<Acc<T>> pack_rows(const Convolution& conv, int64_t c, int64_t width, bool transposed, const T* weight) {
+  const int64_t blocks = ceil_div(conv.kw * c, width);
+  const WeightStrides stride = weight_strides(conv, c, transposed);
+  auto packed = aligned<Acc<T>>(conv.kh * blocks * conv.ic * width);
+  std::fill_n(packed.get(), conv.kh * blocks * conv.ic * width, Acc<T>(0));
+  for (int64_t kh = 0; kh < conv.kh; ++kh)
+    for (int64_t i = 0; i < conv.ic; ++i)
+      for (int64_t column = 0; column < conv.kw * c; ++column)
+        packed[((kh * blocks + column / width) * conv.ic + i) * width + column % width] =
+            load(weight + kh * stride.row + i * stride.depth + column / c * stride.column + column % c * stride.channel);
+  return packed;
+}
+
+// A convolution made ready for any number of images: how it is computed, and its weights packed for that.
+template <class A, int vectors>
+struct Packed {
+  using Fast = std::variant<Direct, Rows, Winograd<float, 4, 2, vectors>, Winograd<float, 4, 3, vectors>>;
+  std::conditional_t<std::is_same_v<A, float>, Fast, std::variant<Direct, Rows>> how;
+  Buffer<A> weights;
+};
+
 template <class T, int vectors>
+Packed<Acc<T>, vectors> pack(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm, const T* weight,
+                             const ParallelFor& parallel) {
+  using A = Acc<T>;
+  constexpr int64_t width = vectors * Vector<A>::size;
+  if constexpr (std::is_same_v<A, float>) {
+    const auto winograd = [&](auto plan) {
+      const WeightStrides s = weight_strides(conv, c, transposed);
+      const int64_t strides[4] = {s.depth, s.channel, s.row, s.column};
+      auto weights = aligned<A>(plan.packed_size());
+      plan.pack(weight, strides, weights.get(), parallel);
+      return Packed<A, vectors>{std::move(plan), std::move(weights)};
+    };
+    const auto axis = [&](int64_t in, int64_t size, int64_t kernel, int i) {
+      return transposed ? WinogradAxis::transposed(in, size, kernel, conv.stride[i], conv.padding[i])
+                        : WinogradAxis::conv(in, size, kernel, conv.stride[i], conv.padding[i], conv.reflect);
+    };
+    const auto rows = [&] { return axis(conv.ih, conv.oh, conv.kh, 0); };
+    const auto columns = [&] { return axis(conv.iw, conv.ow, conv.kw, 1); };
+    const bool expand = transforms_in_bands(conv, c);
+    if (algorithm == Algorithm::winograd_4x2)
+      return winograd(Winograd<A, 4, 2, vectors>{conv.ic, conv.ih, conv.iw, c, rows(), columns(), expand});
+    if (algorithm == Algorithm::winograd_4x3)
+      return winograd(Winograd<A, 4, 3, vectors>{conv.ic, conv.ih, conv.iw, c, rows(), columns(), expand});
+  }
+  const auto axis = [&](int64_t in, int64_t size, int64_t kernel, int i) {
+    return transposed ? Axis::transposed(in, size, kernel, conv.stride[i], conv.padding[i], conv.dilation[i])
+                      : Axis::strided(in, size, kernel, conv.stride[i], conv.padding[i], conv.dilation[i], conv.reflect);
+  };
+  Axis rows = axis(conv.ih, conv.oh, conv.kh, 0), columns = axis(conv.iw, conv.ow, conv.kw, 1);
+  if (algorithm == Algorithm::rows)
+    return {Rows(std::move(rows), columns, c), pack_rows(conv, c, width, transposed, weight)};
+  return {Direct{std::move(rows), std::move(columns)}, pack_weights(conv, c, width, transposed, weight, parallel)};
+}
+
+// The work of one call, over blocks of `vectors` vectors of output channels. dot: a float of x and of the weights is a pair of
+// bfloat16, and counts as one channel.
+template <class T, int vectors, bool dot = false>
 struct Call {
   using A = Acc<T>;
   static constexpr int64_t width = vectors * Vector<A>::size;
@@ -141,65 +237,131 @@ struct Call {
   const A* packed;
   const A* bias;
   const Affine<A>* affine;  // null: no normalisation in the epilogue
+  const T* residual;        // added before the activation, or null
   T* pre;
   T* out;
   std::vector<Moments<double>>* parts;  // (n, bands an image, c), when statistics are asked for
-  Axis rows, columns;
-  int64_t images, band_rows;  // of a band
+  int64_t images, band_rows;            // of a band
 
+  void set_band(int64_t images_, int64_t rows) {
+    images = std::clamp<int64_t>(images_, 1, op.n);
+    band_rows = std::clamp<int64_t>(rows, 1, conv.oh);
+    if (parts) parts->resize(static_cast<size_t>(op.n * bands_an_image() * op.c));
+  }
   int64_t bands_an_image() const { return ceil_div(conv.oh, band_rows); }
   int64_t blocks() const { return ceil_div(op.c / conv.groups, width); }
 
-  void run(const ParallelFor& parallel) const {
+  void run(const Direct& direct, const ParallelFor& parallel) {
+    set_band(kBandPixels / op.s, kBandPixels / conv.ow);
+    const int64_t others = conv.groups * blocks() * ceil_div(op.n, images);  // enough work for some threads, if rows are left
+    set_band(images, std::min(band_rows, std::max<int64_t>(4, ceil_div(conv.oh, ceil_div(kItems, others)))));
     const int64_t bands = ceil_div(op.n, images) * bands_an_image(), depth = conv.ic / conv.groups;
-    std::vector<A> zeros(static_cast<size_t>(depth), A(0));
+    const std::vector<A> zeros(static_cast<size_t>(depth), A(0));
     parallel(conv.groups * blocks() * bands, [&](int64_t begin, int64_t end) {
-      auto band = scratch<A>((images * band_rows * conv.ow + 1) * width);  // and one row for the pixels that fill up the last tile
-      std::vector<const A*> sources(static_cast<size_t>(conv.kh * conv.kw * kPixels), zeros.data());
+      A* const band = thread_scratch<A>(images * band_rows * conv.ow * width);
+      const A** const sources = thread_scratch<const A*>(conv.kh * conv.kw * (kPixels + 1));
       for (int64_t item = begin; item < end; ++item) {
         const int64_t block = item / bands, first_image = item % bands / bands_an_image() * images;
         const int64_t first_row = item % bands_an_image() * band_rows;
         const int64_t last_row = std::min(conv.oh, first_row + band_rows), last_image = std::min(op.n, first_image + images);
-        for (const Axis::Class& row : rows.classes)
-          for (const Axis::Class& column : columns.classes)
-            multiply(block, first_image, last_image, first_row, last_row, row, column, zeros.data(), sources.data(), band.get());
+        for (const Axis::Class& row : direct.rows.classes)
+          for (const Axis::Class& column : direct.columns.classes)
+            multiply(direct, block, first_image, last_image, first_row, last_row, row, column, zeros.data(), sources, band);
         for (int64_t image = first_image; image < last_image; ++image)
-          finish(block, image, first_row, last_row, band.get() + (image - first_image) * (last_row - first_row) * conv.ow * width);
+          finish(block, image, first_row, last_row, band + (image - first_image) * (last_row - first_row) * conv.ow * width);
       }
     });
   }
 
   // The same by Winograd's algorithm: bands outside, blocks inside, so that the blocks of a band share its transformed input.
   template <int m, int r>
-  void run(const Winograd<A, m, r, vectors>& winograd, const ParallelFor& parallel) const {
+  void run(const Winograd<A, m, r, vectors>& winograd, const ParallelFor& parallel) {
+    const int64_t unit = m * winograd.rows.out_step, pixels_a_band = winograd.expand ? 8192 : 48 * unit * unit;
+    set_band(pixels_a_band / op.s, std::max<int64_t>(1, pixels_a_band / (conv.ow * unit)) * unit);
     const int64_t bands = ceil_div(op.n, images) * bands_an_image();
     const int64_t items = parallel.threads > 1 ? 2 * parallel.threads : 1;  // at least, if there are enough blocks
     const int64_t together = ceil_div(blocks(), ceil_div(items, bands)), parts_a_band = ceil_div(blocks(), together);
     parallel(bands * parts_a_band, [&](int64_t begin, int64_t end) {
       const int64_t band_size = images * band_rows * conv.ow * width;
-      auto band = scratch<A>(together * band_size);
-      auto memory = scratch<A>(winograd.scratch_size(images * winograd.tiles_an_image(0, band_rows)));
+      A* const band = thread_scratch<A>(together * ceil_div(band_size, 16) * 16 +
+                                        winograd.scratch_size(images * winograd.tiles_an_image(0, band_rows)));
+      A* const memory = band + together * ceil_div(band_size, 16) * 16;
       for (int64_t item = begin; item < end; ++item) {
         const int64_t at = item / parts_a_band, first_block = item % parts_a_band * together, last_block = std::min(blocks(), first_block + together);
         const int64_t first_image = at / bands_an_image() * images, last_image = std::min(op.n, first_image + images);
         const int64_t first_row = at % bands_an_image() * band_rows, last_row = std::min(conv.oh, first_row + band_rows);
-        winograd.multiply(x, packed, first_block, last_block, first_image, last_image, first_row, last_row, band.get(), memory.get());
-        const A* z = band.get();
+        winograd.multiply(x, packed, first_block, last_block, first_image, last_image, first_row, last_row, band, memory);
+        A* z = band;
         for (int64_t block = first_block; block < last_block; ++block)
           for (int64_t image = first_image; image < last_image; ++image, z += (last_row - first_row) * conv.ow * width)
-            finish(block, image, first_row, last_row, const_cast<A*>(z));
+            finish(block, image, first_row, last_row, z);
       }
     });
   }
 
+  void run(const Rows& plan, const ParallelFor& parallel) {
+    const int64_t columns = plan.blocks(width) * width;
+    parallel(op.n * conv.oh, [&](int64_t begin, int64_t end) {
+      A* const t = thread_scratch<A>(conv.iw * columns + op.c * conv.ow);
+      A* const z = t + conv.iw * columns;  // (c, ow)
+      const A** const weights = thread_scratch<const A*>(conv.kh * (kPixels + 1));
+      const A** const sources = weights + conv.kh;
+      A* to[kPixels];
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t image = item / conv.oh, oh = item % conv.oh;
+        for (int64_t block = 0; block < plan.blocks(width); ++block)
+          for (int64_t iw = 0; iw < conv.iw; iw += kPixels) {
+            const int64_t height = std::min<int64_t>(kPixels, conv.iw - iw);
+            int64_t taps = 0;
+            for (int64_t kh = 0; kh < conv.kh; ++kh) {
+              const int64_t ih = plan.rows.source[oh * conv.kh + kh];
+              if (ih < 0) continue;
+              for (int64_t p = 0; p < height; ++p) sources[taps * kPixels + p] = x + ((image * conv.ih + ih) * conv.iw + iw + p) * conv.ic;
+              weights[taps++] = packed + (kh * plan.blocks(width) + block) * conv.ic * width;
+            }
+            for (int64_t p = 0; p < height; ++p) to[p] = t + (iw + p) * columns + block * width;
+            kTiles<A, vectors, dot>[height - 1](sources, weights, taps, conv.ic, to);
+          }
+        for (int64_t channel = 0; channel < op.c; ++channel)
+          std::fill_n(z + channel * conv.ow, conv.ow, bias ? bias[channel] : A(0));
+        for (const Rows::Run& run : plan.runs)
+          for (int64_t channel = 0; channel < op.c; ++channel) {
+            A* to = z + channel * conv.ow + run.ow;
+            const A* from = t + run.iw * columns + run.kw * op.c + channel;
+            for (int64_t i = 0; i < run.count; ++i) to[i * run.ow_step] += from[i * run.iw_step * columns];
+          }
+        if (pre) put_row(z, pre, image, oh);
+        if (!out) continue;
+        for (int64_t channel = 0; channel < op.c; ++channel)
+          for (int64_t ow = 0; ow < conv.ow; ++ow) {
+            A& value = z[channel * conv.ow + ow];
+            if (affine) value = (value - affine->center[channel]) * affine->scale[channel] + affine->shift[channel];
+            if (residual) value += load(residual + at(image, channel, oh * conv.ow + ow));
+          }
+        activate_block(op.activation, z, op.c * conv.ow, static_cast<A>(op.negative_slope));
+        put_row(z, out, image, oh);
+      }
+    });
+  }
+
+  int64_t at(int64_t image, int64_t channel, int64_t pixel) const {
+    return op.channels_last ? (image * op.s + pixel) * op.c + channel : (image * op.c + channel) * op.s + pixel;
+  }
+
+  void put_row(const A* z, T* tensor, int64_t image, int64_t oh) const {
+    for (int64_t channel = 0; channel < op.c; ++channel)
+      for (int64_t ow = 0; ow < conv.ow; ++ow) store(tensor + at(image, channel, oh * conv.ow + ow), z[channel * conv.ow + ow]);
+  }
+
   // The band's pixels of one class of rows and columns, kPixels at a time.
-  void multiply(int64_t block, int64_t first_image, int64_t last_image, int64_t first_row, int64_t last_row, const Axis::Class& row,
-                const Axis::Class& column, const A* zeros, const A** sources, A* band) const {
+  void multiply(const Direct& direct, int64_t block, int64_t first_image, int64_t last_image, int64_t first_row, int64_t last_row,
+                const Axis::Class& row, const Axis::Class& column, const A* zeros, const A** memory, A* band) const {
     const int64_t depth = conv.ic / conv.groups, group = block / blocks(), taps = row.taps.size() * column.taps.size();
-    A* const spare = band + images * band_rows * conv.ow * width;
-    std::vector<const A*> weights;
+    const A** const weights = memory;
+    const A** const sources = memory + taps;
+    int64_t tap = 0;
     for (int64_t kh : row.taps)
-      for (int64_t kw : column.taps) weights.push_back(packed + (block * conv.kh * conv.kw + kh * conv.kw + kw) * depth * width);
+      for (int64_t kw : column.taps) weights[tap++] = packed + (block * conv.kh * conv.kw + kh * conv.kw + kw) * depth * width;
     A* to[kPixels];
     int filled = 0;
     const auto first_oh = std::lower_bound(row.positions.begin(), row.positions.end(), first_row);
@@ -210,33 +372,34 @@ struct Call {
           const int64_t oh = *at;
           const A** source = sources + filled;
           for (int64_t kh : row.taps) {
-            const int64_t ih = rows.source[oh * conv.kh + kh];
+            const int64_t ih = direct.rows.source[oh * conv.kh + kh];
             for (int64_t kw : column.taps) {
-              const int64_t iw = columns.source[ow * conv.kw + kw];
+              const int64_t iw = direct.columns.source[ow * conv.kw + kw];
               *source = ih < 0 || iw < 0 ? zeros : x + ((image * conv.ih + ih) * conv.iw + iw) * conv.ic + group * depth;
               source += kPixels;
             }
           }
           to[filled] = band + (((image - first_image) * (last_row - first_row) + oh - first_row) * conv.ow + ow) * width;
           if (++filled < kPixels) continue;
-          tile<A, vectors>(sources, weights.data(), taps, depth, to);
+          kTiles<A, vectors, dot>[kPixels - 1](sources, weights, taps, depth, to);
           filled = 0;
         }
-    if (!filled) return;
-    for (; filled < kPixels; ++filled) {
-      to[filled] = spare;
-      for (int64_t tap = 0; tap < taps; ++tap) sources[tap * kPixels + filled] = zeros;
-    }
-    tile<A, vectors>(sources, weights.data(), taps, depth, to);
+    if (filled) kTiles<A, vectors, dot>[filled - 1](sources, weights, taps, depth, to);
   }
 
   // Bias, statistics or normalisation + activation, and the store, for one block of channels of some rows of one image.
   void finish(int64_t block, int64_t image, int64_t first_row, int64_t last_row, A* z) const {
     const int64_t group = block / blocks(), first = group * (op.c / conv.groups) + block % blocks() * width;
     const int64_t valid = std::min(width, (group + 1) * (op.c / conv.groups) - first), pixels = (last_row - first_row) * conv.ow;
-    if (bias)
+    const auto each = [&](const auto& change) {  // a constant trip count: SIMD code
       for (int64_t pixel = 0; pixel < pixels; ++pixel)
-        for (int64_t channel = 0; channel < valid; ++channel) z[pixel * width + channel] += bias[first + channel];
+        for (int64_t k = 0; k < width; ++k) change(z[pixel * width + k], k);
+    };
+    A shift[width] = {}, center[width] = {}, scale[width] = {};
+    if (bias) {
+      std::copy_n(bias + first, valid, shift);
+      each([&](A& value, int64_t k) { value += shift[k]; });
+    }
     if (parts) {
       Moments<double> moments[width];
       column_moments(z, pixels, width, moments);
@@ -244,12 +407,15 @@ struct Call {
     }
     if (pre) put(z, pre, image, first_row, pixels, first, valid);
     if (!out) return;
-    if (affine)
+    if (affine) {
+      std::copy_n(affine->center.get() + first, valid, center);
+      std::copy_n(affine->scale.get() + first, valid, scale);
+      std::copy_n(affine->shift.get() + first, valid, shift);
+      each([&](A& value, int64_t k) { value = (value - center[k]) * scale[k] + shift[k]; });
+    }
+    if (residual)
       for (int64_t pixel = 0; pixel < pixels; ++pixel)
-        for (int64_t channel = 0; channel < valid; ++channel) {
-          A& value = z[pixel * width + channel];
-          value = (value - affine->center[first + channel]) * affine->scale[first + channel] + affine->shift[first + channel];
-        }
+        for (int64_t k = 0; k < valid; ++k) z[pixel * width + k] += load(residual + at(image, first + k, first_row * conv.ow + pixel));
     activate_block(op.activation, z, pixels * width, static_cast<A>(op.negative_slope));
     put(z, out, image, first_row, pixels, first, valid);
   }
@@ -268,86 +434,45 @@ struct Call {
   }
 };
 
-template <int m_, int r_>
-struct WinogradSize {
-  static constexpr int m = m_, r = r_;
-};
+// The convolution by packed weights, with what follows it.
+template <class T, int vectors, bool dot = false>
+void run_packed(const Packed<Acc<T>, vectors>& how, const Convolution& conv, const NormAct& op, const Acc<T>* pixels, const Acc<T>* bias,
+                const NormActTensors& given, T* pre, T* out, const ParallelFor& parallel) {
+  using A = Acc<T>;
+  const bool later = op.normalize && op.batch_stats;  // the statistics come with the convolution, the rest is a pass over its output
+  T* const sum = later && !pre ? out : pre;
+  std::vector<Moments<double>> parts;
+  const auto affine = op.normalize && !later ? std::make_unique<Affine<A>>(op, given) : nullptr;
+  Call<T, vectors, dot> call{conv, op, pixels, how.weights.get(), bias, affine.get(), later ? nullptr : static_cast<const T*>(given.residual), sum,
+                        later ? nullptr : out, later ? &parts : nullptr, 0, 0};
+  std::visit([&](const auto& algorithm) { call.run(algorithm, parallel); }, how.how);
+  if (!later) return;
+  merge_moments(op, parts, call.bands_an_image(), const_cast<void*>(given.mean), const_cast<void*>(given.var));
+  norm_act_apply(op, sum, given, out, parallel);
+}
 
 template <class T, int vectors>
-void convolve(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors, const Affine<Acc<T>>* affine,
-              T* pre, T* out, std::vector<Moments<double>>* parts, int64_t* chunks, const ParallelFor& parallel) {
+void convolve(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors, const NormActTensors& given,
+              const ParallelFor& parallel) {
   using A = Acc<T>;
   const auto pixels = pixels_first<A>(static_cast<const T*>(tensors.x), op.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, parallel);
-  const T* weight = static_cast<const T*>(tensors.weight);
-  Call<T, vectors> call{conv, op, pixels.get(), nullptr, static_cast<const A*>(tensors.bias), affine, pre, out, parts, {}, {}, 0, 0};
-  const auto prepare = [&](int64_t images, int64_t rows) {
-    call.images = std::clamp<int64_t>(images, 1, op.n);
-    call.band_rows = std::clamp<int64_t>(rows, 1, conv.oh);
-    *chunks = call.bands_an_image();
-    if (parts) parts->resize(static_cast<size_t>(op.n * *chunks * op.c));
-  };
+  const auto packed = pack<T, vectors>(conv, op.c, transposed, choose(conv, op), static_cast<const T*>(tensors.weight), parallel);
+  run_packed<T, vectors>(packed, conv, op, pixels.get(), static_cast<const A*>(tensors.bias), given, static_cast<T*>(tensors.pre),
+                         static_cast<T*>(tensors.out), parallel);
+}
 
-  if constexpr (std::is_same_v<A, float>) {
-    const auto winograd = [&](auto tile) {
-      constexpr int m = decltype(tile)::m, r = decltype(tile)::r;
-      const auto axis = [&](int64_t in, int64_t size, int64_t kernel, int i) {
-        return transposed ? WinogradAxis::transposed(in, size, kernel, conv.stride[i], conv.padding[i])
-                          : WinogradAxis::conv(in, size, kernel, conv.stride[i], conv.padding[i], conv.reflect);
-      };
-      const Winograd<A, m, r, vectors> plan{conv.ic, conv.ih, conv.iw, op.c, axis(conv.ih, conv.oh, conv.kh, 0),
-                                            axis(conv.iw, conv.ow, conv.kw, 1), transforms_in_bands(conv, op.c)};
-      const int64_t unit = m * (transposed ? conv.stride[0] : 1), pixels_a_band = plan.expand ? 8192 : 48 * unit * unit;
-      prepare(pixels_a_band / op.s, std::max<int64_t>(1, pixels_a_band / (conv.ow * unit)) * unit);
-      const auto packed = scratch<A>(plan.packed_size());
-      const WeightStrides s = weight_strides(conv, op.c, transposed);
-      const int64_t strides[4] = {s.depth, s.channel, s.row, s.column};
-      plan.pack(weight, strides, packed.get(), parallel);
-      call.packed = packed.get();
-      call.run(plan, parallel);
-    };
-    switch (winograd_tile(conv, op)) {
-      case WinogradTile::none: break;
-      case WinogradTile::f4x2: return winograd(WinogradSize<4, 2>{});
-      case WinogradTile::f4x3: return winograd(WinogradSize<4, 3>{});
-    }
-  }
-
-  const auto packed = pack_weights<T>(conv, op.c, Call<T, vectors>::width, transposed, weight, parallel);
-  const auto axis = [&](int64_t in, int64_t size, int64_t kernel, int i) {
-    return transposed ? Axis::transposed(in, size, kernel, conv.stride[i], conv.padding[i], conv.dilation[i])
-                      : Axis::strided(in, size, kernel, conv.stride[i], conv.padding[i], conv.dilation[i], conv.reflect);
-  };
-  prepare(kBandPixels / op.s, kBandPixels / conv.ow);
-  call.packed = packed.get();
-  call.rows = axis(conv.ih, conv.oh, conv.kh, 0);
-  call.columns = axis(conv.iw, conv.ow, conv.kw, 1);
-  call.run(parallel);
+// Whether one vector is wide enough for the output channels (of `rows`: for those of a row of taps).
+template <class A>
+bool is_narrow(const Convolution& conv, int64_t c, Algorithm algorithm) {
+  const int64_t columns = algorithm == Algorithm::rows ? conv.kw * c : c / conv.groups;
+  return columns <= Vector<A>::size;
 }
 
 template <class T>
 void convolve_norm_act(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors,
                        const NormActTensors& given, const ParallelFor& parallel) {
-  T* pre = static_cast<T*>(tensors.pre);
-  T* out = static_cast<T*>(tensors.out);
-  const bool narrow = op.c / conv.groups <= Vector<Acc<T>>::size;
-  const auto run = narrow ? convolve<T, 1> : convolve<T, 2>;
-  int64_t chunks;
-  if (op.normalize && op.batch_stats) {  // the statistics come with the convolution, the rest is a pass over its output
-    std::vector<Moments<double>> parts;
-    T* const sum = pre ? pre : out;
-    run(conv, op, transposed, tensors, nullptr, sum, nullptr, &parts, &chunks, parallel);
-    merge_moments(op, parts, chunks, const_cast<void*>(given.mean), const_cast<void*>(given.var));
-    norm_act_apply(op, sum, given, out, parallel);
-  } else if (given.residual) {
-    T* const sum = pre ? pre : out;
-    run(conv, op, transposed, tensors, nullptr, sum, nullptr, nullptr, &chunks, parallel);
-    norm_act_apply(op, sum, given, out, parallel);
-  } else if (op.normalize) {
-    const Affine<Acc<T>> affine(op, given);
-    run(conv, op, transposed, tensors, &affine, pre, out, nullptr, &chunks, parallel);
-  } else {
-    run(conv, op, transposed, tensors, nullptr, pre, out, nullptr, &chunks, parallel);
-  }
+  const bool narrow = is_narrow<Acc<T>>(conv, op.c, choose(conv, op));
+  (narrow ? convolve<T, 1> : convolve<T, 2>)(conv, op, transposed, tensors, given, parallel);
 }
 
 }  // namespace fastgen::cpu::FASTGEN_ISA

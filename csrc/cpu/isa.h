@@ -13,6 +13,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace fastgen::cpu {
 
@@ -36,6 +39,15 @@ inline Isa isa() {
   return chosen;
 }
 
+// Whether it multiplies pairs of bfloat16 too.
+inline bool has_bf16_dot() {
+#if defined(__x86_64__)
+  return isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace fastgen::cpu
 
 #if defined(__clang__)
@@ -53,15 +65,18 @@ inline Isa isa() {
 
 #if defined(__x86_64__)
 #define FASTGEN_ISA avx512
+#define FASTGEN_HAS_DOT 1
 #define FASTGEN_VECTOR_BYTES 64
 #define FASTGEN_TILE_PIXELS 12
 FASTGEN_TARGET_BEGIN(FASTGEN_TARGET_AVX512)
 #include FASTGEN_FILE
 FASTGEN_TARGET_END
 #undef FASTGEN_ISA
+#undef FASTGEN_HAS_DOT
 #undef FASTGEN_VECTOR_BYTES
 #undef FASTGEN_TILE_PIXELS
 
+#define FASTGEN_HAS_DOT 0
 #define FASTGEN_ISA avx2
 #define FASTGEN_VECTOR_BYTES 32
 #define FASTGEN_TILE_PIXELS 6
@@ -80,6 +95,7 @@ FASTGEN_TARGET_END
   }
 #define FASTGEN_TILE_PIXELS 6  // 16 registers: 6 x 2 accumulators, 2 weights, 1 input
 #else
+#define FASTGEN_HAS_DOT 0
 #define FASTGEN_DISPATCH(function, ...) return baseline::function(__VA_ARGS__);
 #define FASTGEN_TILE_PIXELS 12  // NEON has 32 registers
 #endif

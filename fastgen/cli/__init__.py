@@ -15,7 +15,9 @@ from fastgen.training.config import CONFIGS
 
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": commands.generate,
+    "export": commands.export,
     "evaluate": commands.evaluate,
+    "bench": commands.bench,
     "info": commands.info,
     "build": commands.build,
 }

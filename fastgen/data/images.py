@@ -1,61 +1,10 @@
-import io
-import math
 import os
-from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 
-from fastgen.errors import FastgenError, UsageError, naming
-
-
-def picture_format(path: str | os.PathLike[str]) -> str:
-    """The format that the ending of `path` names.
-
-    Raises:
-        UsageError: it names none that can be written.
-    """
-    known = Image.registered_extensions()
-    name = known.get(Path(path).suffix.lower(), "")
-    if name not in Image.SAVE:
-        raise UsageError(f"the ending of {str(path)!r} names no image format that can be written: use .png")
-    return name
+from fastgen import images as _images
 
 
 def save_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int | None = None, padding: int = 2) -> None:
-    """Writes images side by side into one picture.
-
-    Args:
-        images: (N, 1 or 3, H, W) in [-1, 1]; values outside are clamped.
-        path: file to write; its ending says the format. Folders on the way are made.
-        columns: images in a row; by default what makes the grid square.
-        padding: black pixels between images.
-
-    Raises:
-        UsageError: the images or the ending are of no use.
-        FastgenError: the format cannot hold this picture; a file that was there stays as it was.
-    """
-    if images.dim() != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
-        raise UsageError(f"images must be (N, 1 or 3, H, W) with N > 0, not {tuple(images.shape)}")
-    path, format = Path(path), picture_format(path)
-    n, channels, height, width = images.shape
-    columns = min(n, columns or math.ceil(math.sqrt(n)))
-    rows = math.ceil(n / columns)
-    pixels = images.detach().float().cpu().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    canvas = torch.zeros(channels, rows * (height + padding) + padding, columns * (width + padding) + padding)
-    canvas = canvas.to(torch.uint8)
-    for index, image in enumerate(pixels):
-        top = padding + index // columns * (height + padding)
-        left = padding + index % columns * (width + padding)
-        canvas[:, top : top + height, left : left + width] = image
-    array: np.ndarray = canvas.permute(1, 2, 0).numpy()
-    encoded = io.BytesIO()
-    try:
-        Image.fromarray(array[..., 0] if channels == 1 else array).save(encoded, format)
-    except (OSError, ValueError) as error:
-        raise FastgenError(f"{path} cannot be written as {format}: {error}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path):
-        path.write_bytes(encoded.getbuffer())
+    """Writes images (N, 1 or 3, H, W) in [-1, 1] side by side into one picture: fastgen.images.save_grid, for a tensor."""
+    _images.save_grid(images.detach().float().cpu().numpy(), path, columns=columns, padding=padding)

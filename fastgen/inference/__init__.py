@@ -1,5 +1,6 @@
-"""Speed for models that exist: fuse() for anybody's modules."""
+"""Speed for models that exist: fuse() for anybody's modules, and Engine for inference alone."""
 
+from fastgen.inference.engine import Engine, Part
 from fastgen.inference.fuse import FusedRun, FusionReport, Unfused, fuse, fusion_report
 
-__all__ = ["FusedRun", "FusionReport", "Unfused", "fuse", "fusion_report"]
+__all__ = ["Engine", "FusedRun", "FusionReport", "Part", "Unfused", "fuse", "fusion_report"]

@@ -166,3 +166,24 @@ def test_help_is_quick_and_needs_no_torch():
         result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         assert "fastgen" in result.stdout
+
+
+def test_export_then_generate_and_measure_without_torch(run, tmp_path, capsys):
+    plan = tmp_path / "g.fgplan"
+    assert main(["export", str(run), "--plan", str(plan)]) == 0
+    assert f"{plan}: " in capsys.readouterr().out
+    code = "import sys; from fastgen.cli import main; sys.exit(main(sys.argv[1:]) or 'torch' in sys.modules)"
+    for name, seed in (("a", "7"), ("b", "7"), ("c", "8")):
+        picture = str(tmp_path / f"{name}.png")
+        arguments = ["generate", str(plan), "--n", "9", "--seed", seed, "--out", picture]
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+    pictures = [(tmp_path / f"{name}.png").read_bytes() for name in "abc"]
+    assert pictures[0] == pictures[1] != pictures[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "bench", "latency", str(plan), "--seconds", "0.1", "--batch", "2"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "batch 2, " in done.stdout and "p50 " in done.stdout and "p99 " in done.stdout
+    assert "between 1 and" in fails(capsys, 2, "generate", plan, "--n", "0", "--out", tmp_path / "d.png")
+    plan.write_bytes(plan.read_bytes()[:-1])
+    assert "cut short" in fails(capsys, 1, "bench", "latency", plan)

@@ -1,0 +1,31 @@
+"""Draws the tables whose rows are numbers: python -m benchmarks.plot results.json latency.png"""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+from matplotlib import pyplot
+
+
+def plot(document: dict, path: str) -> None:
+    """One panel a table ("..., against the batch"), one line a column, milliseconds on a logarithmic axis."""
+    tables: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+    for bench in document["benchmarks"]:
+        facts = bench["extra_info"]
+        if ", against " in facts["table"] and facts["correct"]:
+            tables[facts["table"]][facts["column"]].append((int(facts["row"]), 1e3 * bench["stats"]["median"]))
+    figure, panels = pyplot.subplots(1, len(tables), figsize=(6 * len(tables), 4), squeeze=False, layout="constrained")
+    for panel, (title, lines) in zip(panels[0], tables.items(), strict=True):
+        for column, points in lines.items():
+            panel.plot(*zip(*sorted(points), strict=True), marker="o", label=column)
+        panel.set(title=title, xscale="log", yscale="log", xlabel=title.rpartition("the ")[2], ylabel="milliseconds")
+        panel.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    plot(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2])

@@ -1,0 +1,20 @@
+// Reading and checking a plan file, before anything is allocated for what it says.
+#pragma once
+
+#include "plan/plan.h"
+
+namespace fastgen::plan {
+
+// The header of a file of `size` bytes of which the first sizeof(Header) are given; throws std::runtime_error.
+Header check_header(const char* bytes, size_t size);
+
+// The whole file; returns its steps.
+std::vector<Step> check_file(const char* bytes, size_t size);
+
+// Whether the algorithm can compute the step, on some processor.
+bool runs(cpu::Algorithm algorithm, const Step& step, bool bfloat16);
+
+cpu::Convolution geometry(const Step& step);
+cpu::NormAct describe(const Step& step, cpu::DType dtype, int64_t n, bool channels_last);
+
+}  // namespace fastgen::plan

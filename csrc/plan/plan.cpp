@@ -1,0 +1,300 @@
+#include "plan/plan.h"
+
+#include <chrono>
+#include <fstream>
+#include <limits>
+#include <stdexcept>
+#include <tuple>
+
+#include "plan/file.h"
+#include "plan/pool.h"
+
+namespace fastgen::plan {
+namespace {
+
+constexpr int64_t kFew = 8;                  // from so many images on, a step runs its algorithm for many
+constexpr int64_t kInFlight = (16 << 20) / 4; // floats: what a step reads and writes should stay in the cache
+
+bool is_convolution(const Step& step) { return step.kind == Kind::conv || step.kind == Kind::conv_transpose; }
+
+// Whether two convolutions take the same time.
+bool is_alike(const Step& a, const Step& b) {
+  const auto facts = [](const Step& s) {
+    return std::tuple(s.kind, s.ic, s.ih, s.iw, s.c, s.oh, s.ow, s.kh, s.kw, s.stride[0], s.stride[1], s.padding[0], s.padding[1],
+                      s.dilation[0], s.dilation[1], s.groups, s.reflect, s.norm);
+  };
+  return facts(a) == facts(b);
+}
+
+int64_t elements(const int64_t* size) { return size[0] * size[1] * size[2]; }
+
+// to (n, columns, rows) = from (n, rows, columns)
+template <class From, class To>
+void transpose(const From* from, int64_t n, int64_t rows, int64_t columns, To* to, const cpu::ParallelFor& parallel) {
+  constexpr int64_t block = 16;
+  const int64_t blocks = cpu::ceil_div(rows, block);
+  parallel(n * blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t base = item / blocks * rows * columns, first = item % blocks * block, last = std::min(rows, first + block);
+      for (int64_t column = 0; column < columns; ++column)
+        for (int64_t row = first; row < last; ++row) cpu::store(to + base + column * rows + row, cpu::load(from + base + row * columns + column));
+    }
+  });
+}
+
+void concat(const Step& s, int64_t n, int64_t element, const void* x, const void* y, void* out, const cpu::ParallelFor& parallel) {
+  const size_t first = static_cast<size_t>(s.ic * element), second = static_cast<size_t>((s.c - s.ic) * element);
+  parallel(n * s.oh, [&](int64_t begin, int64_t end) {
+    for (int64_t pixel = begin * s.ow; pixel < end * s.ow; ++pixel) {
+      char* const to = static_cast<char*>(out) + pixel * (first + second);
+      memcpy(to, static_cast<const char*>(x) + pixel * first, first);
+      memcpy(to + first, static_cast<const char*>(y) + pixel * second, second);
+    }
+  });
+}
+
+}  // namespace
+
+File File::read(const std::string& path) {
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  if (!file) throw std::runtime_error("it cannot be opened");
+  const auto size = static_cast<int64_t>(file.tellg());
+  file.seekg(0);
+  char start[sizeof(Header)] = {};
+  file.read(start, static_cast<std::streamsize>(std::min<int64_t>(size, sizeof(start))));
+  check_header(start, static_cast<size_t>(std::max<int64_t>(size, 0)));
+  File whole{cpu::aligned<char>(size), static_cast<size_t>(size)};
+  file.seekg(0);
+  if (!file.read(whole.bytes.get(), size)) throw std::runtime_error("it cannot be read to its end");
+  return whole;
+}
+
+Plan::Plan(File file, int threads)
+    : file_(std::move(file)), steps_(check_file(file_.bytes.get(), file_.size)),
+      threads_(threads > 0 ? std::min(threads, thread_count()) : thread_count()) {
+  memcpy(&header_, file_.bytes.get(), sizeof(header_));
+  values_ = reinterpret_cast<const float*>(file_.bytes.get() + file_.size) - header_.values;
+  const bool bfloat16 = header_.bfloat16 && cpu::can_dot_bf16();
+  dtype_ = bfloat16 ? cpu::DType::bfloat16 : cpu::DType::float32;
+  element_ = bfloat16 ? 2 : 4;
+  convolutions_ = std::make_unique<Convolution[]>(steps_.size() * 2);
+  parallel_ = {threads_, [this](int64_t count, const std::function<void(int64_t, int64_t)>& body) { run_parallel(threads_, count, body); }};
+  place_values();
+}
+
+// Each value has a slot of memory from the step that computes it to the last one that reads it.
+void Plan::place_values() {
+  const size_t last = steps_.size();
+  std::vector<size_t> last_use(last + 1, 0);
+  int64_t largest = 1;
+  for (size_t i = 0; i < last; ++i) {
+    last_use[steps_[i].x] = i;
+    if (steps_[i].residual >= 0) last_use[steps_[i].residual] = i;
+    largest = std::max(largest, steps_[i].ic * steps_[i].ih * steps_[i].iw + steps_[i].c * steps_[i].oh * steps_[i].ow);
+    whole_batch_ |= steps_[i].norm == Norm::batch;
+  }
+  images_at_once_ = std::max<int64_t>(1, kInFlight / largest);
+  std::vector<int64_t> free;
+  const auto place = [&](int64_t size) {
+    const auto better = [&](int64_t a, int64_t b) {  // the smallest that is large enough, else the largest
+      const bool fits_a = slot_sizes_[a] >= size, fits_b = slot_sizes_[b] >= size;
+      return fits_a != fits_b ? fits_a : (slot_sizes_[a] < slot_sizes_[b]) == fits_a;
+    };
+    const auto found = std::min_element(free.begin(), free.end(), better);
+    if (found == free.end()) {
+      slot_of_.push_back(static_cast<int64_t>(slot_sizes_.size()));
+      slot_sizes_.push_back(size);
+      return;
+    }
+    slot_of_.push_back(*found);
+    slot_sizes_[*found] = std::max(slot_sizes_[*found], size);
+    free.erase(found);
+  };
+  place(elements(header_.input));
+  for (size_t i = 0; i < last; ++i) {
+    place(steps_[i].c * steps_[i].oh * steps_[i].ow);
+    for (size_t value = 0; value <= i; ++value)
+      if (last_use[value] == i && (value == 0 || last_use[value] >= value)) free.push_back(slot_of_[value]);
+  }
+}
+
+std::unique_ptr<Plan::Workspace> Plan::lease(int64_t images) const {
+  std::unique_ptr<Workspace> workspace;
+  {
+    const std::lock_guard<std::mutex> lock(idle_mutex_);
+    if (!idle_.empty()) {
+      workspace = std::move(idle_.back());
+      idle_.pop_back();
+    }
+  }
+  if (!workspace) workspace = std::make_unique<Workspace>();
+  int64_t size = 0;
+  for (size_t slot = 0; slot < slot_sizes_.size(); ++slot) size += slot_bytes(static_cast<int64_t>(slot), images);
+  if (workspace->size < size) {
+    workspace->size = 0;
+    workspace->memory = cpu::aligned<char>(size);
+    workspace->size = size;
+  }
+  return workspace;
+}
+
+void Plan::give_back(std::unique_ptr<Workspace> workspace) const {
+  const std::lock_guard<std::mutex> lock(idle_mutex_);
+  idle_.push_back(std::move(workspace));
+}
+
+void Plan::run(int64_t n, const float* in, float* out) const {
+  const int64_t parts = whole_batch_ ? 1 : cpu::ceil_div(n, images_at_once_), at_once = parts ? cpu::ceil_div(n, parts) : 0;
+  auto workspace = lease(at_once);
+  for (int64_t first = 0; first < n; first += at_once)
+    run_images(std::min(at_once, n - first), in + first * elements(header_.input), out + first * elements(header_.output), *workspace);
+  give_back(std::move(workspace));
+}
+
+void Plan::run_images(int64_t n, const float* in, float* out, Workspace& workspace) const {
+  std::vector<void*> slots;
+  char* next = workspace.memory.get();
+  for (size_t slot = 0; slot < slot_sizes_.size(); ++slot) {
+    slots.push_back(next);
+    next += slot_bytes(static_cast<int64_t>(slot), n);
+  }
+  const int64_t* size = header_.input;
+  const bool float32 = dtype_ == cpu::DType::float32, as_is = float32 && (size[0] == 1 || size[1] * size[2] == 1);
+  void* const start = slots[slot_of_[0]];
+  if (!float32)
+    transpose(in, n, size[0], size[1] * size[2], static_cast<cpu::BFloat16*>(start), parallel_);
+  else if (!as_is)
+    transpose(in, n, size[0], size[1] * size[2], static_cast<float*>(start), parallel_);
+  const auto value = [&](int64_t i) -> const void* { return i < 0 ? nullptr : i == 0 && as_is ? in : slots[slot_of_[i]]; };
+  for (size_t i = 0; i + 1 < steps_.size(); ++i) run_step(i, n, value(steps_[i].x), value(steps_[i].residual), slots[slot_of_[i + 1]], true);
+
+  const size_t i = steps_.size() - 1;
+  const Step& last = steps_[i];
+  const bool plain = last.c == 1 || last.oh * last.ow == 1;
+  const bool can_transpose = is_convolution(last) && last.residual < 0 && (last.norm == Norm::none || last.norm == Norm::affine);
+  const bool direct = float32 && (plain || can_transpose);
+  void* const to = direct ? out : slots[slot_of_[i + 1]];
+  run_step(i, n, value(last.x), value(last.residual), to, plain || !direct);
+  if (direct) return;
+  if (float32)
+    transpose(static_cast<const float*>(to), n, last.oh * last.ow, last.c, out, parallel_);
+  else
+    transpose(static_cast<const cpu::BFloat16*>(to), n, last.oh * last.ow, last.c, out, parallel_);
+}
+
+void Plan::run_step(size_t i, int64_t n, const void* x, const void* residual, void* out, bool channels_last) const {
+  const Step& s = steps_[i];
+  if (s.kind == Kind::concat) return concat(s, n, element_, x, residual, out, parallel_);
+  run_with(is_convolution(s) ? &packed(i, n) : nullptr, s, n, x, residual, out, channels_last);
+}
+
+void Plan::run_with(const cpu::PackedConvolution* convolution, const Step& s, int64_t n, const void* x, const void* residual, void* out,
+                    bool channels_last) const {
+  const cpu::NormAct op = describe(s, dtype_, n, channels_last);
+  std::vector<float> stats(static_cast<size_t>(op.batch_stats ? 2 * (op.per_sample ? n * op.sets : op.c) : 0));
+  const cpu::NormActTensors given{op.batch_stats ? stats.data() : value(s.mean), op.batch_stats ? stats.data() + stats.size() / 2 : value(s.var),
+                                  value(s.norm_weight), value(s.norm_bias), residual};
+  if (convolution) return convolution->run(op, x, given, out, parallel_);
+  if (op.batch_stats) cpu::norm_act_moments(op, x, const_cast<void*>(given.mean), const_cast<void*>(given.var), parallel_);
+  cpu::norm_act_apply(op, x, given, out, parallel_);
+}
+
+cpu::Algorithm Plan::algorithm(size_t i, int64_t n) const {
+  const Step& s = steps_[i];
+  const int64_t asked = s.algorithm[n >= kFew];
+  const bool bfloat16 = dtype_ == cpu::DType::bfloat16;
+  if (asked >= 0 && runs(static_cast<cpu::Algorithm>(asked), s, bfloat16)) return static_cast<cpu::Algorithm>(asked);
+  for (const auto pairs : {cpu::Algorithm::rows_bf16, cpu::Algorithm::direct_bf16})
+    if (runs(pairs, s, bfloat16)) return pairs;
+  return cpu::choose(geometry(s), describe(s, dtype_, n >= kFew ? kFew : 1, true));
+}
+
+const cpu::PackedConvolution& Plan::packed(size_t i, int64_t n) const {
+  Convolution& many = convolutions_[2 * i + 1];
+  Convolution& mine = algorithm(i, n) == algorithm(i, kFew) ? many : convolutions_[2 * i];
+  std::call_once(mine.once, [&] {
+    const Step& s = steps_[i];
+    mine.packed = cpu::pack_convolution(geometry(s), s.c, s.kind == Kind::conv_transpose, algorithm(i, n), value(s.weight), value(s.bias), parallel_);
+  });
+  return *mine.packed;
+}
+
+namespace {
+double seconds(int64_t repeats, const std::function<void()>& body) {
+  double best = std::numeric_limits<double>::infinity();
+  for (int64_t i = 0; i < repeats; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    body();
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return best;
+}
+
+// Buffers for one step alone, filled with zeros, which take as long as other numbers.
+struct Example {
+  cpu::Buffer<char> x, residual, out;
+  Example(const Step& s, int64_t element, int64_t n)
+      : x(zeros(n * s.ic * s.ih * s.iw * element)), residual(zeros(n * s.c * s.oh * s.ow * element)), out(zeros(n * s.c * s.oh * s.ow * element)) {}
+
+  static cpu::Buffer<char> zeros(int64_t bytes) {
+    auto made = cpu::aligned<char>(bytes);
+    std::fill_n(made.get(), bytes, 0);
+    return made;
+  }
+};
+}  // namespace
+
+std::vector<double> Plan::profile(int64_t n, int64_t repeats) const {
+  n = whole_batch_ ? n : std::min(n, images_at_once_);
+  std::vector<double> found;
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    const Example example(steps_[i], element_, n);
+    found.push_back(seconds(repeats, [&] {
+      run_step(i, n, example.x.get(), steps_[i].residual >= 0 ? example.residual.get() : nullptr, example.out.get(), true);
+    }));
+  }
+  return found;
+}
+
+std::vector<int64_t> Plan::tune(int64_t n) {
+  n = whole_batch_ ? n : std::min(n, images_at_once_);
+  std::vector<int64_t> chosen;
+  for (Step& s : steps_) {
+    chosen.push_back(-1);
+    if (!is_convolution(s)) continue;
+    const auto known = std::find_if(steps_.data(), &s, [&](const Step& other) { return is_alike(s, other); });
+    if (known != &s) {
+      s.algorithm[n >= kFew] = chosen.back() = known->algorithm[n >= kFew];
+      continue;
+    }
+    const Example example(s, element_, n);
+    struct Candidate {
+      int64_t algorithm;
+      std::unique_ptr<cpu::PackedConvolution> packed;
+      double best;
+    };
+    std::vector<Candidate> candidates;
+    const auto measure = [&](Candidate& candidate) {
+      const double took = seconds(1, [&] { run_with(candidate.packed.get(), s, n, example.x.get(), nullptr, example.out.get(), true); });
+      candidate.best = std::min(candidate.best, took);
+    };
+    for (int64_t a = 0; a < cpu::kAlgorithms; ++a) {
+      const auto algorithm = static_cast<cpu::Algorithm>(a);
+      if (!runs(algorithm, s, dtype_ == cpu::DType::bfloat16)) continue;
+      candidates.push_back({a, cpu::pack_convolution(geometry(s), s.c, s.kind == Kind::conv_transpose, algorithm, value(s.weight), value(s.bias), parallel_),
+                            std::numeric_limits<double>::infinity()});
+      measure(candidates.back());
+    }
+    const auto faster = [](const Candidate& one, const Candidate& other) { return one.best < other.best; };
+    const double first = std::min_element(candidates.begin(), candidates.end(), faster)->best;
+    const int64_t rounds = std::clamp<int64_t>(static_cast<int64_t>(0.02 / first), 5, 40);
+    for (int64_t round = 0; round < rounds && candidates.size() > 1; ++round)  // in turns: what disturbs one disturbs all
+      for (Candidate& candidate : candidates) measure(candidate);
+    chosen.back() = std::min_element(candidates.begin(), candidates.end(), faster)->algorithm;
+    s.algorithm[n >= kFew] = chosen.back();
+  }
+  convolutions_ = std::make_unique<Convolution[]>(steps_.size() * 2);
+  return chosen;
+}
+
+}  // namespace fastgen::plan

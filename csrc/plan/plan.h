@@ -1,0 +1,111 @@
+// A network as a list of steps whose weights are packed once: what fastgen.Engine and fastgen.runtime.Plan run. No torch.
+#pragma once
+
+#include <limits>
+#include <mutex>
+#include <string>
+
+#include "cpu/convolution.h"
+
+namespace fastgen::plan {
+
+// The file: Header, `steps` records of Step, `values` floats; little-endian. fastgen/runtime/_file.py writes it.
+constexpr char kMagic[8] = {'f', 'g', 'p', 'l', 'a', 'n', '\r', '\n'};
+constexpr uint32_t kVersion = 1;
+
+struct Header {
+  char magic[8];
+  uint32_t version;
+  uint32_t checksum;  // CRC-32 of everything behind it
+  int64_t size;       // of the file in bytes
+  int64_t steps, values;
+  int64_t bfloat16;                // 1: values between steps are bfloat16, on a processor that multiplies them; else float32
+  int64_t input_rank, input[3];    // c, h, w of an image; rank 1: (c), rank 3: (c, h, w)
+  int64_t output_rank, output[3];
+};
+
+enum class Kind : int64_t { conv, conv_transpose, pointwise, concat };
+enum class Norm : int64_t { none, affine, batch, instance, group };  // affine: by mean and var; the others by statistics of x
+
+// Value 0 is the input, value i + 1 what step i computes. Offsets are in floats, -1 where there is nothing.
+struct Step {
+  Kind kind;
+  int64_t x, residual;  // residual: added before the activation; of concat the second part
+  int64_t ic, ih, iw;   // how it reads x, the same elements in the order (h, w, c)
+  int64_t c, oh, ow;
+  int64_t kh, kw, stride[2], padding[2], dilation[2], groups, reflect;
+  Norm norm;
+  int64_t num_groups, activation;
+  int64_t weight, bias, norm_weight, norm_bias, mean, var;
+  int64_t algorithm[2];  // of cpu::Algorithm, for few images and for many; -1: chosen by the sizes
+  double eps, negative_slope;
+};
+
+// The bytes of a file.
+struct File {
+  cpu::Buffer<char> bytes;
+  size_t size;
+
+  static File read(const std::string& path);  // checks the header first
+};
+
+class Plan {
+ public:
+  // Throws std::runtime_error unless all in the file is consistent; nothing is allocated before that.
+  Plan(File file, int threads);
+
+  // in (n, c, h, w) and out, both contiguous. Several threads may call it.
+  void run(int64_t n, const float* in, float* out) const;
+
+  // Measures the algorithms of every convolution for `n` images, or as many as run at once, uses the best ones from now on and returns
+  // them, one a step (-1: none).
+  // Not while another thread runs the plan.
+  std::vector<int64_t> tune(int64_t n);
+
+  // Seconds that each step takes for `n` images, the least of `repeats`.
+  std::vector<double> profile(int64_t n, int64_t repeats) const;
+
+  const Header& header() const { return header_; }
+  const std::vector<Step>& steps() const { return steps_; }
+  int threads() const { return threads_; }
+  int64_t images_at_once() const { return whole_batch_ ? std::numeric_limits<int64_t>::max() : images_at_once_; }
+
+ private:
+  struct Workspace {
+    cpu::Buffer<char> memory;
+    int64_t size = 0;
+  };
+  struct Convolution {  // one a step and choice of algorithm, packed when it first runs
+    std::once_flag once;
+    std::unique_ptr<cpu::PackedConvolution> packed;
+  };
+
+  File file_;
+  std::vector<Step> steps_;
+  Header header_;
+  const float* values_;  // in the file
+  std::vector<int64_t> slot_of_, slot_sizes_;  // where each value lies; elements an image
+  int64_t images_at_once_;
+  bool whole_batch_ = false;  // a norm looks at all images
+  cpu::DType dtype_;
+  int64_t element_;  // bytes
+  int threads_;
+  cpu::ParallelFor parallel_;
+  std::unique_ptr<Convolution[]> convolutions_;
+  mutable std::mutex idle_mutex_;
+  mutable std::vector<std::unique_ptr<Workspace>> idle_;
+
+  void place_values();
+  std::unique_ptr<Workspace> lease(int64_t images) const;
+  void give_back(std::unique_ptr<Workspace> workspace) const;
+  void run_images(int64_t n, const float* in, float* out, Workspace& workspace) const;
+  void run_step(size_t i, int64_t n, const void* x, const void* residual, void* out, bool channels_last) const;
+  void run_with(const cpu::PackedConvolution* convolution, const Step& step, int64_t n, const void* x, const void* residual, void* out,
+                bool channels_last) const;
+  int64_t slot_bytes(int64_t slot, int64_t images) const { return cpu::ceil_div(slot_sizes_[slot] * images * element_, 64) * 64; }
+  cpu::Algorithm algorithm(size_t i, int64_t n) const;
+  const cpu::PackedConvolution& packed(size_t i, int64_t n) const;
+  const float* value(int64_t offset) const { return offset < 0 ? nullptr : values_ + offset; }
+};
+
+}  // namespace fastgen::plan

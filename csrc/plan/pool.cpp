@@ -1,0 +1,148 @@
+#include "plan/pool.h"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <pthread.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace fastgen::plan {
+namespace {
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+using Body = std::function<void(int64_t, int64_t)>;
+
+class Pool {
+ public:
+  explicit Pool(int workers) {
+    for (int i = 0; i < workers; ++i) std::thread([this, i] { work(i); }).detach();
+  }
+
+  // One job at a time: the caller holds `busy`.
+  std::mutex busy;
+
+  void run(int helpers, int64_t count, int64_t chunk, const Body& body) {
+    job = {count, chunk, &body};
+    const int64_t pieces = cpu::ceil_div(count, chunk);
+    finished.store(0, std::memory_order_relaxed);
+    error = nullptr;
+    const uint64_t next = (state.load(std::memory_order_relaxed) >> 32) + 1;
+    state.store(next << 32 | static_cast<uint64_t>(helpers) << kPieceBits | static_cast<uint64_t>(pieces), std::memory_order_seq_cst);
+    if (sleeping.load(std::memory_order_seq_cst)) {
+      { const std::lock_guard<std::mutex> lock(sleep); }
+      awake.notify_all();
+    }
+    take_pieces();
+    for (int64_t spins = 0; finished.load(std::memory_order_acquire) != pieces; ++spins) {
+      pause();
+      if (spins > 4096) std::this_thread::yield();  // a worker's processor does something else
+    }
+    if (error) std::rethrow_exception(error);
+  }
+
+ private:
+  struct Job {
+    int64_t count, chunk;
+    const Body* body;
+  };
+
+  // Which job, how many workers may help, and how many of its pieces nobody has taken: one word, so that who comes late takes
+  // nothing of the next job unseen.
+  std::atomic<uint64_t> state{0};
+  std::atomic<int64_t> finished{0};
+  std::atomic<int> sleeping{0};
+  std::mutex sleep, failing;
+  std::condition_variable awake;
+  std::exception_ptr error;
+  Job job{};
+
+  static constexpr int kPieceBits = 20;
+  static uint64_t pieces_left(uint64_t state) { return state & ((1 << kPieceBits) - 1); }
+  static bool wants(uint64_t state, int worker) {
+    return pieces_left(state) && worker < static_cast<int>((state & 0xffffffff) >> kPieceBits);
+  }
+
+  // A piece that is taken keeps its job alive, and `job` as it is, until it is finished.
+  void take_pieces() {
+    uint64_t seen = state.load(std::memory_order_acquire);
+    while (pieces_left(seen)) {
+      if (!state.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel)) continue;
+      const int64_t at = cpu::ceil_div(job.count, job.chunk) - static_cast<int64_t>(pieces_left(seen));
+      try {
+        (*job.body)(at * job.chunk, std::min(job.count, (at + 1) * job.chunk));
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(failing);
+        error = std::current_exception();
+      }
+      finished.fetch_add(1, std::memory_order_release);
+      seen = state.load(std::memory_order_acquire);
+    }
+  }
+
+  void work(int me) {
+    for (;;) {
+      const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(200);
+      while (!wants(state.load(std::memory_order_acquire), me)) {
+        for (int i = 0; i < 64 && !wants(state.load(std::memory_order_relaxed), me); ++i) pause();
+        if (std::chrono::steady_clock::now() < until) continue;
+        std::unique_lock<std::mutex> lock(sleep);
+        sleeping.fetch_add(1, std::memory_order_seq_cst);
+        awake.wait(lock, [&] { return wants(state.load(std::memory_order_seq_cst), me); });
+        sleeping.fetch_sub(1, std::memory_order_seq_cst);
+      }
+      take_pieces();
+    }
+  }
+};
+
+// Pools are never destroyed, their threads detached. A child process has none of its parent's threads: it makes a pool of its own.
+std::atomic<Pool*> made{nullptr};
+
+Pool& pool() {
+  if (Pool* found = made.load(std::memory_order_acquire)) return *found;
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { made.store(nullptr, std::memory_order_release); });
+  (void)registered;
+  Pool* const mine = new Pool(thread_count() - 1);
+  Pool* other = nullptr;
+  return made.compare_exchange_strong(other, mine) ? *mine : *other;
+}
+
+}  // namespace
+
+int thread_count() {
+  static const int count = [] {
+    const char* asked = getenv("FASTGEN_THREADS");
+    if (asked && atoi(asked) > 0) return std::min(atoi(asked), 1024);
+#if defined(__linux__)
+    cpu_set_t set;
+    if (!sched_getaffinity(0, sizeof(set), &set)) return std::max(1, CPU_COUNT(&set));
+#endif
+    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  }();
+  return count;
+}
+
+void run_parallel(int threads, int64_t count, const Body& body) {
+  if (count <= 0) return;
+  threads = static_cast<int>(std::min<int64_t>(threads, count));
+  if (threads > 1) {
+    Pool& all = pool();
+    const std::unique_lock<std::mutex> lock(all.busy, std::try_to_lock);
+    if (lock) return all.run(threads - 1, count, std::max<int64_t>(1, count / (threads * 8)), body);
+  }
+  body(0, count);
+}
+
+}  // namespace fastgen::plan

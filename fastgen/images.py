@@ -1,0 +1,61 @@
+"""Pictures on disk; needs no torch."""
+
+import io
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastgen.errors import FastgenError, UsageError, naming
+
+
+def picture_format(path: str | os.PathLike[str]) -> str:
+    """The format that the ending of `path` names.
+
+    Raises:
+        UsageError: it names none that can be written.
+    """
+    known = Image.registered_extensions()
+    name = known.get(Path(path).suffix.lower(), "")
+    if name not in Image.SAVE:
+        raise UsageError(f"the ending of {str(path)!r} names no image format that can be written: use .png")
+    return name
+
+
+def save_grid(
+    images: np.ndarray, path: str | os.PathLike[str], *, columns: int | None = None, padding: int = 2
+) -> None:
+    """Writes images side by side into one picture.
+
+    Args:
+        images: (N, 1 or 3, H, W) in [-1, 1]; values outside are clamped.
+        path: file to write; its ending says the format. Folders on the way are made.
+        columns: images in a row; by default what makes the grid square.
+        padding: black pixels between images.
+
+    Raises:
+        UsageError: the images or the ending are of no use.
+        FastgenError: the format cannot hold this picture; a file that was there stays as it was.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+        raise UsageError(f"images must be (N, 1 or 3, H, W) with N > 0, not {tuple(images.shape)}")
+    path, format = Path(path), picture_format(path)
+    n, channels, height, width = images.shape
+    columns = min(n, columns or math.ceil(math.sqrt(n)))
+    rows = math.ceil(n / columns)
+    pixels = np.clip(np.rint((images.astype(np.float32) + 1) * np.float32(127.5)), 0, 255).astype(np.uint8)
+    canvas = np.zeros((rows * (height + padding) + padding, columns * (width + padding) + padding, channels), np.uint8)
+    for index, image in enumerate(pixels):
+        top = padding + index // columns * (height + padding)
+        left = padding + index % columns * (width + padding)
+        canvas[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    encoded = io.BytesIO()
+    try:
+        Image.fromarray(canvas[..., 0] if channels == 1 else canvas).save(encoded, format)
+    except (OSError, ValueError) as error:
+        raise FastgenError(f"{path} cannot be written as {format}: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        path.write_bytes(encoded.getbuffer())

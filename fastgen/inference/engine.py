@@ -1,0 +1,325 @@
+"""Engine: a trained model for inference alone, its weights packed once, with no Python between its layers."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.errors import FastgenError, UsageError, naming
+from fastgen.inference import _members, _plan
+from fastgen.inference._lower import lower
+from fastgen.inference._record import UnsupportedError
+from fastgen.inference._trace import clone
+from fastgen.nn import _modules
+from fastgen.runtime import Plan
+from fastgen.runtime._file import encode
+
+_log = logging.getLogger("fastgen")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+_MOST_ERROR = {"fp32": 1e-3, "tf32": 1e-3, "bf16": 0.2}  # beyond it something else is wrong than rounding
+_FEW, _MANY = 1, 16  # images for which algorithms are measured
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module of the model and what runs it: "plan", or "PyTorch" with the reason."""
+
+    name: str
+    runs: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name or 'the model'}: {self.runs}" + (f" ({self.reason})" if self.reason else "")
+
+
+class Engine:
+    """Runs a model as model.eval() computes it, without gradients.
+
+    At creation the model is run on the example and what it computes is written down as a plan: norms with fixed statistics
+    folded into the weights, padding, residual sums and activations inside the convolutions, the algorithm of each convolution
+    chosen by a short measurement, one set of buffers. What the plan cannot compute runs through PyTorch, and `parts` and a
+    warning to the logger "fastgen" say so. The output is compared with the module's, for the example and for another number of
+    images; `error` is the largest difference relative to the largest entry. The engine keeps its own copy of the weights.
+
+    Not while another thread runs a model: recording changes how PyTorch's functions are called. Afterwards several threads
+    may call one engine.
+
+    Args:
+        model: any module that takes one tensor and returns one.
+        example_inputs: an input (N, C) or (N, C, H, W), or a tuple of it alone. Other N work later, other C, H, W do not.
+        precision: "fp32"; "tf32" is the same on a CPU. "bf16": weights, and values between layers, are bfloat16, and sums
+            float32; inputs and outputs stay float32. A processor that does not multiply bfloat16 runs it as "fp32".
+            "fp16" is refused.
+        impl: "auto"; "cpp": the whole model must lie in the plan; "reference": all through PyTorch.
+
+    Raises TypeError and UsageError for arguments that cannot be meant, and FastgenError if impl="cpp" cannot run, with the
+    reason, or if the plan's output is not the module's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Tensor | tuple[Tensor, ...],
+        *,
+        precision: str = "fp32",
+        impl: str = "auto",
+    ) -> None:
+        example = _check(model, example_inputs, precision, impl)
+        self.precision = precision
+        self.parts: tuple[Part, ...] = ()
+        self.error = 0.0
+        self.plan: Plan | None = None
+        self._example = example
+        self._module: nn.Module | None = clone(model, share=False).eval()
+        _members.unfuse(self._module)
+        if impl != "reference":
+            self._make(impl)
+        else:
+            self.parts = (Part("", "PyTorch", "impl='reference'"),)
+        del self._example
+
+    def _make(self, impl: str) -> None:
+        example, module = self._example, self._module
+        assert module is not None
+        reason = _why_not(example, module)
+        if not reason:
+            try:
+                self.plan, self._data = _make_plan(module, example, self.precision == "bf16")
+                self.error = _compare(self._call_plan, module, example, self.precision)
+                self.parts, self._module = (Part("", "plan"),), None
+                return
+            except (UnsupportedError, FastgenError) as error:
+                reason, self.plan = str(error), None
+        if impl == "cpp":
+            raise FastgenError(f"impl='cpp' cannot run the whole model: {reason}")
+        if not _why_not(example, module):
+            parts: list[Part] = []
+            planned = clone(module, share=False)
+            _plan_within(planned, "", _inputs(planned, example), parts, self.precision == "bf16")
+            if any(part.runs == "plan" for part in parts):
+                try:
+                    self.error = _compare(planned, module, example, self.precision)
+                    self._module, self.parts = planned, tuple(parts)
+                except Exception as error:  # the model's own code meets modules that it does not expect
+                    reason += f"; nor in parts: {error}"
+        self.parts = self.parts or (Part("", "PyTorch", reason),)
+        said = "; ".join(str(part) for part in self.parts if part.runs != "plan") or reason
+        _log.warning("Engine: not all of %s is in a plan: %s", type(module).__name__, said)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The model's output for x, (N, ...) as in the example. A float32 tensor on the CPU where the model is a plan; it comes
+        back contiguous. Raises TypeError and ValueError for other dtypes and shapes."""
+        if self.plan is not None:
+            return self._call_plan(x)
+        assert self._module is not None
+        with torch.no_grad():
+            return self._module(x)
+
+    def _call_plan(self, x: Tensor) -> Tensor:
+        return _run(cast(Plan, self.plan), x)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan: one file of numbers, no code, which Engine.load and fastgen.runtime.Plan.load read.
+
+        Raises FastgenError where parts run through PyTorch.
+        """
+        if self.plan is None:
+            parts = "; ".join(str(part) for part in self.parts if part.runs != "plan")
+            raise FastgenError(f"the engine cannot be saved, since parts of it run through PyTorch: {parts}")
+        partial = f"{os.fspath(path)}.partial"
+        with naming(path):
+            try:
+                with open(partial, "wb") as file:
+                    file.write(self._data)
+                os.replace(partial, path)
+            except BaseException:
+                if os.path.exists(partial):
+                    os.unlink(partial)
+                raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Engine:
+        """The engine that was saved. Raises OSError and fastgen.runtime.PlanError."""
+        engine = cls.__new__(cls)
+        engine.plan = Plan.load(path, threads=torch.get_num_threads())
+        with open(path, "rb") as file:
+            engine._data = file.read()
+        engine.precision, engine.error = engine.plan.precision, 0.0
+        engine.parts, engine._module = (Part("", "plan"),), None
+        return engine
+
+    def __repr__(self) -> str:
+        return (
+            f"Engine(precision={self.precision!r}, error={self.error:.1e}, parts=[{', '.join(map(str, self.parts))}])"
+        )
+
+
+class _Planned(nn.Module):
+    """Stands in the model where a module was that runs as a plan."""
+
+    def __init__(self, plan: Plan):
+        super().__init__()
+        self.plan = plan
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _run(self.plan, x)
+
+
+def _run(plan: Plan, x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu":
+        found = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a float32 tensor on the CPU, got {found}")
+    if tuple(x.shape[1:]) != plan.input_shape:
+        expected = ", ".join(map(str, ("N", *plan.input_shape)))
+        raise ValueError(f"x must be of shape ({expected}), got {tuple(x.shape)}")
+    x = x.contiguous()
+    out = torch.empty((x.shape[0], *plan.output_shape))
+    plan.run(x.shape[0], x.data_ptr(), out.data_ptr())
+    return out
+
+
+def _check(model: object, example_inputs: object, precision: str, impl: str) -> Tensor:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    inputs = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        raise TypeError(f"example_inputs must be a tensor or a tuple of one, got {[type(i).__name__ for i in inputs]}")
+    if inputs[0].dim() < 2 or inputs[0].shape[0] < 1:
+        raise UsageError(f"example_inputs must be a batch of at least one, got shape {tuple(inputs[0].shape)}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "fp16":
+        raise UsageError("precision 'fp16' has no kernels on a CPU: use 'bf16' or 'fp32'")
+    if impl not in ("auto", "cpp", "reference"):
+        raise UsageError(f"impl must be 'auto', 'cpp' or 'reference', got {impl!r}")
+    return inputs[0].detach()
+
+
+def _why_not(example: Tensor, module: nn.Module) -> str:
+    for tensor in (example, *module.parameters(), *module.buffers()):
+        if tensor.device.type != "cpu":
+            return f"plans run on the CPU, not on {tensor.device}"
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            return f"plans compute float32, not {tensor.dtype}"
+    return ""
+
+
+def _make_plan(module: nn.Module, x: Tensor, bfloat16: bool) -> tuple[Plan, bytes]:
+    """The plan of module(x), and the file of it."""
+    steps, input_shape, output_shape = lower(module, x)
+    threads = torch.get_num_threads()
+    plan = Plan(encode(steps, input_shape, output_shape, bfloat16=bfloat16), threads=threads)
+    few = plan.tune(_FEW)
+    many = plan.tune(_MANY) if plan.images_at_once >= 8 else few  # kFew in csrc/plan/plan.cpp
+    for step, *algorithm in zip(steps, few, many, strict=True):
+        step.algorithm = algorithm
+    data = encode(steps, input_shape, output_shape, bfloat16=bfloat16)
+    return Plan(data, threads=threads), data
+
+
+def _compare(call: Callable[[Tensor], Tensor], module: nn.Module, example: Tensor, precision: str) -> float:
+    """The largest difference of call(x) from module(x), relative to the largest entry; for the example and a larger batch."""
+    worst = 0.0
+    with torch.no_grad():
+        for x in (example, torch.cat([example, example.flip(-1) if example.dim() == 4 else -example])):
+            expected, found = module(x), call(x)
+            if found.shape != expected.shape:
+                raise UnsupportedError(
+                    f"the plan gives {tuple(found.shape)} where the module gives {tuple(expected.shape)}"
+                )
+            scale = expected.abs().max().clamp_min(1e-6) if expected.numel() else torch.ones(())
+            worst = max(worst, float((found - expected).abs().max() / scale) if expected.numel() else 0.0)
+            if not torch.equal(found.isfinite(), expected.isfinite()):
+                raise UnsupportedError("the plan's output has other non-finite entries than the module's")
+            if worst > _MOST_ERROR[precision]:
+                raise UnsupportedError(
+                    f"the plan's output differs from the module's by {worst:.1e} of its largest entry"
+                )
+    return worst
+
+
+def _inputs(model: nn.Module, example: Tensor) -> dict[nn.Module, Tensor]:
+    """The input of each submodule that takes one tensor, and the same shape at every call."""
+    found: dict[nn.Module, Any] = {}
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        fits = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
+        same = module not in found or (
+            isinstance(found[module], Tensor) and fits and found[module].shape == args[0].shape
+        )
+        found[module] = args[0].clone() if fits and same else None
+
+    hooks = [module.register_forward_pre_hook(see, with_kwargs=True) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {module: x for module, x in found.items() if x is not None}
+
+
+def _plan_within(
+    parent: nn.Module, prefix: str, inputs: dict[nn.Module, Tensor], parts: list[Part], bfloat16: bool
+) -> None:
+    """Puts plans in the place of the largest submodules that plans can compute."""
+    if _plan.is_sequential(parent) and parent in inputs:
+        return _plan_runs(cast(nn.Sequential, parent), prefix, inputs, parts, bfloat16)
+    for name, child in list(parent.named_children()):
+        full = f"{prefix}{name}"
+        if not any(isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) for module in child.modules()):
+            continue
+        try:
+            if child not in inputs:
+                raise UnsupportedError("it is not called with one tensor")
+            plan, _ = _make_plan(child, inputs[child], bfloat16)
+        except (UnsupportedError, FastgenError) as error:
+            if next(child.children(), None) is not None:
+                _plan_within(child, f"{full}.", inputs, parts, bfloat16)
+            else:
+                parts.append(Part(full, "PyTorch", str(error)))
+            continue
+        setattr(parent, name, _Planned(plan))
+        parts.append(Part(full, "plan"))
+
+
+def _plan_runs(
+    sequential: nn.Sequential, prefix: str, inputs: dict[nn.Module, Tensor], parts: list[Part], bfloat16: bool
+) -> None:
+    """The same within a Sequential: the longest runs of its members become one plan each."""
+    names = [name for name, _ in sequential.named_children()]
+    at = 0
+    while at < len(names):
+        for end in range(len(names), at, -1):
+            members = [sequential._modules[name] for name in names[at:end]]
+            first = cast(nn.Module, members[0])
+            if first not in inputs or not all(_modules.is_plain(cast(nn.Module, m)) for m in members):
+                continue
+            try:
+                plan, _ = _make_plan(nn.Sequential(*cast(list[nn.Module], members)), inputs[first], bfloat16)
+            except (UnsupportedError, FastgenError) as error:
+                reason = str(error)
+                continue
+            sequential._modules[names[at]] = _Planned(plan)
+            for name in names[at + 1 : end]:
+                sequential._modules[name] = nn.Identity()
+            parts.append(
+                Part(f"{prefix}{names[at]}" + (f" to {prefix}{names[end - 1]}" if end > at + 1 else ""), "plan")
+            )
+            at = end
+            break
+        else:
+            module = cast(nn.Module, sequential._modules[names[at]])
+            before = len(parts)
+            _plan_within(module, f"{prefix}{names[at]}.", inputs, parts, bfloat16)
+            if len(parts) == before:
+                parts.append(
+                    Part(f"{prefix}{names[at]}", "PyTorch", reason if module in inputs else "it is not called")
+                )
+            at += 1

@@ -1,0 +1,269 @@
+"""Engine: the networks of others as plans, against themselves in float64."""
+
+import copy
+import logging
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastgen
+from fastgen.errors import FastgenError, UsageError
+from fastgen.runtime import Plan
+from tests.inference.networks import NETWORKS, DCGANGenerator, GBlock, PatchGAN, ResnetGenerator, VanillaVAE, unet
+
+
+def prepared(make):
+    """The network in eval mode, its parameters and statistics as after some training."""
+    torch.manual_seed(0)
+    model = make()
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, -0.3, 0.4)
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            nn.init.normal_(module.running_mean, 0, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.eval()
+
+
+def relative_error(found, exact):
+    return ((found.double() - exact).norm() / exact.norm().clamp_min(1e-12)).item()
+
+
+def assert_parity(engine, model, x):
+    """Within twice the error of PyTorch's own float32, or of Winograd's over a whole network."""
+    with torch.no_grad():
+        expected = model(x)
+        exact = model.double()(x.double())
+        model.float()
+    found = engine(x)
+    assert found.shape == expected.shape and found.dtype == torch.float32
+    assert relative_error(found, exact) <= max(2 * relative_error(expected, exact), 1e-5)
+
+
+class Decoder(nn.Module):
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z):
+        return self.vae.decode(z)
+
+
+WHOLE = {
+    "dcgan": (DCGANGenerator, (6, 1, 1)),
+    "dcgan, wide": (lambda: DCGANGenerator(24, 16), (24, 1, 1)),
+    "dcgan, ours": (lambda: fastgen.create_model("dcgan", image_size=32, ngf=8, nz=7).generator, (7,)),
+    "cyclegan": (ResnetGenerator, (3, 16, 16)),
+    "cyclegan, wide": (lambda: ResnetGenerator(16, 1), (3, 40, 24)),
+    "patchgan, batch": (PatchGAN, (3, 32, 32)),
+    "patchgan, instance": (lambda: PatchGAN(nn.InstanceNorm2d), (3, 32, 48)),
+    "unet": (unet, (3, 32, 32)),
+    "unet, dropout": (lambda: unet(dropout=True), (3, 32, 64)),
+    "vae decoder": (lambda: Decoder(VanillaVAE()), (5,)),
+    "vae encoder": (lambda: nn.Sequential(VanillaVAE().encoder, nn.Flatten(), nn.Linear(8 * 4, 3)), (3, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_networks_become_plans(name, tmp_path):
+    make, shape = WHOLE[name]
+    model = prepared(make)
+    x = torch.rand(1, *shape) * 2 - 1
+    engine = fastgen.Engine(model, x, impl="cpp")
+    assert [part.runs for part in engine.parts] == ["plan"] and engine.error < 1e-4
+    engine.save(tmp_path / "a.fgplan")
+    loaded = fastgen.Engine.load(tmp_path / "a.fgplan")
+    for n in (1, 3, 17):
+        x = torch.rand(n, *shape) * 2 - 1
+        assert_parity(engine, model, x)
+        assert torch.equal(loaded(x), engine(x))
+        np.testing.assert_array_equal(Plan.load(tmp_path / "a.fgplan")(x.numpy()), engine(x).numpy())
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_networks_in_bfloat16(name, tmp_path):
+    """No further from float64 than twice PyTorch's bfloat16, which rounds between more operations."""
+    make, shape = WHOLE[name]
+    model = prepared(make)
+    x = torch.rand(1, *shape) * 2 - 1
+    engine = fastgen.Engine(model, x, precision="bf16", impl="cpp")
+    engine.save(tmp_path / "a.fgplan")
+    assert fastgen.Engine.load(tmp_path / "a.fgplan").precision == "bf16"
+    x = torch.rand(9, *shape) * 2 - 1
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        expected = model.bfloat16()(x.bfloat16())
+    found = engine(x)
+    assert found.dtype == torch.float32 and torch.equal(fastgen.Engine.load(tmp_path / "a.fgplan")(x), found)
+    assert relative_error(found, exact) <= max(2 * relative_error(expected, exact), 1e-2)
+
+
+def test_what_the_modules_around_a_convolution_do():
+    """Each module that becomes a part of a convolution's step, or a step of its own, or stays outside."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 2, dilation=2, groups=2)
+            self.bn = nn.BatchNorm2d(8)
+            self.up = nn.ConvTranspose2d(16, 6, 3, 2, 1, output_padding=1, groups=2, bias=False)
+            self.gn = nn.GroupNorm(3, 6)
+            self.sn = nn.utils.parametrizations.spectral_norm(
+                nn.Conv2d(6, 3, (1, 3), padding=(0, 1), padding_mode="reflect")
+            )
+
+        def forward(self, x):
+            h = F.silu(self.bn(self.a(x)))  # read twice
+            down = self.b(F.relu(h, inplace=True)) * 0.5 + 1  # and so is what takes its place
+            joined = torch.cat([down, F.leaky_relu(self.b(h), 0.3)], 1)
+            y = torch.sigmoid(self.gn(self.up(joined)))
+            z = self.sn(y) + x
+            return torch.tanh(z + self.sn(torch.tanh(y)))
+
+    model = prepared(Odd)
+    assert_parity(fastgen.Engine(model, torch.rand(1, 3, 12, 10), impl="cpp"), model, torch.rand(5, 3, 12, 10))
+
+
+def test_algorithms_agree_on_wide_layers():
+    """Layers at which Winograd's and the row-wise algorithm run."""
+    model = prepared(
+        lambda: nn.Sequential(
+            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 4, 2, 1), nn.ReLU(),
+            nn.ConvTranspose2d(32, 48, 4, 2, 1), nn.InstanceNorm2d(48), nn.ReLU(), nn.Conv2d(48, 3, 7, padding=3), nn.Tanh(),
+        )
+    )  # fmt: skip
+    for parameter in model.parameters():
+        parameter.data *= 0.2
+    engine = fastgen.Engine(model, torch.randn(1, 16, 32, 40), impl="cpp")
+    for n in (1, 9):
+        assert_parity(engine, model, torch.randn(n, 16, 32, 40))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_runs_whatever_of_it_is_a_plan(name, caplog):
+    make, shape, _ = NETWORKS[name]
+    model, x = prepared(make), torch.rand(shape) * 2 - 1
+    with caplog.at_level(logging.WARNING, "fastgen"):
+        engine = fastgen.Engine(model, x)
+    assert ("not all of" in caplog.text) == any(part.runs != "plan" for part in engine.parts) or engine.plan is None
+    if name != "vae":  # draws noise
+        torch.testing.assert_close(engine(x), model(x).detach(), rtol=1e-3, atol=1e-4)
+    else:
+        assert len(engine(x)) == 3
+
+
+def test_parts_that_are_not_known_run_through_pytorch_and_are_named(tmp_path):
+    model = prepared(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(8, 3, 3), nn.Tanh()
+        )
+    )
+    engine = fastgen.Engine(model, torch.rand(2, 3, 8, 8))
+    assert [(part.name, part.runs) for part in engine.parts] == [
+        ("0 to 1", "plan"),
+        ("2", "PyTorch"),
+        ("3 to 4", "plan"),
+    ]
+    assert "interpolate" in engine.parts[1].reason
+    assert_parity(engine, model, torch.rand(5, 3, 8, 8))
+    with pytest.raises(FastgenError, match="interpolate"):
+        engine.save(tmp_path / "no.fgplan")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FastgenError, match="interpolate"):
+        fastgen.Engine(model, torch.rand(2, 3, 8, 8), impl="cpp")
+    whole = fastgen.Engine(GBlock(4, 4).eval(), torch.rand(1, 4, 8, 8))
+    assert {part.runs for part in whole.parts} == {"plan"} and whole.plan is None
+
+
+def test_the_model_stays_as_it_is_and_the_engine_keeps_its_weights():
+    model = prepared(DCGANGenerator).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    z = torch.randn(2, 6, 1, 1)
+    for source in (model, fastgen.fuse(model)):
+        engine = fastgen.Engine(source, z)
+        assert source.training and all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
+        expected = model.eval()(z)
+        first = engine(z)
+        torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5)
+        model.train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(engine(z), first)
+
+
+def test_several_threads_call_one_engine():
+    engine = fastgen.Engine(prepared(ResnetGenerator), torch.rand(1, 3, 16, 16), impl="cpp")
+    inputs = [torch.rand(n, 3, 16, 16) for n in (1, 2, 5, 1)]
+    expected = [engine(x) for x in inputs]
+    wrong = []
+
+    def work(i):
+        wrong.extend(i for _ in range(20) if not torch.equal(engine(inputs[i]), expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_layouts_and_wrong_inputs():
+    model = prepared(lambda: ResnetGenerator(4, 1))
+    engine = fastgen.Engine(model, torch.rand(1, 3, 16, 16), impl="cpp")
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(engine(x.to(memory_format=torch.channels_last)), engine(x))
+    assert torch.equal(engine(x[:1].expand(2, -1, -1, -1)), engine(x[:1].repeat(2, 1, 1, 1)))
+    assert engine(x[:0]).shape == (0, 3, 16, 16)
+    for wrong, error, words in (
+        (torch.rand(1, 3, 16, 20), ValueError, r"\(N, 3, 16, 16\), got \(1, 3, 16, 20\)"),
+        (x.double(), TypeError, "float32 tensor on the CPU, got torch.float64"),
+        (x.numpy(), TypeError, "got ndarray"),
+    ):
+        with pytest.raises(error, match=words):
+            engine(wrong)
+
+
+def test_non_finite_values_come_out_as_pytorch_computes_them():
+    model = prepared(DCGANGenerator)
+    engine = fastgen.Engine(model, torch.randn(1, 6, 1, 1), impl="cpp")
+    z = torch.randn(4, 6, 1, 1)
+    z[1, 2], z[2, 0] = float("nan"), float("inf")
+    assert torch.equal(engine(z).isnan(), model(z).isnan())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"model": "dcgan"}, TypeError, "torch.nn.Module, got str"),
+        ({"example_inputs": (torch.rand(1, 3), torch.rand(1, 3))}, TypeError, "a tensor or a tuple of one"),
+        ({"example_inputs": torch.rand(3)}, UsageError, r"at least one, got shape \(3,\)"),
+        ({"precision": "fp8"}, UsageError, "fp32, tf32, bf16, fp16, got 'fp8'"),
+        ({"precision": "fp16"}, UsageError, "no kernels on a CPU"),
+        ({"impl": "cuda"}, UsageError, "'auto', 'cpp' or 'reference', got 'cuda'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, error, words):
+    given = {"model": nn.Linear(3, 3), "example_inputs": torch.rand(1, 3), **arguments}
+    with pytest.raises(error, match=words):
+        fastgen.Engine(given.pop("model"), given.pop("example_inputs"), **given)
+
+
+def test_a_model_whose_shape_depends_on_the_batch_is_not_a_plan():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.a(x) + torch.full((1,), float(len(x)))
+
+    with pytest.raises(FastgenError):
+        fastgen.Engine(Fixed().eval(), torch.rand(2, 4), impl="cpp")
+    engine = fastgen.Engine(Fixed().eval(), torch.rand(2, 4))
+    assert (engine(torch.zeros(5, 4)) - engine(torch.zeros(1, 4))[0] - 4).abs().max() < 1e-5
