@@ -48,17 +48,29 @@ inline bool can_run(Algorithm algorithm, const Convolution& conv, int64_t c) {
   return false;
 }
 
-// The one to use: where it was measured to be the fastest (benchmarks/NOTES.md). FASTGEN_WINOGRAD: 0 turns Winograd's off, "always"
-// uses them wherever they can be used, whatever it costs (for tests).
-inline Algorithm choose(const Convolution& conv, const NormAct& op) {
+// Winograd's tiles in use: m x m outputs of r x r taps. FASTGEN_WINOGRAD: 0 turns it off, "always" uses it wherever it can be
+// used, whatever it costs (for tests); else it runs where it was measured to be faster (benchmarks/NOTES.md).
+enum class WinogradTile { none, f4x2, f4x3 };
+
+inline WinogradTile winograd_tile(const Convolution& conv, const NormAct& op) {
   const char* asked = getenv("FASTGEN_WINOGRAD");
-  const bool never = op.dtype == DType::float64 || (asked && !strcmp(asked, "0")), always = asked && !strcmp(asked, "always");
-  const bool wide = conv.ic >= 16 && op.c >= 16;
-  const int64_t pixels = op.n * conv.oh * conv.ow;
-  if (!never && can_run(Algorithm::winograd_4x2, conv, op.c) && (always || (wide && pixels >= 2048))) return Algorithm::winograd_4x2;
-  if (!never && can_run(Algorithm::winograd_4x3, conv, op.c) && (always || (wide && pixels >= 256 && conv.oh >= 8)))
-    return Algorithm::winograd_4x3;
-  if (!op.batch_stats && can_run(Algorithm::rows, conv, op.c)) return Algorithm::rows;
+  if (asked && !strcmp(asked, "0")) return WinogradTile::none;
+  const bool always = asked && !strcmp(asked, "always");
+  const bool square = conv.kh == conv.kw && conv.stride[0] == conv.stride[1];
+  if (!square || conv.groups != 1 || conv.dilation[0] != 1 || conv.dilation[1] != 1) return WinogradTile::none;
+  const bool wide = conv.ic >= 16 && op.c >= 16, large = op.n * conv.oh * conv.ow >= 2048;
+  if (conv.kh == 4 && conv.stride[0] == 2 && (always || (wide && large))) return WinogradTile::f4x2;
+  if (conv.kh == 3 && conv.stride[0] == 1 && (always || (wide && op.n * conv.oh * conv.ow >= 256 && conv.oh >= 8))) return WinogradTile::f4x3;
+  return WinogradTile::none;
+}
+
+// The algorithm to use when none was measured for this very layer.
+inline Algorithm choose(const Convolution& conv, const NormAct& op) {
+  switch (op.dtype == DType::float64 ? WinogradTile::none : winograd_tile(conv, op)) {
+    case WinogradTile::f4x2: return Algorithm::winograd_4x2;
+    case WinogradTile::f4x3: return Algorithm::winograd_4x3;
+    case WinogradTile::none: return !op.batch_stats && can_run(Algorithm::rows, conv, op.c) ? Algorithm::rows : Algorithm::direct;
+  }
   return Algorithm::direct;
 }
 

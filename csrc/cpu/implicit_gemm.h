@@ -420,6 +420,11 @@ struct Call {
   }
 };
 
+template <int m_, int r_>
+struct WinogradSize {
+  static constexpr int m = m_, r = r_;
+};
+
 // The convolution by packed weights, with what follows it.
 template <class T, int vectors, bool dot = false>
 void run_packed(const Packed<Acc<T>, vectors>& how, const Convolution& conv, const NormAct& op, const Acc<T>* pixels, const Acc<T>* bias,
