@@ -17,6 +17,12 @@ constexpr int64_t kInFlight = (16 << 20) / 4; // floats: what a step reads and w
 
 bool is_convolution(const Step& step) { return step.kind == Kind::conv || step.kind == Kind::conv_transpose; }
 
+// FASTGEN_WINOGRAD=0, as in cpu::choose.
+bool is_turned_off(cpu::Algorithm algorithm) {
+  const char* asked = getenv("FASTGEN_WINOGRAD");
+  return asked && !strcmp(asked, "0") && (algorithm == cpu::Algorithm::winograd_4x2 || algorithm == cpu::Algorithm::winograd_4x3);
+}
+
 // Whether two convolutions take the same time.
 bool is_alike(const Step& a, const Step& b) {
   const auto facts = [](const Step& s) {
@@ -203,7 +209,8 @@ cpu::Algorithm Plan::algorithm(size_t i, int64_t n) const {
   const Step& s = steps_[i];
   const int64_t asked = s.algorithm[n >= kFew];
   const bool bfloat16 = dtype_ == cpu::DType::bfloat16;
-  if (asked >= 0 && runs(static_cast<cpu::Algorithm>(asked), s, bfloat16)) return static_cast<cpu::Algorithm>(asked);
+  const auto measured = static_cast<cpu::Algorithm>(asked);
+  if (asked >= 0 && runs(measured, s, bfloat16) && !is_turned_off(measured)) return measured;
   for (const auto pairs : {cpu::Algorithm::rows_bf16, cpu::Algorithm::direct_bf16})
     if (runs(pairs, s, bfloat16)) return pairs;
   return cpu::choose(geometry(s), describe(s, dtype_, n >= kFew ? kFew : 1, true));
@@ -280,7 +287,7 @@ std::vector<int64_t> Plan::tune(int64_t n) {
     };
     for (int64_t a = 0; a < cpu::kAlgorithms; ++a) {
       const auto algorithm = static_cast<cpu::Algorithm>(a);
-      if (!runs(algorithm, s, dtype_ == cpu::DType::bfloat16)) continue;
+      if (!runs(algorithm, s, dtype_ == cpu::DType::bfloat16) || is_turned_off(algorithm)) continue;
       candidates.push_back({a, cpu::pack_convolution(geometry(s), s.c, s.kind == Kind::conv_transpose, algorithm, value(s.weight), value(s.bias), parallel_),
                             std::numeric_limits<double>::infinity()});
       measure(candidates.back());
