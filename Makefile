@@ -24,7 +24,7 @@ demo: build ## train a DCGAN on handwritten digits and show what it draws
 	$(BIN)/fastgen train dcgan --data digits --out $(RUN)
 
 test: build ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff check .
@@ -32,7 +32,7 @@ lint: $(INSTALLED) ## check style and types
 	$(BIN)/mypy
 
 bench: build ## measure against PyTorch's own ops
-	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.json
+	$(BIN)/python -m pytest benchmarks -p no:xdist --benchmark-json=benchmarks/results/cpu.json
 	$(BIN)/python -m benchmarks.report benchmarks/results/cpu.json > benchmarks/results/cpu.md
 
 clean: ## remove what was built here (not .venv, not runs)

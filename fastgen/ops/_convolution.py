@@ -74,15 +74,18 @@ class Geometry:
                 spatial.append((x.shape[2 + i] + 2 * pad - reach) // step + 1)
         return [x.shape[0], self.channels(weight)[1], *spatial]
 
-    def wins(self, x: Tensor, weight: Tensor) -> bool:
+    def wins(self, x: Tensor, weight: Tensor, batch_stats: bool = False) -> bool:
         """Whether fastgen's own kernel is faster than PyTorch's on the CPU, as measured (benchmarks/NOTES.md).
 
-        It is where Winograd's algorithm pays, in transposed convolutions with four 2x2 phases, and for images of one pixel. In
-        bfloat16 and float16 it is the last alone: oneDNN multiplies in those types.
+        It is where Winograd's algorithm pays, in transposed convolutions with four 2x2 phases, for images of one pixel, and to
+        few output channels without statistics. In bfloat16 and float16, in which oneDNN multiplies, the last two alone.
         """
         wide, exact = min(self.channels(weight)) >= 16 * self.groups, x.dtype in (torch.float32, torch.float64)
+        channels, out_channels = self.channels(weight)
         if self._one_pixel(x, weight):
             return (is_channels_last(weight) or (wide and exact)) and (self.transposed or x.shape[0] >= 32)
+        if out_channels <= 4 and channels >= 16:
+            return not batch_stats and self.groups == 1 and (exact or min(weight.shape[2:]) >= 4)
         four_by_two = tuple(weight.shape[2:]) == (4, 4) and self.stride == [2, 2]
         return exact and wide and (self._winograd(x, weight, 256) or (self.transposed and four_by_two))
 
@@ -282,7 +285,7 @@ def call(
             f"{tuple(x.shape)} and weight of shape {tuple(weight.shape)}; both must be at least 1"
         )
     batch_stats = _check.tail(x, sizes, **vars(tail))
-    chosen = _dispatch.choose(op, impl, x.device, geometry.wins(x, weight))
+    chosen = _dispatch.choose(op, impl, x.device, geometry.wins(x, weight, batch_stats))
     if chosen == "reference":
         return tails.reference(geometry.convolve(x, weight, bias), tail)
 
