@@ -63,37 +63,50 @@ class Geometry:
         first, second = weight.shape[0], weight.shape[1] * self.groups
         return (first, second) if self.transposed else (second, first)
 
-    def sizes(self, x: Tensor, weight: Tensor) -> list[int]:
-        """The output's shape."""
+    def sizes(self, x: Sequence[int], weight: Tensor) -> list[int]:
+        """The output's shape, from x's."""
         spatial = []
         for i, (step, pad, spread) in enumerate(zip(self.stride, self.padding, self.dilation, strict=True)):
             reach = spread * (weight.shape[2 + i] - 1) + 1
             if self.output_padding is not None:
-                spatial.append((x.shape[2 + i] - 1) * step - 2 * pad + reach + self.output_padding[i])
+                spatial.append((x[2 + i] - 1) * step - 2 * pad + reach + self.output_padding[i])
             else:
-                spatial.append((x.shape[2 + i] + 2 * pad - reach) // step + 1)
-        return [x.shape[0], self.channels(weight)[1], *spatial]
+                spatial.append((x[2 + i] + 2 * pad - reach) // step + 1)
+        return [x[0], self.channels(weight)[1], *spatial]
 
-    def wins(self, x: Tensor, weight: Tensor, batch_stats: bool = False) -> bool:
-        """Whether fastgen's own kernel is faster than PyTorch's on the CPU, as measured (benchmarks/NOTES.md).
+    def wins(self, x: Sequence[int], weight: Tensor, batch_stats: bool = False) -> bool:
+        """Whether fastgen's own kernel is faster than PyTorch's on the CPU, as measured (benchmarks/NOTES.md), for x's shape.
 
         It is where Winograd's algorithm pays, in transposed convolutions with four 2x2 phases, for images of one pixel, and to
         few output channels without statistics. In bfloat16 and float16, in which oneDNN multiplies, the last two alone.
         """
-        wide, exact = min(self.channels(weight)) >= 16 * self.groups, x.dtype in (torch.float32, torch.float64)
         channels, out_channels = self.channels(weight)
+        wide = min(channels, out_channels) >= 16 * self.groups
+        exact = weight.dtype in (torch.float32, torch.float64)
         if self._one_pixel(x, weight):
-            return (is_channels_last(weight) or (wide and exact)) and (self.transposed or x.shape[0] >= 32)
+            return (is_channels_last(weight) or (wide and exact)) and (self.transposed or x[0] >= 32)
         if out_channels <= 4 and channels >= 16:
             return not batch_stats and self.groups == 1 and (exact or min(weight.shape[2:]) >= 4)
         four_by_two = tuple(weight.shape[2:]) == (4, 4) and self.stride == [2, 2]
         return exact and wide and (self._winograd(x, weight, 256) or (self.transposed and four_by_two))
 
-    def _one_pixel(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether the images have one pixel: x's when transposed, else the output's."""
-        return list(x.shape[2:] if self.transposed else self.sizes(x, weight)[2:]) == [1, 1]
+    def wins_weight_grad(self, x: Sequence[int], weight: Tensor) -> bool:
+        """The same of the weight's gradient: for Winograd's algorithm and for images of one pixel, in all dtypes."""
+        if min(self.channels(weight)) < 16 * self.groups:
+            return False
+        return self._winograd(x, weight, 1024) or (self._one_pixel(x, weight) and x[0] >= 32)
 
-    def _winograd(self, x: Tensor, weight: Tensor, least: int) -> bool:
+    def wins_input_grad(self, x: Sequence[int], weight: Tensor) -> bool:
+        """The same of x's gradient: where the opposite convolution does."""
+        grad, opposite = self.sizes(x, weight), self.opposite(x, weight)
+        # An output_padding of a stride or more gives other sizes.
+        return opposite.wins(grad, weight) and opposite.sizes(grad, weight)[2:] == list(x[2:])
+
+    def _one_pixel(self, x: Sequence[int], weight: Tensor) -> bool:
+        """Whether the images have one pixel: x's when transposed, else the output's."""
+        return list(x[2:] if self.transposed else self.sizes(x, weight)[2:]) == [1, 1]
+
+    def _winograd(self, x: Sequence[int], weight: Tensor, least: int) -> bool:
         """Whether Winograd's algorithm can run, on images of 8x8 and larger, with at least so many pixels in the output."""
         kernel, (n, _, height, width) = tuple(weight.shape[2:]), self.sizes(x, weight)
         if self.groups != 1 or self.dilation != [1, 1]:
@@ -101,6 +114,14 @@ class Geometry:
         if kernel == (4, 4) and self.stride == [2, 2]:
             return n * height * width >= 1024
         return kernel == (3, 3) and self.stride == [1, 1] and height >= 8 and n * height * width >= least
+
+    def opposite(self, x: Sequence[int], weight: Tensor) -> Geometry:
+        """The convolution of the output's gradient that gives the gradient of x, of this shape and without reflection."""
+        output_padding = None
+        if not self.transposed:  # rows and columns of x that no output reads
+            reach = [spread * (size - 1) + 1 for spread, size in zip(self.dilation, weight.shape[2:], strict=True)]
+            output_padding = [(x[2 + i] + 2 * self.padding[i] - reach[i]) % self.stride[i] for i in range(2)]
+        return dataclasses.replace(self, output_padding=output_padding)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution in PyTorch."""
@@ -122,7 +143,7 @@ class Geometry:
 
     def plain(self, x: Tensor, weight: Tensor) -> Tensor:
         """The convolution alone, by the kernel that wins; differentiable."""
-        if not _has_kernels(x) or not self.wins(x, weight):
+        if not _has_kernels(x) or not self.wins(x.shape, weight):
             return self.convolve(x, weight, None)
         tail = (None, None, None, None, None, "none", 0, 0.0, "identity", 0.0)
         op = torch.ops.fastgen.conv_transpose2d_norm_act if self.transposed else torch.ops.fastgen.conv2d_norm_act
@@ -137,31 +158,22 @@ class Geometry:
             grad_x = dataclasses.replace(self, padding=[0, 0], reflect=False).input_grad(grad, inner, weight)
             grad_x = grad_x.contiguous(memory_format=memory_format(is_channels_last(x)))  # the op takes it to be in x's
             return torch.ops.aten.reflection_pad2d_backward(grad_x, x, [width, width, height, height])
-        output_padding = None
-        if not self.transposed:  # rows and columns of x that no output reads
-            reach = [spread * (size - 1) + 1 for spread, size in zip(self.dilation, weight.shape[2:], strict=True)]
-            output_padding = [(x.shape[2 + i] + 2 * self.padding[i] - reach[i]) % self.stride[i] for i in range(2)]
-        opposite = dataclasses.replace(self, output_padding=output_padding)
-        # An output_padding of a stride or more gives other sizes.
-        if _has_kernels(grad) and opposite.wins(grad, weight) and opposite.sizes(grad, weight) == list(x.shape):
-            return opposite.plain(grad, weight)
+        if _has_kernels(grad) and self.wins_input_grad(x.shape, weight):
+            return self.opposite(x.shape, weight).plain(grad, weight)
         return self._aten_grads(grad, x, weight, [True, False])[0]
-
-    def wins_weight_grad(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether fastgen's own kernel of the weight's gradient is faster than PyTorch's on the CPU, as measured."""
-        if not _has_kernels(x) or min(self.channels(weight)) < 16 * self.groups:
-            return False
-        return self._winograd(x, weight, 1024) or (self._one_pixel(x, weight) and x.shape[0] >= 32)
 
     def weight_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """weight's gradient, differentiable."""
-        if self.wins_weight_grad(x, weight):
+        if _has_kernels(x) and self.wins_weight_grad(x.shape, weight):
             return torch.ops.fastgen.convolution_weight_grad(grad, x, weight, *self.arguments())
         return self._aten_weight_grad(grad, x, weight)
 
     def composed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """PyTorch's convolution, with fastgen's gradient of the weight where that wins."""
-        if not (weight.requires_grad and torch.is_grad_enabled() and self.wins_weight_grad(x, weight)):
+        """PyTorch's convolution, with fastgen's gradients where one of them wins."""
+        own = (x.requires_grad and self.wins_input_grad(x.shape, weight)) or (
+            weight.requires_grad and self.wins_weight_grad(x.shape, weight)
+        )
+        if not (own and torch.is_grad_enabled()):
             return self.convolve(x, weight, bias)
         return torch.ops.fastgen.convolution(x, weight, bias, *self.arguments())
 
@@ -278,14 +290,14 @@ def call(
         tail = dataclasses.replace(tail, residual=None if tail.residual is None else tail.residual.unsqueeze(0))
         return call(op, x.unsqueeze(0), weight, bias, geometry, arguments, tail, memory_efficient, impl).squeeze(0)
     _check_tensors(x, weight, bias, geometry)
-    sizes = geometry.sizes(x, weight)
+    sizes = geometry.sizes(x.shape, weight)
     if min(sizes[2:]) < 1:
         raise ValueError(
             f"padding {geometry.padding} leaves an output of height {sizes[2]} and width {sizes[3]} from x of shape "
             f"{tuple(x.shape)} and weight of shape {tuple(weight.shape)}; both must be at least 1"
         )
     batch_stats = _check.tail(x, sizes, **vars(tail))
-    chosen = _dispatch.choose(op, impl, x.device, geometry.wins(x, weight, batch_stats))
+    chosen = _dispatch.choose(op, impl, x.device, geometry.wins(x.shape, weight, batch_stats))
     if chosen == "reference":
         return tails.reference(geometry.convolve(x, weight, bias), tail)
 
@@ -386,7 +398,7 @@ def define(op: str, geometry_schema: str, geometry_of) -> None:
         return out, pre if save else pre.new_empty(0), mean, var
 
     def fake(x, weight, bias, norm_weight, norm_bias, mean, var, residual, norm, num_groups, *rest):
-        sizes = geometry_of(*rest[3:-1]).sizes(x, weight)
+        sizes = geometry_of(*rest[3:-1]).sizes(x.shape, weight)
         out = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout(x, weight))
         pre = torch.empty_like(out) if rest[-1] else x.new_empty(0)
         return out, pre, *tails.fake_moments(x, sizes, mean, norm, num_groups)

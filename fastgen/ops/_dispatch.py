@@ -58,13 +58,13 @@ def why_not(op: str, impl: str, device: str) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _choose(op: str, impl: str, device: str, wins: bool) -> str:
+def _choose(op: str, impl: str, device: str, best: str) -> str:
     source = "impl"
     if impl == "auto":
         impl, source = _checked(os.environ.get("FASTGEN_IMPL", "auto"), "FASTGEN_IMPL"), "FASTGEN_IMPL"
     if impl == "auto":
         here = device == "cpu" and why_not(op, "cpp", device) is None
-        impl = ("cpp" if wins else "composed") if here else "reference"
+        impl = best if here else "reference"
     elif reason := why_not(op, _checked(impl, source), device):
         raise FastgenError(f"{source}={impl!r} cannot run {op}: {reason}")
     _used[op, impl] += 1
@@ -76,7 +76,8 @@ def choose(op: str, impl: str, device: torch.device, wins: bool = True) -> str:
 
     Where the whole op's kernel does not win, auto is "composed": PyTorch's convolution and fastgen's norm_act.
     """
-    return _choose(op, _override if impl == "auto" else impl, device.type, wins)
+    best = "cpp" if wins else "composed"  # under torch.compile with dynamic sizes, `wins` becomes a guard here
+    return _choose(op, _override if impl == "auto" else impl, device.type, best)
 
 
 def implementations_used() -> dict[str, dict[str, int]]:

@@ -112,11 +112,13 @@ def test_gradcheck(case, impl, own_kernels):
 
 
 @by_id([case for case in SMALL if case.op.startswith("conv")])
-@pytest.mark.parametrize("weight_grad", ("aten", "cpp"))
-def test_composed(case, weight_grad, monkeypatch):
+@pytest.mark.parametrize("grads", ("aten", "cpp"))
+def test_composed(case, grads, monkeypatch):
     """What auto runs where the convolution's own kernel does not win: PyTorch's, and fastgen's norm and activation."""
     monkeypatch.setattr(_convolution.Geometry, "wins", lambda *_: False)
-    monkeypatch.setattr(_convolution.Geometry, "wins_weight_grad", lambda *_: weight_grad == "cpp")
+    monkeypatch.setattr(_convolution.Geometry, "wins_weight_grad", lambda *_: grads == "cpp")
+    opposite_has_sizes = grads == "cpp" and "output_padding" not in case.options
+    monkeypatch.setattr(_convolution.Geometry, "wins_input_grad", lambda *_: opposite_has_sizes)
     tensors = case.tensors(torch.float64)
     upstream = torch.randn_like(case.call({name: t.clone() for name, t in tensors.items()}, impl="reference"))
     before = ops.implementations_used().get(case.op, {}).get("composed", 0)
