@@ -75,12 +75,23 @@ struct GradStrides {
   int64_t in, out, kh, kw;
 };
 
-// out (ic, oc, kh, kw) = parts, each by its strides: through blocks that are written in the order of out.
+// out (ic, oc, kh, kw) = parts, each by its strides: row by row where both have the output channels next to each other, else
+// through blocks that are written in the order of out.
 template <class A, class T>
 void store_weights(const A* parts, const GradStrides& from, int64_t ic, int64_t oc, int64_t kh, int64_t kw, T* out,
                    const GradStrides& to, const ParallelFor& parallel) {
   constexpr int64_t block = 16;
   const int64_t across = ceil_div(ic, block), taps = kh * kw;
+  if (from.out == 1 && to.out == 1) {
+    parallel(ic, [&](int64_t begin, int64_t end) {
+      for (int64_t in = begin; in < end; ++in)
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int64_t i = tap / kw, j = tap % kw;
+          store_block(out + in * to.in + i * to.kh + j * to.kw, parts + in * from.in + i * from.kh + j * from.kw, oc);
+        }
+    });
+    return;
+  }
   const bool inputs_last = to.in < to.kw;
   const int64_t of_input = inputs_last ? 1 : taps, of_tap = inputs_last ? block : 1;  // strides of a block's values
   std::vector<int64_t> offsets(static_cast<size_t>(taps));
