@@ -1,4 +1,5 @@
 import datetime
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -6,6 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+
+torch._dynamo.config.recompile_limit = 64  # one function, compiled for several networks, layouts and precisions
 
 
 def peak_gflops() -> float:
@@ -22,6 +25,17 @@ def peak_gflops() -> float:
     return best
 
 
+def peak_bandwidth() -> float:
+    """Gigabytes a second that a copy of 256 MB reads and writes: the other ceiling."""
+    source, target = torch.ones(2, 2**26)
+    best = 0.0
+    for _ in range(12):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - start) / 1e9)
+    return best
+
+
 def pytest_benchmark_update_machine_info(config, machine_info):
     """What decides a figure; not the machine's name."""
     cpu = machine_info.get("cpu", {})
@@ -31,6 +45,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         threads=torch.get_num_threads(),
         capability=torch.backends.cpu.get_cpu_capability(),
         peak_gflops=round(peak_gflops()),
+        peak_bandwidth=round(peak_bandwidth(), 1),
         torch=torch.__version__,
         date=datetime.date.today().isoformat(),
     )
@@ -38,12 +53,43 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 @pytest.fixture
 def measure(benchmark) -> Callable[..., None]:
-    """measure(call, table=, row=, column=, flops=, error=, correct=) times `call`: one cell of a table of the report."""
+    """measure(calls, facts, table=, row=) times a line of a table of the report: column -> call, and column -> its facts.
 
-    def run(call: Callable[[], object], rounds: int = 15, **facts: object) -> None:
-        benchmark.extra_info.update(facts)
+    The columns take turns, so that what the machine does meanwhile falls on all alike; a turn is some calls in a row, after
+    one that is not counted and a pause in which the threads of the one before stop spinning. Facts: `correct` and `error`,
+    `mebibytes` (the peak of the memory that a call allocates); of the line: `flops` and `bytes`, where they are known.
+    """
+
+    def run(
+        calls: dict[str, Callable[[], object]],
+        facts: dict[str, dict[str, object]],
+        rounds: int = 15,
+        **line: object,
+    ) -> None:
+        seconds: dict[str, list[float]] = {column: [] for column in calls}
+
+        def turns() -> None:
+            for column, call in calls.items():
+                time.sleep(0.02)
+                took = timed(call)
+                for _ in range(max(1, int(0.02 / took))):
+                    seconds[column].append(timed(call))
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            benchmark.pedantic(call, rounds=rounds, warmup_rounds=3, iterations=1)
+            benchmark.pedantic(turns, rounds=rounds, warmup_rounds=0, iterations=1)
+        cells = {column: {**facts[column], **spread(times)} for column, times in seconds.items()}
+        benchmark.extra_info.update(line, cells=cells)
 
     return run
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    quarters = statistics.quantiles(times, n=4)
+    return {"median": quarters[1], "iqr": quarters[2] - quarters[0], "calls": len(times)}

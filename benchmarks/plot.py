@@ -15,9 +15,10 @@ def plot(document: dict, path: str) -> None:
     """One panel a table ("..., against the batch"), one line a column, milliseconds on a logarithmic axis."""
     tables: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     for bench in document["benchmarks"]:
-        facts = bench["extra_info"]
-        if ", against " in facts["table"] and facts["correct"]:
-            tables[facts["table"]][facts["column"]].append((int(facts["row"]), 1e3 * bench["stats"]["median"]))
+        line = bench["extra_info"]
+        for column, cell in line["cells"].items() if ", against " in line["table"] else ():
+            if cell["correct"]:
+                tables[line["table"]][column].append((int(line["row"]), 1e3 * cell["median"]))
     figure, panels = pyplot.subplots(1, len(tables), figsize=(6 * len(tables), 4), squeeze=False, layout="constrained")
     for panel, (title, lines) in zip(panels[0], tables.items(), strict=True):
         for column, points in lines.items():

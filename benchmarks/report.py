@@ -6,6 +6,11 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+_CEILINGS = {
+    "flops": ("GFLOP/s", "peak_gflops"),
+    "bytes": ("GB/s", "peak_bandwidth"),
+}  # fact of a cell: unit, fact of the machine
+
 
 def report(document: dict) -> str:
     """Markdown: a table for each `table`, a line for each `row`, a cell for each `column` (see benchmarks/conftest.py)."""
@@ -13,27 +18,25 @@ def report(document: dict) -> str:
     lines = [
         f"{machine['cpu']}, {machine['threads']} threads ({machine['capability']}), torch {machine['torch']}, "
         f"{machine['date']}, commit {commit.get('id', 'unknown')[:12]}. "
-        f"Peak: {machine['peak_gflops']} GFLOP/s, the best of a float32 matrix product and a convolution.",
+        f"Peak: {machine['peak_gflops']} GFLOP/s, the best of a float32 matrix product and a convolution, and "
+        f"{machine['peak_bandwidth']} GB/s, a copy's.",
         "",
         "Milliseconds: median (half the interquartile range); bold the fastest. A wrong result is no peer. "
         "Ratio: the best peer's median over the best of fastgen's; below 1 fastgen loses. "
-        "GFLOP/s: fastgen's best, counted as the direct algorithm, of which Winograd's does a part; %: of the peak.",
+        "GFLOP/s: fastgen's best, counted as the direct algorithm, of which Winograd's does a part; "
+        "GB/s: what the layers read and write, each its input, weights and output once; %: of the peak.",
     ]
-    tables: dict[str, dict[str, dict[str, dict]]] = defaultdict(lambda: defaultdict(dict))
+    tables: dict[str, list[dict]] = defaultdict(list)
     for bench in document["benchmarks"]:
-        facts = bench["extra_info"]
-        tables[facts["table"]][facts["row"]][facts["column"]] = facts | bench["stats"]
+        tables[bench["extra_info"]["table"]].append(bench["extra_info"])
     for title, rows in tables.items():
-        columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            "| | " + " | ".join(columns) + " | ratio | GFLOP/s | % |",
-            "|---" * (len(columns) + 4) + "|",
-        ]
+        columns = list(dict.fromkeys(column for row in rows for column in row["cells"]))
+        ceilings = {fact: ceiling for fact, ceiling in _CEILINGS.items() if fact in rows[0]}
+        head = ["", *columns, "ratio", *(text for unit, _ in ceilings.values() for text in (unit, "%"))]
+        lines += ["", f"## {title}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         ratios = []
-        for row, cells in rows.items():
+        for row in rows:
+            cells = row["cells"]
             right = {column: cell["median"] for column, cell in cells.items() if cell["correct"]}
             ours = {column: median for column, median in right.items() if column.startswith("fastgen")}
             peers = {column: median for column, median in right.items() if column not in ours}
@@ -41,13 +44,15 @@ def report(document: dict) -> str:
             if ours and peers:
                 best = min(ours.values())
                 ratios.append(min(peers.values()) / best)
-                flops = next(iter(cells.values()))["flops"] / best / 1e9
-                texts += [f"{ratios[-1]:.2f}", f"{flops:.0f}", f"{100 * flops / machine['peak_gflops']:.0f}"]
-            lines.append(f"| {row} | " + " | ".join(texts) + " |")
+                texts.append(f"{ratios[-1]:.2f}")
+                for fact, (_, ceiling) in ceilings.items():
+                    reached = row[fact] / best / 1e9
+                    texts += [f"{reached:.0f}", f"{100 * reached / machine[ceiling]:.0f}"]
+            lines.append(f"| {row['row']} | " + " | ".join(texts) + " |")
         if ratios:
             mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
             lines += ["", f"Geometric mean of the ratios: {mean:.2f}; lowest: {min(ratios):.2f}."]
-        if any("mebibytes" in cell for cells in rows.values() for cell in cells.values()):
+        if any("mebibytes" in cell for cell in rows[0]["cells"].values()):
             lines += [
                 "",
                 "Peak memory of tensors that the call allocates, MiB:",
@@ -55,9 +60,10 @@ def report(document: dict) -> str:
                 "| | " + " | ".join(columns) + " |",
             ]
             lines.append("|---" * (len(columns) + 1) + "|")
-            for row, cells in rows.items():
+            for row in rows:
+                cells = row["cells"]
                 texts = [f"{cells[column]['mebibytes']:.0f}" if column in cells else "" for column in columns]
-                lines.append(f"| {row} | " + " | ".join(texts) + " |")
+                lines.append(f"| {row['row']} | " + " | ".join(texts) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,6 @@
 """Generators in inference: Engine beside eager PyTorch, torch.compile with freezing, ONNX Runtime and OpenVINO.
 
-All on torch.get_num_threads() threads, each peer timed in a block of its own, outputs checked against float64.
+All on torch.get_num_threads() threads, outputs checked against float64. The compiled peers cost minutes of tuning.
 """
 
 import functools
@@ -8,11 +8,9 @@ import io
 import os
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -41,6 +39,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv VAE-64 decoder": (lambda: Decoder(VanillaVAE(128, (32, 64, 128, 256, 512))), (128,)),
 }
 PEERS = ("eager", "channels_last", "compile", "onnxruntime", "openvino", "fastgen")
+FEW = ("onnxruntime", "openvino", "fastgen")
 PRECISIONS = {"fp32": 1e-4, "bf16": 3e-2}  # and the relative L2 error up to which an output is right
 ROWS = [("DCGAN-64 generator", 1), ("DCGAN-64 generator", 64), ("CycleGAN ResNet-9, 256x256", 1),
         ("conv VAE-64 decoder", 1), ("conv VAE-64 decoder", 64)]  # fmt: skip
@@ -60,18 +59,28 @@ def model_of(name: str) -> nn.Module:
 
 
 @functools.cache
-def oracle(name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, int]:
-    """An input, the output in float64, and the number of operations."""
+def oracle(name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, int, int]:
+    """An input, the output in float64, the number of operations and that of values that the layers read and write."""
     model, x = model_of(name), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    values = 0
+
+    def count(layer: nn.Module, given: tuple[Tensor], out: Tensor) -> None:
+        nonlocal values
+        values += given[0].numel() + layer.weight.numel() + out.numel()
+
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
     with FlopCounterMode(display=False) as counter:
         model(x)
+    for hook in hooks:
+        hook.remove()
     exact = model.double()(x.double())
     model.float()
-    return x, exact, counter.get_total_flops()
+    return x, exact, counter.get_total_flops(), values
 
 
-def runner(peer: str, model: nn.Module, x: Tensor, precision: str) -> Callable[[], Tensor]:
-    """() -> output, by one peer; skips what it has not."""
+def runner(peer: str, model: nn.Module, x: Tensor, precision: str) -> Callable[[], Tensor] | None:
+    """() -> output, by one peer; None of what it has not."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     threads = torch.get_num_threads()
     if peer in ("eager", "channels_last", "compile"):
@@ -81,7 +90,6 @@ def runner(peer: str, model: nn.Module, x: Tensor, precision: str) -> Callable[[
         if peer != "eager":
             model = model.to(memory_format=torch.channels_last)
         if peer == "compile":
-            torch._dynamo.reset()
             torch._inductor.config.freezing = True
             model = torch.compile(model, mode="max-autotune")
 
@@ -101,7 +109,7 @@ def runner(peer: str, model: nn.Module, x: Tensor, precision: str) -> Callable[[
         import onnxruntime
 
         if precision != "fp32":
-            pytest.skip("onnxruntime computes no bfloat16 convolutions on the CPU")
+            return None  # it computes no bfloat16 convolutions on the CPU
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(exported.getvalue(), options, providers=["CPUExecutionProvider"])
@@ -116,41 +124,41 @@ def runner(peer: str, model: nn.Module, x: Tensor, precision: str) -> Callable[[
     return lambda: torch.from_numpy(request.infer({0: array})[0])
 
 
-def compare(name: str, shape: tuple[int, ...], peer: str, precision: str, table: str, row: str, measure) -> None:
-    x, exact, flops = oracle(name, shape)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run = runner(peer, model_of(name), x, precision)
-        run()
-        start = time.perf_counter()
-        error = ((run().double() - exact).norm() / exact.norm()).item()
-    took = time.perf_counter() - start
-    facts = {"flops": flops, "error": error, "correct": error < PRECISIONS[precision]}
-    measure(run, rounds=int(min(300, max(7, 2 / took))), table=table, row=row, column=f"{peer} {precision}", **facts)
-    torch._inductor.config.freezing = False
+def compare(
+    name: str, shape: tuple[int, ...], peers: tuple[str, ...], precision: str, table: str, row: str, measure
+) -> None:
+    x, exact, flops, values = oracle(name, shape)
+    calls, facts = {}, {}
+    torch._dynamo.reset()
+    for peer in peers:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run = runner(peer, model_of(name), x, precision)
+            if run is None:
+                continue
+            error = ((run().double() - exact).norm() / exact.norm()).item()
+        calls[peer], facts[peer] = run, {"error": error, "correct": error < PRECISIONS[precision]}
+        torch._inductor.config.freezing = False
+    measure(calls, facts, 20, table=table, row=row, flops=flops, bytes=values * {"fp32": 4, "bf16": 2}[precision])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize(("name", "batch"), ROWS, ids=lambda value: str(value).replace(" ", "-"))
-def test_inference(name, batch, peer, precision, measure):
-    compare(
-        name, (batch, *MODELS[name][1]), peer, precision, f"Inference, {precision}", f"{name}, batch {batch}", measure
-    )
+def test_inference(name, batch, precision, measure):
+    shape, row = (batch, *MODELS[name][1]), f"{name}, batch {batch}"
+    compare(name, shape, PEERS, precision, f"Inference, {precision}", row, measure)
 
 
-@pytest.mark.parametrize("peer", ("onnxruntime", "openvino", "fastgen"))
 @pytest.mark.parametrize("batch", BATCHES)
-def test_latency_against_batch(batch, peer, measure):
+def test_latency_against_batch(batch, measure):
     name = "DCGAN-64 generator"
-    compare(name, (batch, *MODELS[name][1]), peer, "fp32", f"{name}, against the batch", str(batch), measure)
+    compare(name, (batch, *MODELS[name][1]), FEW, "fp32", f"{name}, against the batch", str(batch), measure)
 
 
-@pytest.mark.parametrize("peer", ("onnxruntime", "openvino", "fastgen"))
 @pytest.mark.parametrize("size", SIZES)
-def test_latency_against_size(size, peer, measure):
-    compare("CycleGAN ResNet-9, 256x256", (1, 3, size, size), peer, "fp32", "CycleGAN ResNet-9, against the image's side",
-            str(size), measure)  # fmt: skip
+def test_latency_against_size(size, measure):
+    table = "CycleGAN ResNet-9, against the image's side"
+    compare("CycleGAN ResNet-9, 256x256", (1, 3, size, size), FEW, "fp32", table, str(size), measure)
 
 
 COLD = {
@@ -175,14 +183,17 @@ Plan.load(sys.argv[1] + "/g.fgplan")(numpy.random.default_rng(0).standard_normal
 }
 
 
-@pytest.mark.parametrize("peer", COLD)
-def test_cold_start(peer, measure, tmp_path):
+def test_cold_start(measure, tmp_path):
     """From the start of a process to its first image; the plan's process imports no torch."""
     name = "DCGAN-64 generator"
     model = model_of(name)
     torch.save(model.state_dict(), tmp_path / "g.pth")
     fastgen.Engine(model, torch.randn(1, 100, 1, 1), impl="cpp").save(tmp_path / "g.fgplan")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", COLD[peer], str(tmp_path)]
-    measure(lambda: subprocess.run(command, check=True, env=environment), rounds=7, table="Cold start", row=name,
-            column=peer, flops=np.nan, error=0.0, correct=True)  # fmt: skip
+    calls = {
+        peer: functools.partial(
+            subprocess.run, [sys.executable, "-c", code, str(tmp_path)], check=True, env=environment
+        )
+        for peer, code in COLD.items()
+    }
+    measure(calls, {peer: {"error": 0.0, "correct": True} for peer in COLD}, 7, table="Cold start", row=name)

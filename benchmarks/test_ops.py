@@ -1,6 +1,8 @@
 """Each op of the case table in training, float32, beside eager PyTorch and torch.compile, in both memory formats."""
 
 import functools
+import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,16 +16,10 @@ PEERS = ("eager", "compile", "fastgen")
 PASSES = {"forward": 1, "backward": 2, "forward + backward": 3}  # and their work, in forward passes
 
 
-@functools.lru_cache(maxsize=1)
-def layer(case: OpCase, peer: str, channels_last: bool):
-    """tensors -> output, by one peer; what is compiled serves all the passes of one memory format."""
-    torch._dynamo.reset()
-    impl = "auto" if peer == "fastgen" else "reference"
-    call = functools.partial(case.call, impl=impl)
-    if peer != "compile":
-        return call
-    torch._functorch.config.donated_buffer = False  # a backward alone is timed by running it again and again
-    return torch.compile(call)
+def layer(case: OpCase, peer: str):
+    """tensors -> output, by one peer."""
+    call = functools.partial(case.call, impl="auto" if peer == "fastgen" else "reference")
+    return torch.compile(call) if peer == "compile" else call
 
 
 def gradients(call, tensors: dict[str, Tensor], upstream: Tensor) -> list[Tensor]:
@@ -42,46 +38,34 @@ def oracle(case: OpCase) -> tuple[Tensor, list[Tensor]]:
     return upstream, gradients(functools.partial(case.call, impl="reference"), differentiable(tensors), upstream)
 
 
+def passes(call, tensors: dict[str, Tensor], upstream: Tensor) -> dict[str, Callable[[], object]]:
+    """What is timed, by the names of PASSES."""
+    leaves, out = [t for t in tensors.values() if t.requires_grad], call(tensors)
+    return {
+        "forward": torch.no_grad()(lambda: call(tensors)),
+        "backward": lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True),
+        "forward + backward": lambda: torch.autograd.grad(call(tensors), leaves, upstream),
+    }
+
+
 @pytest.mark.parametrize("what", PASSES)
-@pytest.mark.parametrize("channels_last", (False, True), ids=("contiguous", "channels_last"))
-@pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("case", [case for case in LARGE if case.flops()], ids=lambda case: case.id)
-def test_training(case, what, peer, channels_last, measure):
-    call = layer(case, peer, channels_last)
-    upstream, exact = oracle(case)
-    tensors = differentiable(case.tensors(torch.float32, channels_last))
-    found = gradients(call, tensors, upstream)
-    names = ["out", *(name for name, t in tensors.items() if t.requires_grad)]
-    worst = max(
-        error(mine, true)
-        for name, mine, true in zip(names, found, exact, strict=True)
-        if name != "bias" or not case.batch_stats  # then its gradient is zero, but for rounding
-    )
-    upstream = torch.empty_like(found[0]).copy_(upstream)
-    leaves = [t for t in tensors.values() if t.requires_grad]
-
-    if what == "forward":
-
-        def run():
-            with torch.no_grad():
-                call(tensors)
-    elif what == "backward":
-        out = call(tensors)
-
-        def run():
-            torch.autograd.grad(out, leaves, upstream, retain_graph=True)
-    else:
-
-        def run():
-            torch.autograd.grad(call(tensors), leaves, upstream)
-
-    measure(
-        run,
-        table=f"{case.op}, training, {what}",
-        row=case.name,
-        column=f"{peer} {'channels_last' if channels_last else 'contiguous'}",
-        flops=case.flops() * PASSES[what],
-        error=worst,
-        correct=worst < 1e-5,
-        mebibytes=peak_mebibytes(run),
-    )
+def test_training(case, what, measure):
+    exact_upstream, exact = oracle(case)
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False  # a backward alone is timed by running it again and again
+    calls, facts = {}, {}
+    for peer, channels_last in itertools.product(PEERS, (False, True)):
+        call, tensors = layer(case, peer), differentiable(case.tensors(torch.float32, channels_last))
+        found = gradients(call, tensors, exact_upstream)
+        names = ["out", *(name for name, t in tensors.items() if t.requires_grad)]
+        worst = max(
+            error(mine, true)
+            for name, mine, true in zip(names, found, exact, strict=True)
+            if name != "bias" or not case.batch_stats  # then its gradient is zero, but for rounding
+        )
+        run = passes(call, tensors, torch.empty_like(found[0]).copy_(exact_upstream))[what]
+        column = f"{peer} {'channels_last' if channels_last else 'contiguous'}"
+        calls[column] = run
+        facts[column] = {"error": worst, "correct": worst < 1e-5, "mebibytes": peak_mebibytes(run)}
+    measure(calls, facts, table=f"{case.op}, training, {what}", row=case.name, flops=case.flops() * PASSES[what])

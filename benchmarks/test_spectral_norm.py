@@ -39,58 +39,57 @@ def oracle(row):
         return model[0].weight
 
 
-@pytest.mark.parametrize("peer", ("eager", "compile", "fastgen", "fastgen group"))
+def accesses(model, group, originals, upstream, normalized):
+    if group is not None:
+        group.update()  # as after each step of the optimizer
+    if upstream is None:
+        with torch.no_grad():
+            normalized(model)
+    else:
+        torch.autograd.grad(normalized(model), originals, upstream)
+
+
 @pytest.mark.parametrize("what", ("forward", "forward + backward"))
 @pytest.mark.parametrize("row", MODELS)
-def test_access(row, what, peer, measure):
+def test_access(row, what, measure):
     torch._dynamo.reset()
-    model = layers(MODELS[row], NORMS[peer.split()[0]])
-    with torch.no_grad():
-        worst = error(model.eval()[0].weight, oracle(row))
-    model.train()
-    originals = [layer.parametrizations.weight.original for layer in model]
-    upstream = [torch.randn_like(weight) for weight in originals]
-    call = torch.compile(normalized) if peer == "compile" else normalized
-    group = fastgen.nn.SpectralNormGroup(model) if peer == "fastgen group" else None
-
-    def run():
-        if group is not None:
-            group.update()  # as after each step of the optimizer
-        if what == "forward":
-            with torch.no_grad():
-                call(model)
-        else:
-            torch.autograd.grad(call(model), originals, upstream)
-
-    facts = {"flops": 0, "error": worst, "correct": worst < 1e-5}
-    measure(
-        run,
-        5 if len(originals) > 1 else 30,
-        table="spectral_norm, access in training",
-        row=f"{row}, {what}",
-        column=peer,
-        **facts,
-    )
+    calls, facts = {}, {}
+    for peer in ("eager", "compile", "fastgen", "fastgen group"):
+        model = layers(MODELS[row], NORMS[peer.split()[0]])
+        with torch.no_grad():
+            worst = error(model.eval()[0].weight, oracle(row))
+        model.train()
+        originals = [layer.parametrizations.weight.original for layer in model]
+        upstream = [torch.randn_like(weight) for weight in originals] if "backward" in what else None
+        group = fastgen.nn.SpectralNormGroup(model) if peer == "fastgen group" else None
+        access = torch.compile(normalized) if peer == "compile" else normalized
+        calls[peer] = functools.partial(accesses, model, group, originals, upstream, access)
+        facts[peer] = {"error": worst, "correct": worst < 1e-5}
+    # W for the iteration, W and its quotient; then the gradient and W for their product, the gradient again and the result.
+    size = (3 if what == "forward" else 7) * sum(w.numel() for w in originals) * 4
+    measure(calls, facts, table="spectral_norm, access in training", row=f"{row}, {what}", bytes=size)
 
 
-@pytest.mark.parametrize("peer", ("without", "eager", "fastgen", "fastgen group"))
-def test_discriminator_step(peer, measure):
+def test_discriminator_step(measure):
     """D(real) and D(fake), backward and Adam, DCGAN-64, batch 64: what spectral norm adds to the step without it."""
-    torch.manual_seed(0)
-    model = fastgen.create_model("dcgan").discriminator
-    if peer != "without":
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                NORMS[peer.split()[0]](module)
-    if peer == "fastgen group":
-        fastgen.nn.SpectralNormGroup(model)
-    optimizer = torch.optim.Adam(model.parameters(), 2e-4)
     real, fake = torch.randn(2, 64, 3, 64, 64)
+    calls, facts = {}, {}
+    for peer in ("without", "eager", "fastgen", "fastgen group"):
+        torch.manual_seed(0)
+        model = fastgen.create_model("dcgan").discriminator
+        if peer != "without":
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d):
+                    NORMS[peer.split()[0]](module)
+        if peer == "fastgen group":
+            fastgen.nn.SpectralNormGroup(model)
+        optimizer = torch.optim.Adam(model.parameters(), 2e-4)
+        calls[peer] = functools.partial(discriminator_step, model, optimizer, real, fake)
+        facts[peer] = {"error": 0.0, "correct": True}
+    measure(calls, facts, table="DCGAN-64 discriminator, training step", row="batch 64")
 
-    def run():
-        optimizer.zero_grad()
-        (model(fake).mean() - model(real).mean()).backward()
-        optimizer.step()
 
-    facts = {"flops": 0, "error": 0.0, "correct": True}
-    measure(run, 5, table="DCGAN-64 discriminator, training step", row="batch 64", column=peer, **facts)
+def discriminator_step(model, optimizer, real, fake):
+    optimizer.zero_grad()
+    (model(fake).mean() - model(real).mean()).backward()
+    optimizer.step()

@@ -168,6 +168,48 @@ inline void zero_outside(const T* logvar, Acc<T> low, Acc<T> high, Acc<T>* grad,
   }
 }
 
+// The most frequent case, one sample and the standard normal as prior, in one loop: z, and the sum of the divergences.
+template <class T>
+inline Acc<T> sample_and_diverge(const T* mu, const T* logvar, const Acc<T>* eps, Acc<T> low, Acc<T> high, Acc<T> least, T* z, int64_t count) {
+  using A = Acc<T>;
+  A sum = 0;  // of up to 512 elements
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) {
+    const A m = load(mu + i);
+    A l = load(logvar + i);
+    l = l < low ? low : l;  // NaN stays NaN
+    l = l > high ? high : l;
+    const A sd = exp_(A(0.5) * l);
+    store(z + i, m + sd * eps[i]);
+    const A d = A(0.5) * (m * m + (sd * sd - A(1) - l));
+    sum += d < least ? least : d;
+  }
+  return sum;
+}
+
+// Its gradients, where free_bits mask none; grad_kl is the row's.
+template <bool with_kl, class T>
+inline void differentiate(const T* mu, const T* logvar, const Acc<T>* eps, const T* grad_z, Acc<T> grad_kl, Acc<T> low, Acc<T> high, T* for_mu,
+                          T* for_logvar, int64_t count) {
+  using A = Acc<T>;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const A m = load(mu + i), g = load(grad_z + i), given = load(logvar + i);
+    A l = given;
+    l = l < low ? low : l;
+    l = l > high ? high : l;
+    const A sd = exp_(A(0.5) * l);
+    A of_mu = g, of_logvar = g * eps[i] * (A(0.5) * sd);
+    if constexpr (with_kl) {
+      of_mu += grad_kl * m;
+      of_logvar += A(0.5) * grad_kl * (sd * sd - A(1));
+    }
+    const bool outside = (given < low) | (given > high);
+    store(for_mu + i, of_mu);
+    store(for_logvar + i, outside ? A(0) : of_logvar);
+  }
+}
+
 template <class T>
 void noise(const Reparameterize& op, void* out_, const ParallelFor& parallel) {
   T* out = static_cast<T*>(out_);
@@ -186,6 +228,8 @@ void forward(const Reparameterize& op, const ReparameterizeTensors& given, void*
   using A = Acc<T>;
   const Units units(op);
   const int64_t size = op.rows * op.size;
+  const A low = static_cast<A>(op.logvar_min), high = static_cast<A>(op.logvar_max), least = static_cast<A>(op.free_bits);
+  const bool plain = op.samples == 1 && !given.prior_mean && kl;
   std::vector<double> sums(static_cast<size_t>(kl ? op.keys * op.rows * units.pieces : 0));
   parallel(op.keys * units.units, [&](int64_t begin, int64_t end) {
     Gaussian<A> q;
@@ -196,7 +240,18 @@ void forward(const Reparameterize& op, const ReparameterizeTensors& given, void*
       const T *mu = static_cast<const T*>(given.mu) + k * size, *logvar = static_cast<const T*>(given.logvar) + k * size;
       const T *mean = static_cast<const T*>(given.prior_mean), *prior_logvar = static_cast<const T*>(given.prior_logvar);
       T* z = static_cast<T*>(z_) + k * op.samples * size;
+      const auto sum_of = [&](int64_t row) -> double& {
+        return sums[(k * op.rows + row) * units.pieces + (units.pieces > 1 ? unit % units.pieces : 0)];
+      };
       units.for_each_block(unit, [&](int64_t at, int64_t count) {
+        if (plain) {
+          const A* eps = normals(op.key[2 * k], op.key[2 * k + 1], at, count, buffer);
+          units.for_each_row(at, count, [&](int64_t row, int64_t from, int64_t to) {
+            const int64_t j = at + from;
+            sum_of(row) += sample_and_diverge(mu + j, logvar + j, eps + from, low, high, least, z + j, to - from);
+          });
+          return;
+        }
         q.load_block(op, mu + at, logvar + at, count);
         for (int64_t s = 0; s < op.samples; ++s) {
           const A* eps = normals(op.key[2 * k], op.key[2 * k + 1], s * size + at, count, buffer);
@@ -204,12 +259,12 @@ void forward(const Reparameterize& op, const ReparameterizeTensors& given, void*
         }
         if (!kl) return;
         divergence.load_block(op, q, mean, prior_logvar, k * size + at, count);
-        divergence.value(static_cast<A>(op.free_bits), nats, count);
+        divergence.value(least, nats, count);
         units.for_each_row(at, count, [&](int64_t row, int64_t from, int64_t to) {
           A sum = 0;  // of up to 512 elements; the rest in double
 #pragma omp simd reduction(+ : sum)
           for (int64_t j = from; j < to; ++j) sum += nats[j];
-          sums[(k * op.rows + row) * units.pieces + (units.pieces > 1 ? unit % units.pieces : 0)] += sum;
+          sum_of(row) += sum;
         });
       });
     }
@@ -229,6 +284,7 @@ void backward(const Reparameterize& op, const void* grad_z_, const void* grad_kl
   const int64_t size = op.rows * op.size;
   const A* grad_kl = static_cast<const A*>(grad_kl_);
   const A low = static_cast<A>(op.logvar_min), high = static_cast<A>(op.logvar_max);
+  const bool plain = op.samples == 1 && !given.prior_mean && grad_z_ && !(grad_kl && op.free_bits > 0);
   parallel(op.keys * units.units, [&](int64_t begin, int64_t end) {
     Gaussian<A> q;
     Divergence<A> divergence;
@@ -242,6 +298,18 @@ void backward(const Reparameterize& op, const void* grad_z_, const void* grad_kl
         const int64_t to = k * size + at;
         for (const T* p : {mu + at, logvar + at}) prefetch_next<0>(p);
         for (void* p : {grads.mu, grads.logvar}) prefetch_next<1>(static_cast<T*>(p) + to);
+        if (plain) {
+          prefetch_next<0>(grad_z + at);
+          const A* eps = normals(op.key[2 * k], op.key[2 * k + 1], at, count, buffer);
+          units.for_each_row(at, count, [&](int64_t row, int64_t from, int64_t end_of_row) {
+            const int64_t j = at + from, out = to + from;
+            const A of_kl = grad_kl ? static_cast<A>(op.beta) * grad_kl[k * op.rows + row] : A(0);
+            (grad_kl ? differentiate<true, T> : differentiate<false, T>)(mu + j, logvar + j, eps + from, grad_z + j, of_kl, low, high,
+                                                                        static_cast<T*>(grads.mu) + out,
+                                                                        static_cast<T*>(grads.logvar) + out, end_of_row - from);
+          });
+          return;
+        }
         q.load_block(op, mu + at, logvar + at, count);
         std::fill_n(sum, count, A(0));    // of grad_z over the samples
         std::fill_n(along, count, A(0));  // of grad_z * noise
