@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgen import __version__
-from fastgen.data import BatchSampler, ImageDataset, load_dataset, save_grid
+from fastgen.data import BatchSampler, DomainPair, ImageDataset, load_dataset, save_grid
 from fastgen.errors import CheckpointError, FastgenError, UsageError
 from fastgen.metrics import ClassifierShare
 from fastgen.training import checkpoint, run
@@ -56,6 +56,8 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False) -> Trai
         _check_same_run(run.read_config(folder), config)
     device = _device(config.device)
     data = load_dataset(config.data, config.image_size)
+    if isinstance(data, DomainPair):
+        raise UsageError(f"{config.system} learns from one set of images, and {config.data} is two")
     with run.claim(folder, new=not resume):
         return _train(config, folder, data, device, resume)
 
@@ -68,7 +70,7 @@ def _train(config: TrainConfig, folder: Path, data: ImageDataset, device: torch.
     torch.manual_seed(config.seed)
     noise = torch.Generator().manual_seed(config.seed)
     recipe = RECIPES[config.system](config, data, device, noise, state)
-    sampler = BatchSampler(len(data.images), config.batch_size, config.seed, position)
+    sampler = BatchSampler(len(data), config.batch_size, config.seed, position)
     if resume:
         run.rewind_metrics(folder, step)
     else:

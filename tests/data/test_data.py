@@ -14,15 +14,23 @@ from fastgen.errors import DataError, FastgenError, UsageError
 def test_data_sets_are_what_they_say(name, image_size):
     pytest.importorskip("sklearn")
     data = load_dataset(name, image_size)
-    assert data.images.shape[2:] == (image_size, image_size) and data.images.dtype == torch.float32
-    assert -1 <= data.images.min() < -0.9 and 0.9 < data.images.max() <= 1
-    assert data.labels.shape == (len(data.images),) and data.labels.dtype == torch.int64
-    assert data.labels.unique().tolist() == list(range(len(data.classes)))
+    batch = data.all()
+    assert batch.images.shape == (len(data), data.channels, image_size, image_size) and data.image_size == image_size
+    assert batch.images.dtype == torch.float32 and -1 <= batch.images.min() < -0.9 and 0.9 < batch.images.max() <= 1
+    assert batch.labels.shape == (len(data),) and batch.labels.dtype == torch.int64
+    assert batch.labels.unique().tolist() == list(range(len(data.classes)))
+    assert len(batch.captions) == len(data)
 
 
 def test_digits_are_the_uci_ones():
     pytest.importorskip("sklearn")
-    assert load_dataset("digits").images.shape == (1797, 1, 32, 32)
+    train, test = load_dataset("digits", 8), load_dataset("digits", 8, split="test")
+    assert (len(train), len(test)) == (1347, 450) and train.channels == 1
+    both = torch.cat([train.all().images, test.all().images]).flatten(1)
+    assert len(both.unique(dim=0)) == 1797
+    batch = train.batch(torch.tensor([5, 0]))
+    words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    assert batch.captions == [f"a handwritten {words[label]}" for label in batch.labels]
 
 
 def test_unknown_names_and_sizes_are_named():

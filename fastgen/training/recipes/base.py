@@ -20,7 +20,7 @@ class Recipe(ABC):
 
     Args:
         config: the run's settings.
-        data: what to learn from; kept whole on `device`.
+        data: what to learn from.
         device: where to train.
         noise: source of everything random in a step, on the CPU, so that a checkpoint moves between devices.
         state: what `tensors` returned, to go on from there. It is checked before anything of the sizes that `config`
@@ -46,7 +46,8 @@ class Recipe(ABC):
     ) -> None:
         self.config = config
         self.noise = noise
-        self.images = data.images.to(device)
+        self.data = data
+        self.device = device
         self.model_options = self.make_model_options(data)
         if state is not None:
             with torch.device("meta"):

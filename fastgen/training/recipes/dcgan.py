@@ -22,7 +22,7 @@ class DCGANRecipe(Recipe):
         config = self.config
         return {
             "image_size": config.image_size,
-            "channels": data.images.shape[1],
+            "channels": data.channels,
             "nz": config.nz,
             "ngf": config.ngf,
             "ndf": config.ndf,
@@ -37,7 +37,7 @@ class DCGANRecipe(Recipe):
     def step(self, step: int, indices: Tensor) -> dict[str, Tensor]:
         config, discriminator = self.config, self.model.discriminator
         self._set_learning_rate(step / config.steps)
-        real = self.images[indices]
+        real = self.data.batch(indices).to(self.device).images
         fake = self.model.generator(self.model.latent(len(real), generator=self.noise))
 
         discriminator.requires_grad_(True)
