@@ -1,20 +1,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-
-class Images(Protocol):
-    """Images of one size, indexed like a tensor: a tensor in memory, or files that are decoded when asked for."""
-
-    @property
-    def shape(self) -> Sequence[int]:
-        """(N, C, H, W)."""
-
-    def __getitem__(self, indices: Tensor, /) -> Tensor:
-        """The images at `indices` (n,): (n, C, H, W), float32 in [-1, 1] or uint8 in 0..255."""
+from fastgen.data.files import ImageFiles
 
 
 @dataclass(frozen=True)
@@ -41,8 +31,8 @@ class ImageDataset:
     """Images of one size, with labels and captions where the data has them."""
 
     name: str
-    images: Images
-    """(N, C, H, W); `batch` gives them as float32 in [-1, 1] whatever they are kept as."""
+    images: Tensor | ImageFiles
+    """(N, C, H, W), float32 in [-1, 1] or uint8."""
     labels: Tensor | None = None
     """(N,), int64: index into `classes`."""
     classes: tuple[str, ...] | None = None
@@ -63,13 +53,26 @@ class ImageDataset:
         return self.images.shape[2]
 
     def batch(self, indices: Tensor) -> Batch:
-        """The images at `indices`, (N,) int64, on the CPU."""
-        images = self.images[indices]
+        """The images at `indices`, (N,) int64, on the CPU.
+
+        Raises:
+            DataError: an image cannot be decoded, in a strict data set.
+            OSError: a file cannot be read.
+        """
+        if isinstance(self.images, ImageFiles):
+            indices, images = self.images.read(indices)
+        else:
+            images = self.images[indices]
         if images.dtype == torch.uint8:
             images = images.float().div_(127.5).sub_(1)
         labels = None if self.labels is None else self.labels[indices]
         captions = None if self.captions is None else [self.captions[index] for index in indices.tolist()]
         return Batch(images, labels, captions)
+
+    def prefetch(self, indices: Tensor) -> None:
+        """Starts to decode the images at `indices`, which `batch` will ask for next."""
+        if isinstance(self.images, ImageFiles):
+            self.images.prefetch(indices)
 
     def all(self) -> Batch:
         """Every image, in order."""

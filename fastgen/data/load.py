@@ -1,7 +1,9 @@
+from pathlib import Path
 from typing import Literal
 
 from fastgen.data.bundled import BUNDLED
 from fastgen.data.datasets import DomainPair, ImageDataset
+from fastgen.data.folders import load_folder
 from fastgen.errors import UsageError, unknown_name
 
 
@@ -16,7 +18,9 @@ def load_dataset(
     """A data set that comes with fastgen's extras, by name, or one on disk, by path.
 
     Args:
-        name_or_path: one of `list_datasets()`, or a path.
+        name_or_path: one of `list_datasets()`, or a folder: of images; with a folder of images a class; with `trainA`,
+            `trainB`, `testA`, `testB`; with `metadata.jsonl` (a line an image: {"file_name": ..., "text": caption}); or
+            with the files of MNIST or CIFAR-10. Folders `train` and `test` or `val` in it are the two splits.
         image_size: height and width of the images.
         split: the part to learn from, or the part held out to measure with. No image is in both.
         strict: a damaged image is an error; otherwise it is named in the log and left out.
@@ -28,8 +32,13 @@ def load_dataset(
         UsageError: unknown name (the message holds the nearest) or a size below 1.
         DataError: the package that holds the data is not installed, or what the path holds is of no use.
     """
-    if name_or_path not in BUNDLED:
+    if not 1 <= image_size <= 4096:
+        raise UsageError(f"image_size must be between 1 and 4096, not {image_size}")
+    if split not in ("train", "test"):
+        raise UsageError(f"split must be 'train' or 'test', not {split!r}")
+    if name_or_path in BUNDLED:
+        return BUNDLED[name_or_path](image_size, split)
+    path = Path(name_or_path)
+    if not path.exists() and path.name == name_or_path:
         raise unknown_name("data set", name_or_path, BUNDLED)
-    if image_size < 1:
-        raise UsageError(f"image_size must be positive, not {image_size}")
-    return BUNDLED[name_or_path](image_size, split)
+    return load_folder(path, image_size, split, strict=strict)

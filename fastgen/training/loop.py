@@ -82,7 +82,9 @@ def _train(config: TrainConfig, folder: Path, data: ImageDataset, device: torch.
     with Interruption() as interruption, closing(Progress(step, config.steps, config.batch_size)) as progress:
         started = time.perf_counter()
         while step < config.steps:
-            losses.append(recipe.step(step, sampler.next()))
+            indices = sampler.next()
+            data.prefetch(sampler.peek())  # is decoded meanwhile
+            losses.append(recipe.step(step, indices))
             step += 1
             stops = step == config.steps or interruption.requested
             saves = stops or step % config.save_every == 0
