@@ -48,16 +48,21 @@ def _digits(image_size: int, split: Split) -> ImageDataset:
 def _photos(image_size: int, split: Split) -> ImageDataset:
     """Patches of scikit-learn's two photographs (427x640); the right quarter of each is held out."""
     columns = slice(0, 480) if split == "train" else slice(480, None)
-    return ImageDataset("photos", torch.cat([_patches(photo[:, columns], image_size) for photo in _photographs()]))
+    patches = [_patches(photo[:, columns], image_size) for photo in _photographs()]
+    return _labelled("photos", patches, ("temple", "flower"))
 
 
 def _textures(image_size: int, split: Split) -> ImageDataset:
     """Patches of scikit-image's brick, grass and gravel (512x512, grey); the lowest quarter of each is held out."""
     names = ("brick", "grass", "gravel")
-    patches = [_texture(name, image_size, split) for name in names]
-    labels = torch.arange(len(names)).repeat_interleave(torch.tensor([len(part) for part in patches]))
-    captions = [f"a photo of {names[label]}" for label in labels]
-    return ImageDataset("textures", torch.cat(patches), labels, names, captions)
+    return _labelled("textures", [_texture(name, image_size, split) for name in names], names)
+
+
+def _labelled(name: str, parts: list[Tensor], classes: tuple[str, ...]) -> ImageDataset:
+    """The images of `parts`, each of its own class."""
+    labels = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
+    captions = [f"a photo of a {classes[label]}" for label in labels]
+    return ImageDataset(name, torch.cat(parts), labels, classes, captions)
 
 
 def _faces(image_size: int, split: Split) -> ImageDataset:

@@ -31,11 +31,10 @@ def load_folder(path: Path, image_size: int, split: Split, *, strict: bool) -> I
         return found
     folders = {folder.name for folder in _children(path) if folder.is_dir()}
     if folders & {"trainA", "trainB", "testA", "testB"}:
-        a, b = (_one_domain(path / f"{split}{domain}", image_size, strict=strict) for domain in "AB")
-        if a.channels != b.channels:
-            raise DataError(
-                f"{a.name} and {b.name} have {a.channels} and {b.channels} channels: both grey or both colour"
-            )
+        parts = [path / f"{split}{domain}" for domain in "AB"]
+        a, b = (_one_domain(part, image_size, strict=strict) for part in parts)
+        if a.channels != b.channels:  # one of them is grey
+            a, b = (_one_domain(part, image_size, strict=strict, channels=3) for part in parts)
         return DomainPair(path.name, a, b)
     if "train" in folders:
         names = ("train",) if split == "train" else ("test", "val", "validation")
@@ -54,7 +53,7 @@ def _children(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _one_domain(folder: Path, image_size: int, *, strict: bool) -> ImageDataset:
+def _one_domain(folder: Path, image_size: int, *, strict: bool, channels: int | None = None) -> ImageDataset:
     if not folder.is_dir():
         raise DataError(f"{folder} is not there")
     images = image_paths(folder)
@@ -76,7 +75,7 @@ def _one_domain(folder: Path, image_size: int, *, strict: bool) -> ImageDataset:
     if len(images) < 2:
         count = "a single image" if images else "no images"
         raise DataError(f"{folder} holds {count}: {_describe(folder)}; images end in {', '.join(ENDINGS)}")
-    channels = 1 if all(_grey_or_damaged(path) for path in images) else 3
+    channels = channels or (1 if all(_grey_or_damaged(path) for path in images) else 3)
     files = ImageFiles(images, channels, image_size, strict=strict)
     targets = None if labels is None else torch.tensor(labels)
     if len(images) * channels * image_size**2 > _MAX_IN_MEMORY:

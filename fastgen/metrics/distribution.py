@@ -1,0 +1,137 @@
+"""How near a set of generated images is to the real ones: FID, KID, Inception Score, precision and recall."""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.errors import FastgenError, UsageError
+from fastgen.metrics.features import FeatureExtractor
+
+_NEIGHBOUR = 3
+_KID_SUBSETS = 50
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured number."""
+
+    value: float
+    protocol: str
+    """How it was measured, in words: extractor, counts, resize."""
+    real: float | None = None
+    """The same figure of other real images in the place of the generated ones: the floor, or what to aim at."""
+    better: str = "lower"
+    """Which way is better: "lower" or "higher"."""
+
+
+def compare(
+    generated: Tensor, real: Tensor, held: Tensor, extractor: FeatureExtractor, *, seed: int = 0
+) -> dict[str, Figure]:
+    """FID, KID, Inception Score, precision and recall of generated images, each beside that of held-out real ones.
+
+    As these figures depend on the count, as many generated images are taken as there are held-out ones, at most.
+
+    Args:
+        generated: images (N, C, H, W) in [-1, 1].
+        real: what both are compared with.
+        held: other real images, none of which is in `real`.
+        extractor: makes the features.
+        seed: of KID's subsets and of the Inception Score's splits.
+
+    Returns:
+        "fid" (Heusel et al. 2017, arXiv:1706.08500), "kid" (Binkowski et al. 2018, arXiv:1801.01401), "precision" and
+        "recall" (Kynkaanniemi et al. 2019, arXiv:1904.06991), and with an extractor of classes "inception_score" (Salimans
+        et al. 2016, arXiv:1606.03498).
+
+    Raises:
+        UsageError: fewer than 10 images of a kind, or images of several shapes.
+        FastgenError: torchmetrics is not installed.
+    """
+    for name, images in (("generated", generated), ("real", real), ("held", held)):
+        if images.dim() != 4 or len(images) < 10 or images.shape[1:] != real.shape[1:]:
+            raise UsageError(f"{name} must be 10 or more images of real's shape, not {tuple(images.shape)}")
+    count = min(len(generated), len(held))
+    real_features, _ = extractor(real)
+    features, logits = extractor(generated[:count])
+    held_features, held_logits = extractor(held[:count])
+    base = (
+        f"{count} generated images against {len(real)} real ones; the real figure is of {count} other real images against "
+        f"the same; images of {real.shape[3]}x{real.shape[2]}; {extractor.description}"
+    )
+    subset = min(100, count, len(real))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        figures = {
+            "fid": Figure(_fid(features, real_features), f"FID, {base}", _fid(held_features, real_features)),
+            "kid": Figure(
+                _kid(features, real_features, subset),
+                f"KID, mean of {_KID_SUBSETS} subsets of {subset}, {base}",
+                _kid(held_features, real_features, subset),
+            ),
+        }
+        if logits is not None and held_logits is not None:
+            splits = min(10, count // 10)
+            figures["inception_score"] = Figure(
+                _inception_score(logits, splits),
+                f"Inception Score, mean of {splits} splits, {base}",
+                _inception_score(held_logits, splits),
+                "higher",
+            )
+    for name, mine, others in (
+        ("precision", (features, real_features), (held_features, real_features)),
+        ("recall", (real_features, features), (real_features, held_features)),
+    ):
+        protocol = f"{name} by the {_NEIGHBOUR} nearest neighbours, {base}"
+        figures[name] = Figure(_share_inside(*mine), protocol, _share_inside(*others), "higher")
+    return figures
+
+
+class _Given(nn.Module):
+    """Stands for torchmetrics' network where the features are known."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.num_features = features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def _fid(features: Tensor, real: Tensor) -> float:
+    metric = _metric("fid", "FrechetInceptionDistance", feature=_Given(features.shape[1]))
+    metric.update(real.double(), real=True)
+    metric.update(features.double(), real=False)
+    return float(metric.compute())
+
+
+def _kid(features: Tensor, real: Tensor, subset: int) -> float:
+    given = _Given(features.shape[1])
+    metric = _metric("kid", "KernelInceptionDistance", feature=given, subsets=_KID_SUBSETS, subset_size=subset)
+    metric.update(real.double(), real=True)
+    metric.update(features.double(), real=False)
+    return float(metric.compute()[0])
+
+
+def _inception_score(logits: Tensor, splits: int) -> float:
+    metric = _metric("inception", "InceptionScore", feature=_Given(logits.shape[1]), splits=splits)
+    metric.update(logits.double())
+    return float(metric.compute()[0])
+
+
+def _metric(module: str, name: str, **options):
+    import importlib
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that features are kept in memory
+            return getattr(importlib.import_module(f"torchmetrics.image.{module}"), name)(**options)
+    except ImportError as error:
+        raise FastgenError(f"torchmetrics is not installed: pip install 'fastgen[demo]' ({error})") from error
+
+
+def _share_inside(points: Tensor, manifold: Tensor) -> float:
+    """Share of the points (N, D) that lie within the distance of a point of the manifold (M, D) to its third neighbour."""
+    radii = torch.cdist(manifold, manifold).kthvalue(_NEIGHBOUR + 1, dim=1).values  # the nearest is the point itself
+    return float((torch.cdist(points, manifold) <= radii).any(1).float().mean())
