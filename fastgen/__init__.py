@@ -16,7 +16,20 @@ _EXPORTS = {
     "fusion_report": "fastgen.inference",
     "Engine": "fastgen.inference",
 }
-_SUBMODULES = {"cli", "data", "errors", "inference", "losses", "metrics", "models", "nn", "ops", "runtime", "training"}
+_SUBMODULES = {
+    "cli",
+    "data",
+    "errors",
+    "inference",
+    "losses",
+    "metrics",
+    "models",
+    "nn",
+    "ops",
+    "runtime",
+    "training",
+    "uses",
+}
 __all__ = ["__version__", *sorted(_EXPORTS), *sorted(_SUBMODULES)]
 
 

@@ -25,6 +25,7 @@ LAYERS: dict[str, set[str] | None] = {
     "images": set(),
     "data": {"images"},
     "metrics": {"data"},
+    "uses": {"data"},
     "training": {"models", "losses", "data", "metrics"},
     "runtime": {"_build"},
     "inference": {"nn", "ops", "runtime"},
