@@ -1,5 +1,5 @@
 from fastgen.metrics.classifier import ClassifierShare, DigitClassifier, classifier_for, classifier_sure_share
-from fastgen.metrics.distribution import Figure, compare
+from fastgen.metrics.distribution import Figure, Reference
 from fastgen.metrics.features import FeatureExtractor, inception, train_classifier
 from fastgen.metrics.likelihood import PCAGaussian, vae_log_likelihood
 
@@ -9,9 +9,9 @@ __all__ = [
     "FeatureExtractor",
     "Figure",
     "PCAGaussian",
+    "Reference",
     "classifier_for",
     "classifier_sure_share",
-    "compare",
     "inception",
     "train_classifier",
     "vae_log_likelihood",

@@ -26,66 +26,74 @@ class Figure:
     """Which way is better: "lower" or "higher"."""
 
 
-def compare(
-    generated: Tensor, real: Tensor, held: Tensor, extractor: FeatureExtractor, *, seed: int = 0
-) -> dict[str, Figure]:
-    """FID, KID, Inception Score, precision and recall of generated images, each beside that of held-out real ones.
-
-    As these figures depend on the count, as many generated images are taken as there are held-out ones, at most.
+class Reference:
+    """The real images that generated ones are compared with, and other real ones that show what is to be had at best.
 
     Args:
-        generated: images (N, C, H, W) in [-1, 1].
-        real: what both are compared with.
+        real: images (N, C, H, W) in [-1, 1].
         held: other real images, none of which is in `real`.
         extractor: makes the features.
-        seed: of KID's subsets and of the Inception Score's splits.
-
-    Returns:
-        "fid" (Heusel et al. 2017, arXiv:1706.08500), "kid" (Binkowski et al. 2018, arXiv:1801.01401), "precision" and
-        "recall" (Kynkaanniemi et al. 2019, arXiv:1904.06991), and with an extractor of classes "inception_score" (Salimans
-        et al. 2016, arXiv:1606.03498).
 
     Raises:
         UsageError: fewer than 10 images of a kind, or images of several shapes.
-        FastgenError: torchmetrics is not installed.
     """
-    for name, images in (("generated", generated), ("real", real), ("held", held)):
-        if images.dim() != 4 or len(images) < 10 or images.shape[1:] != real.shape[1:]:
-            raise UsageError(f"{name} must be 10 or more images of real's shape, not {tuple(images.shape)}")
-    count = min(len(generated), len(held))
-    real_features, _ = extractor(real)
-    features, logits = extractor(generated[:count])
-    held_features, held_logits = extractor(held[:count])
-    base = (
-        f"{count} generated images against {len(real)} real ones; the real figure is of {count} other real images against "
-        f"the same; images of {real.shape[3]}x{real.shape[2]}; {extractor.description}"
-    )
-    subset = min(100, count, len(real))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        figures = {
-            "fid": Figure(_fid(features, real_features), f"FID, {base}", _fid(held_features, real_features)),
-            "kid": Figure(
-                _kid(features, real_features, subset),
-                f"KID, mean of {_KID_SUBSETS} subsets of {subset}, {base}",
-                _kid(held_features, real_features, subset),
-            ),
-        }
-        if logits is not None and held_logits is not None:
-            splits = min(10, count // 10)
-            figures["inception_score"] = Figure(
-                _inception_score(logits, splits),
-                f"Inception Score, mean of {splits} splits, {base}",
-                _inception_score(held_logits, splits),
-                "higher",
-            )
-    for name, mine, others in (
-        ("precision", (features, real_features), (held_features, real_features)),
-        ("recall", (real_features, features), (real_features, held_features)),
-    ):
-        protocol = f"{name} by the {_NEIGHBOUR} nearest neighbours, {base}"
-        figures[name] = Figure(_share_inside(*mine), protocol, _share_inside(*others), "higher")
-    return figures
+
+    def __init__(self, real: Tensor, held: Tensor, extractor: FeatureExtractor) -> None:
+        self.shape = real.shape[1:]
+        self._check("real", real)
+        self._check("held", held)
+        self.extractor = extractor
+        self._real, _ = extractor(real)
+        self._held, self._held_logits = extractor(held)
+
+    def _check(self, name: str, images: Tensor) -> None:
+        if images.dim() != 4 or len(images) < 10 or images.shape[1:] != self.shape:
+            raise UsageError(f"{name} must be 10 or more images of {tuple(self.shape)}, not {tuple(images.shape)}")
+
+    def compare(self, generated: Tensor, *, seed: int = 0) -> dict[str, Figure]:
+        """FID, KID, Inception Score, precision and recall of images (N, C, H, W) in [-1, 1], each beside held's.
+
+        As these figures depend on the count, as many generated images are taken as there are held-out ones, at most.
+
+        Args:
+            seed: of KID's subsets and of the Inception Score's splits.
+
+        Returns:
+            "fid" (Heusel et al. 2017, arXiv:1706.08500), "kid" (Binkowski et al. 2018, arXiv:1801.01401), "precision" and
+            "recall" (Kynkaanniemi et al. 2019, arXiv:1904.06991), and with an extractor of classes "inception_score"
+            (Salimans et al. 2016, arXiv:1606.03498).
+
+        Raises:
+            UsageError: fewer than 10 images, or images of another shape.
+            FastgenError: torchmetrics is not installed.
+        """
+        self._check("generated", generated)
+        count = min(len(generated), len(self._held))
+        features, logits = self.extractor(generated[:count])
+        real, held = self._real, self._held[:count]
+        base = (
+            f"{count} generated images against {len(real)} real ones; the real figure is of {count} other real images "
+            f"against the same; images of {self.shape[2]}x{self.shape[1]}; {self.extractor.description}"
+        )
+        subset = min(100, count, len(real))
+        figures: dict[str, Figure] = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            figures["fid"] = Figure(_fid(features, real), f"FID, {base}", _fid(held, real))
+            protocol = f"KID, mean of {_KID_SUBSETS} subsets of {subset}, {base}"
+            figures["kid"] = Figure(_kid(features, real, subset), protocol, _kid(held, real, subset))
+            if logits is not None and self._held_logits is not None:
+                splits = min(10, count // 10)
+                scores = (_inception_score(part, splits) for part in (logits, self._held_logits[:count]))
+                protocol = f"Inception Score, mean of {splits} splits, {base}"
+                figures["inception_score"] = Figure(next(scores), protocol, next(scores), "higher")
+        for name, mine, others in (
+            ("precision", (features, real), (held, real)),
+            ("recall", (real, features), (real, held)),
+        ):
+            protocol = f"{name} by the {_NEIGHBOUR} nearest neighbours, {base}"
+            figures[name] = Figure(_share_inside(*mine), protocol, _share_inside(*others), "higher")
+        return figures
 
 
 class _Given(nn.Module):

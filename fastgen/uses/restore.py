@@ -51,13 +51,10 @@ def inpaint(model: Any, images: Tensor, mask: Tensor, *, steps: int = 100) -> Te
         raise UsageError(f"mask must be {tuple(images.shape[2:])} or one an image, not {tuple(mask.shape)}")
     missing = mask.bool().expand(len(images), 1, *images.shape[2:])
     known = (~missing).to(images)
-    counts = known.sum((2, 3), keepdim=True)
-    if not counts.all():
+    if not known.flatten(1).any(1).all():
         raise UsageError("mask must leave a pixel of each image")
     images = images.where(~missing, 0)
-    mean = (images * known).sum((2, 3), keepdim=True) / counts
-    filled = images.where(~missing, mean)
-    return images.where(~missing, _most_probable(model, images, filled, lambda x: x * known, 0.0, steps))
+    return images.where(~missing, _most_probable(model, images, images, lambda x: x * known, 0.0, steps))
 
 
 def upscale(model: Any, images: Tensor, *, steps: int = 100) -> Tensor:

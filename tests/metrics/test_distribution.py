@@ -5,7 +5,7 @@ import torch
 
 from fastgen.data import ImageDataset
 from fastgen.errors import FastgenError, UsageError
-from fastgen.metrics import FeatureExtractor, compare, inception, train_classifier
+from fastgen.metrics import FeatureExtractor, Reference, inception, train_classifier
 
 pytest.importorskip("torchmetrics")
 
@@ -15,6 +15,10 @@ def pixels(images):
 
 
 PIXELS = FeatureExtractor(pixels, "the pixels themselves")
+
+
+def compare(generated, real, held, extractor, **options):
+    return Reference(real, held, extractor).compare(generated, **options)
 
 
 def normal(n, mean=0.0, std=1.0, seed=0):
@@ -60,7 +64,7 @@ def test_figures_are_the_same_for_the_same_seed_and_leave_the_generator():
 
 
 def test_too_few_or_other_images_are_refused():
-    with pytest.raises(UsageError, match=r"generated must be 10 or more .* not \(9, 1, 2, 2\)"):
+    with pytest.raises(UsageError, match=r"generated must be 10 or more images .* not \(9, 1, 2, 2\)"):
         compare(normal(9), normal(20), normal(20), PIXELS)
     with pytest.raises(UsageError, match="held must be"):
         compare(normal(20), normal(20), normal(20).expand(-1, 3, -1, -1), PIXELS)
