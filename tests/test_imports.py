@@ -20,7 +20,7 @@ LAYERS: dict[str, set[str] | None] = {
     "_build": set(),
     "ops": {"_build"},
     "nn": {"ops"},
-    "models": {"nn"},
+    "models": {"nn", "losses"},
     "losses": {"ops"},
     "images": set(),
     "data": {"images"},
