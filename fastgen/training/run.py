@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.data import save_grid
+from fastgen.data import ImageDataset, load_dataset, save_grid
 from fastgen.errors import CheckpointError, FastgenError, UsageError, naming
 from fastgen.metrics import ClassifierShare, classifier_for, classifier_sure_share
 from fastgen.models import create_model
 from fastgen.training import checkpoint
 from fastgen.training.config import TrainConfig, config_from_json
-from fastgen.training.recipes.base import load_module
+from fastgen.training.recipes.base import Recipe, load_module
 
 _log = logging.getLogger(__name__)
 _MAX_SAMPLED = 2**28  # values of the images that `sample` makes at once: 1 GiB
@@ -105,26 +105,26 @@ def _load(folder: Path) -> tuple[dict[str, Any], Any]:
     try:
         with torch.device("meta"):  # sizes a hostile file makes up cost nothing
             model = create_model(spec["name"], **spec["options"])
-        averaged = spec["averaged"]
-        model.get_submodule(averaged)
+        for part in spec["averaged"]:
+            model.get_submodule(part)
     except (UsageError, AttributeError, TypeError, KeyError, RuntimeError, OverflowError) as error:
         raise CheckpointError(
             f"{folder / checkpoint.NAME} is damaged: it describes no known model ({error})"
         ) from error
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    weights |= {f"{averaged}.{name[4:]}": value for name, value in tensors.items() if name.startswith("ema.")}
+    weights |= {name.removeprefix("ema."): value for name, value in tensors.items() if name.startswith("ema.")}
     load_module(model, weights, assign=True)
     return meta, model.requires_grad_(False).eval()
 
 
-def sample(model: Any, n: int, seed: int) -> Tensor:
-    """`n` images of the model, the same for the same seed on the same machine."""
+def sample(model: Any, n: int, seed: int, **conditions: Any) -> Tensor:
+    """`n` images of the model, of the `labels` or `captions` given, the same for the same seed on the same machine."""
     most = max(1, _MAX_SAMPLED // (model.config.channels * model.config.image_size**2))
     if not 1 <= n <= most:
         raise UsageError(f"n must be between 1 and {most} for images of this size, not {n}")
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed must be between 0 and 2^63, not {seed}")
-    return model.sample(n, generator=torch.Generator().manual_seed(seed))
+    return model.sample(n, generator=torch.Generator().manual_seed(seed), **conditions)
 
 
 def evaluate(folder: str | Path, n: int = 1000, seed: int = 0) -> ClassifierShare | None:
@@ -139,16 +139,21 @@ def evaluate(folder: str | Path, n: int = 1000, seed: int = 0) -> ClassifierShar
     classifier = classifier_for(config.data)
     if classifier is None:
         return None
-    result = classifier_sure_share(sample(model, n, seed), classifier)
+    conditions = {}
+    if config.system == "text2image":
+        data = load_dataset(config.data, config.image_size)
+        assert isinstance(data, ImageDataset) and data.captions is not None
+        conditions["captions"] = [data.captions[at % len(data)] for at in range(n)]
+    result = classifier_sure_share(sample(model, n, seed, **conditions), classifier)
     document = {"data": config.data, "step": meta["step"], "seed": seed}
     document |= {"classifier_sure_share": dataclasses.asdict(result)}
     checkpoint.write_atomically(folder / "evaluation.json", json.dumps(document, indent=2).encode())
     return result
 
 
-def finish_run(folder: Path, config: TrainConfig) -> ClassifierShare | None:
+def finish_run(folder: Path, config: TrainConfig, recipe: Recipe) -> ClassifierShare | None:
     """Writes what a complete run ends with: samples.png, loss.png, evaluation.json."""
-    save_grid(sample(load_model(folder), 100, config.seed), folder / "samples.png")
+    save_grid(recipe.sample(100, config.seed), folder / "samples.png")
     plot_losses(folder)
     return evaluate(folder)
 

@@ -1,0 +1,55 @@
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastgen.training.config import VAETraining
+from fastgen.training.corruption import corrupt
+from fastgen.training.recipes.base import Recipe
+
+
+class VAERecipe(Recipe):
+    """The evidence lower bound, with a weight on its KL term (Kingma and Welling 2014, arXiv:1312.6114; Higgins et al. 2017)
+    that grows at first (Bowman et al. 2016, arXiv:1511.06349); where there is a task, of the whole image given a damaged one.
+    """
+
+    parts: ClassVar = {"model": ("",)}
+    averaged = ("",)
+    config: VAETraining
+
+    def make_model_options(self) -> dict[str, Any]:
+        config = self.config
+        self.model_name = "vae" if config.architecture == "conv" else "vae_mlp"
+        options: dict[str, Any] = {
+            "image_size": config.image_size,
+            "channels": self.one_set().channels,
+            "nz": config.nz,
+            "likelihood": config.likelihood,
+        }
+        if config.architecture == "mlp":
+            return options | {"width": 10 * config.width}
+        halvings = max(1, (config.image_size // 4).bit_length() - 1)  # to about 4x4 pixels
+        return options | {"widths": [config.width * 2**level for level in range(halvings)]}
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        config, model = self.config, self.model
+        (batch,) = self.next_batches()
+        given = corrupt(batch.images, config.task, self.noise, config.noise)
+        with self.autocast():
+            mu, logvar = model.encode(given)
+            z, kl = model.reparameterize(mu.float(), logvar.float())
+            reconstruction = model.decode(z).float()
+        nll, kl = model.nll(reconstruction, batch.images).mean(), kl.mean()
+        ramp = config.warm_up * config.steps
+        beta = config.beta * min(1.0, (step + 1) / ramp if ramp else 1.0)
+        self.update("model", (nll + beta * kl) / batch.images[0].numel())
+        return {"nll": nll.detach(), "kl": kl.detach(), "bound": (nll + kl).detach()}
+
+    def calibrate(self, model: Any) -> None:
+        count = min(4096, len(self.data))
+        chosen = torch.arange(count) * len(self.data) // count
+        for indices in chosen.split(256):
+            model(self.data.batch(indices).to(self.device).images)
+
+    def sample(self, n: int, seed: int) -> Tensor:
+        return self.ema.model.sample(n, generator=torch.Generator().manual_seed(seed))
