@@ -85,7 +85,7 @@ def _colour_to_grey(image_size: int, split: Split) -> DomainPair:
         colour = grey = [photo[:, 480:] for photo in _photographs()]
     a = torch.cat([_patches(strip, image_size) for strip in colour])
     b = to_grey(torch.cat([_patches(strip, image_size) for strip in grey]))
-    return DomainPair("colour-to-grey", ImageDataset("colour", a), ImageDataset("grey", b))
+    return DomainPair("colour-to-grey", ImageDataset("colour", a), ImageDataset("grey", b), aligned=split == "test")
 
 
 def _grass_to_gravel(image_size: int, split: Split) -> DomainPair:

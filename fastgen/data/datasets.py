@@ -86,6 +86,8 @@ class DomainPair:
     name: str
     a: ImageDataset
     b: ImageDataset
+    aligned: bool = False
+    """Image i of `b` is what image i of `a` is to become; only held-out images may be, to measure with."""
 
     @property
     def image_size(self) -> int:

@@ -2,11 +2,12 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastgen.errors import FastgenError, UsageError
+from fastgen.errors import DataError, UsageError
 from fastgen.metrics.features import FeatureExtractor
 
 _NEIGHBOUR = 3
@@ -20,10 +21,11 @@ class Figure:
     value: float
     protocol: str
     """How it was measured, in words: extractor, counts, resize."""
-    real: float | None = None
-    """The same figure of other real images in the place of the generated ones: the floor, or what to aim at."""
-    better: str = "lower"
-    """Which way is better: "lower" or "higher"."""
+    better: Literal["lower", "higher"]
+    baseline: float | None = None
+    """What to see it beside."""
+    baseline_is: str = "real images"
+    """What has that figure: other real images in the place of the generated ones, or a simple method."""
 
 
 class Reference:
@@ -65,7 +67,7 @@ class Reference:
 
         Raises:
             UsageError: fewer than 10 images, or images of another shape.
-            FastgenError: torchmetrics is not installed.
+            DataError: torchmetrics is not installed.
         """
         self._check("generated", generated)
         count = min(len(generated), len(self._held))
@@ -79,20 +81,20 @@ class Reference:
         figures: dict[str, Figure] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            figures["fid"] = Figure(_fid(features, real), f"FID, {base}", _fid(held, real))
+            figures["fid"] = Figure(_fid(features, real), f"FID, {base}", "lower", _fid(held, real))
             protocol = f"KID, mean of {_KID_SUBSETS} subsets of {subset}, {base}"
-            figures["kid"] = Figure(_kid(features, real, subset), protocol, _kid(held, real, subset))
+            figures["kid"] = Figure(_kid(features, real, subset), protocol, "lower", _kid(held, real, subset))
             if logits is not None and self._held_logits is not None:
                 splits = min(10, count // 10)
                 scores = (_inception_score(part, splits) for part in (logits, self._held_logits[:count]))
                 protocol = f"Inception Score, mean of {splits} splits, {base}"
-                figures["inception_score"] = Figure(next(scores), protocol, next(scores), "higher")
+                figures["inception_score"] = Figure(next(scores), protocol, "higher", next(scores))
         for name, mine, others in (
             ("precision", (features, real), (held, real)),
             ("recall", (real, features), (real, held)),
         ):
             protocol = f"{name} by the {_NEIGHBOUR} nearest neighbours, {base}"
-            figures[name] = Figure(_share_inside(*mine), protocol, _share_inside(*others), "higher")
+            figures[name] = Figure(_share_inside(*mine), protocol, "higher", _share_inside(*others))
         return figures
 
 
@@ -136,7 +138,7 @@ def _metric(module: str, name: str, **options):
             warnings.simplefilter("ignore")  # that features are kept in memory
             return getattr(importlib.import_module(f"torchmetrics.image.{module}"), name)(**options)
     except ImportError as error:
-        raise FastgenError(f"torchmetrics is not installed: pip install 'fastgen[demo]' ({error})") from error
+        raise DataError(f"torchmetrics is not installed: pip install 'fastgen[demo]' ({error})") from error
 
 
 def _share_inside(points: Tensor, manifold: Tensor) -> float:

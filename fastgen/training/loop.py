@@ -11,9 +11,9 @@ from torch import Tensor
 from fastgen import __version__
 from fastgen.data import DomainPair, ImageDataset, load_dataset, save_grid
 from fastgen.errors import CheckpointError, FastgenError, UsageError
-from fastgen.metrics import ClassifierShare
 from fastgen.training import checkpoint, run
 from fastgen.training.config import TrainConfig
+from fastgen.training.evaluation import Evaluation
 from fastgen.training.nonfinite import NotFiniteError, trace
 from fastgen.training.progress import Interruption, Progress
 from fastgen.training.recipes import RECIPES, Recipe
@@ -31,8 +31,8 @@ class TrainResult:
     """Ctrl-C or SIGTERM came: the checkpoint is at `step`, and `train(..., resume=True)` goes on from there."""
     images_per_second: float
     """Of the steps alone, without samples and checkpoints; 0 if there was no step to do."""
-    evaluation: ClassifierShare | None
-    """None if interrupted, or if the data has no classifier."""
+    evaluation: Evaluation | None
+    """None if interrupted, or if there is nothing to measure with."""
 
 
 def train(config: TrainConfig, out: str | Path, *, resume: bool = False) -> TrainResult:

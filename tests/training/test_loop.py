@@ -65,6 +65,7 @@ def test_run_folder_is_complete(run):
         "evaluation.json",
         "loss.png",
         "metrics.jsonl",
+        "report.html",
         *(f"samples/step_{step:06d}.png" for step in (3, 6, 7)),
         "samples.png",
     }
@@ -74,7 +75,7 @@ def test_run_folder_is_complete(run):
     assert config_from_json(json.loads((run.folder / "config.json").read_text())) == TINY
     evaluation = json.loads((run.folder / "evaluation.json").read_text())
     assert evaluation["step"] == 7
-    assert evaluation["classifier_sure_share"] == dataclasses.asdict(run.evaluation)
+    assert evaluation["classifier_sure_share"] == dataclasses.asdict(run.evaluation.recognised)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
