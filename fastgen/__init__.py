@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "create_model": "fastgen.models",
     "list_models": "fastgen.models",
+    "load_checkpoint": "fastgen.models",
     "use_impl": "fastgen.ops",
     "info": "fastgen.ops",
     "fuse": "fastgen.inference",

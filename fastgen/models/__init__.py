@@ -2,6 +2,7 @@
 
 from fastgen.models._common import evaluating
 from fastgen.models.cgan import CGAN, CGANConfig
+from fastgen.models.checkpoints import load_checkpoint
 from fastgen.models.cyclegan import CycleGAN, CycleGANConfig
 from fastgen.models.dcgan import DCGAN, DCGANConfig, DCGANDiscriminator, DCGANGenerator
 from fastgen.models.gan import GAN, GANConfig
@@ -37,6 +38,7 @@ __all__ = [
     "create_model",
     "evaluating",
     "list_models",
+    "load_checkpoint",
     "make_vocabulary",
     "register_model",
 ]

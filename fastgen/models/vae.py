@@ -26,7 +26,7 @@ class VAEConfig:
     widths: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Channels of the encoder's layers, each of which halves the image; the decoder's are the same, backwards."""
     likelihood: Literal["gaussian", "bernoulli"] = "gaussian"
-    """Distribution of a pixel given z: a Gaussian of learned variance, one for all, or a Bernoulli of (x + 1) / 2."""
+    """Distribution of a pixel given z: a Gaussian of one variance for all, or a Bernoulli of (x + 1) / 2."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))  # JSON has lists
@@ -46,12 +46,15 @@ class GaussianVAE(Generative):
     Welling 2014, arXiv:1312.6114).
     """
 
+    log_std: Tensor
+    """Logarithm of a pixel's standard deviation given z, (), where the likelihood is Gaussian."""
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
         self.reparameterize = Reparameterize(kl=True)
         if config.likelihood == "gaussian":
-            self.log_std = nn.Parameter(torch.tensor(-1.0))
+            self.register_buffer("log_std", torch.zeros(()))
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z | images), each (N, nz)."""
@@ -74,6 +77,14 @@ class GaussianVAE(Generative):
         if self.config.likelihood == "bernoulli":
             return losses.bernoulli_nll(reconstruction, images)
         return losses.gaussian_nll(reconstruction, images, self.log_std)
+
+    @torch.no_grad()
+    def fit_log_std(self, squared_error: Tensor, share: float = 1.0) -> None:
+        """Moves `log_std` by `share` of the way to its best value for a mean squared error (), which is that error's own
+        (Rybkin et al. 2021, arXiv:2006.13202); nothing without a Gaussian likelihood.
+        """
+        if self.config.likelihood == "gaussian":
+            self.log_std.lerp_(squared_error.clamp(min=1e-12).log() / 2, share)
 
 
 @register_model("vae", VAEConfig)

@@ -23,7 +23,7 @@ class MLPVAEConfig:
     width: int = 400
     """Units of the hidden layers."""
     likelihood: Literal["gaussian", "bernoulli"] = "bernoulli"
-    """Distribution of a pixel given z: a Gaussian of learned variance, one for all, or a Bernoulli of (x + 1) / 2."""
+    """Distribution of a pixel given z: a Gaussian of one variance for all, or a Bernoulli of (x + 1) / 2."""
 
     def __post_init__(self) -> None:
         check_positive(self, "image_size", "channels", "nz", "width")

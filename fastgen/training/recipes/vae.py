@@ -1,8 +1,10 @@
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from fastgen import losses
 from fastgen.training.config import VAETraining
 from fastgen.training.corruption import corrupt
 from fastgen.training.recipes.base import Recipe
@@ -39,17 +41,30 @@ class VAERecipe(Recipe):
             mu, logvar = model.encode(given)
             z, kl = model.reparameterize(mu.float(), logvar.float())
             reconstruction = model.decode(z).float()
+        model.fit_log_std(losses.l2_loss(reconstruction, batch.images), 0.05)
         nll, kl = model.nll(reconstruction, batch.images).mean(), kl.mean()
         ramp = config.warm_up * config.steps
         beta = config.beta * min(1.0, (step + 1) / ramp if ramp else 1.0)
         self.update("model", (nll + beta * kl) / batch.images[0].numel())
         return {"nll": nll.detach(), "kl": kl.detach(), "bound": (nll + kl).detach()}
 
+    @torch.no_grad()
+    def finish_average(self) -> None:
+        super().finish_average()
+        errors = [losses.l2_loss(self.ema.model(given, noise)[0], images) for given, images, noise in self._held()]
+        self.ema.model.fit_log_std(torch.stack(errors).mean())
+
     def calibrate(self, model: Any) -> None:
-        count = min(4096, len(self.data))
-        chosen = torch.arange(count) * len(self.data) // count
-        for indices in chosen.split(256):
-            model(self.data.batch(indices).to(self.device).images)
+        for given, _, noise in self._held():
+            model(given, noise)
+
+    def _held(self) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
+        """What the encoder is given, the images, and noise: some of the data, spread out, always the same."""
+        count, task = min(2048, len(self.data)), torch.Generator().manual_seed(self.config.seed)
+        noise = torch.Generator(self.device).manual_seed(self.config.seed)
+        for indices in (torch.arange(count) * len(self.data) // count).split(256):
+            images = self.data.batch(indices).to(self.device).images
+            yield corrupt(images, self.config.task, task, self.config.noise), images, noise
 
     def sample(self, n: int, seed: int) -> Tensor:
         return self.ema.model.sample(n, generator=torch.Generator().manual_seed(seed))
