@@ -85,7 +85,11 @@ class HuggingFaceTextEncoder(nn.Module):
         super().__init__()
         self.name = name
         self._loaded: tuple[Any, Any] | None = None  # in a tuple, so that they are no submodules
-        self.width: int = self._call("AutoConfig").hidden_size
+        config = self._call("AutoConfig")
+        config = getattr(config, "text_config", config)  # of one that sees images too
+        if not hasattr(config, "hidden_size"):
+            raise FastgenError(f"text encoder {name!r} is no text encoder: its configuration names no hidden_size")
+        self.width: int = config.hidden_size
         self.register_buffer("_device", torch.empty(0), persistent=False)
 
     def _call(self, kind: str, **options: Any) -> Any:
@@ -103,7 +107,12 @@ class HuggingFaceTextEncoder(nn.Module):
         device: Any = self._device.device
         if self._loaded is None:
             encoder = self._call("AutoModel", use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
-            self._loaded = self._call("AutoTokenizer"), encoder
+            encoder = (
+                encoder.get_encoder() if encoder.config.is_encoder_decoder else getattr(encoder, "text_model", encoder)
+            )
+            tokenizer = self._call("AutoTokenizer")
+            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+            self._loaded = tokenizer, encoder
         tokenizer, encoder = self._loaded
         batch = tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt").to(device)
         x = encoder.to(device)(**batch).last_hidden_state

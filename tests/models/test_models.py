@@ -172,23 +172,25 @@ def test_text_encoder_reads_words():
     assert make_vocabulary(["a two, a one", "a one"]) == ("a", "one", ",", "two")
 
 
-def test_hugging_face_text_encoder(tmp_path):
+@pytest.mark.parametrize("kind", ["Bert", "T5", "CLIP"])
+def test_hugging_face_text_encoder(tmp_path, kind):
     transformers = pytest.importorskip("transformers")
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\none\ntwo\n")
     transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    bert = {"vocab_size": 7, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     sizes = {
-        "vocab_size": 7,
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 8,
-    }
-    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(tmp_path)
+        "Bert": bert,
+        "T5": {"vocab_size": 7, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2},
+        "CLIP": {"text_config": {**bert, "eos_token_id": 3}, "vision_config": bert, "projection_dim": 4},
+    }[kind]
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
     model = create_model("text2image", **SMALL, text_encoder=str(tmp_path), condition=4)
-    assert not any("bert" in name or "encoder.encoder" in name for name in model.state_dict()), "it stays where it is"
-    images = model.sample(2, captions=["one", "two two"])
-    assert images.shape == (2, 1, 32, 32)
-    torch.testing.assert_close(model.text_encoder(["one"]), model.text_encoder(["one", "two two"])[:1])
+    assert set(model.text_encoder.state_dict()) == {"project.weight", "project.bias"}, "its weights stay where they are"
+    assert model.sample(2, captions=["one", "two two"]).shape == (2, 1, 32, 32)
+    one, two = model.text_encoder(["one", "two two"])
+    torch.testing.assert_close(model.text_encoder(["one"])[0], one)
+    assert not torch.allclose(one, two)
 
 
 def test_text_encoders_that_are_not_there(tmp_path, monkeypatch):
