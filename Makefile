@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.fastgen-$(firstword $(shell echo $(CURDIR) | cksum))
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install build demo test lint bench clean
+.PHONY: help install build demo test lint bench quality clean
 .DEFAULT_GOAL := help
 
 help: ## say what there is
@@ -34,6 +34,9 @@ lint: $(INSTALLED) ## check style and types
 bench: build ## measure against PyTorch's own ops
 	$(BIN)/python -m pytest benchmarks -p no:xdist --benchmark-json=benchmarks/results/cpu.json
 	$(BIN)/python -m benchmarks.report benchmarks/results/cpu.json > benchmarks/results/cpu.md
+
+quality: build ## train each system and measure what it draws; one row with ROW=name
+	$(BIN)/python -m benchmarks.quality $(if $(ROW),--row $(ROW)) $(if $(SEED),--seed $(SEED))
 
 clean: ## remove what was built here (not .venv, not runs)
 	rm -rf build dist *.egg-info fastgen/_native_*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks

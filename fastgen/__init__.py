@@ -10,13 +10,27 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "create_model": "fastgen.models",
     "list_models": "fastgen.models",
+    "load_checkpoint": "fastgen.models",
     "use_impl": "fastgen.ops",
     "info": "fastgen.ops",
     "fuse": "fastgen.inference",
     "fusion_report": "fastgen.inference",
     "Engine": "fastgen.inference",
 }
-_SUBMODULES = {"cli", "data", "errors", "inference", "losses", "metrics", "models", "nn", "ops", "runtime", "training"}
+_SUBMODULES = {
+    "cli",
+    "data",
+    "errors",
+    "inference",
+    "losses",
+    "metrics",
+    "models",
+    "nn",
+    "ops",
+    "runtime",
+    "training",
+    "uses",
+}
 __all__ = ["__version__", *sorted(_EXPORTS), *sorted(_SUBMODULES)]
 
 

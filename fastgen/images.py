@@ -4,6 +4,7 @@ import io
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -39,21 +40,45 @@ def save_grid(
         UsageError: the images or the ending are of no use.
         FastgenError: the format cannot hold this picture; a file that was there stays as it was.
     """
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
-        raise UsageError(f"images must be (N, 1 or 3, H, W) with N > 0, not {tuple(images.shape)}")
+    pixels = _to_pixels(images)
     path, format = Path(path), picture_format(path)
     n, channels, height, width = images.shape
     columns = min(n, columns or math.ceil(math.sqrt(n)))
     rows = math.ceil(n / columns)
-    pixels = np.clip(np.rint((images.astype(np.float32) + 1) * np.float32(127.5)), 0, 255).astype(np.uint8)
     canvas = np.zeros((rows * (height + padding) + padding, columns * (width + padding) + padding, channels), np.uint8)
     for index, image in enumerate(pixels):
         top = padding + index // columns * (height + padding)
         left = padding + index % columns * (width + padding)
         canvas[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    _write(Image.fromarray(canvas[..., 0] if channels == 1 else canvas), path, format)
+
+
+def save_animation(images: np.ndarray, path: str | os.PathLike[str], *, milliseconds: int = 80) -> None:
+    """Writes images one after another into an endless GIF.
+
+    Args:
+        images: (N, 1 or 3, H, W) in [-1, 1]; values outside are clamped.
+        path: file to write; it must end in .gif. Folders on the way are made.
+        milliseconds: that an image stays.
+    """
+    path, pixels = Path(path), _to_pixels(images)
+    if path.suffix.lower() != ".gif":
+        raise UsageError(f"an animation must end in .gif, not {str(path)!r}")
+    frames = [Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)) for image in pixels]
+    _write(frames[0], path, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+
+
+def _to_pixels(images: np.ndarray) -> np.ndarray:
+    """(N, 1 or 3, H, W), uint8."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+        raise UsageError(f"images must be (N, 1 or 3, H, W) with N > 0, not {tuple(images.shape)}")
+    return np.clip(np.rint((images.astype(np.float32) + 1) * np.float32(127.5)), 0, 255).astype(np.uint8)
+
+
+def _write(picture: Image.Image, path: Path, format: str, **options: Any) -> None:
     encoded = io.BytesIO()
     try:
-        Image.fromarray(canvas[..., 0] if channels == 1 else canvas).save(encoded, format)
+        picture.save(encoded, format, **options)
     except (OSError, ValueError) as error:
         raise FastgenError(f"{path} cannot be written as {format}: {error}") from error
     path.parent.mkdir(parents=True, exist_ok=True)

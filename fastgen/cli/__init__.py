@@ -15,6 +15,11 @@ from fastgen.training.config import CONFIGS
 
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": commands.generate,
+    "reconstruct": commands.reconstruct,
+    "denoise": commands.denoise,
+    "inpaint": commands.inpaint,
+    "upscale": commands.upscale,
+    "translate": commands.translate,
     "export": commands.export,
     "evaluate": commands.evaluate,
     "bench": commands.bench,

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from tyro import conf
 from tyro.conf import Positional
 
 from fastgen.errors import UsageError
@@ -10,25 +12,38 @@ from fastgen.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from fastgen.metrics import ClassifierShare
+    from fastgen.training.evaluation import Evaluation
 
 
 def train_page() -> None:
     """Train a model on a data set; leaves a run folder."""
 
 
-def generate(run: Positional[Path], n: int = 64, seed: int = 0, out: Path = Path("grid.png")) -> None:
+def generate(
+    run: Positional[Path],
+    n: int = 64,
+    seed: int = 0,
+    label: Annotated[int | None, conf.arg(name="class")] = None,
+    text: str | None = None,
+    interpolate: int = 0,
+    out: Path = Path("grid.png"),
+) -> None:
     """Draw new images with a trained model, into one picture.
 
     Args:
         run: Run folder that `fastgen train` left, or plan file that `fastgen export` wrote (then torch is not imported).
         n: Number of images.
         seed: Seed of the noise; the same seed gives the same picture.
+        label: Number of the class to draw, for a model that was trained with classes.
+        text: What to draw, for a model that was trained with captions.
+        interpolate: Random images to go through, in n steps: a strip, or with --out ending in .gif an endless animation.
         out: Picture to write; its ending says the format.
     """
     from fastgen.images import picture_format, save_grid
 
     picture_format(out)  # a wrong ending shows before the work is done
+    if run.is_file() and (label is not None or text is not None or interpolate):
+        raise UsageError("a plan takes neither --class, --text nor --interpolate: give the run folder")
     if run.is_file():
         from fastgen.runtime import Plan
 
@@ -36,9 +51,176 @@ def generate(run: Positional[Path], n: int = 64, seed: int = 0, out: Path = Path
         save_grid(plan(_noise(plan.input_shape, n, seed)), out)
     else:
         from fastgen.training import load_model, sample
+        from fastgen.uses import conditions
 
-        save_grid(sample(load_model(run), n, seed).numpy(), out)
+        model = load_model(run)
+        if interpolate:
+            _draw_way(model, n, interpolate, seed, label, text, out)
+        else:
+            given = conditions(model, n, label=label, text=text) if 1 <= n <= 2**20 else {}
+            save_grid(sample(model, n, seed, **given).numpy(), out)
     print(f"{n} images in {out}")
+
+
+def _draw_way(model: Any, n: int, points: int, seed: int, label: int | None, text: str | None, out: Path) -> None:
+    import torch
+
+    from fastgen.data import save_animation, save_grid
+    from fastgen.uses import interpolate
+
+    moving = out.suffix.lower() == ".gif"
+    draw = torch.Generator().manual_seed(seed)
+    images = interpolate(model, n, points=points, closed=moving, label=label, text=text, generator=draw)
+    if moving:
+        save_animation(images, out)
+    else:
+        save_grid(images, out, columns=min(n, 16))
+
+
+def reconstruct(run: Positional[Path], pictures: Positional[Path], out: Path, strict: bool = False) -> None:
+    """Pass pictures through a VAE's code and back.
+
+    Args:
+        run: Run folder of a VAE.
+        pictures: Folder of pictures, or one; each is scaled down and cut to the model's size.
+        out: Folder to write to.
+        strict: A damaged picture is an error; otherwise it is named and left out.
+    """
+    from fastgen.uses import reconstruct
+
+    model = _load_vae(run)
+    _transform(model, pictures, out, strict, lambda image: reconstruct(model, image))
+
+
+def denoise(
+    run: Positional[Path],
+    pictures: Positional[Path],
+    out: Path,
+    std: float = 0.2,
+    steps: int = 100,
+    strict: bool = False,
+) -> None:
+    """Take the noise out of pictures with a VAE.
+
+    Args:
+        run: Run folder of a VAE, at its best trained with --task denoise.
+        pictures: Folder of pictures, or one; each is scaled down and cut to the model's size.
+        out: Folder to write to.
+        std: Standard deviation of the noise; black is -1 and white 1.
+        steps: Steps of the search for the picture.
+        strict: A damaged picture is an error; otherwise it is named and left out.
+    """
+    from fastgen.uses import denoise
+
+    model = _load_vae(run)
+    _transform(model, pictures, out, strict, lambda image: denoise(model, image, std=std, steps=steps))
+
+
+def inpaint(
+    run: Positional[Path], pictures: Positional[Path], mask: Path, out: Path, steps: int = 100, strict: bool = False
+) -> None:
+    """Fill in what is missing of pictures with a VAE.
+
+    Args:
+        run: Run folder of a VAE, at its best trained with --task inpaint.
+        pictures: Folder of pictures, or one; each is scaled down and cut to the model's size.
+        mask: Picture that is white where the pictures are to be filled in, scaled and cut as they are.
+        out: Folder to write to.
+        steps: Steps of the search for the picture.
+        strict: A damaged picture is an error; otherwise it is named and left out.
+    """
+    import torch
+
+    from fastgen.data import read_image
+    from fastgen.uses import inpaint
+
+    model = _load_vae(run)
+    missing = torch.from_numpy(read_image(mask, 1, image_size=model.config.image_size)[0] >= 128)
+    _transform(model, pictures, out, strict, lambda image: inpaint(model, image, missing, steps=steps))
+
+
+def upscale(
+    run: Positional[Path],
+    pictures: Positional[Path],
+    out: Path,
+    factor: int = 4,
+    steps: int = 100,
+    strict: bool = False,
+) -> None:
+    """Enlarge pictures to a VAE's size.
+
+    Args:
+        run: Run folder of a VAE, at its best trained with --task upscale.
+        pictures: Folder of pictures, or one; each is scaled down and cut to the model's size over `factor`.
+        out: Folder to write to.
+        factor: How many times higher and wider they become.
+        steps: Steps of the search for the picture.
+        strict: A damaged picture is an error; otherwise it is named and left out.
+    """
+    from fastgen.uses import upscale
+
+    model = _load_vae(run)
+    size = model.config.image_size
+    if factor < 2 or size % factor:
+        raise UsageError(f"factor must be 2 or more and divide the model's {size} pixels, not {factor}")
+    _transform(model, pictures, out, strict, lambda image: upscale(model, image, steps=steps), size // factor)
+
+
+def translate(
+    run: Positional[Path],
+    pictures: Positional[Path],
+    out: Path,
+    direction: Literal["a_to_b", "b_to_a"] = "a_to_b",
+    tile: int = 256,
+    overlap: int = 64,
+    strict: bool = False,
+) -> None:
+    """Turn pictures of one domain into the other with a CycleGAN; they may have any size.
+
+    Args:
+        run: Run folder of a CycleGAN.
+        pictures: Folder of pictures, or one.
+        out: Folder to write to.
+        direction: From the first domain to the second, or back.
+        tile: Height and width of the tiles that a large picture is worked on in.
+        overlap: Pixels that neighbouring tiles share.
+        strict: A damaged picture is an error; otherwise it is named and left out.
+    """
+    from fastgen.training import load_model
+    from fastgen.uses import transform_pictures, translate
+
+    model = load_model(run)
+    if not hasattr(model, "translate"):
+        raise UsageError(f"{run} holds a {type(model).__name__}, and to translate takes a CycleGAN")
+    channels = model.config.channels_a if direction == "a_to_b" else model.config.channels_b
+    written = transform_pictures(
+        pictures,
+        out,
+        lambda image: translate(model, image, direction, tile=tile, overlap=overlap),
+        channels,
+        grey_as_colour=True,
+        strict=strict,
+    )
+    print(f"{len(written)} pictures in {out}")
+
+
+def _load_vae(run: Path) -> Any:
+    from fastgen.training import load_model
+
+    model = load_model(run)
+    if not hasattr(model, "encode"):
+        raise UsageError(f"{run} holds a {type(model).__name__}, and this takes a VAE")
+    return model
+
+
+def _transform(
+    model: Any, pictures: Path, out: Path, strict: bool, function: Callable[[Any], Any], size: int | None = None
+) -> None:
+    from fastgen.uses import transform_pictures
+
+    size = size or model.config.image_size
+    written = transform_pictures(pictures, out, function, model.config.channels, image_size=size, strict=strict)
+    print(f"{len(written)} pictures in {out}")
 
 
 def export(run: Positional[Path], plan: Path = Path("generator.fgplan")) -> None:
@@ -109,12 +291,8 @@ def evaluate(run: Positional[Path], n: int = 1000, seed: int = 0) -> None:
     """
     from fastgen.training import evaluate
 
-    result = evaluate(run, n, seed)
-    if result is None:
-        print("this run's data set has no classifier to measure with")
-    else:
-        print_evaluation(result)
-        print(f"  kept in     {run / 'evaluation.json'}")
+    print_evaluation(evaluate(run, n, seed))
+    print(f"  kept in     {run / 'evaluation.json'}  (shown: {run / 'report.html'})")
 
 
 def info() -> None:
@@ -132,7 +310,13 @@ def build() -> None:
     print(f"plans: {_build.load_runtime(build=True).__file__}")
 
 
-def print_evaluation(result: ClassifierShare) -> None:
-    print(f"  recognised  {result.share:.1%} of {result.n} samples (real images: {result.real_share:.1%})")
-    print("  by class    " + "  ".join(f"{name} {share:.1%}" for name, share in result.class_shares.items()))
-    print(f"  protocol    {result.protocol}")
+def print_evaluation(result: Evaluation) -> None:
+    if share := result.recognised:
+        print(f"  recognised  {share.share:.1%} of {share.n} samples (real images: {share.real_share:.1%})")
+        print("  by class    " + "  ".join(f"{name} {value:.1%}" for name, value in share.class_shares.items()))
+        print(f"  protocol    {share.protocol}")
+    for name, figure in result.figures.items():
+        beside = "" if figure.baseline is None else f" ({figure.baseline_is}: {figure.baseline:.4g})"
+        print(f"  {name:<11} {figure.value:.4g}{beside}, {figure.better} is better")
+    for protocol in dict.fromkeys(figure.protocol for figure in result.figures.values()):
+        print(f"    {protocol}")

@@ -1,64 +1,94 @@
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
-from fastgen.errors import DataError, UsageError, unknown_name
+from fastgen.data.files import ImageFiles
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images of a data set and what is known of each."""
+
+    images: Tensor
+    """(N, C, H, W), float32 in [-1, 1]."""
+    labels: Tensor | None = None
+    """(N,), int64: index into the data set's `classes`."""
+    captions: list[str] | None = None
+    """N texts."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        return Batch(self.images.to(device, non_blocking=True), labels, self.captions)
 
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """A data set that fits in memory."""
+    """Images of one size, with labels and captions where the data has them."""
 
     name: str
-    images: Tensor
-    """(N, C, H, W), float32 in [-1, 1]."""
-    labels: Tensor
+    images: Tensor | ImageFiles
+    """(N, C, H, W), float32 in [-1, 1] or uint8."""
+    labels: Tensor | None = None
     """(N,), int64: index into `classes`."""
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] | None = None
+    """Names of the labels."""
+    captions: Sequence[str] | None = None
+    """A text an image."""
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images."""
+        return self.images.shape[2]
+
+    def batch(self, indices: Tensor) -> Batch:
+        """The images at `indices`, (N,) int64, on the CPU.
+
+        Raises:
+            DataError: an image cannot be decoded, in a strict data set.
+            OSError: a file cannot be read.
+        """
+        if isinstance(self.images, ImageFiles):
+            indices, images = self.images.read(indices)
+        else:
+            images = self.images[indices]
+        if images.dtype == torch.uint8:
+            images = images.float().div_(127.5).sub_(1)
+        labels = None if self.labels is None else self.labels[indices]
+        captions = None if self.captions is None else [self.captions[index] for index in indices.tolist()]
+        return Batch(images, labels, captions)
+
+    def prefetch(self, indices: Tensor) -> None:
+        """Starts to decode the images at `indices`, which `batch` will ask for next."""
+        if isinstance(self.images, ImageFiles):
+            self.images.prefetch(indices)
+
+    def all(self) -> Batch:
+        """Every image, in order."""
+        return self.batch(torch.arange(len(self)))
 
 
-def list_datasets() -> list[str]:
-    """The names that `load_dataset` knows, sorted."""
-    return sorted(_LOADERS)
+@dataclass(frozen=True)
+class DomainPair:
+    """Two unpaired sets of images of one size, as CycleGAN learns from: image i of `a` has nothing to do with that of `b`."""
 
+    name: str
+    a: ImageDataset
+    b: ImageDataset
+    aligned: bool = False
+    """Image i of `b` is what image i of `a` is to become; only held-out images may be, to measure with."""
 
-def load_dataset(name: str, image_size: int = 32) -> ImageDataset:
-    """The data set `name`, with images of image_size x image_size pixels.
-
-    Raises:
-        UsageError: unknown name (the message holds the nearest) or a size below 1.
-        DataError: the package that holds the data is not installed.
-    """
-    if name not in _LOADERS:
-        raise unknown_name("data set", name, _LOADERS)
-    if image_size < 1:
-        raise UsageError(f"image_size must be positive, not {image_size}")
-    return _LOADERS[name](image_size)
-
-
-def load_digit_bitmaps() -> tuple[Tensor, Tensor]:
-    """The 1,797 handwritten digits of UCI as scikit-learn ships them.
-
-    Returns:
-        Grey levels (1797, 8, 8), float32 in 0..16, and labels (1797,), int64.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError(
-            "the digits come with scikit-learn, which is not installed: pip install 'fastgen[demo]'"
-        ) from error
-    digits = load_digits()
-    return torch.from_numpy(digits.images).float(), torch.from_numpy(digits.target).long()
-
-
-def _load_digits(image_size: int) -> ImageDataset:
-    bitmaps, labels = load_digit_bitmaps()
-    images = interpolate(bitmaps[:, None] / 8 - 1, size=image_size, mode="bicubic", align_corners=False)
-    return ImageDataset("digits", images.clamp(-1, 1), labels, tuple("0123456789"))
-
-
-_LOADERS: dict[str, Callable[[int], ImageDataset]] = {"digits": _load_digits}
+    @property
+    def image_size(self) -> int:
+        return self.a.image_size

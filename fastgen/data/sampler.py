@@ -33,6 +33,13 @@ class BatchSampler:
             self.position += len(part)
         return torch.cat(parts)
 
+    def peek(self) -> Tensor:
+        """What `next` will return."""
+        position = self.position
+        indices = self.next()
+        self.position = position
+        return indices
+
     def _epoch_order(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             key = (self.seed * 1_000_003 + epoch) % 2**63

@@ -4,7 +4,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from fastgen.data.datasets import load_digit_bitmaps
+from fastgen.data.bundled import load_digit_bitmaps
 from fastgen.errors import UsageError
 
 SURE = 0.9  # probability from which the classifier counts as sure
@@ -42,16 +42,13 @@ class DigitClassifier:
     classes = tuple("0123456789")
 
     def __init__(self) -> None:
-        bitmaps, labels = load_digit_bitmaps()
+        fit, held = load_digit_bitmaps("train"), load_digit_bitmaps("test")
+        fit_x, fit_y = fit[0].flatten(1).numpy(), fit[1].numpy()
+        held_x, held_y = held[0].flatten(1).numpy(), held[1].numpy()
         from sklearn.calibration import CalibratedClassifierCV
-        from sklearn.model_selection import train_test_split
         from sklearn.multiclass import OneVsRestClassifier
         from sklearn.svm import SVC
 
-        features, targets = bitmaps.flatten(1).numpy(), labels.numpy()
-        fit_x, held_x, fit_y, held_y = train_test_split(
-            features, targets, test_size=0.25, stratify=targets, random_state=0
-        )
         one = CalibratedClassifierCV(SVC(C=10, gamma=0.001), method="sigmoid", ensemble=False)
         self._svms = OneVsRestClassifier(one).fit(fit_x, fit_y).estimators_
         held_out = self._predict(held_x)

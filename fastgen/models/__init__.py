@@ -1,14 +1,44 @@
 """The architectures: one a file, each with a frozen config, made by name with `create_model`."""
 
+from fastgen.models._common import evaluating
+from fastgen.models.cgan import CGAN, CGANConfig
+from fastgen.models.checkpoints import load_checkpoint
+from fastgen.models.cyclegan import CycleGAN, CycleGANConfig
 from fastgen.models.dcgan import DCGAN, DCGANConfig, DCGANDiscriminator, DCGANGenerator
+from fastgen.models.gan import GAN, GANConfig
+from fastgen.models.patchgan import PatchGAN
 from fastgen.models.registry import create_model, list_models, register_model
+from fastgen.models.resnet_generator import ResnetGenerator
+from fastgen.models.text2image import Text2Image, Text2ImageConfig
+from fastgen.models.text_encoder import make_vocabulary
+from fastgen.models.unet import UnetGenerator
+from fastgen.models.vae import VAE, VAEConfig
+from fastgen.models.vae_mlp import MLPVAE, MLPVAEConfig
 
 __all__ = [
+    "CGAN",
     "DCGAN",
+    "GAN",
+    "MLPVAE",
+    "VAE",
+    "CGANConfig",
+    "CycleGAN",
+    "CycleGANConfig",
     "DCGANConfig",
     "DCGANDiscriminator",
     "DCGANGenerator",
+    "GANConfig",
+    "MLPVAEConfig",
+    "PatchGAN",
+    "ResnetGenerator",
+    "Text2Image",
+    "Text2ImageConfig",
+    "UnetGenerator",
+    "VAEConfig",
     "create_model",
+    "evaluating",
     "list_models",
+    "load_checkpoint",
+    "make_vocabulary",
     "register_model",
 ]

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastgen.errors import unknown_name
+from fastgen.errors import UsageError, unknown_name
 
 
 class _Entry(NamedTuple):
@@ -50,3 +50,20 @@ def create_model(name: str, **options: Any) -> nn.Module:
         if option not in fields:
             raise unknown_name(f"option of model {name}", option, fields)
     return model(config(**options))
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises UsageError unless the config's fields `names` are integers of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise UsageError(f"{name} must be a positive integer, not {value!r}")
+
+
+def check_choice(config: Any, **choices: tuple) -> None:
+    """Raises UsageError unless each named field has one of its choices."""
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            listed = " or ".join((", ".join(map(repr, allowed[:-1])), repr(allowed[-1])))
+            raise UsageError(f"{name} must be {listed}, not {value!r}")

@@ -1,5 +1,6 @@
 """Layers over the fused ops; each stands for a run of PyTorch's own and has its state_dict."""
 
+from fastgen.nn.conditional_batch_norm import ConditionalBatchNorm2d
 from fastgen.nn.conv2d_norm_act import Conv2dNormAct
 from fastgen.nn.conv_transpose2d_norm_act import ConvTranspose2dNormAct
 from fastgen.nn.norm_act import NormAct
@@ -8,6 +9,7 @@ from fastgen.nn.sequential import Sequential
 from fastgen.nn.spectral_norm import SpectralNorm, SpectralNormGroup, spectral_norm
 
 __all__ = [
+    "ConditionalBatchNorm2d",
     "Conv2dNormAct",
     "ConvTranspose2dNormAct",
     "NormAct",

@@ -1,5 +1,6 @@
+import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,21 +9,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class EMA:
-    """Exponential moving average of the parameters of one part of a model.
+    """Exponential moving average of the parameters of parts of a model, by their names; "" is the whole model.
 
-    `module` is the averaged part, in eval mode; `model` is the model with it in the part's place, sharing all else.
+    `modules` holds the averaged parts, in eval mode; `model` is the model with them in the parts' places, sharing all else.
 
     The decay is warmed up, min(decay, (1 + step) / (10 + step)), so that the initial weights are soon forgotten.
-    Running statistics of batch norms cannot be averaged along: call `reestimate_batch_norm` before sampling.
+    Running statistics of batch norms cannot be averaged along: use `batch_norms_reestimated` before sampling.
     """
 
-    def __init__(self, model: nn.Module, part: str, decay: float) -> None:
+    def __init__(self, model: nn.Module, parts: Sequence[str], decay: float) -> None:
         self.decay = decay
-        shared = {id(child): child for name, child in model.named_children() if name != part}
+        whole = "" in parts
+        shared = {id(child): child for name, child in model.named_children() if not whole and name not in parts}
         self.model: Any = copy.deepcopy(model, shared)
-        self.module = self.model.get_submodule(part).requires_grad_(False).eval()
-        self._average: list[Tensor] = list(self.module.parameters())
-        self._source: list[Tensor] = list(model.get_submodule(part).parameters())
+        self.modules = {part: self.model.get_submodule(part).requires_grad_(False).eval() for part in parts}
+        self._average: list[Tensor] = [p for module in self.modules.values() for p in module.parameters()]
+        self._source: list[Tensor] = [p for part in parts for p in model.get_submodule(part).parameters()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -31,17 +33,24 @@ class EMA:
         torch._foreach_lerp_(self._average, self._source, 1 - decay)
 
 
-@torch.no_grad()
-def reestimate_batch_norm(module: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replaces the running statistics of a module's batch norms by their mean over forward passes of `batches`."""
-    norms = [child for child in module.modules() if isinstance(child, _BatchNorm) and child.track_running_stats]
+@contextlib.contextmanager
+def batch_norms_reestimated(modules: Mapping[str, nn.Module]) -> Iterator[bool]:
+    """What runs in the context replaces the running statistics of the modules' batch norms by their mean over its batches.
+
+    Yields whether there are any.
+    """
+    norms = [
+        child
+        for module in modules.values()
+        for child in module.modules()
+        if isinstance(child, _BatchNorm) and child.track_running_stats
+    ]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative mean
         norm.train()
-    for batch in batches:
-        module(batch)
+    yield bool(norms)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastgen import __version__
-from fastgen.data import BatchSampler, ImageDataset, load_dataset, save_grid
+from fastgen.data import DomainPair, ImageDataset, load_dataset, save_grid
 from fastgen.errors import CheckpointError, FastgenError, UsageError
-from fastgen.metrics import ClassifierShare
 from fastgen.training import checkpoint, run
 from fastgen.training.config import TrainConfig
+from fastgen.training.evaluation import Evaluation
+from fastgen.training.nonfinite import NotFiniteError, trace
 from fastgen.training.progress import Interruption, Progress
 from fastgen.training.recipes import RECIPES, Recipe
 
@@ -30,8 +31,8 @@ class TrainResult:
     """Ctrl-C or SIGTERM came: the checkpoint is at `step`, and `train(..., resume=True)` goes on from there."""
     images_per_second: float
     """Of the steps alone, without samples and checkpoints; 0 if there was no step to do."""
-    evaluation: ClassifierShare | None
-    """None if interrupted, or if the data has no classifier."""
+    evaluation: Evaluation | None
+    """None if interrupted, or if there is nothing to measure with."""
 
 
 def train(config: TrainConfig, out: str | Path, *, resume: bool = False) -> TrainResult:
@@ -55,32 +56,46 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False) -> Trai
     if resume:
         _check_same_run(run.read_config(folder), config)
     device = _device(config.device)
-    data = load_dataset(config.data, config.image_size)
+    data = load_dataset(config.data, config.image_size, strict=config.strict)
     with run.claim(folder, new=not resume):
-        return _train(config, folder, data, device, resume)
+        try:
+            return _train(config, folder, data, device, resume)
+        except NotFiniteError as error:
+            where = _trace(config, folder, data, device, error.step)
+            raise FastgenError(f"{error}; {where}") from None
 
 
-def _train(config: TrainConfig, folder: Path, data: ImageDataset, device: torch.device, resume: bool) -> TrainResult:
+def _start(
+    config: TrainConfig, folder: Path, data: ImageDataset | DomainPair, device: torch.device, resume: bool
+) -> tuple[int, Recipe]:
+    """The number of steps done, and the recipe as of then."""
     meta, state = checkpoint.load(folder) if resume else ({"step": 0, "position": 0}, None)
-    step, position = meta["step"], meta.get("position")
+    position = meta.get("position")
     if type(position) is not int or position < 0:
         raise CheckpointError(f"{folder / checkpoint.NAME} is damaged: no position in the data")
     torch.manual_seed(config.seed)
     noise = torch.Generator().manual_seed(config.seed)
     recipe = RECIPES[config.system](config, data, device, noise, state)
-    sampler = BatchSampler(len(data.images), config.batch_size, config.seed, position)
+    recipe.position = position
+    return meta["step"], recipe
+
+
+def _train(
+    config: TrainConfig, folder: Path, data: ImageDataset | DomainPair, device: torch.device, resume: bool
+) -> TrainResult:
+    step, recipe = _start(config, folder, data, device, resume)
     if resume:
         run.rewind_metrics(folder, step)
     else:
-        _save(folder, step, config, recipe, sampler)
+        _save(folder, step, config, recipe)
     run.write_config(folder, config)
 
-    first_step, seconds = step, 0.0
+    first_position, seconds = recipe.position, 0.0
     losses: list[dict[str, Tensor]] = []  # of the steps since the last log, still on the device
     with Interruption() as interruption, closing(Progress(step, config.steps, config.batch_size)) as progress:
-        started = time.perf_counter()
+        started, position = time.perf_counter(), recipe.position
         while step < config.steps:
-            losses.append(recipe.step(step, sampler.next()))
+            losses.append(recipe.advance(step))
             step += 1
             stops = step == config.steps or interruption.requested
             saves = stops or step % config.save_every == 0
@@ -88,22 +103,28 @@ def _train(config: TrainConfig, folder: Path, data: ImageDataset, device: torch.
                 continue
             means = _means(losses, step)
             elapsed = time.perf_counter() - started
-            rate = len(losses) * config.batch_size / elapsed
+            rate = (recipe.position - position) / elapsed
             run.append_metrics(folder, {"step": step, "losses": means, "images_per_second": round(rate, 1)})
             progress.update(step, means)
             losses.clear()
             seconds += elapsed
             if saves:
-                _save(folder, step, config, recipe, sampler)
+                _save(folder, step, config, recipe)
                 save_grid(recipe.sample(_GRID, config.seed), folder / "samples" / f"step_{step:06d}.png")
             if stops:
                 break
-            started = time.perf_counter()
+            started, position = time.perf_counter(), recipe.position
 
     interrupted = step < config.steps
-    images = (step - first_step) * config.batch_size
-    evaluation = None if interrupted else run.finish_run(folder, config)
+    images = recipe.position - first_position
+    evaluation = None if interrupted else run.finish_run(folder, config, recipe)
     return TrainResult(folder, step, interrupted, images / seconds if seconds else 0.0, evaluation)
+
+
+def _trace(config: TrainConfig, folder: Path, data: ImageDataset | DomainPair, device: torch.device, step: int) -> str:
+    """Where what is not finite at `step` comes from."""
+    first, recipe = _start(config, folder, data, device, resume=True)
+    return f"{trace(recipe, first, step)}; the checkpoint of step {first} is kept"
 
 
 def _device(name: str) -> torch.device:
@@ -120,19 +141,19 @@ def _means(losses: list[dict[str, Tensor]], step: int) -> dict[str, float]:
         values = torch.stack([report[name] for report in losses if name in report]).tolist()
         for at, value in zip(steps, values, strict=True):
             if not math.isfinite(value):
-                raise FastgenError(f"{name} is {value} at step {at}; the last checkpoint is kept")
+                raise NotFiniteError(f"{name} is {value}", at)
         means[name] = sum(values) / len(values)
     return means
 
 
-def _save(folder: Path, step: int, config: TrainConfig, recipe: Recipe, sampler: BatchSampler) -> None:
+def _save(folder: Path, step: int, config: TrainConfig, recipe: Recipe) -> None:
     recipe.finish_average()
     tensors = recipe.tensors()
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise FastgenError(f"{name} is not finite after step {step}; the last checkpoint is kept")
+            raise NotFiniteError(f"{name} is not finite", step)
     model = {"name": recipe.model_name, "options": recipe.model_options, "averaged": recipe.averaged}
-    meta = {"fastgen": __version__, "config": config.to_json(), "model": model, "position": sampler.position}
+    meta = {"fastgen": __version__, "config": config.to_json(), "model": model, "position": recipe.position}
     checkpoint.save_checkpoint(folder, step, tensors, meta)
 
 

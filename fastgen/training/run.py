@@ -1,7 +1,7 @@
-"""A run folder: config.json, metrics.jsonl, a checkpoint, samples/, samples.png, loss.png, evaluation.json."""
+"""A run folder: config.json, metrics.jsonl, a checkpoint, samples/, samples.png, loss.png,
+evaluation.json, report.html."""
 
 import contextlib
-import dataclasses
 import json
 import logging
 import math
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from fastgen.data import save_grid
-from fastgen.errors import CheckpointError, FastgenError, UsageError, naming
-from fastgen.metrics import ClassifierShare, classifier_for, classifier_sure_share
+from fastgen.errors import CheckpointError, DataError, FastgenError, UsageError, naming
+from fastgen.inference import fusion_report
 from fastgen.models import create_model
 from fastgen.training import checkpoint
 from fastgen.training.config import TrainConfig, config_from_json
-from fastgen.training.recipes.base import load_module
+from fastgen.training.evaluation import Evaluation, evaluate_model
+from fastgen.training.recipes.base import Recipe, load_module
+from fastgen.training.report import write_report
 
 _log = logging.getLogger(__name__)
 _MAX_SAMPLED = 2**28  # values of the images that `sample` makes at once: 1 GiB
@@ -105,52 +107,69 @@ def _load(folder: Path) -> tuple[dict[str, Any], Any]:
     try:
         with torch.device("meta"):  # sizes a hostile file makes up cost nothing
             model = create_model(spec["name"], **spec["options"])
-        averaged = spec["averaged"]
-        model.get_submodule(averaged)
+        for part in spec["averaged"]:
+            model.get_submodule(part)
     except (UsageError, AttributeError, TypeError, KeyError, RuntimeError, OverflowError) as error:
         raise CheckpointError(
             f"{folder / checkpoint.NAME} is damaged: it describes no known model ({error})"
         ) from error
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    weights |= {f"{averaged}.{name[4:]}": value for name, value in tensors.items() if name.startswith("ema.")}
+    weights |= {name.removeprefix("ema."): value for name, value in tensors.items() if name.startswith("ema.")}
     load_module(model, weights, assign=True)
     return meta, model.requires_grad_(False).eval()
 
 
-def sample(model: Any, n: int, seed: int) -> Tensor:
-    """`n` images of the model, the same for the same seed on the same machine."""
+def sample(model: Any, n: int, seed: int, **conditions: Any) -> Tensor:
+    """`n` images of the model, of the `labels` or `captions` given, the same for the same seed on the same machine."""
+    if not hasattr(model, "sample"):
+        raise UsageError(f"a {type(model).__name__} draws nothing from noise: give it images with `fastgen translate`")
     most = max(1, _MAX_SAMPLED // (model.config.channels * model.config.image_size**2))
     if not 1 <= n <= most:
         raise UsageError(f"n must be between 1 and {most} for images of this size, not {n}")
+    _check_seed(seed)
+    return model.sample(n, generator=torch.Generator().manual_seed(seed), **conditions)
+
+
+def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed must be between 0 and 2^63, not {seed}")
-    return model.sample(n, generator=torch.Generator().manual_seed(seed))
 
 
-def evaluate(folder: str | Path, n: int = 1000, seed: int = 0) -> ClassifierShare | None:
-    """Measures `n` samples of a run with its data's classifier; writes evaluation.json.
+def evaluate(folder: str | Path, n: int = 1000, seed: int = 0) -> Evaluation:
+    """Measures a run's model on `n` samples; writes evaluation.json, and report.html anew.
 
-    Returns:
-        None where the data has no classifier.
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+        DataError: the data set cannot be loaded, or torchmetrics is not installed.
     """
     folder = Path(folder)
     meta, model = _load(folder)
     config = _config_of(folder, meta)
-    classifier = classifier_for(config.data)
-    if classifier is None:
-        return None
-    result = classifier_sure_share(sample(model, n, seed), classifier)
-    document = {"data": config.data, "step": meta["step"], "seed": seed}
-    document |= {"classifier_sure_share": dataclasses.asdict(result)}
+    _check_seed(seed)
+    if not 1 <= n <= 2**18:
+        raise UsageError(f"n must be between 1 and {2**18}, not {n}")
+    result = evaluate_model(model, config, n, seed)
+    document = {"data": config.data, "step": meta["step"], "seed": seed, "n": n, **result.to_json()}
     checkpoint.write_atomically(folder / "evaluation.json", json.dumps(document, indent=2).encode())
+    _write_report(folder, config, meta["step"], model, result)
     return result
 
 
-def finish_run(folder: Path, config: TrainConfig) -> ClassifierShare | None:
-    """Writes what a complete run ends with: samples.png, loss.png, evaluation.json."""
-    save_grid(sample(load_model(folder), 100, config.seed), folder / "samples.png")
+def finish_run(folder: Path, config: TrainConfig, recipe: Recipe) -> Evaluation | None:
+    """Writes what a complete run ends with: samples.png, loss.png, evaluation.json, report.html."""
+    save_grid(recipe.sample(100, config.seed), folder / "samples.png")
     plot_losses(folder)
-    return evaluate(folder)
+    try:
+        return evaluate(folder)
+    except DataError as error:
+        _log.warning("no evaluation: %s", error)
+        meta, model = _load(folder)
+        _write_report(folder, config, meta["step"], model, None)
+        return None
+
+
+def _write_report(folder: Path, config: TrainConfig, step: int, model: Any, result: Evaluation | None) -> None:
+    write_report(folder, config, step, read_metrics(folder), result, str(fusion_report(model)))
 
 
 def append_metrics(folder: Path, record: dict[str, Any]) -> None:

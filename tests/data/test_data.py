@@ -5,30 +5,55 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgen.data import BatchSampler, list_datasets, load_dataset, save_grid
+from fastgen.data import BatchSampler, DomainPair, list_datasets, load_dataset, save_grid
 from fastgen.errors import DataError, FastgenError, UsageError
 
 
 @pytest.mark.parametrize("name", list_datasets())
-@pytest.mark.parametrize("image_size", [8, 32])
-def test_data_sets_are_what_they_say(name, image_size):
+def test_bundled_data_sets_are_what_they_say(name):
+    image_size = 32
     pytest.importorskip("sklearn")
-    data = load_dataset(name, image_size)
-    assert data.images.shape[2:] == (image_size, image_size) and data.images.dtype == torch.float32
-    assert -1 <= data.images.min() < -0.9 and 0.9 < data.images.max() <= 1
-    assert data.labels.shape == (len(data.images),) and data.labels.dtype == torch.int64
-    assert data.labels.unique().tolist() == list(range(len(data.classes)))
+    pytest.importorskip("skimage")
+    parts = {split: load_dataset(name, image_size, split=split) for split in ("train", "test")}
+    if isinstance(parts["train"], DomainPair):
+        train, test = ([part.a, part.b] for part in parts.values())
+    else:
+        train, test = ([part] for part in parts.values())
+    for data, held in zip(train, test, strict=True):
+        batch = data.all()
+        assert batch.images.shape == (len(data), data.channels, image_size, image_size) and len(data) >= 80
+        assert batch.images.dtype == torch.float32 and -1 <= batch.images.min() < -0.7 and 0.7 < batch.images.max() <= 1
+        assert not (batch.images.flatten(1)[:, None] == held.all().images.flatten(1)[None, :2]).all(2).any()
+        if data.classes is not None:
+            assert batch.labels.dtype == torch.int64 and batch.labels.unique().tolist() == list(
+                range(len(data.classes))
+            )
+        assert batch.captions is None or len(batch.captions) == len(data) == len(batch.labels)
 
 
 def test_digits_are_the_uci_ones():
     pytest.importorskip("sklearn")
-    assert load_dataset("digits").images.shape == (1797, 1, 32, 32)
+    train, test = load_dataset("digits", 8), load_dataset("digits", 8, split="test")
+    assert (len(train), len(test)) == (1347, 450) and train.channels == 1
+    both = torch.cat([train.all().images, test.all().images]).flatten(1)
+    assert len(both.unique(dim=0)) == 1797
+    batch = train.batch(torch.tensor([5, 0]))
+    words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    assert batch.captions == [f"a handwritten {words[label]}" for label in batch.labels]
+
+
+def test_held_out_colour_has_its_true_grey():
+    pytest.importorskip("sklearn")
+    pair = load_dataset("colour-to-grey", 32, split="test")
+    red, green, blue = pair.a.all().images.unbind(1)
+    expected = 0.299 * red + 0.587 * green + 0.114 * blue
+    torch.testing.assert_close(pair.b.all().images, expected[:, None].expand(-1, 3, -1, -1), atol=0.005, rtol=0)
 
 
 def test_unknown_names_and_sizes_are_named():
     with pytest.raises(UsageError, match=r"unknown data set 'digts': did you mean digits\?"):
         load_dataset("digts")
-    with pytest.raises(UsageError, match="image_size must be positive, not 0"):
+    with pytest.raises(UsageError, match="image_size must be between 1 and 4096, not 0"):
         load_dataset("digits", 0)
 
 
@@ -52,7 +77,7 @@ def test_sampler_goes_on_from_its_position():
     batches = [first.next() for _ in range(7)]
     for count in range(7):
         again = BatchSampler(10, 4, seed=3, position=count * 4)
-        assert torch.equal(again.next(), batches[count])
+        assert torch.equal(again.peek(), batches[count]) and torch.equal(again.next(), batches[count])
     assert not torch.equal(BatchSampler(100, 50, seed=4).next(), BatchSampler(100, 50, seed=5).next())
 
 

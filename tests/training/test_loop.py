@@ -15,7 +15,7 @@ from fastgen.errors import CheckpointError, FastgenError, UsageError
 from fastgen.training import CONFIGS, DCGANTraining, load_model, sample, train
 from fastgen.training.checkpoint import load_meta, save_checkpoint
 from fastgen.training.config import config_from_json
-from fastgen.training.ema import EMA, reestimate_batch_norm
+from fastgen.training.ema import EMA, batch_norms_reestimated
 from fastgen.training.recipes import RECIPES, DCGANRecipe
 from fastgen.training.run import claim, plot_losses, read_config, read_metrics
 
@@ -48,10 +48,10 @@ def interrupt_after(monkeypatch, steps, number=signal.SIGINT):
     """Sends this process a signal in the middle of training step `steps`."""
     step = DCGANRecipe.step
 
-    def interrupted(self, at, indices):
+    def interrupted(self, at):
         if at == steps - 1:
             os.kill(os.getpid(), number)
-        return step(self, at, indices)
+        return step(self, at)
 
     monkeypatch.setattr(DCGANRecipe, "step", interrupted)
 
@@ -65,6 +65,7 @@ def test_run_folder_is_complete(run):
         "evaluation.json",
         "loss.png",
         "metrics.jsonl",
+        "report.html",
         *(f"samples/step_{step:06d}.png" for step in (3, 6, 7)),
         "samples.png",
     }
@@ -74,7 +75,7 @@ def test_run_folder_is_complete(run):
     assert config_from_json(json.loads((run.folder / "config.json").read_text())) == TINY
     evaluation = json.loads((run.folder / "evaluation.json").read_text())
     assert evaluation["step"] == 7
-    assert evaluation["classifier_sure_share"] == dataclasses.asdict(run.evaluation)
+    assert evaluation["classifier_sure_share"] == dataclasses.asdict(run.evaluation.recognised)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -99,10 +100,10 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(run, tmp_path, monkeypatch,
 def test_resume_returns_to_the_checkpoint_and_may_extend(run, tmp_path, monkeypatch):
     folder = tmp_path / "run"
 
-    def killed(self, at, indices, step=DCGANRecipe.step):
+    def killed(self, at, step=DCGANRecipe.step):
         if at == 4:
             raise MemoryError
-        return step(self, at, indices)
+        return step(self, at)
 
     with monkeypatch.context() as patch:
         patch.setattr(DCGANRecipe, "step", killed)
@@ -125,27 +126,76 @@ def test_same_seed_same_bits_and_another_seed_others(run, tmp_path):
     assert not torch.equal(other["model.generator.main.0.weight"], expected["model.generator.main.0.weight"])
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
-    def poisoned(self, at, indices, step=DCGANRecipe.step):
-        report = step(self, at, indices)
-        return report | {"d_loss": report["d_loss"] * float("nan")} if at == 4 else report
+def poisoned(monkeypatch, at, poison):
+    """Runs `poison(model)` before training step `at`, counted from 0, whenever it is run."""
 
-    monkeypatch.setattr(DCGANRecipe, "step", poisoned)
-    with pytest.raises(FastgenError, match="d_loss is nan at step 5"):
+    def step(self, now, step=DCGANRecipe.step):
+        if now == at:
+            poison(self.model)
+        return step(self, now)
+
+    monkeypatch.setattr(DCGANRecipe, "step", step)
+
+
+def break_forward(model):
+    model.generator.main[4].bias.data.fill_(float("nan"))
+
+
+def break_backward(model):
+    model.generator.main[6].weight.register_hook(lambda gradient: gradient * float("inf"))
+
+
+def break_update(model):
+    def spoil(bias):
+        bias.grad.fill_(float("inf"))
+
+    model.generator.main[4].bias.register_post_accumulate_grad_hook(spoil)
+
+
+@pytest.mark.parametrize(
+    ("poison", "message"),
+    [
+        (
+            break_forward,
+            r"d_loss is nan at step 5; it first appears in the output of generator\.main\.4 \(BatchNorm2d\) of step 5; ",
+        ),
+        (break_backward, r" at step \d; it first appears in the gradient of generator\.main\.6\.weight of step 5; "),
+        (break_update, r" at step \d; it first appears in generator\.main\.4\.bias after the update of step 5; "),
+    ],
+    ids=["forward", "backward", "update"],
+)
+def test_what_is_not_finite_is_traced_and_the_checkpoint_kept(tmp_path, monkeypatch, poison, message):
+    poisoned(monkeypatch, 4, poison)
+    with pytest.raises(FastgenError, match=message + "the checkpoint of step 3 is kept"):
         train(TINY, tmp_path / "run")
     assert load_meta(tmp_path / "run")["step"] == 3
     assert load_model(tmp_path / "run").sample(2).isfinite().all()
 
 
+def test_a_loss_that_no_layer_explains(tmp_path, monkeypatch):
+    def step(self, at, step=DCGANRecipe.step):
+        report = step(self, at)
+        return report | {"d_loss": report["d_loss"] * float("nan")} if at == 4 else report
+
+    monkeypatch.setattr(DCGANRecipe, "step", step)
+    with pytest.raises(
+        FastgenError, match=r"d_loss is nan at step 5; no layer shows it when steps 4 to 5 are run again"
+    ):
+        train(TINY, tmp_path / "run")
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
-    def broken(self, at, indices, step=DCGANRecipe.step):
-        report = step(self, at, indices)
+    def broken(self, at, step=DCGANRecipe.step):
+        report = step(self, at)
         if at == 5:
             self.model.generator.main[0].weight.data.fill_(float("inf"))
         return report
 
     monkeypatch.setattr(DCGANRecipe, "step", broken)
-    with pytest.raises(FastgenError, match=r"generator.main.0.weight is not finite after step 6"):
+    message = (
+        r"generator\.main\.0\.weight is not finite at step 6; .* generator\.main\.0\.weight after the update of step 6;"
+    )
+    with pytest.raises(FastgenError, match=message):
         train(TINY, tmp_path / "run")
     assert load_meta(tmp_path / "run")["step"] == 3
 
@@ -198,13 +248,17 @@ def damaged(run, tmp_path, change):
     ("key", "value", "message"),
     [
         ("model", None, "describes no known model"),
-        ("model", {"name": ["dcgan"], "options": {}, "averaged": "generator"}, "describes no known model"),
-        ("model", {"name": "dcgan", "options": {"nz": 10**30}, "averaged": "generator"}, "describes no known model"),
-        ("model", {"name": "dcgan", "options": {"ngf": 10**7}, "averaged": "generator"}, "another architecture"),
-        ("model", {"name": "dcgan", "options": {"__class__": 1}, "averaged": "generator"}, "describes no known model"),
-        ("model", {"name": "dcgan", "options": {}, "averaged": "no"}, "describes no known model"),
-        ("model", {"name": "dcgan", "options": {}, "averaged": 7}, "describes no known model"),
-        ("model", {"name": "dcgan", "options": {}, "averaged": "generator"}, "another architecture: .*main"),
+        ("model", {"name": ["dcgan"], "options": {}, "averaged": ["generator"]}, "describes no known model"),
+        ("model", {"name": "dcgan", "options": {"nz": 10**30}, "averaged": ["generator"]}, "describes no known model"),
+        ("model", {"name": "dcgan", "options": {"ngf": 10**7}, "averaged": ["generator"]}, "another architecture"),
+        (
+            "model",
+            {"name": "dcgan", "options": {"__class__": 1}, "averaged": ["generator"]},
+            "describes no known model",
+        ),
+        ("model", {"name": "dcgan", "options": {}, "averaged": ["no"]}, "describes no known model"),
+        ("model", {"name": "dcgan", "options": {}, "averaged": [7]}, "describes no known model"),
+        ("model", {"name": "dcgan", "options": {}, "averaged": ["generator"]}, "another architecture: .*main"),
     ],
     ids=range(8),
 )
@@ -264,7 +318,9 @@ def test_load_model_draws_what_the_run_drew(run):
 def test_official_checkpoint_layout_is_what_is_saved(run, tmp_path):
     state = tensors(run.folder)
     generator = {
-        name.removeprefix("ema."): tensor.contiguous() for name, tensor in state.items() if name.startswith("ema.")
+        name.removeprefix("ema.generator."): tensor.contiguous()
+        for name, tensor in state.items()
+        if name.startswith("ema.")
     }
     save_file(generator, tmp_path / "netG.safetensors")
     load_model(run.folder).generator.load_state_dict(load_file(tmp_path / "netG.safetensors"))
@@ -282,6 +338,8 @@ def test_official_checkpoint_layout_is_what_is_saved(run, tmp_path):
         ({"beta1": 1.0}, "beta1 must be"),
         ({"image_size": 33}, "image_size must be one of 32, 64, 128, not 33"),
         ({"batch_size": 2.5}, "batch_size must be of type int"),
+        ({"augment": "colour"}, "unknown augmentation 'colour': did you mean color"),
+        ({"clip_grad": -1.0}, "clip_grad must be between 0 and"),
         ({"lr_decay_from": 2.0}, "lr_decay_from must be between 0 and 1"),
     ],
 )
@@ -315,18 +373,31 @@ def test_every_system_has_a_recipe():
 def test_average_shares_what_it_does_not_average():
     model = torch.nn.Module()
     model.generator, model.discriminator = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
-    ema = EMA(model, "generator", decay=0.5)
+    ema = EMA(model, ["generator"], decay=0.5)
     start = model.generator.weight.detach().clone()
     model.generator.weight.data.add_(1)
     ema.update(step=1000)
-    torch.testing.assert_close(ema.module.weight, start + 0.5)
-    assert ema.model.discriminator is model.discriminator and ema.model.generator is ema.module
+    average = ema.modules["generator"]
+    torch.testing.assert_close(average.weight, start + 0.5)
+    assert ema.model.discriminator is model.discriminator and ema.model.generator is average
+
+
+def test_average_of_the_whole_model_shares_nothing():
+    model = torch.nn.Linear(2, 2)
+    ema = EMA(model, [""], decay=0.5)
+    assert ema.model is ema.modules[""] is not model and ema.model.weight is not model.weight
+    assert model.weight.requires_grad and not ema.model.weight.requires_grad
 
 
 def test_reestimated_statistics_are_the_mean_over_the_batches():
     norm = torch.nn.BatchNorm2d(2, momentum=0.3).eval()
     batches = torch.randn(5, 8, 2, 3, 3, dtype=torch.float32)
-    reestimate_batch_norm(norm, batches)
+    with batch_norms_reestimated({"norm": norm}) as there_are:
+        assert there_are
+        for batch in batches:
+            norm(batch)
     torch.testing.assert_close(norm.running_mean, batches.mean((1, 3, 4)).mean(0))
     torch.testing.assert_close(norm.running_var, batches.transpose(1, 2).flatten(2).var(2).mean(0))
     assert norm.momentum == 0.3 and not norm.training
+    with batch_norms_reestimated({"": torch.nn.Linear(1, 1)}) as there_are:
+        assert not there_are

@@ -1,0 +1,44 @@
+from pathlib import Path
+from typing import Literal
+
+from fastgen.data.bundled import BUNDLED
+from fastgen.data.datasets import DomainPair, ImageDataset
+from fastgen.data.folders import load_folder
+from fastgen.errors import UsageError, unknown_name
+
+
+def list_datasets() -> list[str]:
+    """The names that `load_dataset` knows, sorted."""
+    return sorted(BUNDLED)
+
+
+def load_dataset(
+    name_or_path: str, image_size: int = 32, *, split: Literal["train", "test"] = "train", strict: bool = False
+) -> ImageDataset | DomainPair:
+    """A data set that comes with fastgen's extras, by name, or one on disk, by path.
+
+    Args:
+        name_or_path: one of `list_datasets()`, or a folder: of images; with a folder of images a class; with `trainA`,
+            `trainB`, `testA`, `testB`; with `metadata.jsonl` (a line an image: {"file_name": ..., "text": caption}); or
+            with the files of MNIST or CIFAR-10. Folders `train` and `test` or `val` in it are the two splits.
+        image_size: height and width of the images.
+        split: the part to learn from, or the part held out to measure with. No image is in both.
+        strict: a damaged image is an error; otherwise it is named in the log and left out.
+
+    Returns:
+        A `DomainPair` for two domains (the paths with `trainA` and `trainB`), else an `ImageDataset`.
+
+    Raises:
+        UsageError: unknown name (the message holds the nearest) or a size below 1.
+        DataError: the package that holds the data is not installed, or what the path holds is of no use.
+    """
+    if not 1 <= image_size <= 4096:
+        raise UsageError(f"image_size must be between 1 and 4096, not {image_size}")
+    if split not in ("train", "test"):
+        raise UsageError(f"split must be 'train' or 'test', not {split!r}")
+    if name_or_path in BUNDLED:
+        return BUNDLED[name_or_path](image_size, split)
+    path = Path(name_or_path)
+    if not path.exists() and path.name == name_or_path:
+        raise unknown_name("data set", name_or_path, BUNDLED)
+    return load_folder(path, image_size, split, strict=strict)

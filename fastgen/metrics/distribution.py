@@ -1,0 +1,147 @@
+"""How near a set of generated images is to the real ones: FID, KID, Inception Score, precision and recall."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.errors import DataError, UsageError
+from fastgen.metrics.features import FeatureExtractor
+
+_NEIGHBOUR = 3
+_KID_SUBSETS = 50
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured number."""
+
+    value: float
+    protocol: str
+    """How it was measured, in words: extractor, counts, resize."""
+    better: Literal["lower", "higher"]
+    baseline: float | None = None
+    """What to see it beside."""
+    baseline_is: str = "real images"
+    """What has that figure: other real images in the place of the generated ones, or a simple method."""
+
+
+class Reference:
+    """The real images that generated ones are compared with, and other real ones that show what is to be had at best.
+
+    Args:
+        real: images (N, C, H, W) in [-1, 1].
+        held: other real images, none of which is in `real`.
+        extractor: makes the features.
+
+    Raises:
+        UsageError: fewer than 10 images of a kind, or images of several shapes.
+    """
+
+    def __init__(self, real: Tensor, held: Tensor, extractor: FeatureExtractor) -> None:
+        self.shape = real.shape[1:]
+        self._check("real", real)
+        self._check("held", held)
+        self.extractor = extractor
+        self._real, _ = extractor(real)
+        self._held, self._held_logits = extractor(held)
+
+    def _check(self, name: str, images: Tensor) -> None:
+        if images.dim() != 4 or len(images) < 10 or images.shape[1:] != self.shape:
+            raise UsageError(f"{name} must be 10 or more images of {tuple(self.shape)}, not {tuple(images.shape)}")
+
+    def compare(self, generated: Tensor, *, seed: int = 0) -> dict[str, Figure]:
+        """FID, KID, Inception Score, precision and recall of images (N, C, H, W) in [-1, 1], each beside held's.
+
+        As these figures depend on the count, as many generated images are taken as there are held-out ones, at most.
+
+        Args:
+            seed: of KID's subsets and of the Inception Score's splits.
+
+        Returns:
+            "fid" (Heusel et al. 2017, arXiv:1706.08500), "kid" (Binkowski et al. 2018, arXiv:1801.01401), "precision" and
+            "recall" (Kynkaanniemi et al. 2019, arXiv:1904.06991), and with an extractor of classes "inception_score"
+            (Salimans et al. 2016, arXiv:1606.03498).
+
+        Raises:
+            UsageError: fewer than 10 images, or images of another shape.
+            DataError: torchmetrics is not installed.
+        """
+        self._check("generated", generated)
+        count = min(len(generated), len(self._held))
+        features, logits = self.extractor(generated[:count])
+        real, held = self._real, self._held[:count]
+        base = (
+            f"{count} generated images against {len(real)} real ones; the real figure is of {count} other real images "
+            f"against the same; images of {self.shape[2]}x{self.shape[1]}; {self.extractor.description}"
+        )
+        subset = min(100, count, len(real))
+        figures: dict[str, Figure] = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            figures["fid"] = Figure(_fid(features, real), f"FID, {base}", "lower", _fid(held, real))
+            protocol = f"KID, mean of {_KID_SUBSETS} subsets of {subset}, {base}"
+            figures["kid"] = Figure(_kid(features, real, subset), protocol, "lower", _kid(held, real, subset))
+            if logits is not None and self._held_logits is not None:
+                splits = min(10, count // 10)
+                scores = (_inception_score(part, splits) for part in (logits, self._held_logits[:count]))
+                protocol = f"Inception Score, mean of {splits} splits, {base}"
+                figures["inception_score"] = Figure(next(scores), protocol, "higher", next(scores))
+        for name, mine, others in (
+            ("precision", (features, real), (held, real)),
+            ("recall", (real, features), (real, held)),
+        ):
+            protocol = f"{name} by the {_NEIGHBOUR} nearest neighbours, {base}"
+            figures[name] = Figure(_share_inside(*mine), protocol, "higher", _share_inside(*others))
+        return figures
+
+
+class _Given(nn.Module):
+    """Stands for torchmetrics' network where the features are known."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.num_features = features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def _fid(features: Tensor, real: Tensor) -> float:
+    metric = _metric("fid", "FrechetInceptionDistance", feature=_Given(features.shape[1]))
+    metric.update(real.double(), real=True)
+    metric.update(features.double(), real=False)
+    return float(metric.compute())
+
+
+def _kid(features: Tensor, real: Tensor, subset: int) -> float:
+    given = _Given(features.shape[1])
+    metric = _metric("kid", "KernelInceptionDistance", feature=given, subsets=_KID_SUBSETS, subset_size=subset)
+    metric.update(real.double(), real=True)
+    metric.update(features.double(), real=False)
+    return float(metric.compute()[0])
+
+
+def _inception_score(logits: Tensor, splits: int) -> float:
+    metric = _metric("inception", "InceptionScore", feature=_Given(logits.shape[1]), splits=splits)
+    metric.update(logits.double())
+    return float(metric.compute()[0])
+
+
+def _metric(module: str, name: str, **options):
+    import importlib
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that features are kept in memory
+            return getattr(importlib.import_module(f"torchmetrics.image.{module}"), name)(**options)
+    except ImportError as error:
+        raise DataError(f"torchmetrics is not installed: pip install 'fastgen[demo]' ({error})") from error
+
+
+def _share_inside(points: Tensor, manifold: Tensor) -> float:
+    """Share of the points (N, D) that lie within the distance of a point of the manifold (M, D) to its third neighbour."""
+    radii = torch.cdist(manifold, manifold).kthvalue(_NEIGHBOUR + 1, dim=1).values  # the nearest is the point itself
+    return float((torch.cdist(points, manifold) <= radii).any(1).float().mean())

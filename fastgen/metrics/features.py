@@ -1,0 +1,145 @@
+"""What images are compared by: the features of a network that was trained to tell images apart."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate
+
+from fastgen.data import Batch, ImageDataset
+from fastgen.errors import FastgenError
+
+_BATCH = 256
+_SIDE = 32  # the small classifier sees images of at most this size
+
+
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """A network that images are compared by; any can be put here."""
+
+    network: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    """Images (N, C, H, W) in [-1, 1] -> features (N, D) and logits of classes (N, K), or None where it has no classes."""
+    description: str
+    """What it is, what it was trained on and how it resizes: part of the protocol of each figure."""
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features (N, D) and logits (N, K) or None, float32, a few images at a time."""
+        parts = [self.network(batch) for batch in images.detach().float().split(_BATCH)]
+        logits = [part for _, part in parts if part is not None]
+        return torch.cat([features for features, _ in parts]), torch.cat(logits) if logits else None
+
+
+class _Classifier(nn.Module):
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs, stride in ((channels, 16, 2), (16, 32, 2), (32, 64, 2), (64, 64, 1)):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        side = min(_SIDE, images.shape[2])
+        if images.shape[2] != side:
+            images = interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+        features = self.features(images).mean((2, 3))
+        return features, self.head(features)
+
+
+def train_classifier(data: ImageDataset, held: ImageDataset | None = None, *, steps: int = 200) -> FeatureExtractor:
+    """A small convolutional classifier of a real data set, whose last hidden layer gives 64 features.
+
+    Without labels it learns by how many quarters an image was turned (Gidaris et al. 2018, arXiv:1803.07728), and gives no
+    logits. Deterministic; torch's own random numbers stay as they were.
+
+    Args:
+        data: what to train on.
+        held: images that it is not trained on; the description says how many of them it classifies rightly.
+        steps: batches of 128 images.
+    """
+    classes = None if data.labels is None or data.classes is None else len(data.classes)
+    draw = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _Classifier(data.channels, classes or 4)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
+    for _ in range(steps):
+        batch = data.batch(torch.randint(len(data), (128,), generator=draw))
+        images, targets = _lesson(batch, classes, draw)
+        dy, dx = torch.randint(-2, 3, (2,), generator=draw).tolist()
+        optimizer.zero_grad()
+        cross_entropy(model(images.roll((dy, dx), (2, 3)))[1], targets).backward()
+        optimizer.step()
+        schedule.step()
+    model.requires_grad_(False).eval()
+    first = model(_some(data, draw).images)[0]
+    mean, std = first.mean(0), first.std()  # so that figures of one data set and another are of one magnitude
+    task = f"its {classes} classes" if classes else "quarter turns, as there are no labels"
+    side = min(_SIDE, data.image_size)
+    resize = (
+        ""
+        if side == data.image_size
+        else f", to which images of {data.image_size} are scaled down (bilinear, antialiased)"
+    )
+    description = (
+        f"64 features of a classifier (4 convolutions) trained on {len(data)} real images of {data.name} for {task}, "
+        f"at {side}x{side} pixels{resize}"
+    )
+    if held is not None:
+        images, targets = _lesson(_some(held, draw), classes, draw)
+        correct = (model(images)[1].argmax(1) == targets).float().mean().item()
+        description += f"; it is right for {correct:.1%} of {len(images)} others"
+
+    def network(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        features, logits = model(images.cpu())
+        return (features - mean) / std, logits if classes else None
+
+    return FeatureExtractor(network, description)
+
+
+def _some(data: ImageDataset, draw: torch.Generator) -> Batch:
+    """At most 1024 images, drawn without order."""
+    return data.batch(torch.randperm(len(data), generator=draw)[:1024])
+
+
+def _lesson(batch: Batch, classes: int | None, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images and what the classifier is to say of them."""
+    if classes and batch.labels is not None:
+        return batch.images, batch.labels
+    turns = torch.randint(4, (len(batch),), generator=draw)
+    return torch.stack([image.rot90(int(k), (1, 2)) for image, k in zip(batch.images, turns, strict=True)]), turns
+
+
+def inception() -> FeatureExtractor | None:
+    """The Inception v3 of the published figures (Heusel et al. 2017, arXiv:1706.08500), where its weights are at hand.
+
+    They are the TorchScript file `inception-2015-12-05.pt` of NVlabs/stylegan3, in the file that FASTGEN_INCEPTION names
+    or in torch.hub's folder of checkpoints. It resizes by itself, to 299x299. Nothing is downloaded.
+
+    Returns:
+        None where the file is not there.
+
+    Raises:
+        FastgenError: FASTGEN_INCEPTION names no file, or one that cannot be read.
+    """
+    named = os.environ.get("FASTGEN_INCEPTION")
+    path = Path(named) if named else Path(torch.hub.get_dir()) / "checkpoints" / "inception-2015-12-05.pt"
+    if not path.is_file():
+        if named:
+            raise FastgenError(f"FASTGEN_INCEPTION names {named}, where no file is")
+        return None
+    try:
+        model = torch.jit.load(str(path), map_location="cpu").eval()
+    except (RuntimeError, ValueError) as error:
+        raise FastgenError(f"{path} is not a TorchScript file that can be read: {error}") from error
+
+    def network(images: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = ((images.expand(-1, 3, -1, -1) + 1) * 127.5).round().clamp(0, 255).byte().cpu()
+        return model(pixels, return_features=True), model(pixels, no_output_bias=True).log()
+
+    return FeatureExtractor(network, "2048 features of Inception v3 (2015-12-05), which resizes to 299x299")

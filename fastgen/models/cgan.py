@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.errors import UsageError
+from fastgen.models._common import Generative, check_images, check_noise, normal_init
+from fastgen.models.dcgan import DCGANConfig, discriminator_head, discriminator_layers, generator_layers
+from fastgen.models.registry import check_choice, check_positive, register_model
+from fastgen.nn import ConditionalBatchNorm2d, Sequential
+
+
+@dataclass(frozen=True)
+class CGANConfig(DCGANConfig):
+    """Sizes of a conditional GAN: those of the DCGAN that it is made from, and how the class enters."""
+
+    classes: int = 10
+    """Number of classes."""
+    embedding: int = 32
+    """Length of a class's vector beside the noise."""
+    generator_norm: Literal["batch", "conditional"] = "batch"
+    """Norm in the generator; "conditional" gives each class gains and biases of its own."""
+    condition: Literal["projection", "concatenation"] = "projection"
+    """How the discriminator sees the class: by an inner product with its features, or as one more channel of the image."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "classes", "embedding")
+        check_choice(self, generator_norm=("batch", "conditional"), condition=("projection", "concatenation"))
+
+
+class CGANGenerator(nn.Module):
+    """Noise (N, nz) and labels (N,) -> images (N, channels, image_size, image_size) in [-1, 1]."""
+
+    def __init__(self, config: CGANConfig) -> None:
+        super().__init__()
+        self.nz = config.nz
+        self.embedding = nn.Embedding(config.classes, config.embedding)
+        layers = generator_layers(config, config.nz + config.embedding)
+        self.stages = nn.ModuleList()
+        if config.generator_norm == "conditional":
+            hidden, layers = layers[:-2], layers[-2:]
+            for convolution, norm in zip(hidden[::3], hidden[1::3], strict=True):
+                self.stages.append(
+                    ConditionalBatchNorm2d(norm.num_features, config.classes, convolution=convolution)  # type: ignore
+                )
+        self.main = Sequential(*layers)
+        self.apply(normal_init)
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        x = torch.cat([check_noise(z, self.nz), self.embedding(labels).to(z.dtype)], 1)[:, :, None, None]
+        for stage in self.stages:
+            x = stage(x, labels).relu()
+        return self.main(x)
+
+
+class CGANDiscriminator(nn.Module):
+    """Images (N, channels, image_size, image_size) and labels (N,) -> logits (N,)."""
+
+    def __init__(self, config: CGANConfig) -> None:
+        super().__init__()
+        self.config = config
+        joined = config.condition == "concatenation"
+        self.main = Sequential(*discriminator_layers(config, config.channels + joined))
+        self.head = discriminator_head(config)
+        self.apply(normal_init)
+        self.embedding = nn.Embedding(config.classes, config.image_size**2 if joined else self.head.in_channels)
+        nn.init.normal_(self.embedding.weight, 0.0, 1.0 if joined else 0.02)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        check_images(images, self.config.channels, self.config.image_size)
+        embedded = self.embedding(labels).to(images.dtype)
+        if self.config.condition == "concatenation":
+            features = self.main(torch.cat([images, embedded.view(-1, 1, *images.shape[2:])], 1))
+            return self.head(features).flatten()
+        features = self.main(images)  # (N, C, 4, 4)
+        return self.head(features).flatten() + (features.sum((2, 3)) * embedded).sum(1)
+
+
+@register_model("cgan", CGANConfig)
+class CGAN(Generative):
+    """Conditional GAN (Mirza and Osindero 2014, arXiv:1411.1784) with a DCGAN's layers; the projection discriminator is of
+    Miyato and Koyama 2018 (arXiv:1802.05637).
+    """
+
+    def __init__(self, config: CGANConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.generator = CGANGenerator(config)
+        self.discriminator = CGANDiscriminator(config)
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        return self.generator(z, labels)
+
+    generate = forward
+
+    @torch.no_grad()
+    def sample(self, n: int, *, generator: torch.Generator | None = None, labels: Tensor | None = None) -> Tensor:
+        """`n` images (n, channels, image_size, image_size) in [-1, 1], made in eval mode and without gradients.
+
+        Args:
+            labels: (n,) int64, the class of each; by default the classes in turn.
+
+        Raises:
+            UsageError: labels of another shape or dtype, or out of range.
+        """
+        if labels is None:
+            labels = torch.arange(n) % self.config.classes
+        check_labels(labels, n, self.config.classes)
+        return self.draw(n, generator, labels.to(next(self.parameters()).device))
+
+
+def check_labels(labels: Tensor, n: int, classes: int) -> None:
+    """Raises UsageError unless labels are (n,) int64 in 0..classes - 1."""
+    if labels.shape != (n,) or labels.dtype != torch.int64:
+        raise UsageError(f"labels must be ({n},) int64, not {tuple(labels.shape)} {labels.dtype}")
+    if n and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise UsageError(f"labels must be between 0 and {classes - 1}, not {int(labels.min())} to {int(labels.max())}")

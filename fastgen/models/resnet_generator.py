@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastgen.errors import UsageError
+from fastgen.models._common import norm_layer
+from fastgen.nn import Sequential
+
+
+class ResnetGenerator(nn.Module):
+    """Images (N, inputs, H, W) -> (N, outputs, H, W) in [-1, 1], H and W multiples of 4 from 8: convolutions, residual
+    blocks at a quarter of the size, transposed convolutions (Johnson et al. 2016, arXiv:1603.08155; Zhu et al. 2017).
+
+    Its state dict is that of `ResnetGenerator` in pytorch-CycleGAN-and-pix2pix. Reflection padding is the convolutions'
+    own, so children are named as they are numbered there.
+
+    Args:
+        width: channels of the first layer.
+        blocks: residual blocks.
+        norm: "instance" (without affine) or "batch".
+        dropout: dropout of one half in each block.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, width: int = 64, blocks: int = 9, norm: str = "instance", dropout: bool = False
+    ) -> None:
+        super().__init__()
+        self.model = Sequential()
+        bias = norm == "instance"
+        at = 1
+
+        def add(count: int, *layers: nn.Module) -> None:
+            nonlocal at
+            for offset, layer in enumerate(layers):
+                self.model.add_module(str(at + offset), layer)
+            at += count
+
+        add(3, _reflecting(inputs, width, 7, bias), norm_layer(norm, width), nn.ReLU(True))
+        for channels in (width, 2 * width):
+            add(3, nn.Conv2d(channels, 2 * channels, 3, 2, 1, bias=bias), norm_layer(norm, 2 * channels), nn.ReLU(True))
+        for _ in range(blocks):
+            add(1, ResnetBlock(4 * width, norm, dropout))
+        for channels in (4 * width, 2 * width):
+            half = channels // 2
+            up = nn.ConvTranspose2d(channels, half, 3, 2, 1, output_padding=1, bias=bias)
+            add(3, up, norm_layer(norm, half), nn.ReLU(True))
+        at += 1  # a reflection pad there
+        add(2, _reflecting(width, outputs, 7), nn.Tanh())
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        if height % 4 or width % 4 or min(height, width) < 8:
+            raise UsageError(
+                f"images must have a height and width that are multiples of 4 from 8, not {height}x{width}"
+            )
+        return self.model(images)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv_block(x); the convolutions are `conv_block.{1,5}`, or {1,6} with dropout."""
+
+    def __init__(self, channels: int, norm: str, dropout: bool) -> None:
+        super().__init__()
+        bias = norm == "instance"
+        self.conv_block = Sequential()
+        layers = [_reflecting(channels, channels, 3, bias), norm_layer(norm, channels), nn.ReLU(True)]
+        layers += [nn.Dropout(0.5)] if dropout else []
+        for name, layer in enumerate(layers, 1):
+            self.conv_block.add_module(str(name), layer)
+        second = len(layers) + 2
+        self.conv_block.add_module(str(second), _reflecting(channels, channels, 3, bias))
+        self.conv_block.add_module(str(second + 1), norm_layer(norm, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv_block(x)
+
+
+def _reflecting(inputs: int, outputs: int, kernel: int, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, padding_mode="reflect", bias=bias)

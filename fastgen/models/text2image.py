@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.errors import UsageError
+from fastgen.models._common import Generative, check_images, check_noise, evaluating, normal_init
+from fastgen.models.dcgan import DCGANConfig, discriminator_head, discriminator_layers, generator_layers
+from fastgen.models.registry import check_positive, register_model
+from fastgen.models.text_encoder import HuggingFaceTextEncoder, TransformerTextEncoder
+from fastgen.nn import Sequential
+
+
+@dataclass(frozen=True)
+class Text2ImageConfig(DCGANConfig):
+    """Sizes of a text-to-image GAN: those of the DCGAN that it is made from, and of its text encoder."""
+
+    vocabulary: tuple[str, ...] = ("a",)
+    """Words that the text encoder knows (`fastgen.models.make_vocabulary`); of no use to a Hugging Face encoder."""
+    text_encoder: str = "transformer"
+    """"transformer", trained with the model, or the name or folder of a Hugging Face text encoder, used as it is."""
+    text_width: int = 64
+    """Width of the text encoder that is trained, a multiple of 4."""
+    text_layers: int = 2
+    """Its layers."""
+    condition: int = 64
+    """Length of the vector that a caption becomes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "vocabulary", tuple(self.vocabulary))  # JSON has lists
+        check_positive(self, "text_width", "text_layers", "condition")
+        if self.text_width % 4:
+            raise UsageError(f"text_width must be a multiple of 4, not {self.text_width}")
+        if not self.vocabulary or not all(isinstance(word, str) for word in self.vocabulary):
+            raise UsageError("vocabulary must hold words: the captions have none")
+        if not isinstance(self.text_encoder, str) or not self.text_encoder:
+            raise UsageError(f"text_encoder must be 'transformer' or an encoder's name, not {self.text_encoder!r}")
+
+
+class CaptionEncoder(nn.Module):
+    """Captions -> conditions (N, condition): the text encoder and a linear layer."""
+
+    def __init__(self, config: Text2ImageConfig) -> None:
+        super().__init__()
+        self.encoder: HuggingFaceTextEncoder | TransformerTextEncoder
+        if config.text_encoder == "transformer":
+            self.encoder = TransformerTextEncoder(config.vocabulary, config.text_width, config.text_layers)
+        else:
+            self.encoder = HuggingFaceTextEncoder(config.text_encoder)
+        self.project = nn.Linear(self.encoder.width, config.condition)
+
+    def forward(self, captions: Sequence[str]) -> Tensor:
+        return self.project(self.encoder(captions))
+
+
+class Text2ImageGenerator(nn.Module):
+    """Noise (N, nz) and conditions (N, condition) -> images (N, channels, image_size, image_size) in [-1, 1]."""
+
+    def __init__(self, config: Text2ImageConfig) -> None:
+        super().__init__()
+        self.nz = config.nz
+        self.main = Sequential(*generator_layers(config, config.nz + config.condition))
+        self.apply(normal_init)
+
+    def forward(self, z: Tensor, condition: Tensor) -> Tensor:
+        return self.main(torch.cat([check_noise(z, self.nz), condition.to(z.dtype)], 1)[:, :, None, None])
+
+
+class Text2ImageDiscriminator(nn.Module):
+    """Images (N, channels, image_size, image_size) and conditions (N, condition) -> logits (N,): the condition joins the
+    features at 4x4 pixels (Reed et al. 2016, section 4.1).
+    """
+
+    def __init__(self, config: Text2ImageConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.main = Sequential(*discriminator_layers(config, config.channels))
+        width = config.ndf * config.multipliers[-1]
+        self.joint = Sequential(nn.Conv2d(width + config.condition, width, 1), nn.LeakyReLU(0.2))
+        self.head = discriminator_head(config)
+        self.apply(normal_init)
+
+    def forward(self, images: Tensor, condition: Tensor) -> Tensor:
+        return self.judge(self.features(images), condition)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What is computed of images alone, (N, C, 4, 4): serves several conditions."""
+        check_images(images, self.config.channels, self.config.image_size)
+        return self.main(images)
+
+    def judge(self, features: Tensor, condition: Tensor) -> Tensor:
+        """Logits (N,) of `features` with conditions (N, condition)."""
+        spread = condition.to(features.dtype)[:, :, None, None].expand(-1, -1, *features.shape[2:])
+        return self.head(self.joint(torch.cat([features, spread], 1))).flatten()
+
+
+@register_model("text2image", Text2ImageConfig)
+class Text2Image(Generative):
+    """Text-to-image GAN (Reed et al. 2016, arXiv:1605.05396) with a DCGAN's layers and a text encoder."""
+
+    def __init__(self, config: Text2ImageConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text_encoder = CaptionEncoder(config)
+        self.generator = Text2ImageGenerator(config)
+        self.discriminator = Text2ImageDiscriminator(config)
+
+    def forward(self, z: Tensor, condition: Tensor) -> Tensor:
+        return self.generator(z, condition)
+
+    generate = forward
+
+    @torch.no_grad()
+    def sample(
+        self, n: int, *, generator: torch.Generator | None = None, captions: Sequence[str] | None = None
+    ) -> Tensor:
+        """`n` images (n, channels, image_size, image_size) in [-1, 1], made in eval mode and without gradients.
+
+        Args:
+            captions: n texts, or one for all.
+
+        Raises:
+            UsageError: no captions, another number of them, or one without a word that the model learned.
+        """
+        if captions is None:
+            raise UsageError("captions must say what to draw")
+        captions = [captions] if isinstance(captions, str) else list(captions)
+        if len(captions) not in (1, n):
+            raise UsageError(f"captions must be one text or {n}, not {len(captions)}")
+        with evaluating(self):
+            condition = self.text_encoder(captions * (n if len(captions) == 1 else 1))
+        return self.draw(n, generator, condition)

@@ -1,0 +1,70 @@
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastgen import losses
+from fastgen.training.config import VAETraining
+from fastgen.training.corruption import corrupt
+from fastgen.training.recipes.base import Recipe
+
+
+class VAERecipe(Recipe):
+    """The evidence lower bound, with a weight on its KL term (Kingma and Welling 2014, arXiv:1312.6114; Higgins et al. 2017)
+    that grows at first (Bowman et al. 2016, arXiv:1511.06349); where there is a task, of the whole image given a damaged one.
+    """
+
+    parts: ClassVar = {"model": ("",)}
+    averaged = ("",)
+    config: VAETraining
+
+    def make_model_options(self) -> dict[str, Any]:
+        config = self.config
+        self.model_name = "vae" if config.architecture == "conv" else "vae_mlp"
+        options: dict[str, Any] = {
+            "image_size": config.image_size,
+            "channels": self.one_set().channels,
+            "nz": config.nz,
+            "likelihood": config.likelihood,
+        }
+        if config.architecture == "mlp":
+            return options | {"width": 10 * config.width}
+        halvings = max(1, (config.image_size // 4).bit_length() - 1)  # to about 4x4 pixels
+        return options | {"widths": [config.width * 2**level for level in range(halvings)]}
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        config, model = self.config, self.model
+        (batch,) = self.next_batches()
+        given = corrupt(batch.images, config.task, self.noise, config.noise)
+        with self.autocast():
+            mu, logvar = model.encode(given)
+            z, kl = model.reparameterize(mu.float(), logvar.float())
+            reconstruction = model.decode(z).float()
+        model.fit_log_std(losses.l2_loss(reconstruction, batch.images), 0.05)
+        nll, kl = model.nll(reconstruction, batch.images).mean(), kl.mean()
+        ramp = config.warm_up * config.steps
+        beta = config.beta * min(1.0, (step + 1) / ramp if ramp else 1.0)
+        self.update("model", (nll + beta * kl) / batch.images[0].numel())
+        return {"nll": nll.detach(), "kl": kl.detach(), "bound": (nll + kl).detach()}
+
+    @torch.no_grad()
+    def finish_average(self) -> None:
+        super().finish_average()
+        errors = [losses.l2_loss(self.ema.model(given, noise)[0], images) for given, images, noise in self._held()]
+        self.ema.model.fit_log_std(torch.stack(errors).mean())
+
+    def calibrate(self, model: Any) -> None:
+        for given, _, noise in self._held():
+            model(given, noise)
+
+    def _held(self) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
+        """What the encoder is given, the images, and noise: some of the data, spread out, always the same."""
+        count, task = min(2048, len(self.data)), torch.Generator().manual_seed(self.config.seed)
+        noise = torch.Generator(self.device).manual_seed(self.config.seed)
+        for indices in (torch.arange(count) * len(self.data) // count).split(256):
+            images = self.data.batch(indices).to(self.device).images
+            yield corrupt(images, self.config.task, task, self.config.noise), images, noise
+
+    def sample(self, n: int, seed: int) -> Tensor:
+        return self.ema.model.sample(n, generator=torch.Generator().manual_seed(seed))

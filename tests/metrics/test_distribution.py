@@ -1,0 +1,133 @@
+import functools
+
+import pytest
+import torch
+
+from fastgen.data import ImageDataset
+from fastgen.errors import FastgenError, UsageError
+from fastgen.metrics import FeatureExtractor, Reference, inception, train_classifier
+
+pytest.importorskip("torchmetrics")
+
+
+def pixels(images):
+    return images.flatten(1), None
+
+
+PIXELS = FeatureExtractor(pixels, "the pixels themselves")
+
+
+def compare(generated, real, held, extractor, **options):
+    return Reference(real, held, extractor).compare(generated, **options)
+
+
+def normal(n, mean=0.0, std=1.0, seed=0):
+    return mean + std * torch.randn(n, 1, 2, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def test_fid_is_the_formula_for_gaussians():
+    n = 4000
+    figures = compare(normal(n, 0.5, 2.0, 1), normal(n), normal(n, seed=2), PIXELS)
+    # |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), four dimensions
+    assert figures["fid"].value == pytest.approx(4 * 0.5**2 + 4 * (2 - 1) ** 2, rel=0.06)
+    assert figures["fid"].baseline < 0.02 and abs(figures["kid"].baseline) < 0.05 < figures["kid"].value
+    assert "inception_score" not in figures, "pixels have no classes"
+    for figure in figures.values():
+        assert "4000 generated images against 4000 real ones" in figure.protocol and "the pixels" in figure.protocol
+
+
+def test_precision_and_recall_tell_what_is_missing():
+    real = torch.cat([normal(300, -10, seed=1), normal(300, 10, seed=2)])
+    held = torch.cat([normal(100, -10, seed=3), normal(100, 10, seed=4)])
+    one_mode = compare(normal(200, 10, seed=5), real, held, PIXELS)
+    assert one_mode["precision"].value > 0.85 and one_mode["recall"].value < 0.55
+    too_wide = compare(torch.cat([held[::2], normal(100, 40, seed=6)]), real, held, PIXELS)
+    assert 0.4 < too_wide["precision"].value < 0.55 and too_wide["recall"].value > 0.8
+    assert min(one_mode["precision"].baseline, one_mode["recall"].baseline) > 0.85
+
+
+def test_inception_score_counts_classes():
+    classes = FeatureExtractor(lambda images: (images.flatten(1), images.flatten(1) * 100), "four classes")
+    each = torch.eye(4).repeat(50, 1).view(200, 1, 2, 2)
+    noise = normal(200, std=0.01)
+    assert compare(each + noise, each, each, classes)["inception_score"].value == pytest.approx(4, rel=0.1)
+    one = each[:1].expand(200, -1, -1, -1)
+    assert compare(one + noise, each, each, classes)["inception_score"].value == pytest.approx(1, rel=0.1)
+
+
+def test_figures_are_the_same_for_the_same_seed_and_leave_the_generator():
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    first = compare(normal(50, 1), normal(60), normal(50, seed=3), PIXELS, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert compare(normal(50, 1), normal(60), normal(50, seed=3), PIXELS, seed=1) == first
+
+
+def test_too_few_or_other_images_are_refused():
+    with pytest.raises(UsageError, match=r"generated must be 10 or more images .* not \(9, 1, 2, 2\)"):
+        compare(normal(9), normal(20), normal(20), PIXELS)
+    with pytest.raises(UsageError, match="held must be"):
+        compare(normal(20), normal(20), normal(20).expand(-1, 3, -1, -1), PIXELS)
+
+
+def stripes(n, seed):
+    """Images of light rows (class 0) or light columns (1), in noise."""
+    labels = torch.arange(n) % 2
+    rows = torch.arange(8) % 2 * 2.0 - 1
+    images = torch.stack([rows[:, None].expand(8, 8) if label == 0 else rows.expand(8, 8) for label in labels])
+    noise = torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) * 0.3
+    return ImageDataset("stripes", images[:, None] + noise, labels, ("rows", "columns"))
+
+
+@functools.cache
+def trained(labelled=True):
+    sets = [stripes(200, seed) for seed in (0, 1)]
+    if not labelled:
+        sets = [ImageDataset(data.name, data.images.tril()) for data in sets]
+    return train_classifier(*sets, steps=40)
+
+
+def test_a_classifier_learns_and_says_what_it_learned():
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    extractor = trained()
+    assert torch.equal(torch.get_rng_state(), state)
+    features, logits = extractor(stripes(20, 2).images)
+    assert features.shape == (20, 64) and (logits.argmax(1) == torch.arange(20) % 2).all()
+    for words in ("200 real images of stripes for its 2 classes", "at 8x8 pixels", "right for 100.0% of 200 others"):
+        assert words in extractor.description
+    assert features.std().item() == pytest.approx(1, rel=0.2)
+    again = train_classifier(stripes(200, 0), stripes(200, 1), steps=40)
+    assert torch.equal(again(stripes(20, 2).images)[0], features), "deterministic"
+
+
+def test_without_labels_it_learns_quarter_turns():
+    extractor = trained(labelled=False)
+    features, logits = extractor(stripes(20, 2).images)
+    assert logits is None and features.shape == (20, 64) and "quarter turns" in extractor.description
+    assert float(extractor.description.split("right for ")[1].split("%")[0]) > 60
+
+
+class StandInForInception(torch.nn.Module):
+    def forward(
+        self, pixels: torch.Tensor, return_features: bool = False, no_output_bias: bool = False
+    ) -> torch.Tensor:
+        values = pixels.float().flatten(1)[:, :5]
+        return values if return_features else values.softmax(1)
+
+
+def test_inception_comes_from_a_file_at_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert inception() is None
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "checkpoints" / "inception-2015-12-05.pt"
+    torch.jit.script(StandInForInception()).save(str(path))
+    features, logits = inception()(torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 1, 2, 2))
+    assert torch.equal(features[:, 0], torch.tensor([0.0, 128.0, 255.0])) and logits.shape == (3, 5)
+    monkeypatch.setenv("FASTGEN_INCEPTION", str(tmp_path / "none"))
+    with pytest.raises(FastgenError, match="where no file is"):
+        inception()
+    path.write_bytes(b"damaged")
+    monkeypatch.setenv("FASTGEN_INCEPTION", str(path))
+    with pytest.raises(FastgenError, match="is not a TorchScript file"):
+        inception()

@@ -1,0 +1,212 @@
+"""The uses, over small models of which the right answer is known."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import avg_pool2d, conv2d, interpolate, mse_loss, pad
+
+from fastgen import uses
+from fastgen.data import save_animation
+from fastgen.errors import DataError, UsageError
+from fastgen.uses.draw import slerp
+from fastgen.uses.translate import in_tiles
+
+
+class LinearVAE:
+    """Images of 8x8 pixels that are sums of six smooth waves: with it, each use has a best answer that is known."""
+
+    config = SimpleNamespace(image_size=8, channels=1)
+    log_std = torch.tensor(-4.0)
+
+    def __init__(self):
+        at = (torch.arange(8) + 0.5) / 8
+        waves = [torch.cos(torch.pi * k * at) for k in range(3)]
+        basis = torch.stack([torch.outer(a, b) for a in waves for b in waves][:6]).flatten(1)
+        self.basis = 0.25 * basis / basis.square().mean(1, keepdim=True).sqrt()
+
+    def encode(self, images):
+        mu = images.flatten(1) @ torch.linalg.pinv(self.basis)
+        return mu, torch.zeros_like(mu)
+
+    def decode(self, z):
+        return (z @ self.basis).view(-1, 1, 8, 8)
+
+
+@pytest.fixture
+def vae():
+    return LinearVAE()
+
+
+@pytest.fixture
+def images(vae):
+    return vae.decode(torch.randn(16, 6, generator=torch.Generator().manual_seed(0))) / 4
+
+
+def test_reconstruct_keeps_what_the_model_knows(vae, images):
+    torch.testing.assert_close(uses.reconstruct(vae, images), images, atol=1e-5, rtol=0)
+
+
+def test_denoise_takes_the_noise_away(vae, images):
+    noisy = images + 0.5 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    found = uses.denoise(vae, noisy, std=0.5)
+    # the best linear estimate of the six numbers, which are N(0, 1)
+    gram = vae.basis @ vae.basis.T + 0.25 * torch.eye(6)
+    best = vae.decode(torch.linalg.solve(gram, vae.basis @ noisy.flatten(1).T).T)
+    torch.testing.assert_close(found, best, atol=0.01, rtol=0)
+    assert mse_loss(found, images) < mse_loss(noisy, images) / 5
+    assert found.requires_grad is False
+    with pytest.raises(UsageError, match="std must be between 0 and 2, not 3"):
+        uses.denoise(vae, noisy, std=3)
+
+
+def test_inpaint_fills_what_is_missing_and_keeps_the_rest(vae, images):
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[2:6, 3:] = True
+    holed = images.masked_fill(mask, float("nan"))
+    found = uses.inpaint(vae, holed, mask)
+    assert torch.equal(found[:, :, ~mask], images[:, :, ~mask])
+    torch.testing.assert_close(found, images, atol=0.02, rtol=0)
+    one_each = mask.expand(16, 1, 8, 8).clone()
+    one_each[1:] = False
+    assert torch.equal(uses.inpaint(vae, images, one_each)[1:], images[1:])
+    with pytest.raises(UsageError, match="mask must leave a pixel"):
+        uses.inpaint(vae, images, torch.ones(8, 8))
+    with pytest.raises(UsageError, match=r"mask must be \(8, 8\) or one an image, not \(4, 4\)"):
+        uses.inpaint(vae, images, torch.ones(4, 4))
+
+
+def test_upscale_keeps_the_means_and_beats_bicubic(vae, images):
+    small = avg_pool2d(images, 2)
+    found = uses.upscale(vae, small)
+    torch.testing.assert_close(avg_pool2d(found, 2), small, atol=1e-5, rtol=0)
+    bicubic = interpolate(small, size=(8, 8), mode="bicubic")
+    assert mse_loss(found, images) < mse_loss(bicubic, images) / 10
+    for shape in ((8, 8), (3, 3), (4, 2)):
+        with pytest.raises(UsageError, match="images must be squares of 8 pixels over 2, 3"):
+            uses.upscale(vae, torch.zeros(1, 1, *shape))
+
+
+class Drawer:
+    """Images that show their latent, and the class they are asked for."""
+
+    def latent(self, n, *, generator=None):
+        return torch.randn(n, 4, generator=generator)
+
+    def generate(self, z, labels=None):
+        return (z if labels is None else z * 0 + labels[:, None]).view(-1, 1, 2, 2)
+
+    def sample(self, n, *, generator=None):
+        return self.generate(self.latent(n, generator=generator))
+
+
+class ClassDrawer(Drawer):
+    def sample(self, n, *, generator=None, labels=None):
+        return self.generate(self.latent(n, generator=generator), labels)
+
+
+def test_interpolation_goes_through_its_points_in_equal_steps():
+    def seeded():
+        return torch.Generator().manual_seed(3)
+
+    ends = Drawer().latent(3, generator=seeded())
+    frames = uses.interpolate(Drawer(), 9, points=3, generator=seeded()).flatten(1)
+    torch.testing.assert_close(frames[::4], ends)
+    angles = torch.nn.functional.cosine_similarity(frames[:4], frames[1:5]).acos()
+    torch.testing.assert_close(angles, angles[:1].expand(4), atol=1e-3, rtol=1e-3)
+    circle = uses.interpolate(Drawer(), 12, points=3, closed=True, generator=seeded()).flatten(1)
+    torch.testing.assert_close(circle[::4], ends)
+    steps = (circle - circle.roll(-1, 0)).norm(dim=1)
+    assert steps[-1] < 2 * steps.mean(), "from the last image it is one step to the first"
+    assert (uses.interpolate(ClassDrawer(), 4, label=7) == 7).all()
+    for frames, points in ((1, 2), (5, 1), (3, 4)):
+        with pytest.raises(UsageError, match="frames must be"):
+            uses.interpolate(Drawer(), frames, points=points)
+    with pytest.raises(UsageError, match="draws with labels: say which"):
+        uses.interpolate(ClassDrawer(), 4)
+
+
+def test_the_way_between_parallel_vectors_is_straight():
+    a, share = torch.ones(3, 4), torch.tensor([[0.25], [0.25], [0.5]])
+    found = slerp(a, a * torch.tensor([[1.0], [2.0], [-1.0]]), share)
+    torch.testing.assert_close(found, torch.tensor([[1.0], [1.25], [0.0]]).expand(3, 4))
+
+
+def test_conditions_that_the_model_does_not_take():
+    assert uses.conditions(ClassDrawer(), 3, label=2)["labels"].tolist() == [2, 2, 2]
+    assert uses.conditions(Drawer(), 3) == {}
+    for given, message in (({"label": 1}, "a class is given"), ({"text": "x"}, "a text is given")):
+        with pytest.raises(UsageError, match=message):
+            uses.conditions(Drawer(), 3, **given)
+
+
+def test_an_animation_holds_every_image(tmp_path):
+    save_animation(torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 3, 4, 6), tmp_path / "a.gif", milliseconds=40)
+    with Image.open(tmp_path / "a.gif") as animation:
+        assert (animation.n_frames, animation.size, animation.info["duration"]) == (5, (6, 4), 40)
+    with pytest.raises(UsageError, match=r"must end in \.gif"):
+        save_animation(torch.zeros(2, 1, 4, 4), tmp_path / "a.png")
+
+
+class Blur:
+    """Translates by a local mean over 9 pixels, seen through a stride of 4 as by a network with two strided layers."""
+
+    config = SimpleNamespace()
+
+    def translate(self, images, direction):
+        kernel = torch.ones(3, 1, 9, 9) / 81
+        small = conv2d(pad(images, (4, 4, 4, 4), "reflect"), kernel, stride=4, groups=3)
+        return interpolate(small, scale_factor=4) * (1 if direction == "a_to_b" else -1)
+
+
+@pytest.mark.parametrize("size", [(96, 140), (64, 64), (65, 200), (5, 7), (301, 63)])
+def test_tiles_give_what_the_whole_gives(size):
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    height, width = size
+    whole = Blur().translate(pad(images, (0, -width % 4, 0, -height % 4), "replicate"), "b_to_a")[:, :, :height, :width]
+    tiled = uses.translate(Blur(), images, "b_to_a", tile=64, overlap=32)
+    torch.testing.assert_close(tiled, whole)
+
+
+def test_tiles_of_different_brightness_fade_into_each_other():
+    shades = iter(torch.linspace(-1, 1, 3))
+    drawn = in_tiles(lambda part: part * 0 + next(shades), torch.zeros(1, 1, 64, 160), 64, 16)
+    steps = drawn.diff(dim=3).abs()
+    assert drawn.min() == -1 and drawn.max() == 1 and 0 < steps.max() < 1 / 6, "1 apart, over 8 pixels or more"
+    with pytest.raises(UsageError, match="tile must be a multiple of 4 and at least twice overlap, not 30"):
+        in_tiles(lambda part: part, torch.zeros(1, 1, 64, 64), 30, 8, 4)
+    with pytest.raises(UsageError, match="translates nothing"):
+        uses.translate(Drawer(), torch.zeros(1, 3, 8, 8))
+
+
+def test_pictures_of_a_folder(tmp_path, caplog):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    Image.new("RGB", (6, 4), (255, 0, 0)).save(source / "a.png")
+    Image.new("RGB", (3, 5), (0, 0, 255)).save(source / "a.bmp")
+    Image.new("L", (2, 2), 255).save(source / "b.png")
+    (source / "c.png").write_bytes(b"no picture")
+
+    def negative(image):
+        return -image
+
+    with pytest.raises(DataError, match=r"b\.png is grey, and the model needs colour"):
+        uses.transform_pictures(source, out, negative, 3)
+    written = uses.transform_pictures(source, out, negative, 3, grey_as_colour=True)
+    assert [path.name for path in written] == ["a.bmp.png", "a.png.png", "b.png"] and "left out" in caplog.text
+    with Image.open(out / "a.png.png") as picture:
+        assert picture.size == (6, 4) and picture.getpixel((0, 0)) == (0, 255, 255)
+    (single,) = uses.transform_pictures(source / "a.png", out, negative, 1, image_size=4)
+    with Image.open(single) as picture:
+        assert picture.size == (4, 4) and picture.mode == "L"
+    for arguments, message in (
+        ((source, source), "write to another folder"),
+        ((tmp_path / "none", out), "is not there"),
+        ((tmp_path, out), "holds no pictures"),
+        ((source / "c.png", out), "not an image"),
+    ):
+        with pytest.raises(DataError, match=message):
+            uses.transform_pictures(*arguments, negative, 3)
+    with pytest.raises(DataError, match=r"c\.png is not an image"):
+        uses.transform_pictures(source, out, negative, 3, grey_as_colour=True, strict=True)
