@@ -14,8 +14,7 @@ from matplotlib import pyplot
 def plot(document: dict, path: str) -> None:
     """One panel a table ("..., against the batch"), one line a column, milliseconds on a logarithmic axis."""
     tables: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
-    for bench in document["benchmarks"]:
-        line = bench["extra_info"]
+    for line in (line for bench in document["benchmarks"] for line in bench["extra_info"]["lines"]):
         for column, cell in line["cells"].items() if ", against " in line["table"] else ():
             if cell["correct"]:
                 tables[line["table"]][column].append((int(line["row"]), 1e3 * cell["median"]))

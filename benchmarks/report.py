@@ -28,7 +28,8 @@ def report(document: dict) -> str:
     ]
     tables: dict[str, list[dict]] = defaultdict(list)
     for bench in document["benchmarks"]:
-        tables[bench["extra_info"]["table"]].append(bench["extra_info"])
+        for line in bench["extra_info"]["lines"]:
+            tables[line["table"]].append(line)
     for title, rows in tables.items():
         columns = list(dict.fromkeys(column for row in rows for column in row["cells"]))
         ceilings = {fact: ceiling for fact, ceiling in _CEILINGS.items() if fact in rows[0]}
