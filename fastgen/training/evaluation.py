@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgen.data import Batch, DomainPair, ImageDataset, load_dataset
 from fastgen.errors import DataError
@@ -173,6 +173,14 @@ def _samples(model: Any, real: _Real, n: int, seed: int) -> tuple[dict[str, Figu
     if n >= 10:
         figures = real.reference.compare(batch.images, seed=seed)
     held = real.held.all()
+    if isinstance(getattr(model, "discriminator", None), nn.Module):
+        figures["discriminator"] = Figure(
+            _judged(model, batch),
+            f"mean output (a logit) of the run's own discriminator for {n} generated images; the real figure is of {len(held)} "
+            "real images that it was not trained on",
+            "higher",
+            _judged(model, held),
+        )
     predicted, truth = real.predict(batch.images), real.predict(held.images)
     if predicted is not None and truth is not None and batch.labels is not None and held.labels is not None:
         figures["as_asked"] = Figure(
@@ -184,6 +192,22 @@ def _samples(model: Any, real: _Real, n: int, seed: int) -> tuple[dict[str, Figu
             truth.eq(held.labels).double().mean().item(),
         )
     return figures, batch
+
+
+@torch.no_grad()
+def _judged(model: Any, batch: Batch) -> float:
+    """What the discriminator says of images and of what goes with them."""
+    outputs = []
+    for indices in torch.arange(len(batch)).split(256):
+        conditions = []
+        if hasattr(model, "text_encoder"):
+            assert batch.captions is not None
+            conditions = [model.text_encoder([batch.captions[index] for index in indices.tolist()])]
+        elif hasattr(model.config, "classes"):
+            assert batch.labels is not None
+            conditions = [batch.labels[indices]]
+        outputs.append(model.discriminator(batch.images[indices], *conditions).double().flatten())
+    return torch.cat(outputs).mean().item()
 
 
 def _likelihood_figures(model: Any, real: _Real, seed: int) -> dict[str, Figure]:

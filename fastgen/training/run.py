@@ -123,14 +123,16 @@ def sample(model: Any, n: int, seed: int, **conditions: Any) -> Tensor:
     """`n` images of the model, of the `labels` or `captions` given, the same for the same seed on the same machine."""
     if not hasattr(model, "sample"):
         raise UsageError(f"a {type(model).__name__} draws nothing from noise: give it images with `fastgen translate`")
-    most = max(1, _MAX_SAMPLED // (model.config.channels * model.config.image_size**2))
-    if not 1 <= n <= most:
-        raise UsageError(f"n must be between 1 and {most} for images of this size, not {n}")
-    _check_seed(seed)
+    _check_count_and_seed(model, n, seed)
     return model.sample(n, generator=torch.Generator().manual_seed(seed), **conditions)
 
 
-def _check_seed(seed: int) -> None:
+def _check_count_and_seed(model: Any, n: int, seed: int) -> None:
+    config = model.config
+    channels = config.channels if hasattr(config, "channels") else config.channels_a
+    most = max(1, _MAX_SAMPLED // (channels * getattr(config, "image_size", 1) ** 2))
+    if not 1 <= n <= most:
+        raise UsageError(f"n must be between 1 and {most} for images of this size, not {n}")
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed must be between 0 and 2^63, not {seed}")
 
@@ -145,9 +147,7 @@ def evaluate(folder: str | Path, n: int = 1000, seed: int = 0) -> Evaluation:
     folder = Path(folder)
     meta, model = _load(folder)
     config = _config_of(folder, meta)
-    _check_seed(seed)
-    if not 1 <= n <= 2**18:
-        raise UsageError(f"n must be between 1 and {2**18}, not {n}")
+    _check_count_and_seed(model, n, seed)
     result = evaluate_model(model, config, n, seed)
     document = {"data": config.data, "step": meta["step"], "seed": seed, "n": n, **result.to_json()}
     checkpoint.write_atomically(folder / "evaluation.json", json.dumps(document, indent=2).encode())

@@ -37,10 +37,18 @@ def config(system, **options):
     return CONFIGS[system](**options, image_size=SIZE) if system != "cgan" else CONFIGS[system](**options)
 
 
+class Light(torch.nn.Module):
+    """Finds an image the more real, the more light there is on it and the higher its class."""
+
+    def forward(self, images, labels):
+        return images.mean((1, 2, 3)) + labels
+
+
 class RealDigits:
     """Draws real digits of the class asked for, or of the class after it."""
 
     config = SimpleNamespace(classes=10)
+    discriminator = Light()
 
     def __init__(self, image_size, off_by=0):
         self.batch = load_dataset("digits", image_size).all()
@@ -57,6 +65,10 @@ def test_real_images_have_the_figures_of_real_images():
     assert result.recognised.n == 300 and result.recognised.share > 0.9
     assert result.figures["as_asked"].value > 0.97 and result.figures["as_asked"].baseline > 0.97
     assert result.figures["fid"].value < 2 * result.figures["fid"].baseline
+    held = load_dataset("digits", 32, split="test").all()
+    light = result.figures["discriminator"]
+    assert light.baseline == pytest.approx(held.images.mean().item() + held.labels.double().mean().item(), abs=1e-4)
+    assert light.value == pytest.approx(4.5 + real.batch.images.mean().item(), abs=0.05)
     assert {"kid", "precision", "recall", "inception_score"} < set(result.figures)
     assert evaluate_model(real, config("cgan"), 300, 0) == result
     wrong = evaluate_model(RealDigits(32, off_by=1), config("cgan"), 300, 0)
