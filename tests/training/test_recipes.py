@@ -165,6 +165,30 @@ def test_another_images_caption_counts_as_generated():
     torch.testing.assert_close(fake[4:], torch.cat(expected))
 
 
+def test_the_variance_of_a_vae_is_that_of_its_error():
+    recipe = recipe_of(tiny("vae", warm_up=0.0))
+    for step in range(5):
+        recipe.advance(step)
+    random = torch.get_rng_state()
+    recipe.finish_average()
+    assert torch.equal(torch.get_rng_state(), random), "sampling leaves training alone"
+    images = recipe.data.all().images
+    error = (recipe.ema.model(images)[0] - images).square().mean()
+    assert recipe.ema.model.log_std.exp().item() == pytest.approx(error.sqrt().item(), rel=0.01)
+    assert recipe.model.log_std != recipe.ema.model.log_std
+
+
+def test_beta_weighs_the_divergence_and_grows():
+    weights = {}
+    for beta, warm_up in ((0.0, 0.0), (4.0, 0.0), (4.0, 1.0)):
+        recipe = recipe_of(tiny("vae", beta=beta, warm_up=warm_up, optimizer="sgd", lr=1e-9))
+        recipe.advance(0)
+        weights[beta, warm_up] = recipe.model.fc_mu.bias.grad.clone()
+    plain, whole, ramp = weights.values()
+    torch.testing.assert_close(ramp - plain, (whole - plain) / 5, rtol=1e-3, atol=1e-7)
+    assert (whole - plain).abs().max() > 1e-6
+
+
 def test_the_pool_gives_back_old_images():
     pool, noise = ImagePool(3, (1, 1, 1)), torch.Generator().manual_seed(0)
     images = torch.arange(40.0).view(40, 1, 1, 1)
@@ -238,6 +262,19 @@ def test_one_set_of_images_is_not_two(name):
     images = ImageDataset("a", torch.zeros(2, 1, 32, 32))
     with pytest.raises(DataError, match="learns from one set of images, and digits is two domains"):
         recipe_of(tiny(name), DomainPair("ab", images, images))
+
+
+@pytest.mark.parametrize("name", ["gan", "cgan", "text2image", "vae", "vae, mlp", "cyclegan"])
+def test_a_single_image_is_data(name):
+    config = tiny(name)
+    size = config.image_size
+    data = ImageDataset(
+        "one", torch.full((1, 3, size, size), 255, dtype=torch.uint8), torch.zeros(1).long(), ("a",), ["a"]
+    )
+    recipe = recipe_of(config, DomainPair("ab", data, data) if name == "cyclegan" else data)
+    assert all(loss.isfinite() for loss in recipe.advance(0).values())
+    recipe.finish_average()
+    assert recipe.sample(9, 0).isfinite().all()
 
 
 def test_domains_of_other_channels_have_no_identity_loss():
