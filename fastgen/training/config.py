@@ -276,7 +276,7 @@ class CycleGANTraining(TrainConfig):
 
     data: str = "colour-to-grey"
     """Data set to learn from: a name, or a folder with trainA and trainB."""
-    steps: int = 1000
+    steps: int = 3000
     """Training steps in all."""
     image_size: int = 64
     """Height and width of the images."""
@@ -288,7 +288,7 @@ class CycleGANTraining(TrainConfig):
     """Adam's first decay rate, or the momentum of sgd."""
     beta2: float = 0.999
     """Adam's second decay rate."""
-    save_every: int = 200
+    save_every: int = 500
     """Steps between checkpoints, each with a grid of samples."""
     ema_decay: float = 0.99
     """Decay a step of the averaged weights, which make the samples."""
@@ -304,6 +304,8 @@ class CycleGANTraining(TrainConfig):
     """Layers of a U-Net that halve the image."""
     discriminator_layers: int = 2
     """Hidden layers of a PatchGAN after its first: 3 judges patches of 70x70 pixels, 2 of 34x34."""
+    norm: Literal["batch", "instance"] = "batch"
+    """Norm of all networks. instance, the paper's, takes an image's mean and contrast away, which small patches need."""
     dropout: bool = False
     """Dropout of one half in the generators."""
     loss: Literal["least_squares", "non_saturating", "hinge", "wasserstein", "minimax"] = "least_squares"

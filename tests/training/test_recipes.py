@@ -35,7 +35,10 @@ RUNS = {
         "vae",
         {"batch_size": 4, "image_size": 8, "nz": 4, "width": 2, "architecture": "mlp", "task": "inpaint"},
     ),
-    "cyclegan": ("cyclegan", {"batch_size": 1, "image_size": 16, "ngf": 2, "ndf": 2, "blocks": 1, "pool_size": 2}),
+    "cyclegan": (
+        "cyclegan",
+        {"batch_size": 1, "image_size": 16, "ngf": 2, "ndf": 2, "blocks": 1, "pool_size": 2, "norm": "instance"},
+    ),
     "cyclegan, unet in bf16": (
         "cyclegan",
         {"batch_size": 1, "image_size": 16, "ngf": 2, "ndf": 2, "generator": "unet", "unet_depth": 3, "dropout": True}

@@ -28,7 +28,17 @@ class CycleGANRecipe(Recipe):
             raise DataError(
                 f"cyclegan learns from two domains, and {config.data} is one: use a folder with trainA and trainB"
             )
-        names = ("image_size", "generator", "ngf", "ndf", "blocks", "unet_depth", "discriminator_layers", "dropout")
+        names = (
+            "image_size",
+            "generator",
+            "ngf",
+            "ndf",
+            "blocks",
+            "unet_depth",
+            "discriminator_layers",
+            "norm",
+            "dropout",
+        )
         channels = {"channels_a": self.data.a.channels, "channels_b": self.data.b.channels}
         return channels | {name: getattr(config, name) for name in names}
 
