@@ -204,6 +204,8 @@ class CGANTraining(DCGANTraining):
     system: ClassVar[str] = "cgan"
     ranges: ClassVar[dict[str, tuple[float, float]]] = {"embedding": (1, 2**13)}
 
+    steps: int = 3000
+    """Training steps in all."""
     embedding: int = 32
     """Length of a class's vector beside the noise."""
     generator_norm: Literal["batch", "conditional"] = "batch"
@@ -221,6 +223,8 @@ class Text2ImageTraining(DCGANTraining):
         "text_width": (4, 2**13), "text_layers": (1, 100), "condition": (1, 2**13)
     }  # fmt: skip
 
+    steps: int = 3000
+    """Training steps in all."""
     text_encoder: str = "transformer"
     """transformer, trained with the rest, or the name or folder of a Hugging Face text encoder, used as it is."""
     text_width: int = 64
@@ -233,13 +237,18 @@ class Text2ImageTraining(DCGANTraining):
 
 @dataclass(frozen=True)
 class VAETraining(TrainConfig):
-    """Train a variational autoencoder (Kingma and Welling 2014; with beta, Higgins et al. 2017)."""
+    """Train a variational autoencoder (Kingma and Welling 2014; with beta, Higgins et al. 2017).
+
+    It reconstructs, denoises, fills in and enlarges images too.
+    """
 
     system: ClassVar[str] = "vae"
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
-        "nz": (1, 2**13), "width": (1, 2**13), "beta": (0, 1e30), "warm_up": (0, 1), "noise": (0, 100),
+        "nz": (1, 2**13), "width": (1, 2**13), "beta": (0, 1e30), "warm_up": (0, 1),
     }  # fmt: skip
 
+    steps: int = 2000
+    """Training steps in all."""
     lr: float = 1e-3
     """Learning rate."""
     beta1: float = 0.9
@@ -258,10 +267,6 @@ class VAETraining(TrainConfig):
     """Weight of the KL term."""
     warm_up: float = 0.1
     """Share of the steps over which that weight grows from 0."""
-    task: Literal["reconstruct", "denoise", "inpaint", "upscale"] = "reconstruct"
-    """What the encoder is given: the image, with noise, with a rectangle missing, or at a quarter of the size."""
-    noise: float = 0.5
-    """Standard deviation of denoise's noise; images are in [-1, 1]."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from fastgen.errors import DataError
 from fastgen.training import CONFIGS, load_model, train
 from fastgen.training.augment import augment
 from fastgen.training.checkpoint import load_meta
-from fastgen.training.corruption import corrupt, missing_rectangles
 from fastgen.training.recipes import RECIPES
 from fastgen.training.recipes.cyclegan import ImagePool
 
@@ -33,7 +32,7 @@ RUNS = {
     "vae": ("vae", {"batch_size": 4, "image_size": 16, "nz": 4, "width": 2}),
     "vae, mlp": (
         "vae",
-        {"batch_size": 4, "image_size": 8, "nz": 4, "width": 2, "architecture": "mlp", "task": "inpaint"},
+        {"batch_size": 4, "image_size": 8, "nz": 4, "width": 2, "architecture": "mlp"},
     ),
     "cyclegan": (
         "cyclegan",
@@ -222,20 +221,6 @@ def test_augmentations_change_each_image_by_itself_and_pass_gradients():
     cut = augment(torch.ones(50, 1, 16, 16), ["cutout"], torch.Generator().manual_seed(0))
     missing = (cut == 0).sum((1, 2, 3))
     assert missing.max() == 64 and missing.min() < 64 and ((cut == 0) | (cut == 1)).all()
-
-
-def test_what_a_vae_is_given_for_each_task():
-    images = torch.rand(64, 1, 16, 16) * 2 - 1
-    given = {
-        task: corrupt(images, task, torch.Generator().manual_seed(0), 0.3)
-        for task in ("reconstruct", "denoise", "inpaint", "upscale")
-    }
-    assert given["reconstruct"] is images
-    assert (given["denoise"] - images).std().item() == pytest.approx(0.3, rel=0.05)
-    missing = missing_rectangles(images, torch.Generator().manual_seed(0))
-    assert torch.equal(given["inpaint"], torch.where(missing, 0.0, images))
-    assert 64 <= missing.sum((1, 2, 3)).min() <= missing.sum((1, 2, 3)).max() <= 144
-    assert given["upscale"].shape == images.shape and given["upscale"].var() < images.var()
 
 
 def without(data, *names):

@@ -6,13 +6,12 @@ from torch import Tensor
 
 from fastgen import losses
 from fastgen.training.config import VAETraining
-from fastgen.training.corruption import corrupt
 from fastgen.training.recipes.base import Recipe
 
 
 class VAERecipe(Recipe):
     """The evidence lower bound, with a weight on its KL term (Kingma and Welling 2014, arXiv:1312.6114; Higgins et al. 2017)
-    that grows at first (Bowman et al. 2016, arXiv:1511.06349); where there is a task, of the whole image given a damaged one.
+    that grows at first (Bowman et al. 2016, arXiv:1511.06349).
     """
 
     parts: ClassVar = {"model": ("",)}
@@ -36,9 +35,8 @@ class VAERecipe(Recipe):
     def step(self, step: int) -> dict[str, Tensor]:
         config, model = self.config, self.model
         (batch,) = self.next_batches()
-        given = corrupt(batch.images, config.task, self.noise, config.noise)
         with self.autocast():
-            mu, logvar = model.encode(given)
+            mu, logvar = model.encode(batch.images)
             z, kl = model.reparameterize(mu.float(), logvar.float())
             reconstruction = model.decode(z).float()
         model.fit_log_std(losses.l2_loss(reconstruction, batch.images), 0.05)
@@ -51,20 +49,19 @@ class VAERecipe(Recipe):
     @torch.no_grad()
     def finish_average(self) -> None:
         super().finish_average()
-        errors = [losses.l2_loss(self.ema.model(given, noise)[0], images) for given, images, noise in self._held()]
+        errors = [losses.l2_loss(self.ema.model(images, noise)[0], images) for images, noise in self._some()]
         self.ema.model.fit_log_std(torch.stack(errors).mean())
 
     def calibrate(self, model: Any) -> None:
-        for given, _, noise in self._held():
-            model(given, noise)
+        for images, noise in self._some():
+            model(images, noise)
 
-    def _held(self) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
-        """What the encoder is given, the images, and noise: some of the data, spread out, always the same."""
-        count, task = min(2048, len(self.data)), torch.Generator().manual_seed(self.config.seed)
+    def _some(self) -> Iterator[tuple[Tensor, torch.Generator]]:
+        """Images of the data, spread out, and a source of noise: always the same."""
+        count = min(2048, len(self.data))
         noise = torch.Generator(self.device).manual_seed(self.config.seed)
         for indices in (torch.arange(count) * len(self.data) // count).split(256):
-            images = self.data.batch(indices).to(self.device).images
-            yield corrupt(images, self.config.task, task, self.config.noise), images, noise
+            yield self.data.batch(indices).to(self.device).images, noise
 
     def sample(self, n: int, seed: int) -> Tensor:
         return self.ema.model.sample(n, generator=torch.Generator().manual_seed(seed))
