@@ -247,7 +247,7 @@ class VAETraining(TrainConfig):
         "nz": (1, 2**13), "width": (1, 2**13), "beta": (0, 1e30), "warm_up": (0, 1),
     }  # fmt: skip
 
-    steps: int = 2000
+    steps: int = 1500
     """Training steps in all."""
     lr: float = 1e-3
     """Learning rate."""
@@ -297,15 +297,15 @@ class CycleGANTraining(TrainConfig):
     """Steps between checkpoints, each with a grid of samples."""
     ema_decay: float = 0.99
     """Decay a step of the averaged weights, which make the samples."""
-    generator: Literal["resnet", "unet"] = "resnet"
-    """Architecture of both generators: that of CycleGAN or that of pix2pix."""
+    generator: Literal["unet", "resnet"] = "unet"
+    """Architecture of both generators: that of pix2pix, quicker to learn where the images stay alike, or that of CycleGAN."""
     ngf: int = 16
     """Channels of a generator's first layer."""
     ndf: int = 16
     """Channels of a discriminator's first layer."""
     blocks: int = 6
     """Residual blocks of a ResNet."""
-    unet_depth: int = 6
+    unet_depth: int = 4
     """Layers of a U-Net that halve the image."""
     discriminator_layers: int = 2
     """Hidden layers of a PatchGAN after its first: 3 judges patches of 70x70 pixels, 2 of 34x34."""

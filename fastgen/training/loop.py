@@ -61,8 +61,9 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False) -> Trai
         try:
             return _train(config, folder, data, device, resume)
         except NotFiniteError as error:
-            where = _trace(config, folder, data, device, error.step)
-            raise FastgenError(f"{error}; {where}") from None
+            failure = error.with_traceback(None)  # whose frames hold the recipe, and the memory of its networks
+        where = _trace(config, folder, data, device, failure.step)
+        raise FastgenError(f"{failure}; {where}")
 
 
 def _start(

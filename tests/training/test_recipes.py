@@ -36,7 +36,8 @@ RUNS = {
     ),
     "cyclegan": (
         "cyclegan",
-        {"batch_size": 1, "image_size": 16, "ngf": 2, "ndf": 2, "blocks": 1, "pool_size": 2, "norm": "instance"},
+        {"batch_size": 1, "image_size": 16, "ngf": 2, "ndf": 2, "generator": "resnet", "blocks": 1, "pool_size": 2}
+        | {"norm": "instance"},
     ),
     "cyclegan, unet in bf16": (
         "cyclegan",
