@@ -247,7 +247,7 @@ class VAETraining(TrainConfig):
         "nz": (1, 2**13), "width": (1, 2**13), "beta": (0, 1e30), "warm_up": (0, 1),
     }  # fmt: skip
 
-    steps: int = 1500
+    steps: int = 2500
     """Training steps in all."""
     lr: float = 1e-3
     """Learning rate."""
@@ -259,8 +259,8 @@ class VAETraining(TrainConfig):
     """Convolutions, or two hidden layers of units."""
     nz: int = 32
     """Length of the latent vector."""
-    width: int = 32
-    """Channels of the first convolution, doubled down to 4x4 pixels; for mlp a tenth of the hidden units."""
+    width: int = 16
+    """Channels of the first convolution, doubled down to 4x4 pixels; for mlp a 25th of the hidden units."""
     likelihood: Literal["gaussian", "bernoulli"] = "gaussian"
     """Distribution of a pixel given the latent vector."""
     beta: float = 1.0

@@ -28,7 +28,7 @@ class VAERecipe(Recipe):
             "likelihood": config.likelihood,
         }
         if config.architecture == "mlp":
-            return options | {"width": 10 * config.width}
+            return options | {"width": 25 * config.width}
         halvings = max(1, (config.image_size // 4).bit_length() - 1)  # to about 4x4 pixels
         return options | {"widths": [config.width * 2**level for level in range(halvings)]}
 
