@@ -72,9 +72,9 @@ class CycleGANRecipe(Recipe):
             (model.discriminator_a, a, fake_a, pool["a"]),
             (model.discriminator_b, b, fake_b, pool["b"]),
         ):
-            seen = torch.cat([real, shown(fake.detach().float(), self.noise)])
-            with self.autocast():
-                real_logits, fake_logits = discriminator(seen).float().chunk(2)
+            seen = shown(fake.detach().float(), self.noise)
+            with self.autocast():  # apart, as the generators' step has it: batch norm would tell them from each other
+                real_logits, fake_logits = discriminator(real).float(), discriminator(seen).float()
             d_loss = d_loss + discriminator_loss(real_logits, fake_logits)
         self.update("discriminators", d_loss)
         return {name: value.detach() for name, value in report.items()} | {"d_loss": d_loss.detach()}
