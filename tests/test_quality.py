@@ -26,19 +26,19 @@ def test_rows_are_kept_beside_each_other(tmp_path, monkeypatch):
         quality.Measure("free", 2.0, None, "p3"),
     ]
     (tmp_path / "metrics.jsonl").write_text('{"step": 100, "losses": {"nll": 1.0}, "images_per_second": 32.0}\n')
-    for name in ("vae-restoration-digits", "gan-digits"):
+    for name in ("vae-digits", "gan-digits"):
         quality._keep(name, quality._entry(config, tmp_path, measures))
     text = (tmp_path / "results" / "quality.md").read_text()
     for line in (
-        "| vae-restoration-digits | good | 2 | ≥ 1 ✓ | 1.5 (bicubic) | 5,000 steps, 1.7 min |",
+        "| vae-digits | good | 2 | ≥ 1 ✓ | 1.5 (bicubic) | 2,500 steps, 1.7 min |",
         "|  | bad | 2 | ≤ 1 ✗ |  |  |",
         "|  | free | 2 |  |  |  |",
         "| dcgan-digits | not yet measured |",
     ):
         assert line in text
-    assert "vae-restoration-digits, bad (seed 5, torch" in text and "): p2." in text
+    assert "vae-digits, bad (seed 5, torch" in text and "): p2." in text
     assert set(json.loads((tmp_path / "results" / "quality.json").read_text())) == {
-        "vae-restoration-digits",
+        "vae-digits",
         "gan-digits",
     }
 
