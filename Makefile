@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.fastgen-$(firstword $(shell echo $(CURDIR) | cksum))
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install build demo test lint bench quality clean
+.PHONY: help install build demo test lint bench gpu quality clean
 .DEFAULT_GOAL := help
 
 help: ## say what there is
@@ -37,6 +37,10 @@ bench: build ## measure against PyTorch's own ops
 
 quality: build ## train each system and measure what it draws; one row with ROW=name
 	$(BIN)/python -m benchmarks.quality $(if $(ROW),--row $(ROW)) $(if $(SEED),--seed $(SEED))
+
+gpu: $(INSTALLED) ## prove the Triton kernels; where there is a GPU, also hold them against PyTorch on it and measure
+	$(BIN)/python -m pytest -p no:xdist tests/kernels
+	$(BIN)/python -m benchmarks.gpu benchmarks/results
 
 clean: ## remove what was built here (not .venv, not runs)
 	rm -rf build dist *.egg-info fastgen/_native_*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgen import ops
+from fastgen.ops import _dispatch
 
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+# The implementation that the tests hold against the reference. With TRITON_INTERPRET=1, as tests/kernels runs them: triton.
+OWN = "triton" if _dispatch.INTERPRETED else "cpp"
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,8 +163,9 @@ CASES = [
     _conv("instance", (2, 4, 5, 4), (4, 6, 3, 3), bias=True, norm="instance", affine=False, running=False, stride=2,
           padding=1, output_padding=1, activation="relu"),
     _conv("instance-running", (2, 4, 5, 4), (4, 3, 3, 3), norm="instance", training=True, activation="silu"),
-    _conv("groups", (2, 6, 4, 5), (6, 2, 3, 2), bias=True, training=True, groups=3, stride=(2, 1), padding=(1, 0),
-          activation="sigmoid"),
+    # PyTorch's own error in the gain's gradient is 8 units here for one memory order and 25 for the other.
+    replace(_conv("groups", (2, 6, 4, 5), (6, 2, 3, 2), bias=True, training=True, groups=3, stride=(2, 1), padding=(1, 0),
+          activation="sigmoid"), sum_floor=32.0),
     _conv("dilation", (2, 3, 5, 4), (3, 4, 2, 3), training=True, stride=2, padding=2, dilation=(2, 3), output_padding=(1, 2),
           activation="identity"),
     _conv("gaps", (2, 3, 3, 3), (3, 4, 2, 1), bias=True, training=True, stride=3, output_padding=2, activation="silu"),

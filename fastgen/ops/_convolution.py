@@ -80,6 +80,8 @@ class Geometry:
         It is where Winograd's algorithm pays, in transposed convolutions with four 2x2 phases, for images of one pixel, and to
         few output channels without statistics. In bfloat16 and float16, in which oneDNN multiplies, the last two alone.
         """
+        if weight.is_cuda:
+            return self._wins_on_gpu(weight)
         channels, out_channels = self.channels(weight)
         wide = min(channels, out_channels) >= 16 * self.groups
         exact = weight.dtype in (torch.float32, torch.float64)
@@ -92,7 +94,7 @@ class Geometry:
 
     def wins_weight_grad(self, x: Sequence[int], weight: Tensor) -> bool:
         """The same of the weight's gradient: for Winograd's algorithm and for images of one pixel, in all dtypes."""
-        if min(self.channels(weight)) < 16 * self.groups:
+        if weight.is_cuda or min(self.channels(weight)) < 16 * self.groups:
             return False
         return self._winograd(x, weight, 1024) or (self._one_pixel(x, weight) and x[0] >= 32)
 
@@ -101,6 +103,11 @@ class Geometry:
         grad, opposite = self.sizes(x, weight), self.opposite(x, weight)
         # An output_padding of a stride or more gives other sizes.
         return opposite.wins(grad, weight) and opposite.sizes(grad, weight)[2:] == list(x[2:])
+
+    def _wins_on_gpu(self, weight: Tensor) -> bool:
+        """A guess, nothing is measured yet: cuDNN for strided convolutions, weight gradients and true float32; transposed
+        convolutions, the input gradients of strided ones among them, by output phase on tensor cores."""
+        return self.transposed and weight.dtype in (torch.bfloat16, torch.float16)
 
     def _one_pixel(self, x: Sequence[int], weight: Tensor) -> bool:
         """Whether the images have one pixel: x's when transposed, else the output's."""
@@ -201,7 +208,8 @@ class Geometry:
 
 
 def _has_kernels(x: Tensor) -> bool:
-    return _dispatch.why_not("conv2d_norm_act", "cpp", x.device.type) is None
+    own = _dispatch.own_kernels(x.device.type)
+    return own is not None and _dispatch.why_not("conv2d_norm_act", own, str(x.device), x.dtype) is None
 
 
 _ARGUMENTS = (
@@ -297,7 +305,7 @@ def call(
             f"{tuple(x.shape)} and weight of shape {tuple(weight.shape)}; both must be at least 1"
         )
     batch_stats = _check.tail(x, sizes, **vars(tail))
-    chosen = _dispatch.choose(op, impl, x.device, geometry.wins(x.shape, weight, batch_stats))
+    chosen = _dispatch.choose(op, impl, x, geometry.wins(x.shape, weight, batch_stats))
     if chosen == "reference":
         return tails.reference(geometry.convolve(x, weight, bias), tail)
 
@@ -386,7 +394,7 @@ def define(op: str, geometry_schema: str, geometry_of) -> None:
         f"Tensor? residual, {tails.OPTIONS}, {geometry_schema}, bool save) "
         "-> (Tensor out, Tensor pre, Tensor mean, Tensor var)",
     )
-    _dispatch.register(op, "reference", "cpp")
+    _dispatch.register(op, "reference", "cpp", "triton")
 
     def layout(x, weight):
         return memory_format(is_channels_last(x) or is_channels_last(weight))
@@ -438,6 +446,6 @@ def define(op: str, geometry_schema: str, geometry_of) -> None:
         *of_norm, grad_residual = of_tail
         return *grads, *of_norm, None, None, grad_residual, *(None,) * (count - 8)
 
-    torch.library.impl(name, "CompositeExplicitAutograd")(forward)
+    _dispatch.kernel(op, f"{op}.forward")(forward)
     torch.library.register_fake(name)(fake)
     torch.library.register_autograd(name, backward, setup_context=setup)

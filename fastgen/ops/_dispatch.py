@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
+import importlib.util
 import logging
 import os
 import platform
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -19,6 +25,9 @@ _WRITTEN: dict[str, tuple[str, ...]] = {}  # op -> the implementations it has
 _override = "auto"  # set by use_impl
 _used: Counter[tuple[str, str]] = Counter()
 _log = logging.getLogger("fastgen")
+# Triton's interpreter runs its kernels on the CPU: with TRITON_INTERPRET=1 they take the place of the C++ kernels.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OLDEST_GPU = (8, 0)
 
 
 def register(op: str, *implementations: str) -> None:
@@ -46,38 +55,117 @@ def use_impl(impl: str) -> Iterator[None]:
         _override = before
 
 
-def why_not(op: str, impl: str, device: str) -> str | None:
-    """Why an implementation cannot run an op on a device type; None if it can."""
+def why_not(op: str, impl: str, device: str, dtype: torch.dtype | None = None) -> str | None:
+    """Why an implementation cannot run an op on a device ("cpu", "cuda:0") and a dtype; None if it can."""
     if impl == "reference":
         return None
     if impl not in _WRITTEN[op]:
         return f"fastgen {_version()} has no {impl} kernel for it"
-    if impl == "cpp":
-        return f"cpp kernels run on the CPU, the input is on {device}" if device != "cpu" else _build.load()
-    return "no CUDA device" if not torch.cuda.is_available() else None
+    if impl == "triton":
+        return _why_no_triton(device, dtype)
+    if INTERPRETED:
+        return "TRITON_INTERPRET=1 runs the triton kernels on the CPU in their place"
+    return f"cpp kernels run on the CPU, the input is on {device}" if device != "cpu" else _build.load()
+
+
+@functools.cache
+def _why_no_triton(device: str, dtype: torch.dtype | None) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if dtype == torch.float64:
+        return "triton kernels compute float32, bfloat16 and float16, not float64"
+    if INTERPRETED:
+        return (
+            None if device == "cpu" else f"TRITON_INTERPRET=1 runs triton kernels on the CPU, the input is on {device}"
+        )
+    if not device.startswith("cuda"):
+        return (
+            f"triton kernels run on a GPU, the input is on {device} (TRITON_INTERPRET=1 runs them on the CPU, slowly)"
+        )
+    if not torch.backends.cuda.is_built():
+        return "this PyTorch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device or driver: see nvidia-smi"
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA GPUs"
+    if (found := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
+        return f"the GPU {device} has compute capability {found[0]}.{found[1]}, the kernels need 8.0 (Ampere) or newer"
+    return None
+
+
+def kernels(name: str) -> ModuleType:
+    """A module of fastgen.kernels; from the repository's folder where fastgen runs from a checkout that is not installed."""
+    if "fastgen.kernels" not in sys.modules and importlib.util.find_spec("fastgen.kernels") is None:
+        folder = Path(__file__).parents[2] / "kernels"
+        spec = importlib.util.spec_from_file_location(
+            "fastgen.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        if spec is None or spec.loader is None:
+            raise FastgenError("fastgen.kernels is not installed: install fastgen again")
+        module = sys.modules["fastgen.kernels"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return importlib.import_module(f"fastgen.kernels.{name}")
+
+
+def kernel(op: str, launcher: str, leading: int = 0) -> Callable[[Callable], Callable]:
+    """Registers a function as an op's default kernel, and fastgen.kernels' launcher, "module.function", for a GPU's tensors.
+
+    Where the launcher cannot run, the default does. leading: which argument's device and dtype say so, a tensor or a list.
+    """
+    module, function = launcher.split(".")
+
+    def registered(default: Callable) -> Callable:
+        def run(*args):
+            like = args[leading]
+            like = like[0] if isinstance(like, list | tuple) else like
+            if _why_no_triton(str(like.device), like.dtype) is None:
+                return getattr(kernels(module), function)(*args)
+            return default(*args)
+
+        torch.library.impl(f"fastgen::{op}", "CompositeExplicitAutograd")(default)
+        torch.library.impl(f"fastgen::{op}", "cpu" if INTERPRETED else "cuda")(run)
+        return default
+
+    return registered
 
 
 @torch.compiler.assume_constant_result
-def _choose(op: str, impl: str, device: str, best: str) -> str:
+def _choose(op: str, impl: str, device: str, dtype: torch.dtype, best: bool) -> str:
     source = "impl"
     if impl == "auto":
         impl, source = _checked(os.environ.get("FASTGEN_IMPL", "auto"), "FASTGEN_IMPL"), "FASTGEN_IMPL"
     if impl == "auto":
-        here = device == "cpu" and why_not(op, "cpp", device) is None
-        impl = best if here else "reference"
-    elif reason := why_not(op, _checked(impl, source), device):
+        own = own_kernels(device)
+        reason = "" if own is None else why_not(op, own, device, dtype)
+        if own == "triton" and reason and dtype != torch.float64:
+            _say_once(reason)
+        impl = "reference" if own is None or reason else own if best else "composed"
+    elif reason := why_not(op, _checked(impl, source), device, dtype):
         raise FastgenError(f"{source}={impl!r} cannot run {op}: {reason}")
     _used[op, impl] += 1
     return impl
 
 
-def choose(op: str, impl: str, device: torch.device, wins: bool = True) -> str:
-    """The implementation that runs op on a tensor of this device. Raises if one was asked for that cannot.
+def own_kernels(device: str) -> str | None:
+    """The implementation that auto takes on a device, if it can run: cpp, triton or none."""
+    if device == "cpu":
+        return "triton" if INTERPRETED else "cpp"
+    return "triton" if device.startswith("cuda") else None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    _log.warning("the triton kernels are not available, PyTorch's own ops are used: %s", reason)
+
+
+def choose(op: str, impl: str, x: torch.Tensor, wins: bool = True) -> str:
+    """The implementation that runs op on a tensor like x. Raises if one was asked for that cannot.
 
     Where the whole op's kernel does not win, auto is "composed": PyTorch's convolution and fastgen's norm_act.
     """
-    best = "cpp" if wins else "composed"  # under torch.compile with dynamic sizes, `wins` becomes a guard here
-    return _choose(op, _override if impl == "auto" else impl, device.type, best)
+    device = x.device.type if x.device.index is None else f"{x.device.type}:{x.device.index}"
+    # under torch.compile with dynamic sizes, `wins` becomes a guard here
+    return _choose(op, _override if impl == "auto" else impl, device, x.dtype, bool(wins))
 
 
 def implementations_used() -> dict[str, dict[str, int]]:
@@ -94,6 +182,13 @@ def _version() -> str:
     return __version__
 
 
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def info() -> str:
     """A table op x implementation with the reason for each absence, and what this machine is. Builds nothing."""
     build = _build.status()
@@ -102,6 +197,7 @@ def info() -> str:
         f"CPU instruction set: {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}",
         f"C++ kernels: {f'{build.how}, {build.path}' if build.path else build.reason}; compiler: {build.compiler or 'none'}",
         f"CUDA: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no device'}",
+        f"Triton: {_triton_version()}",
         "",
         f"{'op':32}" + "".join(f"{impl:>11}" for impl in IMPLEMENTATIONS),
     ]
@@ -112,7 +208,7 @@ def info() -> str:
             if impl == "cpp" and impl in written:
                 reason = None if build.path else build.reason
             else:
-                reason = why_not(op, impl, "cpu" if impl in ("reference", "cpp") else "cuda")
+                reason = why_not(op, impl, "cpu" if INTERPRETED or impl in ("reference", "cpp") else "cuda")
             cells.append("yes" if reason is None else f"no [{notes.setdefault(reason, len(notes) + 1)}]")
         lines.append(f"{op:32}" + "".join(f"{cell:>11}" for cell in cells))
     return "\n".join(lines + [f"[{number}] {reason}" for reason, number in notes.items()])

@@ -26,7 +26,7 @@ torch.library.define(
     "(Tensor grad_out, Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? residual, bool batch_stats, "
     f"{OPTIONS}) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
 )
-_dispatch.register("norm_act", "reference", "cpp")
+_dispatch.register("norm_act", "reference", "cpp", "triton")
 
 
 def norm_act(
@@ -63,7 +63,7 @@ def norm_act(
         activation: "identity", "relu", "leaky_relu" (slope negative_slope below 0), "tanh", "sigmoid" or "silu".
         inplace: as of torch.nn's activations: y must not be changed before the backward pass, which may then use y and keep
             nothing else. Without a norm "leaky_relu" does; "relu" always does, as PyTorch's. No input is written to.
-        impl: "auto", "reference" or "cpp".
+        impl: "auto", "reference", "cpp" or "triton".
 
     Returns:
         y, of x's shape and dtype. Sums run in float32 (float64 for float64).
@@ -84,7 +84,7 @@ def norm_act(
         activation, negative_slope, inplace,
     )  # fmt: skip
     batch_stats = _check.tail(x, x.shape, **vars(tail))
-    if _dispatch.choose("norm_act", impl, x.device) == "reference":
+    if _dispatch.choose("norm_act", impl, x) == "reference":
         return reference(x, tail)
     out, mean, var = torch.ops.fastgen.norm_act(x, *tail.tensors(batch_stats), *tail.options())
     if batch_stats:
@@ -204,7 +204,7 @@ def _no_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(0, dtype=accumulation_dtype(x)), x.new_empty(0, dtype=accumulation_dtype(x))
 
 
-@torch.library.impl("fastgen::norm_act", "CompositeExplicitAutograd")
+@_dispatch.kernel("norm_act", "norm_act.forward")
 def _forward(x, weight, bias, mean, var, residual, norm, num_groups, eps, activation, negative_slope):
     z = x.to(accumulation_dtype(x))
     batch_stats = norm != "none" and mean is None
@@ -278,7 +278,7 @@ def _activation_grad(grad, z, activation, negative_slope):
             return grad * 1
 
 
-@torch.library.impl("fastgen::norm_act_backward", "CompositeExplicitAutograd")
+@_dispatch.kernel("norm_act_backward", "norm_act.backward", leading=1)
 def _backward(grad_out, x, weight, bias, mean, var, residual, *options):
     grad_x, *of_parameters, grad_residual = _backward_formula(grad_out, x, weight, bias, mean, var, residual, *options)
     layout = memory_format(is_channels_last(x))

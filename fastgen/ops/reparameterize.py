@@ -27,7 +27,7 @@ torch.library.define(
     "(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar, Tensor key, Tensor? prior_mean, Tensor? prior_logvar, "
     f"int num_samples, {OPTIONS}) -> (Tensor mu, Tensor logvar, Tensor prior_mean, Tensor prior_logvar)",
 )
-_dispatch.register("reparameterize", "reference", "cpp")
+_dispatch.register("reparameterize", "reference", "cpp", "triton")
 
 
 def reparameterize(
@@ -47,7 +47,7 @@ def reparameterize(
         num_samples: draws for each input, as importance weighting needs; None: one, without a dimension of its own.
         logvar_range: (least, greatest), to which logvar is clamped; None for either: no bound. No gradient outside.
         generator: of mu's device; None: PyTorch's own.
-        impl: "auto", "reference" or "cpp".
+        impl: "auto", "reference", "cpp" or "triton".
 
     Returns:
         z of mu's shape, or (num_samples, N, *), in mu's dtype. Noise and arithmetic are float32 (float64 for float64).
@@ -151,7 +151,7 @@ def _sample(
              for name, value in (("prior_mean", prior_mean), ("prior_logvar", prior_logvar))]  # fmt: skip
     checked = options.checked()
     key = torch.randint(2**63 - 1, (2,), generator=generator, device=mu.device)
-    if _dispatch.choose("reparameterize", impl, mu.device) == "reference":
+    if _dispatch.choose("reparameterize", impl, mu) == "reference":
         eps = _noise_like(reference_normal, mu, key, checked[0])
         return _formula(mu, logvar, prior[0], prior[1], eps, 0, *checked)
     return torch.ops.fastgen.reparameterize(mu, logvar, key, *prior, *checked)
@@ -253,7 +253,7 @@ def _philox_normal_fake(key, size, dtype):
     return key.new_empty((*key.shape[:-1], *size), dtype=dtype)
 
 
-@torch.library.impl("fastgen::reparameterize", "CompositeExplicitAutograd")
+@_dispatch.kernel("reparameterize", "reparameterize.forward")
 def _forward(mu, logvar, key, prior_mean, prior_logvar, num_samples, *options):
     eps = _noise_like(torch.ops.fastgen.philox_normal, mu, key, num_samples)
     z, kl = _formula(mu, logvar, prior_mean, prior_logvar, eps, key.dim() - 1, num_samples, *options)
@@ -301,7 +301,7 @@ def _backward_formula(
     return for_mu.to(mu.dtype), for_logvar.to(mu.dtype), *for_prior
 
 
-@torch.library.impl("fastgen::reparameterize_backward", "CompositeExplicitAutograd")
+@_dispatch.kernel("reparameterize_backward", "reparameterize.backward", leading=2)
 def _backward(grad_z, grad_kl, mu, logvar, key, prior_mean, prior_logvar, num_samples, *options):
     eps = _noise_like(torch.ops.fastgen.philox_normal, mu, key, num_samples) if grad_z is not None else None
     found = _backward_formula(

@@ -23,7 +23,7 @@ torch.library.define(
     "-> Tensor[]",
 )
 for _name in ("spectral_norm", "spectral_norm_group"):
-    _dispatch.register(_name, "reference", "cpp")
+    _dispatch.register(_name, "reference", "cpp", "triton")
 
 
 def spectral_norm(
@@ -47,7 +47,7 @@ def spectral_norm(
         n_power_iterations: steps u = W v / max(|W v|, eps), then v = W^T u / max(|W^T u|, eps), if training.
         training: False: u and v are taken as they are.
         v_first: a step is v, then u, as in torch.nn.utils.spectral_norm.
-        impl: "auto", "reference" or "cpp".
+        impl: "auto", "reference", "cpp" or "triton".
 
     Returns:
         weight / sigma; sigma, a scalar in float32 (float64 for float64); u and v after the steps, new tensors in the dtype they
@@ -100,7 +100,7 @@ def _run(op, weights, us, vs, dims, n_power_iterations, eps, training, v_first, 
     options = (dims, n_power_iterations if training else 0, float(eps), v_first)
     if any(weight.device != weights[0].device for weight in weights):
         raise ValueError("weights must be on one device: move them")
-    if _dispatch.choose(op, impl, weights[0].device) == "reference":
+    if _dispatch.choose(op, impl, weights[0]) == "reference":
         return _formula(weights, us, vs, *options)
     return tuple(torch.ops.fastgen.spectral_norm(weights, us, vs, *options))
 
@@ -150,7 +150,7 @@ def _one(weight, u, v, dim, n_power_iterations, eps, v_first):
     return (weight / sigma).to(weight.dtype), sigma, new_u.to(u.dtype), new_v.to(v.dtype)
 
 
-@torch.library.impl("fastgen::spectral_norm", "CompositeExplicitAutograd")
+@_dispatch.kernel("spectral_norm", "spectral_norm.forward")
 def _forward(weights, us, vs, *options):
     outs, *rest = _formula(weights, us, vs, *options)
     return [_like(out, weight) for out, weight in zip(outs, weights, strict=True)], *rest
@@ -182,7 +182,7 @@ def _backward_formula(grad_outs, grad_sigmas, weights, us, vs, dims):
     return grads
 
 
-@torch.library.impl("fastgen::spectral_norm_backward", "CompositeExplicitAutograd")
+@_dispatch.kernel("spectral_norm_backward", "spectral_norm.backward", leading=2)
 def _backward(grad_outs, grad_sigmas, weights, sigmas, us, vs, dims):
     grads = _backward_formula(grad_outs, grad_sigmas, weights, us, vs, dims)
     return [_like(grad, weight) for grad, weight in zip(grads, weights, strict=True)]

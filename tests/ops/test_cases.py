@@ -12,9 +12,9 @@ from torch import Tensor
 from fastgen import ops
 from fastgen.ops import _convolution
 from fastgen.ops.norm_act import activate
-from tests.cases import CASES, LARGE, SAMPLER, SMALL, SPECTRAL, UNIT_ROUNDOFF, OpCase
+from tests.cases import CASES, LARGE, OWN, SAMPLER, SMALL, SPECTRAL, UNIT_ROUNDOFF, OpCase
 
-IMPLEMENTATIONS = ("reference", "cpp")
+IMPLEMENTATIONS = ("reference", OWN)
 
 
 def by_id(cases):
@@ -59,7 +59,7 @@ def check_parity(case: OpCase, dtype: torch.dtype, channels_last: bool, winograd
     upstream *= z.abs() > (64 if winograd else 16) * UNIT_ROUNDOFF[dtype] * z.abs().amax()
     exact = observe(case, exact_inputs, upstream, "reference")
     theirs = observe(case, tensors, upstream, "reference")
-    ours = observe(case, tensors, upstream, "cpp")
+    ours = observe(case, tensors, upstream, OWN)
     for name in exact:
         if name == "grad of bias" and case.batch_stats:
             continue  # exactly zero: what is left is rounding in all three
@@ -179,7 +179,7 @@ def test_without_weight_grads():
         found.append(torch.autograd.grad(grad.square().sum(), weight)[0])
     torch.testing.assert_close(*found)
     with ops.without_weight_grads():
-        out = ops.conv2d_norm_act(x, weight, norm="instance", impl="cpp").sum()
+        out = ops.conv2d_norm_act(x, weight, norm="instance", impl=OWN).sum()
         assert torch.autograd.grad(out, weight, allow_unused=True) == (None,)
 
 
@@ -219,7 +219,7 @@ def test_third_derivative(case, own_kernels):
     if "output_padding" in case.options:
         pytest.skip("PyTorch has no third derivative of a transposed convolution with output_padding")
     found = []
-    for call in (lambda t: case.call(t, impl="cpp"), lambda t: elementary(case, t)):
+    for call in (lambda t: case.call(t, impl=OWN), lambda t: elementary(case, t)):
         tensors = differentiable(case.tensors(torch.float64))
         leaves = [t for t in tensors.values() if t.requires_grad]
         value = call(tensors).pow(3).mean()
@@ -243,7 +243,7 @@ def recorded_calls(case: OpCase, dtype: torch.dtype, channels_last: bool):
             return func(*args, **(kwargs or {}))
 
     with Record():
-        case.call(differentiable(case.tensors(dtype, channels_last)), impl="cpp").sum().backward()
+        case.call(differentiable(case.tensors(dtype, channels_last)), impl=OWN).sum().backward()
     return calls
 
 
@@ -268,9 +268,9 @@ def test_compile(case, own_kernels):
     """One graph, forward and backward, with the eager result."""
     tensors = case.tensors(torch.float32)
     upstream = torch.ones_like(case.call({name: t.clone() for name, t in tensors.items()}, impl="reference"))
-    eager = observe(case, tensors, upstream, "cpp")
+    eager = observe(case, tensors, upstream, OWN)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda t: case.call(t, impl="cpp"), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda t: case.call(t, impl=OWN), fullgraph=True, backend="aot_eager")
     again = differentiable({name: t.clone() for name, t in case.tensors(torch.float32).items()})
     out = compiled(again)
     out.sum().backward()
@@ -285,7 +285,7 @@ def test_compile(case, own_kernels):
 def test_compile_with_inductor(case):
     """The default backend, with a dynamic batch size, in training."""
     torch._dynamo.reset()
-    compiled = torch.compile(lambda t: case.call(t, impl="cpp").sin(), fullgraph=True, dynamic=True)
+    compiled = torch.compile(lambda t: case.call(t, impl=OWN).sin(), fullgraph=True, dynamic=True)
     for seed, samples in ((0, 3), (1, 5)):
         tensors = case.tensors(torch.float32, seed=seed)
         tensors["x"] = torch.randn(samples, *tensors["x"].shape[1:], generator=torch.Generator().manual_seed(seed))
@@ -372,7 +372,7 @@ def test_thread_count_does_not_matter(case):
             torch.set_num_threads(count)
             tensors = case.tensors(torch.float32)
             seen.append(
-                (case.call(tensors, impl="cpp"), tensors["x"], *(t for n, t in tensors.items() if "running" in n))
+                (case.call(tensors, impl=OWN), tensors["x"], *(t for n, t in tensors.items() if "running" in n))
             )
     finally:
         torch.set_num_threads(threads)

@@ -1,5 +1,6 @@
 """The choice of an implementation, and what is said when one is missing."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 
 from fastgen import ops
 from fastgen.errors import UsageError
+from fastgen.ops import _dispatch
 from tests.cases import CASES
 
 X = torch.ones(2, 3, 4, 4)
@@ -44,10 +46,39 @@ def test_use_impl_ends_with_its_context():
     assert calls("cpp") == before + 1
 
 
-@pytest.mark.parametrize("impl", ("cuda", "triton"))
-def test_missing_kernel_is_an_error_when_asked_for(impl):
-    with pytest.raises(RuntimeError, match=f"impl='{impl}' cannot run norm_act: fastgen .* has no {impl} kernel"):
-        ops.norm_act(X, norm="none", impl=impl)
+def test_missing_kernel_is_an_error_when_asked_for():
+    with pytest.raises(RuntimeError, match=r"impl='cuda' cannot run norm_act: fastgen .* has no cuda kernel"):
+        ops.norm_act(X, norm="none", impl="cuda")
+    with pytest.raises(
+        RuntimeError, match=r"impl='triton' cannot run norm_act: triton kernels run on a GPU, .* on cpu"
+    ):
+        ops.norm_act(X, norm="none", impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("found", "dtype", "reason"),
+    [
+        ({"find_spec": None}, torch.float32, "triton is not installed"),
+        ({"is_built": False}, torch.float32, "built without CUDA"),
+        ({"is_available": False}, torch.float32, "no CUDA device or driver"),
+        ({"get_device_capability": (7, 5)}, torch.float32, "has compute capability 7.5, the kernels need 8.0"),
+        ({}, torch.float64, "not float64"),
+        ({}, torch.bfloat16, None),
+    ],
+    ids=lambda v: next(iter(v), "all there") if isinstance(v, dict) else str(v),
+)
+def test_why_triton_cannot_run(found, dtype, reason, monkeypatch):
+    """Each thing that a GPU needs, by itself."""
+    there = {"find_spec": True, "is_built": True, "is_available": True, "get_device_capability": (9, 0)} | found
+    owners = (importlib.util, torch.backends.cuda, torch.cuda, torch.cuda)
+    for (name, value), owner in zip(there.items(), owners, strict=True):
+        monkeypatch.setattr(owner, name, lambda *_, value=value: value)
+    _dispatch._why_no_triton.cache_clear()
+    try:
+        said = _dispatch.why_not("norm_act", "triton", "cuda:0", dtype)
+    finally:
+        _dispatch._why_no_triton.cache_clear()
+    assert said is None if reason is None else reason in said
 
 
 def test_cpp_on_another_device():
@@ -72,7 +103,7 @@ def test_info_names_every_op_and_each_reason():
     text = ops.info()
     for case in CASES:
         assert case.op in text
-    assert "no triton kernel" in text and torch.__version__ in text
+    assert "no cuda kernel" in text and "Triton: " in text and torch.__version__ in text
 
 
 WITHOUT_NATIVE = """
@@ -90,7 +121,7 @@ for case in SMALL:
     upstream = torch.ones_like(case.call({n: t.clone() for n, t in tensors.items()}, impl="reference"))
     expected = observe(case, tensors, upstream, "reference")
     torch.testing.assert_close(observe(case, tensors, upstream, "auto"), expected)
-    _dispatch._choose = lambda op, impl, device, wins: "cpp"  # on to the registered op, whose default kernel runs
+    _dispatch._choose = lambda *_: "cpp"  # on to the registered op, whose default kernel runs
     torch.testing.assert_close(observe(case, tensors, upstream, "auto"), expected, rtol=1e-6, atol=1e-9)
     _dispatch._choose = choose
 assert len(said) == 1 and "FASTGEN_BUILD=0" in said[0], said

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from fastgen import ops
-from tests.cases import SPECTRAL, UNIT_ROUNDOFF
+from tests.cases import OWN, SPECTRAL, UNIT_ROUNDOFF
 from tests.ops.test_cases import by_id, error
 
-IMPLEMENTATIONS = ("reference", "cpp")
+IMPLEMENTATIONS = ("reference", OWN)
 SHORT = [case for case in SPECTRAL if case.shapes["v"][0] < 1000]
 OUTPUTS = ("out", "sigma", "u", "v")
 
@@ -103,7 +103,7 @@ def test_opcheck(case, dtype):
         case.options.get("v_first", False),
     )
     torch.library.opcheck(torch.ops.fastgen.spectral_norm.default, arguments, rtol=1e-2, atol=1e-2)
-    out, sigma, u, v = (t.detach() for t in case.call(tensors, impl="cpp"))
+    out, sigma, u, v = (t.detach() for t in case.call(tensors, impl=OWN))
     grads = ([torch.randn_like(out).requires_grad_()], [torch.randn_like(sigma).requires_grad_()])
     arguments = (*grads, [weight], [sigma], [u], [v], [case.options["dim"]])
     torch.library.opcheck(torch.ops.fastgen.spectral_norm_backward.default, arguments, rtol=1e-2, atol=1e-2)
@@ -112,9 +112,9 @@ def test_opcheck(case, dtype):
 @by_id(SHORT)
 def test_compile(case):
     torch._dynamo.reset()
-    compiled = torch.compile(lambda t: case.call(t, impl="cpp"), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda t: case.call(t, impl=OWN), fullgraph=True, backend="aot_eager")
     found = []
-    for call in (compiled, lambda t: case.call(t, impl="cpp")):
+    for call in (compiled, lambda t: case.call(t, impl=OWN)):
         tensors = inputs(case, torch.float32)
         weight = tensors["weight"].requires_grad_()
         out, sigma, u, v = call(tensors)
@@ -126,7 +126,7 @@ def test_compile(case):
 def test_compile_with_inductor():
     torch._dynamo.reset()
     weight, u, v = (t.requires_grad_(t.dim() > 1) for t in inputs(SPECTRAL[0], torch.float32).values())
-    call = torch.compile(lambda w: ops.spectral_norm(w, u, v, impl="cpp")[0].sin(), fullgraph=True)
+    call = torch.compile(lambda w: ops.spectral_norm(w, u, v, impl=OWN)[0].sin(), fullgraph=True)
     found = [torch.autograd.grad(f(weight).sum(), weight)[0]
              for f in (call, lambda w: ops.spectral_norm(w, u, v, impl="reference")[0].sin())]  # fmt: skip
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
@@ -194,10 +194,10 @@ def test_group_is_the_single_op_for_each():
             torch.set_num_threads(count)
             weights, us, vs = ([t[name].detach().requires_grad_() for t in tensors] for name in ("weight", "u", "v"))
             if grouped:
-                outs, sigmas, us, vs = ops.spectral_norm_group(weights, us, vs, dims=dims, impl="cpp")
+                outs, sigmas, us, vs = ops.spectral_norm_group(weights, us, vs, dims=dims, impl=OWN)
             else:
                 single = (
-                    ops.spectral_norm(*t, dim=dim, impl="cpp") for *t, dim in zip(weights, us, vs, dims, strict=True)
+                    ops.spectral_norm(*t, dim=dim, impl=OWN) for *t, dim in zip(weights, us, vs, dims, strict=True)
                 )
                 outs, sigmas, us, vs = (list(of) for of in zip(*single, strict=True))
             loss = sum(out.double().square().sum() + sigma for out, sigma in zip(outs, sigmas, strict=True))
@@ -267,7 +267,7 @@ def test_default_kernels(tmp_path):
         "dtype = torch.float64\n"
         "for case in SPECTRAL:\n"
         "    expected = observe(case, inputs(case, dtype), 'reference')\n"
-        "    choose, _dispatch._choose = _dispatch._choose, lambda op, impl, device, wins: 'cpp'\n"
+        "    choose, _dispatch._choose = _dispatch._choose, lambda *_: 'cpp'\n"
         "    found = observe(case, inputs(case, dtype), 'cpp')\n"
         "    _dispatch._choose = choose\n"
         "    torch.testing.assert_close(found, expected)\n"

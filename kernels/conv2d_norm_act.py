@@ -1,0 +1,10 @@
+"""The convolution with its norm and activation: kernels/_convolution.py, with reflection as an index."""
+
+from fastgen.kernels import _convolution
+
+
+def forward(x, weight, bias, norm_weight, norm_bias, mean, var, residual, *rest):
+    """The op fastgen::conv2d_norm_act."""
+    *options, stride, padding, reflect, groups, dilation, save = rest
+    geometry = (stride, padding, None, groups, dilation, reflect)
+    return _convolution.forward(x, weight, bias, norm_weight, norm_bias, mean, var, residual, *options, *geometry, save)

@@ -1,0 +1,323 @@
+"""weight / sigma for many weights: a fixed number of launches, however many weights there are.
+
+A weight is a matrix W of rows along its `dim` and columns along the rest. One pass over W gives t = W v of some rows and what
+they add to s = W^T t, while they are in the cache; a second launch adds those parts; then u = t / |t|, v = s / |s| and, with
+W^T u = s / |t|, sigma = u^T W v = (s / |t|) . v need no further pass, and a third launch writes them and weight / sigma. With
+v_first the same holds of the transposed matrix, u and v in each other's place.
+
+Sums are float32, in a fixed order. Every program finds its weight and its part of it in a table on the device, which is made
+once for the shapes; the tensors' addresses come as arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from fastgen.kernels._common import in_order, is_channels_last, launch
+from torch import Tensor
+
+ROWS, COLUMNS, CHUNK = 16, 128, 2048  # a tile of the products; elements of a program of the other passes
+MOST_WEIGHTS = 32  # of a launch
+FIELDS = tl.constexpr(12)  # of a weight in the table
+
+
+@triton.jit
+def pick(pointers, index, COUNT: tl.constexpr):
+    chosen = pointers[0]
+    for i in tl.static_range(1, COUNT):
+        if index == i:
+            chosen = pointers[i]
+    return chosen
+
+
+@triton.jit
+def field(table, weight, FIELD: tl.constexpr):
+    return tl.load(table + weight * FIELDS + FIELD)
+
+
+@triton.jit
+def shape(table, weight):
+    """rows, inner and columns of the matrix, and spread.
+
+    Element (r, m) lies at m / inner * rows * inner + r * inner + m % inner, where m counts columns in memory's order: column
+    m % spread * (columns / spread) + m / spread of the matrix.
+    """
+    return field(table, weight, 0), field(table, weight, 1), field(table, weight, 2), field(table, weight, 3)
+
+
+@triton.jit
+def products(
+    weights, vectors, others, table, blocks, t, parts, norms, COUNT: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ITERATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Some lines (rows, or columns if TRANSPOSED) of t = W vector. ITERATE: their part of W^T t, and |t|^2; else other . t."""
+    block = tl.program_id(0)
+    index = tl.load(blocks + 2 * block)
+    number = tl.load(blocks + 2 * block + 1)
+    rows, inner, columns, spread = shape(table, index)
+    lines = columns if TRANSPOSED else rows
+    length = rows if TRANSPOSED else columns
+    line = number * ROWS + tl.arange(0, ROWS)
+    valid = line < lines
+    weight = pick(weights, index, COUNT)
+    vector = pick(vectors, index, COUNT)
+    base = line // inner * rows * inner + line % inner if TRANSPOSED else line * inner
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, length, COLUMNS):
+        m = first + tl.arange(0, COLUMNS)
+        inside = m < length
+        if TRANSPOSED:
+            step = m * inner
+            place = m
+        else:
+            step = m // inner * rows * inner + m % inner
+            place = m % spread * (columns // spread) + m // spread
+        w = tl.load(weight + base[:, None] + step[None, :], valid[:, None] & inside[None, :], 0.0).to(tl.float32)
+        total += w * tl.load(vector + place, inside, 0.0)[None, :]
+    product = tl.sum(total, 1)
+    if ITERATE:
+        tl.store(t + field(table, index, 4) + line, product, valid)
+        tl.store(norms + block, tl.sum(product * product, 0))
+        to = parts + field(table, index, 5) + number * length
+        for first in range(0, length, COLUMNS):
+            m = first + tl.arange(0, COLUMNS)
+            inside = m < length
+            step = m * inner if TRANSPOSED else m // inner * rows * inner + m % inner
+            w = tl.load(weight + base[:, None] + step[None, :], valid[:, None] & inside[None, :], 0.0).to(tl.float32)
+            tl.store(to + m, tl.sum(w * product[:, None], 0), inside)
+    else:
+        place = line % spread * (columns // spread) + line // spread if TRANSPOSED else line
+        other = tl.load(pick(others, index, COUNT) + place, valid, 0.0)
+        tl.store(norms + block, tl.sum(product * other, 0))
+
+
+@triton.jit
+def add_parts(table, blocks, parts, s, norms, TRANSPOSED: tl.constexpr, CHUNK: tl.constexpr):
+    """Some elements of s = W^T t, and |s|^2 of them."""
+    block = tl.program_id(0)
+    index = tl.load(blocks + 2 * block)
+    rows, _, columns, _ = shape(table, index)
+    length = rows if TRANSPOSED else columns
+    m = tl.load(blocks + 2 * block + 1) * CHUNK + tl.arange(0, CHUNK)
+    inside = m < length
+    source = parts + field(table, index, 5) + m
+    total = tl.zeros((CHUNK,), tl.float32)
+    for _ in range(0, field(table, index, 8)):
+        total += tl.load(source, inside, 0.0)
+        source += length
+    tl.store(s + field(table, index, 6) + m, total, inside)
+    tl.store(norms + block, tl.sum(total * total, 0))
+
+
+@triton.jit
+def add_up(values, count):
+    total = tl.zeros((256,), tl.float32)
+    for first in range(0, count, 256):
+        i = first + tl.arange(0, 256)
+        total += tl.load(values + i, i < count, 0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def finish(
+    weights, outs, us, vs, sigmas, table, blocks, t, s, t_norms, s_norms, eps, COUNT: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ITERATE: tl.constexpr, SCALE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """ITERATE: u and v from t and s. SCALE: sigma, and weight / sigma."""
+    block = tl.program_id(0)
+    index = tl.load(blocks + 2 * block)
+    number = tl.load(blocks + 2 * block + 1)
+    rows, _, columns, spread = shape(table, index)
+    at = number * CHUNK + tl.arange(0, CHUNK)
+    sigma = add_up(t_norms + field(table, index, 7), field(table, index, 8))
+    if ITERATE:
+        of_t = tl.maximum(tl.sqrt(sigma), eps)
+        of_s = tl.sqrt(add_up(s_norms + field(table, index, 9), field(table, index, 10))) / of_t
+        sigma = of_s * (of_s / tl.maximum(of_s, eps))
+        lines = columns if TRANSPOSED else rows
+        length = rows if TRANSPOSED else columns
+        first = tl.load(t + field(table, index, 4) + at, at < lines, 0.0) / of_t
+        second = tl.load(s + field(table, index, 6) + at, at < length, 0.0) / of_t / tl.maximum(of_s, eps)
+        place = at % spread * (columns // spread) + at // spread
+        u = pick(us, index, COUNT)
+        v = pick(vs, index, COUNT)
+        if TRANSPOSED:
+            tl.store(v + place, first, at < lines)
+            tl.store(u + at, second, at < length)
+        else:
+            tl.store(u + at, first, at < lines)
+            tl.store(v + place, second, at < length)
+    if SCALE:
+        if number == 0:
+            tl.store(pick(sigmas, index, COUNT), sigma)
+        inside = at < rows * columns
+        weight = pick(weights, index, COUNT)
+        out = pick(outs, index, COUNT)
+        value = tl.load(weight + at, inside, 0.0).to(tl.float32) / sigma
+        tl.store(out + at, value.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def grad_dots(grads, weights, table, blocks, dots, COUNT: tl.constexpr, CHUNK: tl.constexpr):
+    """Parts of grad . weight."""
+    block = tl.program_id(0)
+    index = tl.load(blocks + 2 * block)
+    rows, _, columns, _ = shape(table, index)
+    at = tl.load(blocks + 2 * block + 1) * CHUNK + tl.arange(0, CHUNK)
+    inside = at < rows * columns
+    g = tl.load(pick(grads, index, COUNT) + at, inside, 0.0).to(tl.float32)
+    w = tl.load(pick(weights, index, COUNT) + at, inside, 0.0).to(tl.float32)
+    tl.store(dots + block, tl.sum(g * w, 0))
+
+
+@triton.jit
+def grad_weights(
+    grads, sigmas, grad_sigmas, us, vs, outs, table, blocks, dots, COUNT: tl.constexpr, CHUNK: tl.constexpr
+):
+    """grad / sigma + (grad_sigma - grad . weight / sigma^2) u v^T."""
+    block = tl.program_id(0)
+    index = tl.load(blocks + 2 * block)
+    rows, inner, columns, spread = shape(table, index)
+    at = tl.load(blocks + 2 * block + 1) * CHUNK + tl.arange(0, CHUNK)
+    inside = at < rows * columns
+    sigma = tl.load(pick(sigmas, index, COUNT))
+    dot = add_up(dots + field(table, index, 11), tl.cdiv(rows * columns, CHUNK))
+    slope = tl.load(pick(grad_sigmas, index, COUNT)) - dot / (sigma * sigma)
+    m = at // (rows * inner) * inner + at % inner
+    u = tl.load(pick(us, index, COUNT) + at // inner % rows, inside, 0.0)
+    v = tl.load(pick(vs, index, COUNT) + m % spread * (columns // spread) + m // spread, inside, 0.0)
+    g = tl.load(pick(grads, index, COUNT) + at, inside, 0.0).to(tl.float32)
+    out = pick(outs, index, COUNT)
+    tl.store(out + at, (g / sigma + slope * u * v).to(out.dtype.element_ty), inside)
+
+
+def matrix(weight: Tensor, dim: int) -> tuple[int, int, int, int]:
+    """rows, inner, columns and spread (see `shape`) of a dense weight."""
+    rows = weight.shape[dim]
+    columns = weight.numel() // rows
+    if not is_channels_last(weight):
+        return rows, math.prod(weight.shape[dim + 1 :]), columns, 1
+    return (rows, columns, columns, weight.shape[1]) if dim == 0 else (rows, 1, columns, 1)
+
+
+class Plan:
+    """The programs of each launch for weights of these shapes, and where they find their part."""
+
+    def __init__(self, matrices: Sequence[tuple[int, int, int, int]], transposed: bool, device: torch.device) -> None:
+        lines, sums, elements, fields = [], [], [], []
+        self.t = self.parts = self.s = 0  # sizes of the work space
+        for index, (rows, inner, columns, spread) in enumerate(matrices):
+            of_t, of_s = (columns, rows) if transposed else (rows, columns)
+            tiles, chunks = triton.cdiv(of_t, ROWS), triton.cdiv(of_s, CHUNK)
+            fields += [
+                rows, inner, columns, spread, self.t, self.parts, self.s, len(lines), tiles, len(sums), chunks, len(elements),
+            ]  # fmt: skip
+            lines += [(index, tile) for tile in range(tiles)]
+            sums += [(index, chunk) for chunk in range(chunks)]
+            elements += [(index, chunk) for chunk in range(triton.cdiv(rows * columns, CHUNK))]
+            self.t, self.parts, self.s = self.t + of_t, self.parts + tiles * of_s, self.s + of_s
+        self.count = len(matrices)
+        self.table = torch.tensor(fields, dtype=torch.int32, device=device)
+        self.lines, self.sums, self.elements = (
+            torch.tensor(of, dtype=torch.int32, device=device) for of in (lines, sums, elements)
+        )
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def of(matrices: tuple[tuple[int, int, int, int], ...], transposed: bool, device: torch.device) -> Plan:
+        return Plan(matrices, transposed, device)
+
+
+def _dense(weight: Tensor, dim: int) -> Tensor:
+    """The weight in an order that `matrix` describes."""
+    return in_order(weight, is_channels_last(weight) and dim < 2)
+
+
+def _grouped(weights: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of weights that go together: of one dtype, at most MOST_WEIGHTS."""
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, weight in enumerate(weights):
+        by_dtype.setdefault(weight.dtype, []).append(i)
+    return [of[i : i + MOST_WEIGHTS] for of in by_dtype.values() for i in range(0, len(of), MOST_WEIGHTS)]
+
+
+def forward(weights, us, vs, dims, n_power_iterations, eps, v_first):
+    """The op fastgen::spectral_norm."""
+    outs, sigmas, new_us, new_vs = ([None] * len(weights) for _ in range(4))
+    for of in _grouped(weights):
+        results = _forward([weights[i] for i in of], [us[i] for i in of], [vs[i] for i in of], [dims[i] for i in of],
+                           n_power_iterations, eps, v_first)  # fmt: skip
+        for i, *result in zip(of, *results, strict=True):
+            outs[i], sigmas[i], new_us[i], new_vs[i] = result
+    return outs, sigmas, new_us, new_vs
+
+
+def _forward(weights, us, vs, dims, n_power_iterations, eps, v_first):
+    dense = [_dense(weight, dim) for weight, dim in zip(weights, dims, strict=True)]
+    like = dense[0]
+    plan = Plan.of(tuple(matrix(w, dim) for w, dim in zip(dense, dims, strict=True)), v_first, like.device)
+    outs = [torch.empty_like(weight) for weight in dense]
+    sigmas = [weight.new_empty((), dtype=torch.float32) for weight in dense]
+    given = [[t.to(torch.float32, copy=True).contiguous() for t in of] for of in (us, vs)]
+    t, parts, s, t_norms, s_norms = (
+        like.new_empty(max(1, size), dtype=torch.float32)
+        for size in (plan.t, plan.parts, plan.s, len(plan.lines), len(plan.sums))
+    )
+    shared = {"table": plan.table, "COUNT": plan.count, "TRANSPOSED": v_first}
+    iterates = n_power_iterations > 0
+    for left in range(max(1, n_power_iterations), 0, -1):
+        of_u, of_v = map(tuple, given)
+        launch(
+            products, (len(plan.lines),), like, weights=tuple(dense), vectors=of_u if v_first else of_v,
+            others=of_v if v_first else of_u, blocks=plan.lines, t=t, parts=parts, norms=t_norms, ITERATE=iterates, ROWS=ROWS,
+            COLUMNS=COLUMNS, **shared,
+        )  # fmt: skip
+        if iterates:
+            launch(
+                add_parts, (len(plan.sums),), like, table=plan.table, blocks=plan.sums, parts=parts, s=s, norms=s_norms,
+                TRANSPOSED=v_first, CHUNK=CHUNK,
+            )  # fmt: skip
+        launch(
+            finish, (len(plan.elements),), like, weights=tuple(dense), outs=tuple(outs), us=of_u, vs=of_v,
+            sigmas=tuple(sigmas), blocks=plan.elements, t=t, s=s, t_norms=t_norms, s_norms=s_norms, eps=eps, ITERATE=iterates,
+            SCALE=left == 1, CHUNK=CHUNK, **shared,
+        )  # fmt: skip
+    outs = [in_order(out, is_channels_last(weight)) for out, weight in zip(outs, weights, strict=True)]
+    return (
+        outs,
+        sigmas,
+        *([new.to(t.dtype) for new, t in zip(*of, strict=True)] for of in zip(given, (us, vs), strict=True)),
+    )
+
+
+def backward(grad_outs, grad_sigmas, weights, sigmas, us, vs, dims):
+    """The op fastgen::spectral_norm_backward."""
+    grads: list = [None] * len(weights)
+    for of in _grouped(weights):
+        lists = ([list_[i] for i in of] for list_ in (grad_outs, grad_sigmas, weights, sigmas, us, vs, dims))
+        for i, grad in zip(of, _backward(*lists), strict=True):
+            grads[i] = grad
+    return grads
+
+
+def _backward(grad_outs, grad_sigmas, weights, sigmas, us, vs, dims):
+    dense = [_dense(weight, dim) for weight, dim in zip(weights, dims, strict=True)]
+    grads = [in_order(g.to(w.dtype), is_channels_last(w)) for g, w in zip(grad_outs, dense, strict=True)]
+    like = dense[0]
+    plan = Plan.of(tuple(matrix(w, dim) for w, dim in zip(dense, dims, strict=True)), False, like.device)
+    outs = [torch.empty_like(weight) for weight in dense]
+    dots = like.new_empty(len(plan.elements), dtype=torch.float32)
+    shared = {"grads": tuple(grads), "table": plan.table, "blocks": plan.elements, "COUNT": plan.count, "CHUNK": CHUNK}
+    grid = (len(plan.elements),)
+    launch(grad_dots, grid, like, weights=tuple(dense), dots=dots, **shared)
+    vectors = {
+        name: tuple(t.float().contiguous() for t in of)
+        for name, of in (("sigmas", sigmas), ("grad_sigmas", grad_sigmas), ("us", us), ("vs", vs))
+    }
+    launch(grad_weights, grid, like, outs=tuple(outs), dots=dots, **vectors, **shared)
+    return [in_order(out, is_channels_last(weight)) for out, weight in zip(outs, weights, strict=True)]

@@ -1,0 +1,182 @@
+"""Every configuration that auto can pick, compiled for GPUs that this machine need not have: nothing spills, all fits.
+
+The launches are those that the launchers make, recorded with tensors that have no data.
+"""
+
+import functools
+import os
+
+import pytest
+import torch
+
+from fastgen.ops._dispatch import kernels
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1: the kernels are interpreted, not compiled", allow_module_level=True)
+pytest.importorskip("triton", reason="triton is not installed")
+
+from tests.kernels.compiled import TARGETS, compiled
+
+_common, _convolution = kernels("_common"), kernels("_convolution")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+PRECISIONS = {"16 bits": (BF16, FP16), "tf32": (FP32,), "gathered": (BF16, FP32), "ieee": (FP32,)}
+
+
+def meta(*shape, dtype=BF16, channels_last=True):
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return x.contiguous(memory_format=torch.channels_last) if channels_last and len(shape) == 4 else x
+
+
+def vector(channels):
+    return meta(channels, dtype=FP32)
+
+
+def convolution(n, c, size, out, kernel, dtype, *, training=True, transposed=True, channels_last=True, bias=False,
+                residual=False, activation="relu", groups=1, reflect=False):  # fmt: skip
+    """The launches of a layer of stride 2, or 1 if it reflects."""
+    x = meta(n, c, size, size, dtype=dtype, channels_last=channels_last)
+    weight = (c, out // groups) if transposed else (out, c // groups)
+    w = meta(*weight, kernel, kernel, dtype=dtype, channels_last=channels_last)
+    stride = [1, 1] if reflect else [2, 2]
+    size = 2 * size if transposed else size if reflect else size // 2
+    norm = [vector(out), vector(out), *([None, None] if training else [vector(out), vector(out)])]
+    added = meta(n, out, size, size, dtype=dtype, channels_last=channels_last) if residual else None
+    tail = [x, w, vector(out) if bias else None, *norm, added, "batch", 0, 1e-5, activation, 0.2, stride, [1, 1]]
+    name, rest = ("conv_transpose2d_norm_act", [0, 0]) if transposed else ("conv2d_norm_act", reflect)
+    with _common.recorded() as launches:
+        kernels(name).forward(*tail, rest, groups, [1, 1], training)
+    return launches
+
+
+@functools.cache
+def of_tile(precision, tile, dtype):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_convolution, "choose_tile", lambda *_: tile)
+        patch.setattr(_convolution, "precision_of", lambda x: "tf32" if precision == "gathered" else precision)
+        patch.setattr(_convolution, "splits_of", lambda *_: 1)
+        return convolution(64, 256, 8, 128, 4, dtype, channels_last=precision != "gathered")[0]
+
+
+def check(launch, capability):
+    found = compiled(launch, capability)
+    name = launch[0].__name__
+    assert found.local == 0, f"{name} keeps {found.local} bytes of a thread in memory"
+    assert found.shared <= TARGETS[capability], name
+    return found
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize(
+    ("precision", "tile"),
+    [(precision, tile) for precision, tiles in _convolution.TILES.items() for tile in tiles],
+    ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else v,
+)
+def test_tiles(precision, tile, capability):
+    """Each configuration of the convolutions, with the statistics in its epilogue; tensor cores by the newest instruction."""
+    for dtype in PRECISIONS[precision]:
+        launch = of_tile(precision, tile, dtype)
+        assert (launch[2]["ROWS"], launch[2]["COLUMNS"], launch[2]["DEPTH"]) == tile[:3]
+        found = check(launch, capability)
+        if precision == "ieee":
+            assert not found.matrix_instructions and "fma.rn.f32" in found.ptx
+            continue
+        newest = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
+        assert found.matrix_instructions == {newest if tile.rows >= 64 else "mma.sync"}
+        assert precision == "gathered" or "cp.async" in found.ptx  # the loads run ahead of the products
+
+
+OTHER_CONVOLUTIONS = {
+    "eval": {"training": False, "bias": True, "activation": "silu", "c": 256, "out": 256, "n": 512},
+    "contiguous": {"channels_last": False},
+    "strided": {"transposed": False, "training": False, "c": 256, "n": 256},
+    "reflect": {"transposed": False, "reflect": True},
+    "few-channels": {"transposed": False, "c": 3},
+    "groups": {"c": 128, "groups": 2},
+    "split": {"n": 1, "c": 512, "size": 4, "training": False, "bias": True},
+}
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("name", OTHER_CONVOLUTIONS)
+def test_other_convolutions(name, capability):
+    """What a convolution does besides: all launches of a call."""
+    layer = {
+        "n": 64,
+        "c": 64,
+        "size": 16,
+        "out": 64,
+        "kernel": 3 if name == "reflect" else 4,
+        "dtype": BF16,
+    } | OTHER_CONVOLUTIONS[name]
+    launches = convolution(**layer)
+    assert launches[0][2]["SPLIT"] == (name == "split") and launches[0][2]["FLAT"] == (name == "few-channels")
+    for launch in launches:
+        found = check(launch, capability)
+        assert found.matrix_instructions or launch[0].__name__ != "convolve"
+
+
+def norm_act_launches(dtype, channels_last, norm, activation):
+    """Forward and backward, with a residual."""
+    x = meta(64, 128, 32, 32, dtype=dtype, channels_last=channels_last)
+    groups = 32 if norm == "group" else 0
+    mean = vector(128) if norm == "batch" else meta(64, groups or 128, dtype=FP32)
+    parameters, options = (vector(128), vector(128)), (norm, groups, 1e-5, activation, 0.2)
+    with _common.recorded() as launches:
+        kernels("norm_act").forward(x, *parameters, None, None, x, *options)
+        kernels("norm_act").backward(x, x, *parameters, mean, mean, x, True, *options)
+        kernels("norm_act").forward(x, *parameters, *(vector(128),) * 2, x, *options)
+    return launches
+
+
+def sampler_launches(dtype, length, samples, prior):
+    mu = meta(256, length, dtype=dtype)
+    key, kl, z = meta(2, dtype=torch.int64), vector(256), meta(samples, 256, length, dtype=dtype) if samples else mu
+    given, options = (mu, mu) if prior else (None, None), (-1.0, 1.0, 0.1, 0.5)
+    with _common.recorded() as launches:
+        kernels("reparameterize").forward(mu, mu, key, *given, samples, True, *options)
+        kernels("reparameterize").backward(z, kl, mu, mu, key, *given, samples, *options)
+    return launches
+
+
+def spectral_launches(dtype, count, v_first, iterations):
+    weights = [meta(96, 96, 3, 3, dtype=dtype, channels_last=False)] * count
+    us, vs, scalars = [vector(96)] * count, [vector(864)] * count, [meta(dtype=FP32)] * count
+    with _common.recorded() as launches:
+        kernels("spectral_norm").forward(weights, us, vs, [0] * count, iterations, 1e-12, v_first)
+        kernels("spectral_norm").backward(weights, scalars, weights, scalars, us, vs, [0] * count)
+    return launches
+
+
+OTHERS = {
+    "norm_act-batch-bf16": lambda: norm_act_launches(BF16, True, "batch", "silu"),
+    "norm_act-batch-fp32-contiguous": lambda: norm_act_launches(FP32, False, "batch", "tanh"),
+    "norm_act-instance-fp16": lambda: norm_act_launches(FP16, True, "instance", "relu"),
+    "norm_act-group-fp32": lambda: norm_act_launches(FP32, True, "group", "silu"),
+    "sampler": lambda: sampler_launches(BF16, 128, 0, False),
+    "sampler-odd": lambda: sampler_launches(FP32, 101, 3, True),
+    "spectral_norm": lambda: spectral_launches(FP32, 1, False, 1),
+    "spectral_norm-group": lambda: spectral_launches(FP32, 13, False, 1),
+    "spectral_norm-v_first": lambda: spectral_launches(BF16, 2, True, 1),
+    "spectral_norm-eval": lambda: spectral_launches(FP32, 2, False, 0),
+}
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_others(name, capability):
+    launches = OTHERS[name]()
+    assert launches
+    for launch in launches:
+        check(launch, capability)
+
+
+def test_every_tile_can_be_picked():
+    """By some layer; and none is picked that is not in the list."""
+    picked = {
+        (precision, _convolution.choose_tile(precision, rows, columns, products, 132))
+        for precision in _convolution.TILES
+        for rows in (1, 16, 100, 1024, 10**4, 10**6)
+        for columns in (1, 3, 24, 48, 64, 128, 1024)
+        for products in (1, 4)
+    }
+    assert picked == {(precision, tile) for precision, tiles in _convolution.TILES.items() for tile in tiles}

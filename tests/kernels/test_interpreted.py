@@ -1,0 +1,25 @@
+"""Every kernel in Triton's interpreter, against the reference: the ops' own tests with triton for cpp, in a process of its own.
+
+All of them: TRITON_INTERPRET=1 pytest tests/ops -k "parity and not float64"
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+CHOSEN = {
+    "test_cases.py": "test_parity and (float32 or (bfloat16 and channels_last)) and not winograd and not real_layers",
+    "test_reparameterize.py": "test_parity and (float32 or bfloat16)",
+    "test_spectral_norm.py": "test_parity and (float32 or (bfloat16 and channels_last)) and not (wide or parts or tall)",
+}
+
+
+@pytest.mark.parametrize("file", CHOSEN)
+def test_against_the_reference(file):
+    pytest.importorskip("triton", reason="triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", f"tests/ops/{file}", "-k", CHOSEN[file]]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
