@@ -29,7 +29,7 @@ PYBIND11_MODULE(_runtime, m) {
   py::class_<Plan>(m, "Plan")
       .def(py::init([](const py::bytes& bytes, int threads) {
         const std::string_view view = bytes;
-        fastgen::plan::File file{fastgen::cpu::aligned<char>(static_cast<int64_t>(view.size())), view.size()};
+        fastgen::plan::File file{fastgen::cpu::scratch<char>(static_cast<int64_t>(view.size())), view.size()};
         std::copy(view.begin(), view.end(), file.bytes.get());
         return std::make_unique<Plan>(std::move(file), threads);
       }))

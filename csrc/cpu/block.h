@@ -76,8 +76,8 @@ inline void activate_grad_block(Activation act, const A* grad, const A* z, A* ou
 // after another, for blocks of several pixels.
 template <class A>
 struct Affine {
-  std::unique_ptr<A[]> center, rstd, scale;
-  std::unique_ptr<A[]> shift;  // (repeat, c)
+  Buffer<A> center, rstd, scale;
+  Buffer<A> shift;  // (repeat, c)
 
   Affine(const NormAct& op, const NormActTensors& given, int64_t repeat = 1)
       : center(scratch<A>(op.rows_of_stats() * repeat * op.c)), rstd(scratch<A>(op.rows_of_stats() * repeat * op.c)),

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -75,24 +76,68 @@ inline __attribute__((always_inline)) void store(BFloat16* p, float value) {  //
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Scratch memory, not zeroed.
-template <class T>
-std::unique_ptr<T[]> scratch(int64_t count) {
-  return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
-}
+// Large blocks are kept by the thread that frees them, kMost bytes at most: the pages of a fresh one cost more than what is computed
+// in them. A block's size stands in the line before it.
+class Blocks {
+ public:
+  static void* take(size_t size) {
+    size = (size + kLine - 1) / kLine * kLine;
+    if (Blocks* const kept = size < kLeast ? nullptr : here()) {
+      const auto at = kept->blocks.lower_bound(size);
+      if (at != kept->blocks.end() && at->first <= 2 * size) {
+        char* const memory = at->second;
+        kept->bytes -= at->first;
+        kept->blocks.erase(at);
+        return memory + kLine;
+      }
+    }
+    char* const memory = static_cast<char*>(std::aligned_alloc(kLine, kLine + size));
+    if (!memory) throw std::bad_alloc();
+    memcpy(memory, &size, sizeof(size));
+    return memory + kLine;
+  }
+
+  static void give(void* block) {
+    char* const memory = static_cast<char*>(block) - kLine;
+    size_t size;
+    memcpy(&size, memory, sizeof(size));
+    Blocks* const kept = size < kLeast || size > kMost ? nullptr : here();
+    if (!kept) return std::free(memory);
+    for (; kept->bytes + size > kMost; kept->blocks.erase(kept->blocks.begin())) {
+      kept->bytes -= kept->blocks.begin()->first;
+      std::free(kept->blocks.begin()->second);
+    }
+    kept->blocks.emplace(size, memory);
+    kept->bytes += size;
+  }
+
+ private:
+  static constexpr size_t kLine = 64, kLeast = 64 << 10, kMost = 64 << 20;
+  std::multimap<size_t, char*> blocks;
+  size_t bytes = 0;
+
+  static Blocks* here() {  // null while the thread ends
+    static thread_local bool ended = false;
+    static thread_local struct Kept : Blocks {
+      ~Kept() {
+        ended = true;
+        for (const auto& block : blocks) std::free(block.second);
+      }
+    } kept;
+    return ended ? nullptr : &kept;
+  }
+};
 
 struct Free {
-  void operator()(void* memory) const { std::free(memory); }
+  void operator()(void* memory) const { Blocks::give(memory); }
 };
 template <class T>
 using Buffer = std::unique_ptr<T[], Free>;
 
-// Memory that begins at a line of the cache, not zeroed.
+// Scratch memory that begins at a line of the cache, not zeroed.
 template <class T>
-Buffer<T> aligned(int64_t count) {
-  void* const memory = std::aligned_alloc(64, static_cast<size_t>(ceil_div(std::max<int64_t>(count, 1) * sizeof(T), 64) * 64));
-  if (!memory) throw std::bad_alloc();
-  return Buffer<T>(static_cast<T*>(memory));
+Buffer<T> scratch(int64_t count) {
+  return Buffer<T>(static_cast<T*>(Blocks::take(static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T))));
 }
 
 // Scratch memory of the calling thread; the next call for the same type hands out the same.
@@ -103,7 +148,7 @@ T* thread_scratch(int64_t count) {
   if (size < count) {
     buffer.reset();
     size = 0;
-    buffer = aligned<T>(count);
+    buffer = scratch<T>(count);
     size = count;
   }
   return buffer.get();

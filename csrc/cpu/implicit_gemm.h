@@ -63,7 +63,7 @@ struct Axis {
 template <class S>
 struct Pixels {
   const S* x;
-  std::unique_ptr<S[]> copy;
+  Buffer<S> copy;
   const S* get() const { return x; }
 };
 
@@ -114,7 +114,7 @@ Buffer<Acc<T>> pack_weights(const Convolution& conv, int64_t c, int64_t width, b
                                        const ParallelFor& parallel) {
   const int64_t depth = conv.ic / conv.groups, channels = c / conv.groups, blocks = ceil_div(channels, width), taps = conv.kh * conv.kw;
   const WeightStrides stride = weight_strides(conv, c, transposed);
-  auto packed = aligned<Acc<T>>(conv.groups * blocks * taps * depth * width);
+  auto packed = scratch<Acc<T>>(conv.groups * blocks * taps * depth * width);
   parallel(conv.groups * blocks * depth, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t i = row % depth, block = row / depth % blocks, group = row / depth / blocks;
@@ -172,7 +172,7 @@ template <class T>
 Buffer<Acc<T>> pack_rows(const Convolution& conv, int64_t c, int64_t width, bool transposed, const T* weight) {
   const int64_t blocks = ceil_div(conv.kw * c, width);
   const WeightStrides stride = weight_strides(conv, c, transposed);
-  auto packed = aligned<Acc<T>>(conv.kh * blocks * conv.ic * width);
+  auto packed = scratch<Acc<T>>(conv.kh * blocks * conv.ic * width);
   std::fill_n(packed.get(), conv.kh * blocks * conv.ic * width, Acc<T>(0));
   for (int64_t kh = 0; kh < conv.kh; ++kh)
     for (int64_t i = 0; i < conv.ic; ++i)
@@ -199,7 +199,7 @@ Packed<Acc<T>, vectors> pack(const Convolution& conv, int64_t c, bool transposed
     const auto winograd = [&](auto plan) {
       const WeightStrides s = weight_strides(conv, c, transposed);
       const int64_t strides[4] = {s.depth, s.channel, s.row, s.column};
-      auto weights = aligned<A>(plan.packed_size());
+      auto weights = scratch<A>(plan.packed_size());
       plan.pack(weight, strides, weights.get(), parallel);
       return Packed<A, vectors>{std::move(plan), std::move(weights)};
     };

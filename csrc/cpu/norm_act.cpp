@@ -181,7 +181,7 @@ void add_sums(const Acc<T>* g, const T* x, Acc<T> center, int64_t count, double&
 // What the batch's statistics subtract from the gradient: dx = scale * g - offset - (x - mean) * slope, as Affine's coefficients.
 template <class A>
 struct StatsGrad {
-  std::unique_ptr<A[]> offset, slope;
+  Buffer<A> offset, slope;
 };
 
 // The sums of g and of g * (x - mean) become the gradients of weight and bias, and StatsGrad.

@@ -128,7 +128,7 @@ void sum_part(const SpectralMatrix& m, const Part& part, bool both, Acc<T>* sum)
     }
     return;
   }
-  std::unique_ptr<A[]> columns = scratch<A>(m.d * m.b);
+  const auto columns = scratch<A>(m.d * m.b);
   std::fill_n(columns.get(), m.d * m.b, A(0));
   for (int64_t p = part.begin; p < part.end; ++p) {
     const T* block = w + p * m.d * m.b;

@@ -69,7 +69,7 @@ File File::read(const std::string& path) {
   char start[sizeof(Header)] = {};
   file.read(start, static_cast<std::streamsize>(std::min<int64_t>(size, sizeof(start))));
   check_header(start, static_cast<size_t>(std::max<int64_t>(size, 0)));
-  File whole{cpu::aligned<char>(size), static_cast<size_t>(size)};
+  File whole{cpu::scratch<char>(size), static_cast<size_t>(size)};
   file.seekg(0);
   if (!file.read(whole.bytes.get(), size)) throw std::runtime_error("it cannot be read to its end");
   return whole;
@@ -138,7 +138,7 @@ std::unique_ptr<Plan::Workspace> Plan::lease(int64_t images) const {
   for (size_t slot = 0; slot < slot_sizes_.size(); ++slot) size += slot_bytes(static_cast<int64_t>(slot), images);
   if (workspace->size < size) {
     workspace->size = 0;
-    workspace->memory = cpu::aligned<char>(size);
+    workspace->memory = cpu::scratch<char>(size);
     workspace->size = size;
   }
   return workspace;
@@ -244,7 +244,7 @@ struct Example {
       : x(zeros(n * s.ic * s.ih * s.iw * element)), residual(zeros(n * s.c * s.oh * s.ow * element)), out(zeros(n * s.c * s.oh * s.ow * element)) {}
 
   static cpu::Buffer<char> zeros(int64_t bytes) {
-    auto made = cpu::aligned<char>(bytes);
+    auto made = cpu::scratch<char>(bytes);
     std::fill_n(made.get(), bytes, 0);
     return made;
   }
