@@ -130,7 +130,7 @@ def kernel(op: str, launcher: str, leading: int = 0) -> Callable[[Callable], Cal
 
 
 @torch.compiler.assume_constant_result
-def _choose(op: str, impl: str, device: str, dtype: torch.dtype, best: bool) -> str:
+def _choose(op: str, impl: str, device: str, dtype: torch.dtype, best: str) -> str:
     source = "impl"
     if impl == "auto":
         impl, source = _checked(os.environ.get("FASTGEN_IMPL", "auto"), "FASTGEN_IMPL"), "FASTGEN_IMPL"
@@ -139,7 +139,7 @@ def _choose(op: str, impl: str, device: str, dtype: torch.dtype, best: bool) -> 
         reason = "" if own is None else why_not(op, own, device, dtype)
         if own == "triton" and reason and dtype != torch.float64:
             _say_once(reason)
-        impl = "reference" if own is None or reason else own if best else "composed"
+        impl = "reference" if own is None or reason else own if best == "own" else best
     elif reason := why_not(op, _checked(impl, source), device, dtype):
         raise FastgenError(f"{source}={impl!r} cannot run {op}: {reason}")
     _used[op, impl] += 1
@@ -164,8 +164,8 @@ def choose(op: str, impl: str, x: torch.Tensor, wins: bool = True) -> str:
     Where the whole op's kernel does not win, auto is "composed": PyTorch's convolution and fastgen's norm_act.
     """
     device = x.device.type if x.device.index is None else f"{x.device.type}:{x.device.index}"
-    # under torch.compile with dynamic sizes, `wins` becomes a guard here
-    return _choose(op, _override if impl == "auto" else impl, device, x.dtype, bool(wins))
+    best = "own" if wins else "composed"  # under torch.compile with dynamic sizes, `wins` becomes a guard here
+    return _choose(op, _override if impl == "auto" else impl, device, x.dtype, best)
 
 
 def implementations_used() -> dict[str, dict[str, int]]:
