@@ -38,8 +38,8 @@ bench: build ## measure against PyTorch's own ops
 quality: build ## train each system and measure what it draws; one row with ROW=name
 	$(BIN)/python -m benchmarks.quality $(if $(ROW),--row $(ROW)) $(if $(SEED),--seed $(SEED))
 
-gpu: $(INSTALLED) ## prove the Triton kernels; where there is a GPU, also hold them against PyTorch on it and measure
-	$(BIN)/python -m pytest -p no:xdist tests/kernels
+gpu: $(INSTALLED) ## prove the Triton and CUDA kernels; where there is a GPU, also hold them against PyTorch on it and measure
+	$(BIN)/python -m pytest -p no:xdist tests/kernels tests/cuda
 	$(BIN)/python -m benchmarks.gpu benchmarks/results
 
 clean: ## remove what was built here (not .venv, not runs)

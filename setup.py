@@ -21,12 +21,19 @@ def native() -> dict:
     extensions: list[Extension] = []
     base: type[build_ext] = build_ext
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
         base = BuildExtension
         extensions.append(
             extension(CppExtension, "native", _build.digest(), _build.sources(), _build.CFLAGS, py_limited_api=True)
         )
+        if _build.cuda_sources() and not _build.cuda_obstacle():
+            of_cuda = {"cxx": list(_build.CUDA_CFLAGS), "nvcc": list(_build.NVCC_FLAGS)}
+            extensions.append(
+                extension(
+                    CUDAExtension, "cuda", _build.cuda_digest(), _build.cuda_sources(), of_cuda, py_limited_api=True
+                )
+            )
     except (ImportError, OSError):
         pass
     try:
@@ -40,14 +47,33 @@ def native() -> dict:
         pass
 
     class BuildOrLeaveOut(base):  # type: ignore[misc,valid-type]
-        """A build that fails does not fail the installation."""
+        """A build that fails does not fail the installation, nor the other libraries."""
+
+        def initialize_options(self) -> None:
+            super().initialize_options()
+            self.left_out: list[Extension] = []
+
+        def build_extensions(self) -> None:
+            super().build_extensions()
+            for failed in self.left_out:
+                self.extensions.remove(failed)
+
+        def build_extension(self, extension: Extension) -> None:
+            try:
+                super().build_extension(extension)
+            except Exception as error:  # whatever a compiler, ninja or setuptools raise
+                self.say(error)
+                self.left_out.append(extension)
+
+        def say(self, error: Exception) -> None:
+            warnings.warn(f"native code is left out, to be built at first use: {error}", stacklevel=1)
 
         def run(self) -> None:
             try:
                 with _build.environment():
                     super().run()
-            except Exception as error:  # whatever a compiler, ninja or setuptools raise
-                warnings.warn(f"the native code is left out, to be built at first use: {error}", stacklevel=1)
+            except Exception as error:  # as above
+                self.say(error)
                 self.extensions.clear()
 
     if not extensions:
@@ -60,13 +86,18 @@ def native() -> dict:
 
 
 def extension(
-    kind: Callable, name: str, digest: str, sources: list[Path], flags: tuple[str, ...], **options
+    kind: Callable,
+    name: str,
+    digest: str,
+    sources: list[Path],
+    flags: tuple[str, ...] | dict[str, list[str]],
+    **options,
 ) -> Extension:
     return kind(
         f"fastgen._{name}_{digest}",
         [os.path.relpath(file) for file in sources],
         include_dirs=[str(_build.CSRC)],
-        extra_compile_args=list(flags),
+        extra_compile_args=flags if isinstance(flags, dict) else list(flags),
         language="c++",
         **options,
     )

@@ -7,6 +7,8 @@ GPU it says what it skips.
 import datetime
 import functools
 import json
+import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -15,18 +17,27 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.traffic import H200, work
-from tests.cases import LARGE, SMALL, OpCase
+from benchmarks.traffic import H200, Work, work
+from fastgen import nn, ops
+from fastgen.ops import _dispatch
+from tests.cases import BIGGAN_128, LARGE, SAMPLER, SMALL, SPECTRAL, OpCase
 from tests.ops.test_cases import differentiable, error, observe
 
 SECONDS = 420  # for the measurements; what is left out then is said
 BATCHES = (64, 512)
+NOISE = 1 << 24  # elements of the sampler's row
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def tiers() -> dict[str, str | None]:
+    """fastgen's two for a GPU, and why each cannot run here, or None."""
+    return {tier: _dispatch.why_not("norm_act", tier, "cuda:0", torch.float32) for tier in _dispatch.GPU_TIERS}
 
 
 def parity() -> list[str]:
     """Cases whose float32 or 16-bit results differ from the float64 reference by more than the table allows."""
     torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
+    able = [tier for tier, reason in tiers().items() if reason is None]
     wrong = []
     for case in SMALL:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -35,17 +46,36 @@ def parity() -> list[str]:
                 exact_inputs = {name: t.double() for name, t in tensors.items()}
                 upstream = torch.ones_like(case.call({n: t.clone() for n, t in exact_inputs.items()}, impl="reference"))
                 exact = observe(case, exact_inputs, upstream, "reference")
-                theirs, ours = (
-                    observe(case, {n: t.cuda() for n, t in tensors.items()}, upstream.cuda(), impl)
-                    for impl in ("reference", "triton")
-                )
-                for name in exact:
-                    if name == "grad of bias" and case.batch_stats:
-                        continue
-                    allowed = case.allowed(error(theirs[name].cpu(), exact[name]), dtype, name)
-                    if not error(ours[name].cpu(), exact[name]) <= allowed:
-                        wrong.append(f"{case.id} {dtype} channels_last={channels_last}: {name}")
-    return wrong
+
+                def on_gpu(impl, case=case, tensors=tensors, upstream=upstream):
+                    with ops.use_impl(impl):
+                        return observe(case, {n: t.cuda() for n, t in tensors.items()}, upstream.cuda(), impl)
+
+                theirs = on_gpu("reference")
+                for tier in able:
+                    ours = on_gpu(tier)
+                    for name in exact:
+                        if name == "grad of bias" and case.batch_stats:
+                            continue
+                        allowed = case.allowed(error(theirs[name].cpu(), exact[name]), dtype, name)
+                        if not error(ours[name].cpu(), exact[name]) <= allowed:
+                            wrong.append(f"{tier}: {case.id} {dtype} channels_last={channels_last}: {name}")
+    return wrong + [f"{tier}: {case.id}" for tier in able for case in (*SAMPLER, *SPECTRAL) if not agrees(case, tier)]
+
+
+def agrees(case: OpCase, tier: str) -> bool:
+    """Whether a sampler's or a spectral norm's results and gradients are the reference's, of the same key, in float32."""
+    found = []
+    for impl in ("reference", tier):
+        torch.manual_seed(0)  # the CPU's for the inputs, the GPU's for the key
+        tensors = {name: t.cuda().requires_grad_() for name, t in case.tensors(torch.float32).items()}
+        with ops.use_impl(impl):
+            outs = case.call(tensors, impl=impl)
+            outs = [t for t in (outs if isinstance(outs, tuple) else (outs,)) if t.requires_grad]
+            leaves = list(tensors.values())
+            grads = torch.autograd.grad(outs, leaves, [torch.ones_like(t) for t in outs], allow_unused=True)
+        found.append([t for t in (*outs, *grads) if t is not None])
+    return all(error(ours.detach(), theirs.detach()) < 1e-4 for theirs, ours in zip(*found, strict=True))
 
 
 def milliseconds(call, scratch: torch.Tensor, rounds: int = 20) -> float:
@@ -71,7 +101,101 @@ def peers(case: OpCase):
     yield "eager channels_last", True, reference
     torch._dynamo.reset()
     yield "max-autotune channels_last", True, torch.compile(reference, mode="max-autotune")
-    yield "fastgen", True, functools.partial(case.call, impl="triton")
+    for tier, reason in tiers().items():
+        if reason is None:
+            yield f"fastgen {tier}", True, functools.partial(case.call, impl=tier)
+
+
+def others(scratch: torch.Tensor):
+    """Rows of the sampler and of spectral norm, in training, float32."""
+    mu, logvar = (torch.randn(NOISE // 1024, 1024, device="cuda").requires_grad_() for _ in range(2))
+    able = [tier for tier, reason in tiers().items() if reason is None]
+
+    def eager(mu, logvar):
+        kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1)
+        return mu + (0.5 * logvar).exp() * torch.randn_like(logvar), kl
+
+    calls = {"eager": eager, "max-autotune": torch.compile(eager, mode="max-autotune-no-cudagraphs")}
+    calls |= {f"fastgen {tier}": functools.partial(ops.reparameterize_kl, impl=tier) for tier in able}
+    upstream = [torch.randn_like(mu), torch.randn(len(mu), device="cuda")]
+    for peer, call in calls.items():
+        kl = call(mu, logvar)[1].detach()
+        worst = error(kl, eager(mu.detach().double(), logvar.detach().double())[1])
+        facts = {"case": "reparameterize_kl", "batch": len(mu), "dtype": "torch.float32", "peer": peer}
+        for what, bytes_ in (("forward", 12 * NOISE), ("forward + backward", 32 * NOISE)):
+
+            def run(call=call, peer=peer, backward=what != "forward"):
+                with torch.set_grad_enabled(backward), ops.use_impl(peer.split()[-1] if "fastgen" in peer else "auto"):
+                    out = call(mu, logvar)
+                    if backward:
+                        torch.autograd.grad(out, (mu, logvar), upstream)
+
+            floor = 1e3 * Work(bytes_, 0).floor(H200, "16 bits")
+            found = {"what": what, "ms": milliseconds(run, scratch), "floor_ms_h200": floor}
+            yield facts | found | {"error": worst, "correct": worst < 1e-5}
+
+    def layers(norm):
+        torch.manual_seed(0)
+        convolutions = [torch.nn.Conv2d(s[1], s[0], s[2], bias=False, device="cuda") for s in BIGGAN_128]
+        return torch.nn.ModuleList(norm(convolution) for convolution in convolutions)
+
+    def accesses(model):
+        return [layer.weight for layer in model]
+
+    size = 4 * sum(math.prod(shape) for shape in BIGGAN_128)
+    theirs = torch.nn.utils.parametrizations.spectral_norm
+    exact = None
+    for peer in ("eager", "max-autotune", *(f"fastgen {tier}" for tier in able)):
+        model = layers(nn.spectral_norm if "fastgen" in peer else theirs)
+        group = nn.SpectralNormGroup(model) if "fastgen" in peer else None
+        access = torch.compile(accesses, mode="max-autotune-no-cudagraphs") if peer == "max-autotune" else accesses
+        originals = [layer.parametrizations.weight.original for layer in model]
+        weights = [torch.randn_like(t) for t in originals]
+        with torch.no_grad():
+            first = access(model.eval())[0]
+        exact = first.double() if exact is None else exact
+        worst = error(first, exact)
+        model.train()
+        facts = {"case": "spectral_norm BigGAN-128 D", "batch": 1, "dtype": "torch.float32", "peer": peer}
+        for what, bytes_ in (("forward", 3 * size), ("forward + backward", 7 * size)):
+
+            def run(peer=peer, group=group, access=access, model=model, backward=what != "forward", weights=weights,
+                    originals=originals):  # fmt: skip
+                with torch.set_grad_enabled(backward), ops.use_impl(peer.split()[-1] if "fastgen" in peer else "auto"):
+                    if group is not None:
+                        group.update()
+                    out = access(model)
+                    if backward:
+                        torch.autograd.grad(out, originals, weights)
+
+            floor = 1e3 * Work(bytes_, 0).floor(H200, "16 bits")
+            found = {"what": what, "ms": milliseconds(run, scratch), "floor_ms_h200": floor}
+            yield facts | found | {"error": worst, "correct": worst < 1e-4}
+
+
+def sanitized() -> list[str]:
+    """What compute-sanitizer says of the CUDA kernels over the smallest cases: a line for each tool that is not content."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return ["compute-sanitizer is not installed: not run"]
+    smallest = "from benchmarks import gpu; gpu.smallest()"
+    said = []
+    for check in ("memcheck", "racecheck"):
+        command = [tool, f"--tool={check}", "--error-exitcode=3", sys.executable, "-c", smallest]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said.append(f"{check}: {(done.stdout + done.stderr)[-300:]}")
+    return said
+
+
+def smallest() -> None:
+    """Runs each op's first case, forward and backward, by the CUDA kernels."""
+    firsts = {case.op: case for case in reversed((*SMALL, *SAMPLER, *SPECTRAL))}
+    with ops.use_impl("cuda"):
+        for case in firsts.values():
+            out = case.call({n: t.cuda().requires_grad_() for n, t in case.tensors(torch.float32).items()}, impl="cuda")
+            sum(t.sum() for t in (out if isinstance(out, tuple) else (out,)) if t.requires_grad).backward()
+    torch.cuda.synchronize()
 
 
 def measure(case: OpCase, dtype: torch.dtype, scratch: torch.Tensor) -> list[dict]:
@@ -87,13 +211,16 @@ def measure(case: OpCase, dtype: torch.dtype, scratch: torch.Tensor) -> list[dic
         try:
             worst = error(call(inputs).detach(), exact)
 
+            tier = name.split()[-1] if "fastgen" in name else "auto"  # of the backward pass too
+
             def forward(call=call, inputs=inputs):
                 with torch.no_grad():
                     call(inputs)
 
-            def both(call=call, inputs=inputs, leaves=leaves):
-                out = call(inputs)
-                torch.autograd.grad(out, leaves, torch.ones_like(out))
+            def both(call=call, inputs=inputs, leaves=leaves, tier=tier):
+                with ops.use_impl(tier):
+                    out = call(inputs)
+                    torch.autograd.grad(out, leaves, torch.ones_like(out))
 
             for what, run in (("forward", forward), ("forward + backward", both)):
                 floor = 1e3 * work(case, dtype, what != "forward").floor(H200, "16 bits")
@@ -122,6 +249,7 @@ def table(document: dict) -> str:
     about = ", ".join(f"{key} {value}" for key, value in document["environment"].items())
     lines = [
         f"{about}. cudnn.benchmark, cold L2 cache, medians. Parity: {'; '.join(document['wrong']) or 'all right'}. "
+        f"Tiers: {document['tiers']}. Sanitizer: {'; '.join(document['sanitizer']) or 'nothing found'}. "
         f"Left out for time: {', '.join(document['left_out']) or 'nothing'}. Floor: of fastgen's passes on an H200.",
         "", "| case | batch | precision | pass | peer | ms | floor, ms | right |", "|---" * 8 + "|",
     ]  # fmt: skip
@@ -136,7 +264,7 @@ def table(document: dict) -> str:
 
 def main(folder: Path) -> int:
     if not torch.cuda.is_available():
-        print("no GPU: parity on the GPU and the measurements are skipped; no speed of the Triton kernels is "
+        print("no GPU: parity on the GPU and the measurements are skipped; no speed of the GPU's kernels is "
               "measured yet. Floors on the H200, bfloat16, milliseconds (forward; forward + backward):")  # fmt: skip
         for case in LARGE:
             floors = (1e3 * work(case, torch.bfloat16, backward).floor(H200, "16 bits") for backward in (False, True))
@@ -145,7 +273,7 @@ def main(folder: Path) -> int:
     start, wrong = time.monotonic(), parity()
     torch.backends.cudnn.benchmark = True
     scratch = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    rows, left_out = [], []
+    rows, left_out = list(others(scratch)), []
     for batch in BATCHES:
         for case in LARGE:
             if case.shapes["x"][0] == 1 and batch != BATCHES[0]:
@@ -156,7 +284,15 @@ def main(folder: Path) -> int:
                 left_out.append(f"{case.id} at batch {n}")
             else:
                 rows += measure(of_batch, torch.bfloat16, scratch)
-    document = {"environment": environment(), "wrong": wrong, "left_out": left_out, "rows": rows}
+    unable = {tier: reason or "runs" for tier, reason in tiers().items()}
+    document = {
+        "environment": environment(),
+        "tiers": unable,
+        "sanitizer": sanitized(),
+        "wrong": wrong,
+        "left_out": left_out,
+        "rows": rows,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     name = document["environment"]["gpu"].lower().replace(" ", "-")
     (folder / f"{name}.json").write_text(json.dumps(document, indent=1))

@@ -1,6 +1,7 @@
 """The native code's one list of sources and flags, and its build at first use.
 
-`setup.py` builds `sources()` with `CFLAGS` ahead of time into `fastgen/_native_<digest>.abi3.so`. Where that is missing
+`setup.py` builds `sources()` with `CFLAGS` ahead of time into `fastgen/_native_<digest>.abi3.so`, and where there is a CUDA
+toolkit `cuda_sources()` into `fastgen/_cuda_<digest>.abi3.so`. Where that is missing
 or was made from other sources, `load()` builds the same list just in time into a cache folder. torch is imported when
 something is loaded, not before. `runtime_sources()` become `fastgen/_runtime_<digest>.*.so` in the same two ways,
 without torch: see `load_runtime()`.
@@ -41,6 +42,14 @@ CFLAGS = (
     "-Wno-maybe-uninitialized",  # false alarms about buffers that a called loop fills
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11: one binary serves every later torch
 )
+CUDA_CFLAGS = (*CFLAGS, "-DUSE_CUDA", "-DFASTGEN_CUDA=CUDA")  # of the C++ files that register the CUDA kernels
+NVCC_FLAGS = (
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-DUSE_CUDA",
+    "-DFASTGEN_CUDA=CUDA",
+)
 RUNTIME_CFLAGS = (*CFLAGS, "-std=c++17", "-fvisibility=hidden", "-pthread")
 MEMORY_PER_JOB = 2 << 30  # bytes that one compiler process may take
 
@@ -60,6 +69,7 @@ class Status:
 
 _lock = threading.Lock()
 _outcome: Status | None = None  # of the first load() in this process
+_cuda_outcome: Status | None = None  # of the first load_cuda()
 _runtime: ModuleType | None = None
 
 
@@ -116,6 +126,48 @@ def load_runtime(build: bool = False) -> ModuleType:
     return _runtime
 
 
+def load_cuda() -> str | None:
+    """The same for the CUDA kernels, as torch.ops.fastgen_cuda."""
+    global _cuda_outcome
+    if _cuda_outcome is None:
+        with _lock:
+            if _cuda_outcome is None:
+                try:
+                    _cuda_outcome = _open_or_build_cuda()
+                except FastgenError as error:
+                    _cuda_outcome = Status(False, str(error), None, None, None)
+    return _cuda_outcome.reason
+
+
+def _open_or_build_cuda() -> Status:
+    if on_cpu := os.environ.get("FASTGEN_CUDA_ON_CPU"):
+        return _open(Path(on_cpu), "for the CPU")
+    if obstacle := cuda_obstacle():
+        raise FastgenError(obstacle)
+    ahead = next(PACKAGE.glob(f"_cuda_{cuda_digest()}*.so"), None)
+    return _open(ahead, "ahead of time") if ahead else _open(_compile(_cuda_key(), _compile_cuda_into), "just in time")
+
+
+def cuda_obstacle() -> str | None:
+    """Why the CUDA kernels cannot be built here, in one line, or None."""
+    import torch
+    from torch.utils import cpp_extension
+
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    home = cpp_extension.CUDA_HOME
+    nvcc = Path(home or "", "bin", "nvcc")
+    if home is None or not nvcc.is_file():
+        return f"no CUDA toolkit: nvcc is not on PATH and CUDA_HOME is {home or 'not set'}"
+    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, errors="replace").stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    if found is None or found[1] != torch.version.cuda.split(".")[0]:
+        version = f"is {found[1]}.{found[2]}" if found else "says no version"
+        wanted = f"PyTorch was built with {torch.version.cuda}: install a toolkit of its major version"
+        return f"the CUDA toolkit in {home} {version}, {wanted}"
+    return None
+
+
 def status() -> Status:
     """Where the native ops stand; builds and loads nothing."""
     if _outcome is not None:
@@ -131,6 +183,11 @@ def sources() -> list[Path]:
     return [*CSRC.glob("ops.cpp"), *sorted((CSRC / "cpu").glob("*.cpp"))]
 
 
+def cuda_sources() -> list[Path]:
+    """The files of the CUDA kernels."""
+    return [*CSRC.glob("ops.cpp"), *sorted((CSRC / "cuda").glob("*.cu"))]
+
+
 def runtime_sources() -> list[Path]:
     """The C++ files of the inference plan, which link no torch."""
     return [*CSRC.glob("runtime.cpp"), *sorted((CSRC / "plan").glob("*.cpp")), *(CSRC / "cpu").glob("norm_act.cpp")]
@@ -138,7 +195,12 @@ def runtime_sources() -> list[Path]:
 
 def digest() -> str:
     """A hash of all that decides what the library does: sources, headers, flags, machine."""
-    return _digest(sources(), CFLAGS, [CSRC / "cpu", CSRC / "shared"])
+    return _digest(sources(), CFLAGS, [CSRC / "cpu", CSRC / "ops", CSRC / "shared"])
+
+
+def cuda_digest() -> str:
+    """The same for the CUDA kernels."""
+    return _digest(cuda_sources(), (*CUDA_CFLAGS, *NVCC_FLAGS), [CSRC / "cuda", CSRC / "ops", CSRC / "shared"])
 
 
 def runtime_digest() -> str:
@@ -148,7 +210,8 @@ def runtime_digest() -> str:
 
 def _digest(files: list[Path], flags: tuple[str, ...], includes: list[Path]) -> str:
     state = hashlib.sha256(repr((flags, sys.platform, platform.machine())).encode())
-    for file in [*files, *sorted(header for folder in includes for header in folder.rglob("*.h"))]:
+    headers = (header for folder in includes for pattern in ("*.h", "*.cuh") for header in folder.rglob(pattern))
+    for file in [*files, *sorted(headers)]:
         state.update(f"\0{file.relative_to(CSRC)}\0".encode() + file.read_bytes())
     return state.hexdigest()[:16]
 
@@ -307,6 +370,24 @@ def _compile_into(folder: str) -> str:
     )
 
 
+def _compile_cuda_into(folder: str) -> str:
+    """The same for the CUDA kernels, for the GPUs that are here (TORCH_CUDA_ARCH_LIST: for others)."""
+    from torch.utils import cpp_extension
+
+    return cpp_extension.load(
+        name="fastgen_cuda",
+        sources=[str(file) for file in cuda_sources()],
+        extra_cflags=list(CUDA_CFLAGS),
+        extra_cuda_cflags=list(NVCC_FLAGS),
+        extra_ldflags=["-shared"],
+        extra_include_paths=[str(CSRC)],
+        build_directory=folder,
+        with_cuda=True,
+        is_python_module=False,
+        is_standalone=True,
+    )
+
+
 def _compile_runtime_into(folder: str) -> str:
     """The same for the inference plan, by the compiler alone."""
     from concurrent.futures import ThreadPoolExecutor
@@ -340,6 +421,16 @@ def _key() -> str:
 
     made_with = repr((torch.__version__, torch.compiled_with_cxx11_abi(), compiler()))
     return f"{digest()}-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}"
+
+
+def _cuda_key() -> str:
+    """The same for the CUDA kernels, which are built for the GPUs that are here."""
+    import torch
+
+    devices = range(torch.cuda.device_count())
+    chips = os.environ.get("TORCH_CUDA_ARCH_LIST") or sorted({torch.cuda.get_device_capability(i) for i in devices})
+    made_with = repr((torch.__version__, torch.version.cuda, compiler(), chips))
+    return f"cuda-{cuda_digest()}-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}"
 
 
 def _runtime_key() -> str:

@@ -15,7 +15,7 @@ from fastgen.ops import _dispatch
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 # The implementation that the tests hold against the reference. With TRITON_INTERPRET=1, as tests/kernels runs them: triton.
-OWN = "triton" if _dispatch.INTERPRETED else "cpp"
+OWN = "triton" if _dispatch.INTERPRETED else "cuda" if _dispatch.CUDA_ON_CPU else "cpp"
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,8 @@ import venv
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils import cpp_extension
 
 from fastgen import _build
 
@@ -241,6 +243,27 @@ def test_damaged_library_is_built_again(env, cxx):
     out, log = run(USE, env)
     assert out[0] == WORKS and "do not load" in log
     assert compilations(cxx) == 2
+
+
+@pytest.mark.parametrize(
+    ("cuda", "release", "reason"),
+    (
+        (None, "13.0", "this PyTorch is built without CUDA"),
+        ("13.0", None, "no CUDA toolkit: nvcc is not on PATH and CUDA_HOME is not set"),
+        ("12.8", "13.0", " is 13.0, PyTorch was built with 12.8: install a toolkit of its major version"),
+        ("13.0", "13.2", None),
+    ),
+)
+def test_cuda_obstacle(cuda, release, reason, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    if release:
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.parent.mkdir()
+        nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.1\n")
+        nvcc.chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path) if release else None)
+    found = _build.cuda_obstacle()
+    assert found == reason or (reason is not None and found.endswith(reason) and "\n" not in found)
 
 
 def test_environment_is_put_back(monkeypatch):

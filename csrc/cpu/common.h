@@ -16,6 +16,8 @@
 #include <variant>
 #include <vector>
 
+#include "shared/problems.h"
+
 namespace fastgen::cpu {
 
 // Runs body(begin, end) over a partition of [0, count), on so many threads at most.
@@ -25,8 +27,6 @@ struct ParallelFor {
 
   void operator()(int64_t count, const std::function<void(int64_t begin, int64_t end)>& body) const { run(count, body); }
 };
-
-enum class DType { float32, float64, bfloat16, float16 };
 
 struct BFloat16 {
   uint16_t bits;
@@ -73,8 +73,6 @@ inline __attribute__((always_inline)) void store(BFloat16* p, float value) {  //
     case DType::bfloat16: return function<BFloat16>(__VA_ARGS__);                  \
     case DType::float16: return function<Float16>(__VA_ARGS__);                    \
   }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Large blocks are kept by the thread that frees them, kMost bytes at most: the pages of a fresh one cost more than what is computed
 // in them. A block's size stands in the line before it.

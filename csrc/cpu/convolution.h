@@ -8,24 +8,6 @@
 
 namespace fastgen::cpu {
 
-struct Convolution {
-  int64_t ic, ih, iw, oh, ow;  // x is (n, ic, ih, iw), the output (n, c, oh, ow) with n and c of NormAct
-  int64_t kh, kw;
-  int64_t weight_strides[4];   // of (oc, ic / groups, kh, kw), or when transposed of (ic, oc / groups, kh, kw)
-  int64_t stride[2], padding[2], dilation[2];
-  int64_t groups;
-  bool reflect;                // the padding mirrors x instead of being zero; not when transposed
-  bool x_channels_last;        // the output's order is NormAct's
-};
-
-struct ConvolutionTensors {
-  const void* x;
-  const void* weight;
-  const void* bias;  // (c) in the accumulation type, or null
-  void* pre;         // the convolution with its bias, or null
-  void* out;
-};
-
 // Winograd's algorithms have tiles of m x m outputs of r x r taps. `rows`, for few output channels: the taps of a row of the
 // kernel are output channels of one matrix product, and their sums the output.
 // direct_bf16 and rows_bf16, for bfloat16 alone, multiply pairs of channels by one instruction that not all processors have.

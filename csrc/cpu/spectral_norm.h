@@ -5,25 +5,6 @@
 
 namespace fastgen::cpu {
 
-// The matrix (d, a * b) of a weight that lies as (a, d, b). Vectors have the accumulation type (float, or double).
-struct SpectralMatrix {
-  DType dtype;  // of weight, out and their gradients
-  int64_t a, d, b;
-  const void* weight;
-  void* u;      // (d), updated by the iterations
-  void* v;      // (a, b), the same
-  void* sigma;  // one value
-  void* out;    // like weight
-
-  int64_t size() const { return a * d * b; }
-};
-
-struct SpectralMatrixGrad {
-  const void* grad_out;    // like weight
-  const void* grad_sigma;  // one value
-  void* grad_weight;       // like weight
-};
-
 // u and v take `iterations` steps u = W v, v = W^T u (v_first: v = W^T u, u = W v), each normalized with norms of at least
 // eps; sigma = u^T W v; out = weight / sigma.
 void spectral_norm(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first, const ParallelFor& parallel);

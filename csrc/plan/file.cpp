@@ -149,8 +149,8 @@ bool runs(cpu::Algorithm algorithm, const Step& step, bool bfloat16) {
   return cpu::can_run(algorithm, geometry(step), step.c);
 }
 
-cpu::Convolution geometry(const Step& s) {
-  cpu::Convolution conv{};
+Convolution geometry(const Step& s) {
+  Convolution conv{};
   conv.ic = s.ic;
   conv.ih = s.ih;
   conv.iw = s.iw;
@@ -174,8 +174,8 @@ cpu::Convolution geometry(const Step& s) {
   return conv;
 }
 
-cpu::NormAct describe(const Step& s, cpu::DType dtype, int64_t n, bool channels_last) {
-  cpu::NormAct op{};
+NormAct describe(const Step& s, DType dtype, int64_t n, bool channels_last) {
+  NormAct op{};
   op.dtype = dtype;
   op.n = n;
   op.c = s.c;

@@ -14,7 +14,7 @@ std::vector<Step> check_file(const char* bytes, size_t size);
 // Whether the algorithm can compute the step, on some processor.
 bool runs(cpu::Algorithm algorithm, const Step& step, bool bfloat16);
 
-cpu::Convolution geometry(const Step& step);
-cpu::NormAct describe(const Step& step, cpu::DType dtype, int64_t n, bool channels_last);
+Convolution geometry(const Step& step);
+NormAct describe(const Step& step, DType dtype, int64_t n, bool channels_last);
 
 }  // namespace fastgen::plan

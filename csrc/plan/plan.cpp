@@ -38,7 +38,7 @@ int64_t elements(const int64_t* size) { return size[0] * size[1] * size[2]; }
 template <class From, class To>
 void transpose(const From* from, int64_t n, int64_t rows, int64_t columns, To* to, const cpu::ParallelFor& parallel) {
   constexpr int64_t block = 16;
-  const int64_t blocks = cpu::ceil_div(rows, block);
+  const int64_t blocks = ceil_div(rows, block);
   parallel(n * blocks, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t base = item / blocks * rows * columns, first = item % blocks * block, last = std::min(rows, first + block);
@@ -81,7 +81,7 @@ Plan::Plan(File file, int threads)
   memcpy(&header_, file_.bytes.get(), sizeof(header_));
   values_ = reinterpret_cast<const float*>(file_.bytes.get() + file_.size) - header_.values;
   const bool bfloat16 = header_.bfloat16 && cpu::can_dot_bf16();
-  dtype_ = bfloat16 ? cpu::DType::bfloat16 : cpu::DType::float32;
+  dtype_ = bfloat16 ? DType::bfloat16 : DType::float32;
   element_ = bfloat16 ? 2 : 4;
   convolutions_ = std::make_unique<Convolution[]>(steps_.size() * 2);
   parallel_ = {threads_, [this](int64_t count, const std::function<void(int64_t, int64_t)>& body) { run_parallel(threads_, count, body); }};
@@ -150,7 +150,7 @@ void Plan::give_back(std::unique_ptr<Workspace> workspace) const {
 }
 
 void Plan::run(int64_t n, const float* in, float* out) const {
-  const int64_t parts = whole_batch_ ? 1 : cpu::ceil_div(n, images_at_once_), at_once = parts ? cpu::ceil_div(n, parts) : 0;
+  const int64_t parts = whole_batch_ ? 1 : ceil_div(n, images_at_once_), at_once = parts ? ceil_div(n, parts) : 0;
   auto workspace = lease(at_once);
   for (int64_t first = 0; first < n; first += at_once)
     run_images(std::min(at_once, n - first), in + first * elements(header_.input), out + first * elements(header_.output), *workspace);
@@ -165,7 +165,7 @@ void Plan::run_images(int64_t n, const float* in, float* out, Workspace& workspa
     next += slot_bytes(static_cast<int64_t>(slot), n);
   }
   const int64_t* size = header_.input;
-  const bool float32 = dtype_ == cpu::DType::float32, as_is = float32 && (size[0] == 1 || size[1] * size[2] == 1);
+  const bool float32 = dtype_ == DType::float32, as_is = float32 && (size[0] == 1 || size[1] * size[2] == 1);
   void* const start = slots[slot_of_[0]];
   if (!float32)
     transpose(in, n, size[0], size[1] * size[2], static_cast<cpu::BFloat16*>(start), parallel_);
@@ -196,9 +196,9 @@ void Plan::run_step(size_t i, int64_t n, const void* x, const void* residual, vo
 
 void Plan::run_with(const cpu::PackedConvolution* convolution, const Step& s, int64_t n, const void* x, const void* residual, void* out,
                     bool channels_last) const {
-  const cpu::NormAct op = describe(s, dtype_, n, channels_last);
+  const NormAct op = describe(s, dtype_, n, channels_last);
   std::vector<float> stats(static_cast<size_t>(op.batch_stats ? 2 * (op.per_sample ? n * op.sets : op.c) : 0));
-  const cpu::NormActTensors given{op.batch_stats ? stats.data() : value(s.mean), op.batch_stats ? stats.data() + stats.size() / 2 : value(s.var),
+  const NormActTensors given{op.batch_stats ? stats.data() : value(s.mean), op.batch_stats ? stats.data() + stats.size() / 2 : value(s.var),
                                   value(s.norm_weight), value(s.norm_bias), residual};
   if (convolution) return convolution->run(op, x, given, out, parallel_);
   if (op.batch_stats) cpu::norm_act_moments(op, x, const_cast<void*>(given.mean), const_cast<void*>(given.var), parallel_);
@@ -208,7 +208,7 @@ void Plan::run_with(const cpu::PackedConvolution* convolution, const Step& s, in
 cpu::Algorithm Plan::algorithm(size_t i, int64_t n) const {
   const Step& s = steps_[i];
   const int64_t asked = s.algorithm[n >= kFew];
-  const bool bfloat16 = dtype_ == cpu::DType::bfloat16;
+  const bool bfloat16 = dtype_ == DType::bfloat16;
   const auto measured = static_cast<cpu::Algorithm>(asked);
   if (asked >= 0 && runs(measured, s, bfloat16) && !is_turned_off(measured)) return measured;
   for (const auto pairs : {cpu::Algorithm::rows_bf16, cpu::Algorithm::direct_bf16})
@@ -287,7 +287,7 @@ std::vector<int64_t> Plan::tune(int64_t n) {
     };
     for (int64_t a = 0; a < cpu::kAlgorithms; ++a) {
       const auto algorithm = static_cast<cpu::Algorithm>(a);
-      if (!runs(algorithm, s, dtype_ == cpu::DType::bfloat16) || is_turned_off(algorithm)) continue;
+      if (!runs(algorithm, s, dtype_ == DType::bfloat16) || is_turned_off(algorithm)) continue;
       candidates.push_back({a, cpu::pack_convolution(geometry(s), s.c, s.kind == Kind::conv_transpose, algorithm, value(s.weight), value(s.bias), parallel_),
                             std::numeric_limits<double>::infinity()});
       measure(candidates.back());

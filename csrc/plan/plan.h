@@ -87,7 +87,7 @@ class Plan {
   std::vector<int64_t> slot_of_, slot_sizes_;  // where each value lies; elements an image
   int64_t images_at_once_;
   bool whole_batch_ = false;  // a norm looks at all images
-  cpu::DType dtype_;
+  DType dtype_;
   int64_t element_;  // bytes
   int threads_;
   cpu::ParallelFor parallel_;
@@ -102,7 +102,7 @@ class Plan {
   void run_step(size_t i, int64_t n, const void* x, const void* residual, void* out, bool channels_last) const;
   void run_with(const cpu::PackedConvolution* convolution, const Step& step, int64_t n, const void* x, const void* residual, void* out,
                 bool channels_last) const;
-  int64_t slot_bytes(int64_t slot, int64_t images) const { return cpu::ceil_div(slot_sizes_[slot] * images * element_, 64) * 64; }
+  int64_t slot_bytes(int64_t slot, int64_t images) const { return ceil_div(slot_sizes_[slot] * images * element_, 64) * 64; }
   cpu::Algorithm algorithm(size_t i, int64_t n) const;
   const cpu::PackedConvolution& packed(size_t i, int64_t n) const;
   const float* value(int64_t offset) const { return offset < 0 ? nullptr : values_ + offset; }

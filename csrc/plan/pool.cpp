@@ -35,7 +35,7 @@ class Pool {
 
   void run(int helpers, int64_t count, int64_t chunk, const Body& body) {
     job = {count, chunk, &body};
-    const int64_t pieces = cpu::ceil_div(count, chunk);
+    const int64_t pieces = ceil_div(count, chunk);
     finished.store(0, std::memory_order_relaxed);
     error = nullptr;
     const uint64_t next = (state.load(std::memory_order_relaxed) >> 32) + 1;
@@ -79,7 +79,7 @@ class Pool {
     uint64_t seen = state.load(std::memory_order_acquire);
     while (pieces_left(seen)) {
       if (!state.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel)) continue;
-      const int64_t at = cpu::ceil_div(job.count, job.chunk) - static_cast<int64_t>(pieces_left(seen));
+      const int64_t at = ceil_div(job.count, job.chunk) - static_cast<int64_t>(pieces_left(seen));
       try {
         (*job.body)(at * job.chunk, std::min(job.count, (at + 1) * job.chunk));
       } catch (...) {

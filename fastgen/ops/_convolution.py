@@ -208,7 +208,7 @@ class Geometry:
 
 
 def _has_kernels(x: Tensor) -> bool:
-    own = _dispatch.own_kernels(x.device.type)
+    own = _dispatch.own_kernels(str(x.device), x.dtype)
     return own is not None and _dispatch.why_not("conv2d_norm_act", own, str(x.device), x.dtype) is None
 
 
@@ -317,7 +317,7 @@ def call(
         )
         plain = tail.norm == "none" and tail.activation == "identity"
         save = needs_grad and not (plain or tails.needs_output_alone(options))
-        out, _, mean, var = getattr(torch.ops.fastgen, op)(x, weight, bias, *given, *options, *arguments, save)
+        out, _, mean, var = _dispatch.call(op, chosen, x, weight, bias, *given, *options, *arguments, save)
         return out, mean, var
 
     options = tail.options()
@@ -394,7 +394,7 @@ def define(op: str, geometry_schema: str, geometry_of) -> None:
         f"Tensor? residual, {tails.OPTIONS}, {geometry_schema}, bool save) "
         "-> (Tensor out, Tensor pre, Tensor mean, Tensor var)",
     )
-    _dispatch.register(op, "reference", "cpp", "triton")
+    _dispatch.register(op, "reference", "cpp", "cuda", "triton")
 
     def layout(x, weight):
         return memory_format(is_channels_last(x) or is_channels_last(weight))

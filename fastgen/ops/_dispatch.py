@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,9 +25,13 @@ IMPLEMENTATIONS = ("reference", "cpp", "cuda", "triton")
 _WRITTEN: dict[str, tuple[str, ...]] = {}  # op -> the implementations it has
 _override = "auto"  # set by use_impl
 _used: Counter[tuple[str, str]] = Counter()
+_asked = threading.local()  # .tier: of a GPU's, what the call under way asked for
 _log = logging.getLogger("fastgen")
 # Triton's interpreter runs its kernels on the CPU: with TRITON_INTERPRET=1 they take the place of the C++ kernels.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The CUDA kernels as a host compiler builds them (tests/cuda), to run on the CPU in the C++ kernels' place.
+CUDA_ON_CPU = os.environ.get("FASTGEN_CUDA_ON_CPU", "")
+GPU_TIERS = ("triton", "cuda")  # in auto's order: cuda has not been measured yet
 OLDEST_GPU = (8, 0)
 
 
@@ -61,27 +66,29 @@ def why_not(op: str, impl: str, device: str, dtype: torch.dtype | None = None) -
         return None
     if impl not in _WRITTEN[op]:
         return f"fastgen {_version()} has no {impl} kernel for it"
-    if impl == "triton":
-        return _why_no_triton(device, dtype)
+    if impl in GPU_TIERS:
+        return _why_no_gpu(impl, device, dtype)
     if INTERPRETED:
         return "TRITON_INTERPRET=1 runs the triton kernels on the CPU in their place"
+    if CUDA_ON_CPU:
+        return "FASTGEN_CUDA_ON_CPU runs the cuda kernels on the CPU in their place"
     return f"cpp kernels run on the CPU, the input is on {device}" if device != "cpu" else _build.load()
 
 
 @functools.cache
-def _why_no_triton(device: str, dtype: torch.dtype | None) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+def _why_no_gpu(tier: str, device: str, dtype: torch.dtype | None) -> str | None:
+    """Why a GPU's tier cannot run on a device and a dtype."""
+    if tier == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if dtype == torch.float64:
-        return "triton kernels compute float32, bfloat16 and float16, not float64"
-    if INTERPRETED:
-        return (
-            None if device == "cpu" else f"TRITON_INTERPRET=1 runs triton kernels on the CPU, the input is on {device}"
-        )
+        return f"{tier} kernels compute float32, bfloat16 and float16, not float64"
+    if CUDA_ON_CPU if tier == "cuda" else INTERPRETED:
+        if device != "cpu":
+            return f"the {tier} kernels run on the CPU here, the input is on {device}"
+        return _build.load_cuda() if tier == "cuda" else None
     if not device.startswith("cuda"):
-        return (
-            f"triton kernels run on a GPU, the input is on {device} (TRITON_INTERPRET=1 runs them on the CPU, slowly)"
-        )
+        hint = " (TRITON_INTERPRET=1 runs them on the CPU, slowly)" if tier == "triton" else ""
+        return f"{tier} kernels run on a GPU, the input is on {device}{hint}"
     if not torch.backends.cuda.is_built():
         return "this PyTorch is built without CUDA"
     if not torch.cuda.is_available():
@@ -90,7 +97,7 @@ def _why_no_triton(device: str, dtype: torch.dtype | None) -> str | None:
         return "the kernels are written for NVIDIA GPUs"
     if (found := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
         return f"the GPU {device} has compute capability {found[0]}.{found[1]}, the kernels need 8.0 (Ampere) or newer"
-    return None
+    return _build.load_cuda() if tier == "cuda" else None
 
 
 def kernels(name: str) -> ModuleType:
@@ -108,25 +115,72 @@ def kernels(name: str) -> ModuleType:
 
 
 def kernel(op: str, launcher: str, leading: int = 0) -> Callable[[Callable], Callable]:
-    """Registers a function as an op's default kernel, and fastgen.kernels' launcher, "module.function", for a GPU's tensors.
+    """Registers a function as an op's default kernel, and for a GPU's tensors fastgen.kernels' launcher, "module.function",
+    and the CUDA kernel fastgen_cuda::<op>.
 
-    Where the launcher cannot run, the default does. leading: which argument's device and dtype say so, a tensor or a list.
+    Where neither can run, the default does. leading: which argument's device and dtype say so, a tensor or a list.
     """
     module, function = launcher.split(".")
+    on_cpu = INTERPRETED or CUDA_ON_CPU
 
     def registered(default: Callable) -> Callable:
         def run(*args):
             like = args[leading]
             like = like[0] if isinstance(like, list | tuple) else like
-            if _why_no_triton(str(like.device), like.dtype) is None:
-                return getattr(kernels(module), function)(*args)
+            match _tier(str(like.device), like.dtype):
+                case "triton":
+                    return getattr(kernels(module), function)(*args)
+                case "cuda":
+                    return _cuda_kernel(op)(*args)
             return default(*args)
 
         torch.library.impl(f"fastgen::{op}", "CompositeExplicitAutograd")(default)
-        torch.library.impl(f"fastgen::{op}", "cpu" if INTERPRETED else "cuda")(run)
+        torch.library.impl(f"fastgen::{op}", "cpu" if on_cpu else "cuda")(run)
         return default
 
     return registered
+
+
+def _tier(device: str, dtype: torch.dtype) -> str | None:
+    """The GPU's tier that runs a registered op: the one asked for, else the first in auto's order."""
+    wanted = getattr(_asked, "tier", None) or _override
+    wanted = os.environ.get("FASTGEN_IMPL", "auto") if wanted == "auto" else wanted
+    order = (wanted, *GPU_TIERS) if wanted in GPU_TIERS else GPU_TIERS
+    return next((tier for tier in order if _why_no_gpu(tier, device, dtype) is None), None)
+
+
+@functools.cache
+def _cuda_library() -> None:
+    torch.library.define("fastgen_cuda::allow_tf32", "(bool allowed) -> ()")
+
+
+@functools.cache
+def _cuda_op(op: str) -> Callable:
+    schema = str(getattr(torch.ops.fastgen, op).default._schema)
+    torch.library.define(f"fastgen_cuda::{op}", schema[schema.index("(") :])
+    return getattr(torch.ops.fastgen_cuda, op).default
+
+
+def _cuda_kernel(op: str) -> Callable:
+    """fastgen_cuda::<op>, which has the schema of fastgen::<op>; it multiplies float32 as PyTorch's convolutions do."""
+    _cuda_library()
+    torch.ops.fastgen_cuda.allow_tf32(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+    return _cuda_op(op)
+
+
+def call(op: str, impl: str, *args):
+    """torch.ops.fastgen.<op>(*args) by the implementation that `choose` gave.
+
+    Of a GPU's two tiers the backward pass, and a compiled graph, take the one of use_impl or FASTGEN_IMPL, or auto's.
+    """
+    run = getattr(torch.ops.fastgen, op)
+    if impl not in GPU_TIERS or torch.compiler.is_compiling():
+        return run(*args)
+    before, _asked.tier = getattr(_asked, "tier", None), impl
+    try:
+        return run(*args)
+    finally:
+        _asked.tier = before
 
 
 @torch.compiler.assume_constant_result
@@ -135,10 +189,10 @@ def _choose(op: str, impl: str, device: str, dtype: torch.dtype, best: str) -> s
     if impl == "auto":
         impl, source = _checked(os.environ.get("FASTGEN_IMPL", "auto"), "FASTGEN_IMPL"), "FASTGEN_IMPL"
     if impl == "auto":
-        own = own_kernels(device)
+        own = own_kernels(device, dtype)
         reason = "" if own is None else why_not(op, own, device, dtype)
-        if own == "triton" and reason and dtype != torch.float64:
-            _say_once(reason)
+        if own in GPU_TIERS and reason and dtype != torch.float64:
+            _say_once(own, reason)
         impl = "reference" if own is None or reason else own if best == "own" else best
     elif reason := why_not(op, _checked(impl, source), device, dtype):
         raise FastgenError(f"{source}={impl!r} cannot run {op}: {reason}")
@@ -146,16 +200,16 @@ def _choose(op: str, impl: str, device: str, dtype: torch.dtype, best: str) -> s
     return impl
 
 
-def own_kernels(device: str) -> str | None:
-    """The implementation that auto takes on a device, if it can run: cpp, triton or none."""
-    if device == "cpu":
-        return "triton" if INTERPRETED else "cpp"
-    return "triton" if device.startswith("cuda") else None
+def own_kernels(device: str, dtype: torch.dtype | None = None) -> str | None:
+    """The implementation that auto takes on a device, if it can run: cpp, one of a GPU's, or none."""
+    if device.startswith("cuda") or (device == "cpu" and (INTERPRETED or CUDA_ON_CPU)):
+        return next((tier for tier in GPU_TIERS if _why_no_gpu(tier, device, dtype) is None), GPU_TIERS[0])
+    return "cpp" if device == "cpu" else None
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
-    _log.warning("the triton kernels are not available, PyTorch's own ops are used: %s", reason)
+def _say_once(tier: str, reason: str) -> None:
+    _log.warning("the %s kernels are not available, PyTorch's own ops are used: %s", tier, reason)
 
 
 def choose(op: str, impl: str, x: torch.Tensor, wins: bool = True) -> str:
@@ -208,7 +262,8 @@ def info() -> str:
             if impl == "cpp" and impl in written:
                 reason = None if build.path else build.reason
             else:
-                reason = why_not(op, impl, "cpu" if INTERPRETED or impl in ("reference", "cpp") else "cuda")
+                on_cpu = impl in ("reference", "cpp") or (CUDA_ON_CPU if impl == "cuda" else INTERPRETED)
+                reason = why_not(op, impl, "cpu" if on_cpu else "cuda")
             cells.append("yes" if reason is None else f"no [{notes.setdefault(reason, len(notes) + 1)}]")
         lines.append(f"{op:32}" + "".join(f"{cell:>11}" for cell in cells))
     return "\n".join(lines + [f"[{number}] {reason}" for reason, number in notes.items()])

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-# csrc/ops.cpp has the same rules.
+# csrc/ops/common.h has the same rules.
 
 
 def is_channels_last(x: Tensor) -> bool:

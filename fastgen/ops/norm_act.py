@@ -26,7 +26,7 @@ torch.library.define(
     "(Tensor grad_out, Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? residual, bool batch_stats, "
     f"{OPTIONS}) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
 )
-_dispatch.register("norm_act", "reference", "cpp", "triton")
+_dispatch.register("norm_act", "reference", "cpp", "cuda", "triton")
 
 
 def norm_act(
@@ -84,9 +84,10 @@ def norm_act(
         activation, negative_slope, inplace,
     )  # fmt: skip
     batch_stats = _check.tail(x, x.shape, **vars(tail))
-    if _dispatch.choose("norm_act", impl, x) == "reference":
+    chosen = _dispatch.choose("norm_act", impl, x)
+    if chosen == "reference":
         return reference(x, tail)
-    out, mean, var = torch.ops.fastgen.norm_act(x, *tail.tensors(batch_stats), *tail.options())
+    out, mean, var = _dispatch.call("norm_act", chosen, x, *tail.tensors(batch_stats), *tail.options())
     if batch_stats:
         tail.update_running(mean, var, x.numel() // max(1, mean.numel()))
     return out

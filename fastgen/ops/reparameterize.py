@@ -27,7 +27,7 @@ torch.library.define(
     "(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar, Tensor key, Tensor? prior_mean, Tensor? prior_logvar, "
     f"int num_samples, {OPTIONS}) -> (Tensor mu, Tensor logvar, Tensor prior_mean, Tensor prior_logvar)",
 )
-_dispatch.register("reparameterize", "reference", "cpp", "triton")
+_dispatch.register("reparameterize", "reference", "cpp", "cuda", "triton")
 
 
 def reparameterize(
@@ -151,10 +151,11 @@ def _sample(
              for name, value in (("prior_mean", prior_mean), ("prior_logvar", prior_logvar))]  # fmt: skip
     checked = options.checked()
     key = torch.randint(2**63 - 1, (2,), generator=generator, device=mu.device)
-    if _dispatch.choose("reparameterize", impl, mu) == "reference":
+    chosen = _dispatch.choose("reparameterize", impl, mu)
+    if chosen == "reference":
         eps = _noise_like(reference_normal, mu, key, checked[0])
         return _formula(mu, logvar, prior[0], prior[1], eps, 0, *checked)
-    return torch.ops.fastgen.reparameterize(mu, logvar, key, *prior, *checked)
+    return _dispatch.call("reparameterize", chosen, mu, logvar, key, *prior, *checked)
 
 
 def _prior(name: str, value: Tensor | float | None, mu: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ torch.library.define(
     "-> Tensor[]",
 )
 for _name in ("spectral_norm", "spectral_norm_group"):
-    _dispatch.register(_name, "reference", "cpp", "triton")
+    _dispatch.register(_name, "reference", "cpp", "cuda", "triton")
 
 
 def spectral_norm(
@@ -100,9 +100,10 @@ def _run(op, weights, us, vs, dims, n_power_iterations, eps, training, v_first, 
     options = (dims, n_power_iterations if training else 0, float(eps), v_first)
     if any(weight.device != weights[0].device for weight in weights):
         raise ValueError("weights must be on one device: move them")
-    if _dispatch.choose(op, impl, weights[0]) == "reference":
+    chosen = _dispatch.choose(op, impl, weights[0])
+    if chosen == "reference":
         return _formula(weights, us, vs, *options)
-    return tuple(torch.ops.fastgen.spectral_norm(weights, us, vs, *options))
+    return tuple(_dispatch.call("spectral_norm", chosen, weights, us, vs, *options))
 
 
 def _checked_dim(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> int:

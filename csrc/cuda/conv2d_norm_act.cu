@@ -1,0 +1,14 @@
+#include "cuda/convolution.cuh"
+
+namespace fastgen::cuda {
+
+namespace convolution {
+FASTGEN_CONVOLVE(float)
+}  // namespace convolution
+
+void conv2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors, const NormActTensors& given,
+                     const Queue& queue) {
+  FASTGEN_FOR_GPU_DTYPE(op.dtype, convolution::run, conv, op, false, tensors, given, queue)
+}
+
+}  // namespace fastgen::cuda

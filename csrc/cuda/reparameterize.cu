@@ -1,0 +1,349 @@
+// z = mu + exp(logvar / 2) * noise and the divergence from the prior in one pass over memory, their gradients in another. The noise
+// is drawn in registers, from the key on the device (docs/random.md). Sums are float32, in an order that the shape alone decides.
+//
+// A pass sees mu as lines: rows whose divergence is summed, or else a key's elements all together. A thread takes four neighbouring
+// elements of a line, a group: one access, and one counter of Philox. A block has kThreads threads, `lanes` of them side by side along a
+// line: short lines share a block, and a long line has several.
+#include <algorithm>
+
+#include "cuda/common.cuh"
+#include "shared/philox.h"
+
+namespace fastgen::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kGroup = 4;
+
+struct Cut {
+  int64_t lines, length;
+  int splits, lanes_log2;  // blocks that share a line; threads
+  bool aligned;            // every line, of every sample, starts at an access
+
+  int deep() const { return kThreads >> lanes_log2; }  // lines that share a block
+  dim3 grid() const { return dim3(static_cast<unsigned>(ceil_div(lines, deep()) * splits)); }
+};
+
+template <class T, class... Pointers>
+Cut cut(int64_t lines, int64_t length, int64_t samples, Pointers... pointers) {
+  Cut cut{lines, length, 1, 0, false};
+  const int64_t groups = ceil_div(length, kGroup);
+  while (cut.deep() > 1 && (1 << cut.lanes_log2) < groups) ++cut.lanes_log2;
+  cut.splits = static_cast<int>(ceil_div(groups, 1 << cut.lanes_log2));
+  cut.aligned = ((reinterpret_cast<uintptr_t>(pointers) % (kGroup * sizeof(T)) == 0) && ...) && (lines * samples == 1 || length % kGroup == 0);
+  return cut;
+}
+
+// The group of a thread: `count` elements from `at` on, of all elements.
+struct Group {
+  int lane, split;
+  int64_t line, at;
+  int count;
+  bool full;  // it is one access
+
+  __device__ explicit Group(const Cut& cut) {
+    const int lanes = 1 << cut.lanes_log2;
+    const unsigned tile = blockIdx.x / cut.splits;
+    split = blockIdx.x % cut.splits;
+    lane = threadIdx.x & (lanes - 1);
+    line = static_cast<int64_t>(tile) * (kThreads >> cut.lanes_log2) + (threadIdx.x >> cut.lanes_log2);
+    const int64_t first = (static_cast<int64_t>(split) * lanes + lane) * kGroup;
+    at = line * cut.length + first;
+    count = line < cut.lines ? static_cast<int>(max(int64_t{0}, min(cut.length - first, int64_t{kGroup}))) : 0;
+    full = cut.aligned && count == kGroup;
+  }
+};
+
+template <class T>
+__device__ void load_group(const T* from, const Group& group, float (&to)[kGroup]) {
+  if (group.full) return load<kGroup>(from, to);
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) to[i] = i < group.count ? to_float(from[i]) : 0.f;
+}
+
+template <class T>
+__device__ void store_group(T* to, const Group& group, const float (&from)[kGroup]) {
+  if (group.full) return store<kGroup>(to, from);
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i)
+    if (i < group.count) to[i] = from_float<T>(from[i]);
+}
+
+// Elements of a prior that repeats itself after `period`.
+template <class T>
+__device__ void load_periodic(const T* from, int64_t period, const Group& group, float (&to)[kGroup]) {
+  const bool narrow = (group.at | period) >> 32 == 0;
+  int64_t at = group.at;
+  if (at >= period) at = narrow ? static_cast<uint32_t>(at) % static_cast<uint32_t>(period) : at % period;
+  if (group.full && period % kGroup == 0) return load<kGroup>(from + at, to);
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    to[i] = i < group.count ? to_float(from[at]) : 0.f;
+    if (++at == period) at = 0;
+  }
+}
+
+// What the kernels are told of the op; `lines` are those of a key.
+struct Sampler {
+  const int64_t* keys;
+  int64_t key_count, lines, samples;
+  int64_t mean_period, logvar_period;
+  float low, high, least;
+};
+
+// The key of a line, and where its elements begin among all.
+struct Key {
+  uint64_t seed, offset;
+  int64_t index, size, begin;
+
+  __device__ Key(const Sampler& op, const Cut& cut, int64_t line)
+      : index(op.key_count == 1 ? 0 : line / op.lines), size(op.lines * cut.length), begin(index * size) {
+    seed = static_cast<uint64_t>(op.keys[2 * index]);
+    offset = static_cast<uint64_t>(op.keys[2 * index + 1]);
+  }
+};
+
+// The normals of a counter.
+__device__ void draw(const Key& key, uint64_t counter, float (&out)[kGroup]) {
+  const Philox words = philox(key.seed, key.offset, counter);
+  const Normals even = box_muller(words.word[0], words.word[1]), odd = box_muller(words.word[2], words.word[3]);
+  out[0] = even.first;
+  out[1] = even.second;
+  out[2] = odd.first;
+  out[3] = odd.second;
+}
+
+// `plain`, here and below, is a constant for the frequent case, which then needs half the registers: every group is one counter's, there
+// is one sample, and the prior is the standard normal.
+
+// The normals of the key's elements from `element` on: of one counter, or of two where they do not start with one.
+template <bool plain>
+__device__ void noise_of(const Key& key, int64_t element, float (&out)[kGroup]) {
+  const uint64_t counter = static_cast<uint64_t>(element) / kGroup;
+  draw(key, counter, out);
+  const int skip = plain ? 0 : static_cast<int>(element % kGroup);
+  if (!skip) return;
+  float next[kGroup];
+  draw(key, counter + 1, next);
+  const float all[2 * kGroup] = {out[0], out[1], out[2], out[3], next[0], next[1], next[2], next[3]};
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) out[i] = skip == 1 ? all[i + 1] : skip == 2 ? all[i + 2] : all[i + 3];
+}
+
+// mu, logvar as given and as clamped, and exp(logvar / 2) of a group.
+template <class T>
+struct Gaussian {
+  float mu[kGroup], given[kGroup], logvar[kGroup], sd[kGroup];
+
+  __device__ Gaussian(const Sampler& op, const ReparameterizeTensors& tensors, const Group& group) {
+    load_group(static_cast<const T*>(tensors.mu) + group.at, group, mu);
+    load_group(static_cast<const T*>(tensors.logvar) + group.at, group, given);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const float raised = given[i] < op.low ? op.low : given[i];  // NaN stays NaN
+      logvar[i] = raised > op.high ? op.high : raised;
+      sd[i] = exp_(0.5f * logvar[i]);
+    }
+  }
+};
+
+// value = (ratio - 1 - log_ratio + shift * slope) / 2, where slope = (mu - prior mean) / prior variance
+struct Divergence {
+  float shift, slope, ratio, value;
+
+  __device__ Divergence(float mu, float logvar, float sd) : shift(mu), slope(mu), ratio(sd * sd) { set(logvar); }
+  __device__ Divergence(float mu, float logvar, float mean, float prior_logvar)
+      : shift(mu - mean), slope(shift * exp_(-prior_logvar)), ratio(exp_(logvar - prior_logvar)) {
+    set(logvar - prior_logvar);
+  }
+
+ private:
+  __device__ void set(float log_ratio) { value = 0.5f * (shift * slope + (ratio - 1 - log_ratio)); }
+};
+
+template <class T, bool plain>
+struct Prior {
+  bool given;
+  float mean[kGroup] = {}, logvar[kGroup] = {};
+
+  __device__ Prior(const Sampler& op, const ReparameterizeTensors& tensors, const Group& group) : given(!plain && tensors.prior_mean) {
+    if (!given) return;
+    load_periodic(static_cast<const T*>(tensors.prior_mean), op.mean_period, group, mean);
+    load_periodic(static_cast<const T*>(tensors.prior_logvar), op.logvar_period, group, logvar);
+  }
+
+  // Of element i of the group from q.
+  __device__ Divergence divergence(const Gaussian<T>& q, int i) const {
+    return given ? Divergence(q.mu[i], q.logvar[i], mean[i], logvar[i]) : Divergence(q.mu[i], q.logvar[i], q.sd[i]);
+  }
+};
+
+// The sum over a team of `lanes` threads, a power of 2, in its first one; `scratch` is shared memory for a float of each warp.
+__device__ float team_sum(float x, int lanes, float* scratch) {
+  for (int step = min(lanes, kWarp) / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  if (lanes <= kWarp) return x;
+  const int warp = threadIdx.x / kWarp;
+  if (threadIdx.x % kWarp == 0) scratch[warp] = x;
+  __syncthreads();
+  if (threadIdx.x % lanes == 0)
+    for (int i = 1; i < lanes / kWarp; ++i) x += scratch[warp + i];
+  return x;
+}
+
+// The normals alone. Grid: `Cut::grid`.
+template <bool plain>
+__global__ void __launch_bounds__(kThreads, plain ? 6 : 2) draw_noise(Cut cut, Sampler op, float* out) {
+  const Group group(cut);
+  if (!group.count) return;
+  const Key key(op, cut, group.line);
+  float eps[kGroup];
+  noise_of<plain>(key, group.at - key.begin, eps);
+  store_group(out + group.at, group, eps);
+}
+
+// z, and where `sums` is not null each block's sum of divergences of a line, (lines, splits), times `scale`. Grid: `Cut::grid`.
+template <class T, bool plain>
+__global__ void __launch_bounds__(kThreads, plain ? 6 : 2) sample(Cut cut, Sampler op, ReparameterizeTensors given, T* z, float* sums, float scale) {
+  const Group group(cut);
+  float sum = 0;
+  if (group.count) {
+    const Key key(op, cut, group.line);
+    const Gaussian<T> q(op, given, group);
+    T* to = z + group.at + (plain ? 0 : key.begin * (op.samples - 1));
+    for (int64_t element = group.at - key.begin, s = 0; s < (plain ? 1 : op.samples); ++s, element += key.size, to += key.size) {
+      float values[kGroup];
+      noise_of<plain>(key, element, values);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) values[i] = q.mu[i] + q.sd[i] * values[i];
+      store_group(to, group, values);
+    }
+    if (sums) {
+      const Prior<T, plain> prior(op, given, group);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        const float value = prior.divergence(q, i).value;
+        if (i < group.count) sum += value < op.least ? op.least : value;
+      }
+    }
+  }
+  if (!sums) return;
+  sum = team_sum(sum, 1 << cut.lanes_log2, shared_memory<float>());
+  if (group.line < cut.lines && group.lane == 0) sums[group.line * cut.splits + group.split] = scale * sum;
+}
+
+// kl = beta * the sum of a line's parts. Grid: a team, a warp or a block, for each line.
+__global__ void __launch_bounds__(kThreads) add_parts(int64_t lines, int team, int splits, float beta, const float* parts, float* kl) {
+  const int64_t line = static_cast<int64_t>(blockIdx.x) * (kThreads / team) + threadIdx.x / team;
+  float sum = 0;
+  for (int i = threadIdx.x % team; line < lines && i < splits; i += team) sum += parts[line * splits + i];
+  sum = team_sum(sum, team, shared_memory<float>());
+  if (line < lines && threadIdx.x % team == 0) kl[line] = beta * sum;
+}
+
+// The gradients, from those of z and of the divergence; either may be null. Grid: `Cut::grid`.
+template <class T, bool plain>
+__global__ void __launch_bounds__(kThreads, plain ? 5 : 2) differentiate(Cut cut, Sampler op, float beta, const T* grad_z, const float* grad_kl,
+                                                          ReparameterizeTensors given, ReparameterizeGrads grads) {
+  const Group group(cut);
+  if (!group.count) return;
+  const Key key(op, cut, group.line);
+  const Gaussian<T> q(op, given, group);
+  float sum[kGroup] = {}, along[kGroup] = {};  // of grad_z over the samples, of grad_z * noise
+  if (grad_z) {
+    const T* from = grad_z + group.at + (plain ? 0 : key.begin * (op.samples - 1));
+    for (int64_t element = group.at - key.begin, s = 0; s < (plain ? 1 : op.samples); ++s, element += key.size, from += key.size) {
+      float g[kGroup], eps[kGroup];
+      load_group(from, group, g);
+      noise_of<plain>(key, element, eps);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        sum[i] += g[i];
+        along[i] += g[i] * eps[i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) along[i] *= 0.5f * q.sd[i];
+  }
+  const Prior<T, plain> prior(op, given, group);
+  const float of_kl = grad_kl ? beta * grad_kl[group.line] : 0.f;
+  float for_mean[kGroup] = {}, for_prior[kGroup] = {};
+  if (grad_kl) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const Divergence d = prior.divergence(q, i);
+      const float g = d.value < op.least ? 0.f : of_kl;  // none where free_bits hold
+      sum[i] += g * d.slope;
+      along[i] += 0.5f * g * (d.ratio - 1);
+      for_mean[i] = -g * d.slope;
+      for_prior[i] = 0.5f * g * (1 - d.ratio - d.shift * d.slope);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i)
+    if (q.given[i] < op.low || q.given[i] > op.high) along[i] = 0;  // none through a bound
+  store_group(static_cast<T*>(grads.mu) + group.at, group, sum);
+  store_group(static_cast<T*>(grads.logvar) + group.at, group, along);
+  if (!prior.given) return;
+  store_group(static_cast<T*>(grads.prior_mean) + group.at, group, for_mean);
+  store_group(static_cast<T*>(grads.prior_logvar) + group.at, group, for_prior);
+}
+
+bool is_plain(const Reparameterize& op, const Cut& pass, bool prior) {
+  return op.samples == 1 && !prior && (pass.length % kGroup == 0 || pass.lines == op.keys);
+}
+
+// `by_row`: lines are rows.
+Sampler sampler(const Reparameterize& op, bool by_row) {
+  return {op.key, op.keys, by_row ? op.rows : 1, op.samples, op.mean_period, op.logvar_period, static_cast<float>(op.logvar_min),
+          static_cast<float>(op.logvar_max), static_cast<float>(op.free_bits)};
+}
+
+template <class T>
+void sample_of(const Reparameterize& op, const ReparameterizeTensors& given, void* z, void* kl, const Queue& queue) {
+  const int64_t lines = op.keys * (kl ? op.rows : 1), length = op.keys * op.rows * op.size / lines;
+  const Cut pass = cut<T>(lines, length, op.samples, given.mu, given.logvar, given.prior_mean, given.prior_logvar, z);
+  const float beta = static_cast<float>(op.beta);
+  const int shared = kThreads / kWarp * int(sizeof(float));
+  const bool in_parts = kl && pass.splits > 1;
+  float* const sums = static_cast<float*>(in_parts ? queue.scratch(lines * pass.splits * sizeof(float)) : kl);
+  const auto kernel = is_plain(op, pass, given.prior_mean) ? sample<T, true> : sample<T, false>;
+  launch(queue, kernel, pass.grid(), kThreads, shared, pass, sampler(op, kl != nullptr), given, static_cast<T*>(z), sums,
+         in_parts ? 1.f : beta);
+  if (!in_parts) return;
+  const int team = pass.splits > 4 * kWarp ? kThreads : kWarp;
+  launch(queue, add_parts, dim3(static_cast<unsigned>(ceil_div(lines, kThreads / team))), kThreads, shared, lines, team, pass.splits, beta,
+         sums, static_cast<float*>(kl));
+}
+
+template <class T>
+void differentiate_of(const Reparameterize& op, const void* grad_z, const void* grad_kl, const ReparameterizeTensors& given,
+                      const ReparameterizeGrads& grads, const Queue& queue) {
+  const int64_t lines = op.keys * (grad_kl ? op.rows : 1), length = op.keys * op.rows * op.size / lines;
+  const void *const mean = given.prior_mean ? grads.prior_mean : nullptr, *const logvar = given.prior_mean ? grads.prior_logvar : nullptr;
+  const Cut pass = cut<T>(lines, length, op.samples, given.mu, given.logvar, given.prior_mean, given.prior_logvar, grad_z, grads.mu,
+                          grads.logvar, mean, logvar);
+  const auto kernel = is_plain(op, pass, given.prior_mean) ? differentiate<T, true> : differentiate<T, false>;
+  launch(queue, kernel, pass.grid(), kThreads, 0, pass, sampler(op, grad_kl != nullptr), static_cast<float>(op.beta),
+         static_cast<const T*>(grad_z), static_cast<const float*>(grad_kl), given, grads);
+}
+
+}  // namespace
+
+void noise(const Reparameterize& op, void* out, const Queue& queue) {
+  Reparameterize flat = op;  // samples are part of a key's elements here
+  flat.samples = flat.rows = 1;
+  const Cut pass = cut<float>(op.keys, op.samples * op.rows * op.size, 1, out);
+  launch(queue, is_plain(flat, pass, false) ? draw_noise<true> : draw_noise<false>, pass.grid(), kThreads, 0, pass, sampler(flat, false),
+         static_cast<float*>(out));
+}
+
+void reparameterize(const Reparameterize& op, const ReparameterizeTensors& given, void* z, void* kl, const Queue& queue) {
+  FASTGEN_FOR_GPU_DTYPE(op.dtype, sample_of, op, given, z, kl, queue)
+}
+
+void reparameterize_backward(const Reparameterize& op, const void* grad_z, const void* grad_kl, const ReparameterizeTensors& given,
+                             const ReparameterizeGrads& grads, const Queue& queue) {
+  FASTGEN_FOR_GPU_DTYPE(op.dtype, differentiate_of, op, grad_z, grad_kl, given, grads, queue)
+}
+
+}  // namespace fastgen::cuda

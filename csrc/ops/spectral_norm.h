@@ -1,0 +1,103 @@
+// Spectral normalization of a list of weights, and its gradient.
+#pragma once
+
+#include "ops/common.h"
+
+namespace fastgen {
+namespace {
+
+// A weight as the matrix of its dimension `dim` against all others, in its own memory order, and the vectors in that order.
+struct SpectralWeight {
+  Tensor weight, u, v, sigma;
+  ScalarType vector_dtype;  // of the caller's u and v
+  int64_t swapped = 0;      // channels of a channels_last weight whose v counts them first, and the matrix's last
+
+  SpectralWeight(const Tensor& given, const Tensor& given_u, const Tensor& given_v, int64_t dim)
+      : weight(in_format(given, channels_last(given, dim))), u(own(given_u, weight)), v(own(given_v, weight)),
+        sigma(new_tensor(weight, {}, accumulation(weight))), vector_dtype(given_u.scalar_type()) {
+    if (channels_last(given, dim) && dim == 0) swapped = given.size(1);
+    if (swapped) v = transposed(v, swapped);
+    matrix.dtype = dtype_of(weight);
+    matrix.d = weight.size(dim);
+    matrix.a = matrix.b = 1;
+    for (int64_t i = 0; i < weight.dim(); ++i)
+      if (i != dim) (i < dim || (dim == 1 && channels_last(given, dim)) ? matrix.a : matrix.b) *= weight.size(i);
+    matrix.weight = weight.const_data_ptr();
+    matrix.u = u.mutable_data_ptr();
+    matrix.v = v.mutable_data_ptr();
+    matrix.sigma = sigma.mutable_data_ptr();
+  }
+
+  Tensor returned_u() const { return torch::stable::to(u, vector_dtype); }
+  Tensor returned_v() const { return torch::stable::to(swapped ? transposed(v, v.numel() / std::max<int64_t>(1, swapped)) : v, vector_dtype); }
+
+  SpectralMatrix matrix{};
+
+ private:
+  static bool channels_last(const Tensor& weight, int64_t dim) { return is_channels_last(weight) && dim < 2; }
+
+  static Tensor own(const Tensor& x, const Tensor& weight) {
+    return x.scalar_type() == accumulation(weight) ? torch::stable::contiguous(torch::stable::clone(x)) : torch::stable::to(x, accumulation(weight));
+  }
+
+  static Tensor transposed(const Tensor& x, int64_t rows) {
+    if (x.numel() == 0) return x;
+    return torch::stable::reshape(torch::stable::contiguous(torch::stable::transpose(torch::stable::reshape(x, {rows, x.numel() / rows}), 0, 1)),
+                                  {x.numel()});
+  }
+};
+
+const DType all_dtypes[] = {DType::float32, DType::float64, DType::bfloat16, DType::float16};
+
+using Tensors = std::vector<Tensor>;
+
+std::tuple<Tensors, Tensors, Tensors, Tensors> spectral_norm(Tensors weights, Tensors us, Tensors vs, std::vector<int64_t> dims,
+                                                             int64_t iterations, double eps, bool v_first) {
+  std::vector<SpectralWeight> items;
+  Tensors outs, sigmas, new_us, new_vs;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    items.emplace_back(weights[i], us[i], vs[i], dims[i]);
+    outs.push_back(torch::stable::empty_like(items[i].weight));
+    items[i].matrix.out = outs[i].mutable_data_ptr();
+  }
+  for (DType dtype : all_dtypes) {
+    std::vector<SpectralMatrix> matrices;
+    for (const SpectralWeight& item : items)
+      if (item.matrix.dtype == dtype) matrices.push_back(item.matrix);
+    if (!matrices.empty()) kernels::spectral_norm(matrices, iterations, eps, v_first, Execution(weights[0]));
+  }
+  for (const SpectralWeight& item : items) {
+    sigmas.push_back(item.sigma);
+    new_us.push_back(item.returned_u());
+    new_vs.push_back(item.returned_v());
+  }
+  return {outs, sigmas, new_us, new_vs};
+}
+
+Tensors spectral_norm_backward(Tensors grad_outs, Tensors grad_sigmas, Tensors weights, Tensors sigmas, Tensors us, Tensors vs,
+                               std::vector<int64_t> dims) {
+  std::vector<SpectralWeight> items;
+  Tensors grads;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    items.emplace_back(weights[i], us[i], vs[i], dims[i]);
+    grads.push_back(torch::stable::empty_like(items[i].weight));
+    grad_outs[i] = in_format(grad_outs[i], is_channels_last(items[i].weight));
+    for (Tensor* t : {&sigmas[i], &grad_sigmas[i]})
+      if (t->scalar_type() != accumulation(weights[i])) *t = torch::stable::to(*t, accumulation(weights[i]));
+    items[i].matrix.sigma = sigmas[i].mutable_data_ptr();
+  }
+  for (DType dtype : all_dtypes) {
+    std::vector<SpectralMatrix> matrices;
+    std::vector<SpectralMatrixGrad> of;
+    for (size_t i = 0; i < items.size(); ++i) {
+      if (items[i].matrix.dtype != dtype) continue;
+      matrices.push_back(items[i].matrix);
+      of.push_back({grad_outs[i].const_data_ptr(), grad_sigmas[i].const_data_ptr(), grads[i].mutable_data_ptr()});
+    }
+    if (!matrices.empty()) kernels::spectral_norm_backward(matrices, of, Execution(weights[0]));
+  }
+  return grads;
+}
+
+}  // namespace
+}  // namespace fastgen

@@ -1,0 +1,87 @@
+"""What nvcc says of each kernel; `python -m tests.cuda.compiled` writes it down, for the test to compare with."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from fastgen import _build
+
+ARCHITECTURES = ("80", "90a", "100")
+RECORDED = Path(__file__).with_name("resources.json")
+_FLAGS = ("-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xptxas", "-v")
+
+
+def nvcc() -> str | None:
+    """nvcc, as cpp_extension would find it, or None."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{CUDA_HOME}/bin") if CUDA_HOME else None)
+
+
+def version() -> str:
+    said = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([\d.]+)", said)[1]
+
+
+@functools.cache
+def resources(source: Path, architecture: str) -> dict[str, dict[str, int]]:
+    """Each kernel of the file by its name: registers of a thread, bytes of its stack and spills, static shared memory of a
+    block, threads of a block, and how many blocks the registers and threads let one multiprocessor run.
+
+    Raises RuntimeError with the compiler's words where it fails or warns.
+    """
+    chosen = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    with tempfile.TemporaryDirectory() as folder:
+        kept = ("--keep", "--keep-dir", folder)
+        command = [nvcc(), "-c", *_FLAGS, *kept, chosen, f"-I{_build.CSRC}", source, "-o", f"{folder}/object.o"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if done.returncode or "warning" in done.stderr:
+            raise RuntimeError(done.stderr or done.stdout)
+        ptx = "\n".join(file.read_text() for file in Path(folder).glob("*.ptx"))
+    blocks = re.split(r"Compiling entry function '", done.stdout + done.stderr)[1:]
+    found = {}
+    for block in blocks:
+        name = block[: block.index("'")]
+        stack, stores, loads = map(
+            int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", block).groups()
+        )
+        registers = int(re.search(r"Used (\d+) registers", block)[1])
+        shared = re.search(r"(\d+) bytes smem", block)
+        bound = re.search(rf"\.entry {name}\(.*?\)\s*\.maxntid (\d+)", ptx, re.S)
+        threads = int(bound[1]) if bound else 1024
+        found[name] = {
+            "registers": registers,
+            "local": stack + stores + loads,
+            "shared": int(shared[1]) if shared else 0,
+            "threads": threads,
+            "blocks": min(65536 // (-(-registers * 32 // 256) * 256) // (threads // 32), 2048 // threads, 32),
+        }
+    names = subprocess.run(["c++filt", *found], capture_output=True, text=True, check=True).stdout.splitlines()
+    return dict(sorted(zip(map(_short, names), found.values(), strict=True)))
+
+
+def _short(name: str) -> str:
+    """A kernel's demangled name without namespaces, result and parameters."""
+    name = name.replace("(anonymous namespace)::", "").replace("fastgen::cuda::", "").removeprefix("void ")
+    return name[: name.rindex("(")] if "(" in name else name
+
+
+def main() -> None:
+    found = {
+        architecture: {
+            source.stem: resources(source, architecture) for source in _build.cuda_sources() if source.suffix == ".cu"
+        }
+        for architecture in ARCHITECTURES
+    }
+    text = json.dumps({"nvcc": version(), **found}, indent=1)
+    RECORDED.write_text(re.sub(r"\n {4,}|\n {3}(?=\})", "", text).replace(',"', ', "') + "\n")  # a kernel a line
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Every .cu compiled for GPUs that this machine need not have: no warnings, spills or stack, and as many blocks as recorded."""
+
+import json
+
+import pytest
+
+from fastgen import _build
+from tests.cuda import compiled
+
+SOURCES = [source for source in _build.cuda_sources() if source.suffix == ".cu"]
+
+
+@pytest.mark.skipif(compiled.nvcc() is None, reason="no nvcc: the CUDA kernels cannot be compiled for a GPU here")
+@pytest.mark.parametrize("architecture", compiled.ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_resources(source, architecture):
+    found = compiled.resources(source, architecture)
+    assert {name: of["local"] for name, of in found.items() if of["local"]} == {}
+    recorded = json.loads(compiled.RECORDED.read_text())
+    if recorded["nvcc"] != (version := compiled.version()):
+        pytest.skip(f"recorded with nvcc {recorded['nvcc']}, here is {version}: registers are not compared")
+    before = recorded[architecture][source.stem]
+    assert found.keys() == before.keys(), "run python -m tests.cuda.compiled"
+    worse = {name: (before[name], of) for name, of in found.items() if of["blocks"] < before[name]["blocks"]}
+    assert not worse, f"fewer blocks of these kernels run at a time than recorded: {worse}"
