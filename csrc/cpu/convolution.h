@@ -44,9 +44,10 @@ inline Algorithm choose(const Convolution& conv, const NormAct& op) {
   return Algorithm::direct;
 }
 
-// Whether the transformed weights are too many to be kept: each band then transforms them anew.
-inline bool transforms_in_bands(const Convolution& conv, int64_t c) {
-  return conv.ic * c * (conv.kh == 4 ? 100 : 36) * int64_t(sizeof(float)) > (16 << 20);
+// Whether each band of the output transforms the weights anew: where transformed ones are too many to be kept; or where they serve
+// few pixels (of one call, or all that there will be), as they then are read from memory about as often as transformed.
+inline bool transforms_in_bands(const Convolution& conv, int64_t c, int64_t pixels) {
+  return conv.ic * c * (conv.kh == 4 ? 100 : 36) * int64_t(sizeof(float)) > (16 << 20) || (conv.kh == 3 && pixels <= 1600);
 }
 
 // mean and var of `given` are written when op.batch_stats, else read.

@@ -190,8 +190,9 @@ struct Packed {
   Buffer<A> weights;
 };
 
+// pixels: of the output, that the packed weights will serve.
 template <class T, int vectors>
-Packed<Acc<T>, vectors> pack(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm, const T* weight,
+Packed<Acc<T>, vectors> pack(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm, int64_t pixels, const T* weight,
                              const ParallelFor& parallel) {
   using A = Acc<T>;
   constexpr int64_t width = vectors * Vector<A>::size;
@@ -209,7 +210,7 @@ Packed<Acc<T>, vectors> pack(const Convolution& conv, int64_t c, bool transposed
     };
     const auto rows = [&] { return axis(conv.ih, conv.oh, conv.kh, 0); };
     const auto columns = [&] { return axis(conv.iw, conv.ow, conv.kw, 1); };
-    const bool expand = transforms_in_bands(conv, c);
+    const bool expand = transforms_in_bands(conv, c, pixels);
     if (algorithm == Algorithm::winograd_4x2)
       return winograd(Winograd<A, 4, 2, vectors>{conv.ic, conv.ih, conv.iw, c, rows(), columns(), expand});
     if (algorithm == Algorithm::winograd_4x3)
@@ -456,7 +457,7 @@ void convolve(const Convolution& conv, const NormAct& op, bool transposed, const
               const ParallelFor& parallel) {
   using A = Acc<T>;
   const auto pixels = pixels_first<A>(static_cast<const T*>(tensors.x), op.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, parallel);
-  const auto packed = pack<T, vectors>(conv, op.c, transposed, choose(conv, op), static_cast<const T*>(tensors.weight), parallel);
+  const auto packed = pack<T, vectors>(conv, op.c, transposed, choose(conv, op), op.n * op.s, static_cast<const T*>(tensors.weight), parallel);
   run_packed<T, vectors>(packed, conv, op, pixels.get(), static_cast<const A*>(tensors.bias), given, static_cast<T*>(tensors.pre),
                          static_cast<T*>(tensors.out), parallel);
 }

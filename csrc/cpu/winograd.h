@@ -237,20 +237,33 @@ struct Winograd {
         const int64_t count = std::min(kGroups, groups() - first), valid = std::min(width, oc - block * width);
         A* const at = packed + packed_at(phase * blocks() + block, part);
         A* const to = expand ? at : raw.get();
-        for (int64_t i = 0; i < count * size; ++i) {
-          const int64_t sum = (first + i / size) / ceil_div(ic, size),
-                        channel = (first + i / size) % ceil_div(ic, size) * size + i % size;
+        const int64_t rest = ceil_div(ic, size);
+        for (int64_t group = 0; group < count; ++group) {
+          const int64_t sum = (first + group) / rest, channel = (first + group) % rest * size, depth = std::min(size, ic - channel);
           const auto& kh = rows.tap[std::max(phase / columns.out_step, sum / columns.in_step)];
           const auto& kw = columns.tap[std::max(phase % columns.out_step, sum % columns.in_step)];
-          const T* from = weight + channel * stride[0] + block * width * stride[1];
-          for (int64_t k = 0; k < width; ++k, from += stride[1])  // then the taps, which share a line of the cache
-            for (int64_t tap = 0; tap < taps; ++tap)
-              to[tap * weight_step(count) + i * width + k] =
-                  channel < ic && k < valid ? load(from + kh[tap / r] * stride[2] + kw[tap % r] * stride[3]) : A(0);
+          const T* const from = weight + channel * stride[0] + block * width * stride[1];
+          for (int64_t tap = 0; tap < taps; ++tap)
+            copy_taps(from + kh[tap / r] * stride[2] + kw[tap % r] * stride[3], stride[0], stride[1], depth, valid,
+                      to + tap * weight_step(count) + group * size * width);
         }
         if (!expand) transform_weights(to, count, at);
       }
     });
+  }
+
+  // to (size, width): one tap of `depth` input channels and `valid` output channels, zeros beyond. The channels that lie together are
+  // read together.
+  template <class T>
+  static void copy_taps(const T* from, int64_t in_step, int64_t out_step, int64_t depth, int64_t valid, A* to) {
+    if (depth < size || valid < width) std::fill_n(to, size * width, A(0));
+    if (out_step <= in_step) {
+      for (int64_t i = 0; i < depth; ++i)
+        for (int64_t k = 0; k < valid; ++k) to[i * width + k] = load(from + i * in_step + k * out_step);
+    } else {
+      for (int64_t k = 0; k < valid; ++k)
+        for (int64_t i = 0; i < depth; ++i) to[i * width + k] = load(from + i * in_step + k * out_step);
+    }
   }
 
   static void transform_weights(const A* raw, int64_t count, A* u) {

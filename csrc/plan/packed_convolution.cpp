@@ -1,5 +1,7 @@
 #include "cpu/convolution.h"
 
+#include <limits>
+
 #undef FASTGEN_FILE
 #define FASTGEN_FILE "plan/packed_convolution.cpp"
 #include "cpu/isa.h"
@@ -16,7 +18,7 @@ class PackedFloat : public PackedConvolution {
  public:
   PackedFloat(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm, const float* weight, const float* bias,
               const ParallelFor& parallel)
-      : conv(conv), packed(pack<float, vectors>(conv, c, transposed, algorithm, weight, parallel)), bias(bias, bias + (bias ? c : 0)) {}
+      : conv(conv), packed(pack<float, vectors>(conv, c, transposed, algorithm, std::numeric_limits<int64_t>::max(), weight, parallel)), bias(bias, bias + (bias ? c : 0)) {}
 
   void run(const NormAct& op, const void* x, const NormActTensors& given, void* out, const ParallelFor& parallel) const override {
     if (op.dtype == DType::bfloat16)
@@ -61,7 +63,7 @@ class PackedBFloat16 : public PackedConvolution {
       : conv(in_pairs(conv, transposed)), bias(bias, bias + (bias ? c : 0)) {
     const int64_t size[4] = {transposed ? conv.ic : c, (transposed ? c : conv.ic) / conv.groups, conv.kh, conv.kw};
     const auto pairs = paired(weight, size, transposed ? 0 : 1);
-    packed = pack<float, vectors>(this->conv, c, transposed, algorithm, pairs.data(), parallel);
+    packed = pack<float, vectors>(this->conv, c, transposed, algorithm, std::numeric_limits<int64_t>::max(), pairs.data(), parallel);
   }
 
   void run(const NormAct& op, const void* x, const NormActTensors& given, void* out, const ParallelFor& parallel) const override {
