@@ -6,9 +6,9 @@
 //
 // What is summed moves in chunks: 16 bytes of the channels of one tap. For that x is (samples, height, width, channels) and the
 // weight (output channels, taps, channels), the channels padded by zeros to whole chunks; `arrange` copies what does not lie
-// so. A step of the sum is some chunks of each row and column of a tile. Several steps are under way to shared memory (cp.async)
-// while one is multiplied, by tensor cores or by FMA. The tile's sums then pass through shared memory once more, so that the
-// epilogue (bias; parts of the batch's statistics, or a norm by given ones, residual and activation) moves whole rows.
+// so. A step of the sum is some chunks of each row and column of a tile. Several steps are on their way to shared memory
+// (cp.async) while one is multiplied, by tensor cores or by FMA. The tile's sums then pass through shared memory once more, so
+// that the epilogue (bias; parts of the batch's statistics, or a norm by given ones, residual and activation) moves whole rows.
 //
 // Products of few tiles and long sums are split along the sum into float32 tensors that `add_splits` adds in a fixed order.
 #pragma once
@@ -244,7 +244,7 @@ struct Fma {
 constexpr int kThreads = 128;
 
 struct Row {
-  int64_t x, out;  // the sample's first element, and the row's in the output
+  int64_t x, out;  // the sample's first element of the group, and the row's in the output
   int y, z;        // the input's pixel that the phase's first tap reads
 };
 constexpr int kNowhere = -(1 << 29);  // twice it is still no pixel
@@ -268,11 +268,10 @@ struct Problem {
   Axis height, width;
   int64_t samples, size;               // size: elements of the output
   int groups, channels, out_channels;  // channels of a group, x's padded
-  int column_tiles;
-  int split_steps;
-  bool channels_last, wide;  // of the output; wide: whole chunks of its channels lie on 16-byte boundaries
+  int column_tiles, split_steps;
+  bool channels_last, wide;  // the output's order; wide: whole chunks of its channels lie on 16-byte boundaries
   Epilogue<T> epilogue;
-  float* splits;               // (splits, size), then without epilogue; or null
+  float* splits;                // (splits, size), then without epilogue; or null
   float *counts, *means, *m2s;  // (parts), (parts, c), (parts, c), a part for each tile of rows of each phase; or null
 };
 
@@ -331,6 +330,7 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
   // weight of a group has less than 2^31 chunks.
   constexpr int copiers = kThreads / chunks, of_rows = Tile::rows / copiers;
   constexpr int of_columns = (Tile::columns + copiers - 1) / copiers;
+  static_assert(Tile::rows % copiers == 0 && copiers % 8 == 0);
   const int own = thread % chunks, line = thread / chunks, taps = max(width.taps, 1);
   const int chunks_a_tap = p.channels / values, chunks_a_pixel = p.groups * chunks_a_tap;
   const int chunks_a_column = p.height.kernel * p.width.kernel * chunks_a_tap;
@@ -413,8 +413,8 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
       __syncthreads();
       return total;
     };
-    const float near = count ? stored(0) : 0.f;  // the mean is counted from here: that of equal values is exact
-    const float mean = near + over_rows([&](int r) { return stored(r) - near; }) / static_cast<float>(max(count, 1));
+    const float first = count ? stored(0) : 0.f;  // the mean is counted from here: that of equal values is exact
+    const float mean = first + over_rows([&](int r) { return stored(r) - first; }) / static_cast<float>(max(count, 1));
     const float m2 = over_rows([&](int r) { return (stored(r) - mean) * (stored(r) - mean); });
     if (thread < columns) {
       p.means[part * all_channels + first_channel + column] = mean;
@@ -486,8 +486,8 @@ __global__ void __launch_bounds__(kAdders) add_splits(Epilogue<T> epilogue, cons
 
 // ---- Copies into the order that the kernel reads
 
-// Element (i, j, k, l, d) of a tensor lies at `from`'s strides, in its copy at those of `to`, where d, with zeros at its end, is
-// contiguous.
+// Element (i, j, k, l, d) of a tensor lies at `from`'s strides, in its copy at those of `to`, where d is contiguous and padded
+// with zeros.
 struct Arrangement {
   int64_t size[4], from[4], to[4];
   int64_t depth, padded, from_depth;
@@ -629,7 +629,8 @@ bool multiply_in(Problem<T> p, const Division& d, const Call& call) {
     const bool aligned = is_aligned(e.pre) && is_aligned(e.out) && is_aligned(e.residual);
     const bool wide = aligned && (op.channels_last ? op.c : op.s) % 4 == 0;
     const dim3 accesses(static_cast<unsigned>(ceil_div(p.size, kAdders * (wide ? 4 : 1))));
-    launch(call.queue, wide ? add_splits<T, 4> : add_splits<T, 1>, accesses, kAdders, 0, e, p.splits, d.splits, p.size, op.c, inner);
+    launch(call.queue, wide ? add_splits<T, 4> : add_splits<T, 1>, accesses, kAdders, 0, e, p.splits, d.splits, p.size, op.c,
+           inner);
   }
   if (moments)
     merge_moments(op, p.counts, p.means, p.m2s, parts, const_cast<void*>(call.given.mean), const_cast<void*>(call.given.var),

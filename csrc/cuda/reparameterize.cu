@@ -1,9 +1,10 @@
-// z = mu + exp(logvar / 2) * noise and the divergence from the prior in one pass over memory, their gradients in another. The noise
-// is drawn in registers, from the key on the device (docs/random.md). Sums are float32, in an order that the shape alone decides.
+// z = mu + exp(logvar / 2) * noise and the divergence from the prior in one pass over memory, their gradients in another. The
+// noise is drawn in registers, from the key on the device (docs/random.md). Sums are float32, in an order that the shape alone
+// decides.
 //
-// A pass sees mu as lines: rows whose divergence is summed, or else a key's elements all together. A thread takes four neighbouring
-// elements of a line, a group: one access, and one counter of Philox. A block has kThreads threads, `lanes` of them side by side along a
-// line: short lines share a block, and a long line has several.
+// A pass sees mu as lines: rows whose divergence is summed, or else a key's elements all together. A thread takes a group, four
+// neighbouring elements of a line: one access, and one counter of Philox. A block has kThreads threads, `lanes` of them side by
+// side along a line: short lines share a block, and a long line has several.
 #include <algorithm>
 
 #include "cuda/common.cuh"
@@ -30,7 +31,8 @@ Cut cut(int64_t lines, int64_t length, int64_t samples, Pointers... pointers) {
   const int64_t groups = ceil_div(length, kGroup);
   while (cut.deep() > 1 && (1 << cut.lanes_log2) < groups) ++cut.lanes_log2;
   cut.splits = static_cast<int>(ceil_div(groups, 1 << cut.lanes_log2));
-  cut.aligned = ((reinterpret_cast<uintptr_t>(pointers) % (kGroup * sizeof(T)) == 0) && ...) && (lines * samples == 1 || length % kGroup == 0);
+  const bool aligned = ((reinterpret_cast<uintptr_t>(pointers) % (kGroup * sizeof(T)) == 0) && ...);
+  cut.aligned = aligned && (lines * samples == 1 || length % kGroup == 0);
   return cut;
 }
 
@@ -43,8 +45,8 @@ struct Group {
 
   __device__ explicit Group(const Cut& cut) {
     const int lanes = 1 << cut.lanes_log2;
-    const unsigned tile = blockIdx.x / cut.splits;
-    split = blockIdx.x % cut.splits;
+    const unsigned tile = cut.splits == 1 ? blockIdx.x : blockIdx.x / cut.splits;
+    split = blockIdx.x - tile * cut.splits;
     lane = threadIdx.x & (lanes - 1);
     line = static_cast<int64_t>(tile) * (kThreads >> cut.lanes_log2) + (threadIdx.x >> cut.lanes_log2);
     const int64_t first = (static_cast<int64_t>(split) * lanes + lane) * kGroup;
@@ -113,8 +115,8 @@ __device__ void draw(const Key& key, uint64_t counter, float (&out)[kGroup]) {
   out[3] = odd.second;
 }
 
-// `plain`, here and below, is a constant for the frequent case, which then needs half the registers: every group is one counter's, there
-// is one sample, and the prior is the standard normal.
+// `plain`, here and below, is a constant for the frequent case, which then needs half the registers: every group is one
+// counter's, there is one sample, and the prior is the standard normal.
 
 // The normals of the key's elements from `element` on: of one counter, or of two where they do not start with one.
 template <bool plain>
@@ -166,7 +168,8 @@ struct Prior {
   bool given;
   float mean[kGroup] = {}, logvar[kGroup] = {};
 
-  __device__ Prior(const Sampler& op, const ReparameterizeTensors& tensors, const Group& group) : given(!plain && tensors.prior_mean) {
+  __device__ Prior(const Sampler& op, const ReparameterizeTensors& tensors, const Group& group)
+      : given(!plain && tensors.prior_mean) {
     if (!given) return;
     load_periodic(static_cast<const T*>(tensors.prior_mean), op.mean_period, group, mean);
     load_periodic(static_cast<const T*>(tensors.prior_logvar), op.logvar_period, group, logvar);
@@ -203,14 +206,16 @@ __global__ void __launch_bounds__(kThreads, plain ? 6 : 2) draw_noise(Cut cut, S
 
 // z, and where `sums` is not null each block's sum of divergences of a line, (lines, splits), times `scale`. Grid: `Cut::grid`.
 template <class T, bool plain>
-__global__ void __launch_bounds__(kThreads, plain ? 6 : 2) sample(Cut cut, Sampler op, ReparameterizeTensors given, T* z, float* sums, float scale) {
+__global__ void __launch_bounds__(kThreads, plain ? 6 : 2) sample(Cut cut, Sampler op, ReparameterizeTensors given, T* z,
+                                                                  float* sums, float scale) {
   const Group group(cut);
   float sum = 0;
   if (group.count) {
     const Key key(op, cut, group.line);
     const Gaussian<T> q(op, given, group);
     T* to = z + group.at + (plain ? 0 : key.begin * (op.samples - 1));
-    for (int64_t element = group.at - key.begin, s = 0; s < (plain ? 1 : op.samples); ++s, element += key.size, to += key.size) {
+    int64_t element = group.at - key.begin;
+    for (int64_t s = 0; s < (plain ? 1 : op.samples); ++s, element += key.size, to += key.size) {
       float values[kGroup];
       noise_of<plain>(key, element, values);
 #pragma unroll
@@ -232,7 +237,8 @@ __global__ void __launch_bounds__(kThreads, plain ? 6 : 2) sample(Cut cut, Sampl
 }
 
 // kl = beta * the sum of a line's parts. Grid: a team, a warp or a block, for each line.
-__global__ void __launch_bounds__(kThreads) add_parts(int64_t lines, int team, int splits, float beta, const float* parts, float* kl) {
+__global__ void __launch_bounds__(kThreads) add_parts(int64_t lines, int team, int splits, float beta, const float* parts,
+                                                      float* kl) {
   const int64_t line = static_cast<int64_t>(blockIdx.x) * (kThreads / team) + threadIdx.x / team;
   float sum = 0;
   for (int i = threadIdx.x % team; line < lines && i < splits; i += team) sum += parts[line * splits + i];
@@ -242,8 +248,9 @@ __global__ void __launch_bounds__(kThreads) add_parts(int64_t lines, int team, i
 
 // The gradients, from those of z and of the divergence; either may be null. Grid: `Cut::grid`.
 template <class T, bool plain>
-__global__ void __launch_bounds__(kThreads, plain ? 5 : 2) differentiate(Cut cut, Sampler op, float beta, const T* grad_z, const float* grad_kl,
-                                                          ReparameterizeTensors given, ReparameterizeGrads grads) {
+__global__ void __launch_bounds__(kThreads, plain ? 5 : 2) differentiate(Cut cut, Sampler op, float beta, const T* grad_z,
+                                                                         const float* grad_kl, ReparameterizeTensors given,
+                                                                         ReparameterizeGrads grads) {
   const Group group(cut);
   if (!group.count) return;
   const Key key(op, cut, group.line);
@@ -251,7 +258,8 @@ __global__ void __launch_bounds__(kThreads, plain ? 5 : 2) differentiate(Cut cut
   float sum[kGroup] = {}, along[kGroup] = {};  // of grad_z over the samples, of grad_z * noise
   if (grad_z) {
     const T* from = grad_z + group.at + (plain ? 0 : key.begin * (op.samples - 1));
-    for (int64_t element = group.at - key.begin, s = 0; s < (plain ? 1 : op.samples); ++s, element += key.size, from += key.size) {
+    int64_t element = group.at - key.begin;
+    for (int64_t s = 0; s < (plain ? 1 : op.samples); ++s, element += key.size, from += key.size) {
       float g[kGroup], eps[kGroup];
       load_group(from, group, g);
       noise_of<plain>(key, element, eps);
@@ -294,8 +302,8 @@ bool is_plain(const Reparameterize& op, const Cut& pass, bool prior) {
 
 // `by_row`: lines are rows.
 Sampler sampler(const Reparameterize& op, bool by_row) {
-  return {op.key, op.keys, by_row ? op.rows : 1, op.samples, op.mean_period, op.logvar_period, static_cast<float>(op.logvar_min),
-          static_cast<float>(op.logvar_max), static_cast<float>(op.free_bits)};
+  return {op.key, op.keys, by_row ? op.rows : 1, op.samples, op.mean_period, op.logvar_period,
+          static_cast<float>(op.logvar_min), static_cast<float>(op.logvar_max), static_cast<float>(op.free_bits)};
 }
 
 template <class T>
@@ -311,17 +319,18 @@ void sample_of(const Reparameterize& op, const ReparameterizeTensors& given, voi
          in_parts ? 1.f : beta);
   if (!in_parts) return;
   const int team = pass.splits > 4 * kWarp ? kThreads : kWarp;
-  launch(queue, add_parts, dim3(static_cast<unsigned>(ceil_div(lines, kThreads / team))), kThreads, shared, lines, team, pass.splits, beta,
-         sums, static_cast<float*>(kl));
+  const dim3 blocks(static_cast<unsigned>(ceil_div(lines, kThreads / team)));
+  launch(queue, add_parts, blocks, kThreads, shared, lines, team, pass.splits, beta, sums, static_cast<float*>(kl));
 }
 
 template <class T>
 void differentiate_of(const Reparameterize& op, const void* grad_z, const void* grad_kl, const ReparameterizeTensors& given,
                       const ReparameterizeGrads& grads, const Queue& queue) {
   const int64_t lines = op.keys * (grad_kl ? op.rows : 1), length = op.keys * op.rows * op.size / lines;
-  const void *const mean = given.prior_mean ? grads.prior_mean : nullptr, *const logvar = given.prior_mean ? grads.prior_logvar : nullptr;
-  const Cut pass = cut<T>(lines, length, op.samples, given.mu, given.logvar, given.prior_mean, given.prior_logvar, grad_z, grads.mu,
-                          grads.logvar, mean, logvar);
+  const void* const mean = given.prior_mean ? grads.prior_mean : nullptr;
+  const void* const logvar = given.prior_mean ? grads.prior_logvar : nullptr;
+  const Cut pass = cut<T>(lines, length, op.samples, given.mu, given.logvar, given.prior_mean, given.prior_logvar, grad_z,
+                          grads.mu, grads.logvar, mean, logvar);
   const auto kernel = is_plain(op, pass, given.prior_mean) ? differentiate<T, true> : differentiate<T, false>;
   launch(queue, kernel, pass.grid(), kThreads, 0, pass, sampler(op, grad_kl != nullptr), static_cast<float>(op.beta),
          static_cast<const T*>(grad_z), static_cast<const float*>(grad_kl), given, grads);
@@ -333,16 +342,16 @@ void noise(const Reparameterize& op, void* out, const Queue& queue) {
   Reparameterize flat = op;  // samples are part of a key's elements here
   flat.samples = flat.rows = 1;
   const Cut pass = cut<float>(op.keys, op.samples * op.rows * op.size, 1, out);
-  launch(queue, is_plain(flat, pass, false) ? draw_noise<true> : draw_noise<false>, pass.grid(), kThreads, 0, pass, sampler(flat, false),
-         static_cast<float*>(out));
+  const auto kernel = is_plain(flat, pass, false) ? draw_noise<true> : draw_noise<false>;
+  launch(queue, kernel, pass.grid(), kThreads, 0, pass, sampler(flat, false), static_cast<float*>(out));
 }
 
 void reparameterize(const Reparameterize& op, const ReparameterizeTensors& given, void* z, void* kl, const Queue& queue) {
   FASTGEN_FOR_GPU_DTYPE(op.dtype, sample_of, op, given, z, kl, queue)
 }
 
-void reparameterize_backward(const Reparameterize& op, const void* grad_z, const void* grad_kl, const ReparameterizeTensors& given,
-                             const ReparameterizeGrads& grads, const Queue& queue) {
+void reparameterize_backward(const Reparameterize& op, const void* grad_z, const void* grad_kl,
+                             const ReparameterizeTensors& given, const ReparameterizeGrads& grads, const Queue& queue) {
   FASTGEN_FOR_GPU_DTYPE(op.dtype, differentiate_of, op, grad_z, grad_kl, given, grads, queue)
 }
 

@@ -1,12 +1,12 @@
-// weight / sigma for many weights by power iteration (Miyato et al., Spectral Normalization for GANs, 2018), and the gradient: a fixed
-// number of launches for up to kMost weights, which come as kernel parameters.
+// weight / sigma for many weights by power iteration (Miyato et al., Spectral Normalization for Generative Adversarial
+// Networks, 2018), and the gradient: a fixed number of launches for up to kMost weights, which come as kernel parameters.
 //
-// In memory a weight is `lines` of `length` elements: the matrix's rows if a == 1, else its blocks (d, b), with `width` = b > 1 or 1
-// columns. Of its two vectors `outer`, (lines, width), is u if a == 1, else v; `inner`, (length / width), is the other one. Neighbouring
-// lines make a block's chunk: their product W inner is complete, and the block adds to W^T outer the part of its lines, read
-// again while they are in the cache; another launch adds the parts. Where outer is the first vector of a step, one pass gives both
-// products (`fused`); else the first pass gives the sum alone and a second one the other. Products are of vectors that are
-// not normalized yet: |first|, |second| and with them sigma = second . (W first) / |first| need no further pass.
+// In memory a weight is `lines` of `length` elements: the matrix's rows if a == 1, else its blocks (d, b), of `width` = b
+// columns. Of its two vectors `outer`, (lines, width), is u if a == 1, else v; `inner`, (length / width), is the other one.
+// Neighbouring lines make a block's chunk: their product W inner is complete, and the block adds to W^T outer the part of its
+// lines, read again while they are in the cache; another launch adds the parts. Where outer is the first vector of a step, one
+// pass gives both products (`fused`); else the first pass gives the sum alone and a second one the other. The second product is
+// of the first one before it is normalized: norms and sigma = second . (W first) / |first| need no further pass.
 //
 // Products are float32, norms float64, in an order that a weight's shape alone decides.
 #include <algorithm>
@@ -112,7 +112,8 @@ __device__ double total_of(const double* sums, int64_t count) {
   return block_total(total);
 }
 
-// Adds `count` values `stride` apart, of which the thread's own is number `index`, into the first; `planes` of them. After a barrier.
+// Adds `count` values `stride` apart, of which the thread's own is number `index`, into the first; in each of `planes`. After a
+// barrier.
 template <int planes>
 __device__ void add_across(float* own, int index, int count, int stride) {
   for (int left = count; left > 1;) {
@@ -273,7 +274,8 @@ __device__ double multiply_columns(const Weight& m, const Chunk& chunk, const fl
       add_across<kBatch>(own, at.depth, at.deep, at.span);
 #pragma unroll
       for (int j = 0; j < kBatch; ++j)
-        if (valid && at.depth == 0 && line + j < chunk.count) total += chunk.put(m, (line + j) * m.width + column, own[j * kThreads]);
+        if (valid && at.depth == 0 && line + j < chunk.count)
+          total += chunk.put(m, (line + j) * m.width + column, own[j * kThreads]);
       __syncthreads();
     }
   return total;
@@ -328,8 +330,8 @@ __global__ void __launch_bounds__(kThreads) multiply(const __grid_constant__ Gro
     add_lines<T, 1>(m, chunk, outer);
 }
 
-// W^T outer from its parts. Grid: up to kMostParts blocks a weight; a block has a warp's width of elements at a time, and each of its
-// warps every so many parts.
+// W^T outer from its parts. Grid: up to kMostParts blocks a weight; a block has a warp's width of elements at a time, and each
+// of its warps every so many parts.
 __global__ void __launch_bounds__(kThreads) add_parts(const __grid_constant__ Group<Weight> group) {
   constexpr int warps = kThreads / kWarp;
   const Place place(group);
@@ -394,7 +396,8 @@ struct Divisors {
 
   __device__ Divisors(const Weight& m, double eps, bool iterate) {
     Divisors* const shared = reinterpret_cast<Divisors*>(shared_memory<double>() + kThreads / kWarp);
-    const double of_outer = total_of(m.outer_sums, m.chunks()), of_inner = iterate ? total_of(m.inner_sums, m.inner_blocks()) : 0;
+    const double of_outer = total_of(m.outer_sums, m.chunks());
+    const double of_inner = iterate ? total_of(m.inner_sums, m.inner_blocks()) : 0;
     if (threadIdx.x == 0) {
       if (iterate) {
         const double length = sqrt(m.fused ? of_outer : of_inner), first = length < eps ? eps : length;  // NaN stays NaN
@@ -429,10 +432,11 @@ __device__ void finish_chunk(const Weight& m, const Place& place, double eps, bo
   elements.store_all(static_cast<T*>(m.out), held);
 }
 
-// iterate: u and v from the products. scale: sigma, and weight / sigma. Grid: a block for kChunk elements of each weight, or of its
-// longer vector.
+// iterate: u and v from the products. scale: sigma, and weight / sigma. Grid: a block for kChunk elements of each weight, or of
+// its longer vector.
 template <class T>
-__global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Group<Weight> group, double eps, bool iterate, bool scale) {
+__global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Group<Weight> group, double eps, bool iterate,
+                                                   bool scale) {
   const Place place(group);
   const Weight& m = group.of[place.index];
   if (m.aligned)
@@ -441,7 +445,9 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Group
     finish_chunk<T, 1>(m, place, eps, iterate, scale);
 }
 
-FASTGEN_HD int64_t divide(int64_t a, int64_t b) { return (a | b) >> 32 ? a / b : static_cast<uint32_t>(a) / static_cast<uint32_t>(b); }
+__device__ int64_t divide(int64_t a, int64_t b) {
+  return (a | b) >> 32 ? a / b : static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+}
 
 template <class T, int access>
 __device__ double dot_of(const WeightGrad& m, const Place& place) {
@@ -522,7 +528,8 @@ int64_t lines_of(const SpectralMatrix& m) { return m.a == 1 ? m.d : m.a; }
 int64_t length_of(const SpectralMatrix& m) { return m.a == 1 ? m.b : m.d * m.b; }
 int width_of(const SpectralMatrix& m) { return m.a == 1 ? 1 : static_cast<int>(std::max<int64_t>(1, m.b)); }
 
-// Lines of a block: some that fill it and stay in the cache, so many that their parts of the sum are few, so few that there are blocks.
+// Lines of a block: so many that they fill it and their parts of the sum are few, so few that they stay in the cache and that
+// there are blocks for every multiprocessor.
 int64_t chunk_of(const Weight& m) {
   if (m.width > 1) return std::max<int64_t>(kBatch, ceil_div(m.lines, 256));
   const int64_t small = ceil_div(4096, std::max<int64_t>(1, m.length)), large = std::min<int64_t>(16, ceil_div(m.lines, 128));
@@ -542,7 +549,7 @@ Weight record_of(const SpectralMatrix& m, bool v_first) {
   record.width = width_of(m);
   record.chunk = static_cast<int>(chunk_of(record));
   record.fused = (m.a == 1) != v_first;
-  const int access = access_of<T>(record.length, m.weight, m.out, static_cast<const void*>(record.inner));
+  const int access = access_of<T>(record.length, m.weight, m.out, record.inner);
   record.aligned = access > 1;
   while ((1 << record.lanes_log2) < kThreads && (1 << record.lanes_log2) * access < record.length) ++record.lanes_log2;
   return record;
@@ -596,7 +603,8 @@ void normalize(const std::vector<SpectralMatrix>& matrices, int64_t iterations, 
 }
 
 template <class T>
-void differentiate_all(const std::vector<SpectralMatrix>& matrices, const std::vector<SpectralMatrixGrad>& grads, const Queue& queue) {
+void differentiate_all(const std::vector<SpectralMatrix>& matrices, const std::vector<SpectralMatrixGrad>& grads,
+                       const Queue& queue) {
   for (size_t begin = 0; begin < matrices.size(); begin += kMost) {
     Group<WeightGrad> group{};
     group.count = static_cast<int>(std::min<size_t>(kMost, matrices.size() - begin));
@@ -606,22 +614,26 @@ void differentiate_all(const std::vector<SpectralMatrix>& matrices, const std::v
       const SpectralMatrixGrad& grad = grads[begin + i];
       const float *const u = static_cast<const float*>(m.u), *const v = static_cast<const float*>(m.v);
       WeightGrad& record = group.of[i];
-      record = {m.weight, grad.grad_out, grad.grad_weight, m.a == 1 ? u : v, m.a == 1 ? v : u, static_cast<const float*>(m.sigma),
-                static_cast<const float*>(grad.grad_sigma), sums, lines_of(m), length_of(m), width_of(m), false};
-      record.aligned = access_of<T>(record.length, m.weight, grad.grad_out, grad.grad_weight, static_cast<const void*>(record.inner)) > 1;
+      record = {m.weight, grad.grad_out, grad.grad_weight, m.a == 1 ? u : v, m.a == 1 ? v : u,
+                static_cast<const float*>(m.sigma), static_cast<const float*>(grad.grad_sigma), sums,
+                lines_of(m), length_of(m), width_of(m), false};
+      record.aligned = access_of<T>(record.length, m.weight, grad.grad_out, grad.grad_weight, record.inner) > 1;
     }
     launch(queue, dot<T>, group.grid([](const WeightGrad& m) { return m.blocks(); }), kThreads, kShared, group);
-    launch(queue, differentiate<T>, group.grid([](const WeightGrad& m) { return ceil_div(m.size(), kChunk); }), kThreads, kShared, group);
+    const dim3 blocks = group.grid([](const WeightGrad& m) { return ceil_div(m.size(), kChunk); });
+    launch(queue, differentiate<T>, blocks, kThreads, kShared, group);
   }
 }
 
 }  // namespace
 
-void spectral_norm(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first, const Queue& queue) {
+void spectral_norm(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first,
+                   const Queue& queue) {
   FASTGEN_FOR_GPU_DTYPE(matrices[0].dtype, normalize, matrices, iterations, eps, v_first, queue)
 }
 
-void spectral_norm_backward(const std::vector<SpectralMatrix>& matrices, const std::vector<SpectralMatrixGrad>& grads, const Queue& queue) {
+void spectral_norm_backward(const std::vector<SpectralMatrix>& matrices, const std::vector<SpectralMatrixGrad>& grads,
+                            const Queue& queue) {
   FASTGEN_FOR_GPU_DTYPE(matrices[0].dtype, differentiate_all, matrices, grads, queue)
 }
 
