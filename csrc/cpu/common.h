@@ -152,4 +152,7 @@ T* thread_scratch(int64_t count) {
   return buffer.get();
 }
 
+// Whether this processor multiplies pairs of bfloat16 by one instruction.
+bool can_dot_bf16();
+
 }  // namespace fastgen::cpu

@@ -44,6 +44,13 @@ inline Algorithm choose(const Convolution& conv, const NormAct& op) {
   return Algorithm::direct;
 }
 
+// Whether a convolution of bfloat16 multiplies pairs of channels by one instruction instead.
+inline bool in_pairs(const Convolution& conv, const NormAct& op) {
+  const char* asked = getenv("FASTGEN_WINOGRAD");
+  return op.dtype == DType::bfloat16 && can_dot_bf16() && can_run(Algorithm::direct_bf16, conv, op.c) && op.c > 4 &&
+         !(asked && !strcmp(asked, "always"));
+}
+
 // Whether each band of the output transforms the weights anew: where transformed ones are too many to be kept; or where they serve
 // few pixels (of one call, or all that there will be), as they then are read from memory about as often as transformed.
 inline bool transforms_in_bands(const Convolution& conv, int64_t c, int64_t pixels) {
@@ -70,8 +77,5 @@ class PackedConvolution {
 };
 std::unique_ptr<PackedConvolution> pack_convolution(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm,
                                                     const float* weight, const float* bias, const ParallelFor& parallel);
-
-// Whether this processor has what the algorithms for bfloat16 need.
-bool can_dot_bf16();
 
 }  // namespace fastgen::cpu

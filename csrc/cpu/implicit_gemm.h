@@ -108,23 +108,24 @@ inline WeightStrides weight_strides(const Convolution& conv, int64_t c, bool tra
   return {c / conv.groups * s[0], s[1], s[0], s[2], s[3]};
 }
 
-// The weights as (group, block, tap, ic / groups, width), zero where a block is wider than the group's channels.
-template <class T>
+// The weights as (group, block, tap, ic / groups, width), zero where a block is wider than the group's channels. pairs: of bfloat16,
+// those of channels 2 i and 2 i + 1 in one float.
+template <bool pairs = false, class T>
 Buffer<Acc<T>> pack_weights(const Convolution& conv, int64_t c, int64_t width, bool transposed, const T* weight,
-                                       const ParallelFor& parallel) {
-  const int64_t depth = conv.ic / conv.groups, channels = c / conv.groups, blocks = ceil_div(channels, width), taps = conv.kh * conv.kw;
+                            const ParallelFor& parallel) {
+  constexpr int64_t together = pairs ? 2 : 1, most = 16;
+  const int64_t depth = conv.ic / conv.groups / together, channels = c / conv.groups, blocks = ceil_div(channels, width);
+  const int64_t taps = conv.kh * conv.kw, parts = ceil_div(depth, most);
   const WeightStrides stride = weight_strides(conv, c, transposed);
   auto packed = scratch<Acc<T>>(conv.groups * blocks * taps * depth * width);
-  parallel(conv.groups * blocks * depth, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t i = row % depth, block = row / depth % blocks, group = row / depth / blocks;
-      const int64_t valid = std::min(width, channels - block * width);
-      const T* from = weight + group * stride.group + i * stride.depth + block * width * stride.channel;
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        Acc<T>* to = packed.get() + (((group * blocks + block) * taps + tap) * depth + i) * width;
-        const T* at = from + tap / conv.kw * stride.row + tap % conv.kw * stride.column;
-        for (int64_t channel = 0; channel < width; ++channel) to[channel] = channel < valid ? load(at + channel * stride.channel) : Acc<T>(0);
-      }
+  parallel(conv.groups * blocks * parts, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first = item % parts * most, block = item / parts % blocks, group = item / parts / blocks;
+      const int64_t count = std::min(most, depth - first), valid = std::min(width, channels - block * width);
+      const T* const from = weight + group * stride.group + first * together * stride.depth + block * width * stride.channel;
+      for (int64_t tap = 0; tap < taps; ++tap)
+        copy_taps<pairs>(from + tap / conv.kw * stride.row + tap % conv.kw * stride.column, stride.depth, stride.channel, count, valid,
+                         count, width, packed.get() + (((group * blocks + block) * taps + tap) * depth + first) * width);
     }
   });
   return packed;
@@ -133,6 +134,14 @@ Buffer<Acc<T>> pack_weights(const Convolution& conv, int64_t c, int64_t width, b
 struct Direct {
   Axis rows, columns;
 };
+
+inline Direct direct(const Convolution& conv, bool transposed) {
+  const auto axis = [&](int64_t in, int64_t size, int64_t kernel, int i) {
+    return transposed ? Axis::transposed(in, size, kernel, conv.stride[i], conv.padding[i], conv.dilation[i])
+                      : Axis::strided(in, size, kernel, conv.stride[i], conv.padding[i], conv.dilation[i], conv.reflect);
+  };
+  return {axis(conv.ih, conv.oh, conv.kh, 0), axis(conv.iw, conv.ow, conv.kw, 1)};
+}
 
 // y[oh][ow][c] = sum over kw of t[column(ow, kw)][kw * channels + c], t = sum over kh of x[row(oh, kh)] w[kh]: a product as wide as a row
 // of the kernel, for as few output channels as an image has.
@@ -216,14 +225,10 @@ Packed<Acc<T>, vectors> pack(const Convolution& conv, int64_t c, bool transposed
     if (algorithm == Algorithm::winograd_4x3)
       return winograd(Winograd<A, 4, 3, vectors>{conv.ic, conv.ih, conv.iw, c, rows(), columns(), expand});
   }
-  const auto axis = [&](int64_t in, int64_t size, int64_t kernel, int i) {
-    return transposed ? Axis::transposed(in, size, kernel, conv.stride[i], conv.padding[i], conv.dilation[i])
-                      : Axis::strided(in, size, kernel, conv.stride[i], conv.padding[i], conv.dilation[i], conv.reflect);
-  };
-  Axis rows = axis(conv.ih, conv.oh, conv.kh, 0), columns = axis(conv.iw, conv.ow, conv.kw, 1);
+  Direct axes = direct(conv, transposed);
   if (algorithm == Algorithm::rows)
-    return {Rows(std::move(rows), columns, c), pack_rows(conv, c, width, transposed, weight)};
-  return {Direct{std::move(rows), std::move(columns)}, pack_weights(conv, c, width, transposed, weight, parallel)};
+    return {Rows(std::move(axes.rows), axes.columns, c), pack_rows(conv, c, width, transposed, weight)};
+  return {std::move(axes), pack_weights(conv, c, width, transposed, weight, parallel)};
 }
 
 // The work of one call, over blocks of `vectors` vectors of output channels. dot: a float of x and of the weights is a pair of
@@ -452,6 +457,20 @@ void run_packed(const Packed<Acc<T>, vectors>& how, const Convolution& conv, con
   norm_act_apply(op, sum, given, out, parallel);
 }
 
+#if FASTGEN_HAS_DOT
+template <int vectors>
+void convolve_in_pairs(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors,
+                       const NormActTensors& given, const ParallelFor& parallel) {
+  const auto pixels = pixels_first<BFloat16>(static_cast<const BFloat16*>(tensors.x), op.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, parallel);
+  const Packed<float, vectors> packed{direct(conv, transposed), pack_weights<true>(conv, op.c, vectors * Vector<float>::size, transposed,
+                                                                                   static_cast<const BFloat16*>(tensors.weight), parallel)};
+  Convolution pairs = conv;
+  pairs.ic /= 2;
+  run_packed<BFloat16, vectors, true>(packed, pairs, op, reinterpret_cast<const float*>(pixels.get()), static_cast<const float*>(tensors.bias), given,
+                                      static_cast<BFloat16*>(tensors.pre), static_cast<BFloat16*>(tensors.out), parallel);
+}
+#endif
+
 template <class T, int vectors>
 void convolve(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors, const NormActTensors& given,
               const ParallelFor& parallel) {
@@ -472,6 +491,13 @@ bool is_narrow(const Convolution& conv, int64_t c, Algorithm algorithm) {
 template <class T>
 void convolve_norm_act(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors,
                        const NormActTensors& given, const ParallelFor& parallel) {
+#if FASTGEN_HAS_DOT
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (in_pairs(conv, op)) {
+      const bool one = is_narrow<float>(conv, op.c, Algorithm::direct);
+      return (one ? convolve_in_pairs<1> : convolve_in_pairs<2>)(conv, op, transposed, tensors, given, parallel);
+    }
+#endif
   const bool narrow = is_narrow<Acc<T>>(conv, op.c, choose(conv, op));
   (narrow ? convolve<T, 1> : convolve<T, 2>)(conv, op, transposed, tensors, given, parallel);
 }

@@ -332,6 +332,8 @@ inline void norm_act_backward(const NormAct& op, const void* grad_out, const voi
 #ifdef FASTGEN_ONCE
 namespace fastgen::cpu {
 
+bool can_dot_bf16() { return has_bf16_dot(); }
+
 void merge_moments(const NormAct& op, const std::vector<Moments<double>>& parts, int64_t chunks, void* mean, void* var) {
   const int64_t merged = op.per_sample ? chunks : op.n * chunks, channels = op.c / op.sets;
   for (int64_t row = 0; row < op.rows_of_stats(); ++row)

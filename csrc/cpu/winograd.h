@@ -244,26 +244,12 @@ struct Winograd {
           const auto& kw = columns.tap[std::max(phase % columns.out_step, sum % columns.in_step)];
           const T* const from = weight + channel * stride[0] + block * width * stride[1];
           for (int64_t tap = 0; tap < taps; ++tap)
-            copy_taps(from + kh[tap / r] * stride[2] + kw[tap % r] * stride[3], stride[0], stride[1], depth, valid,
+            copy_taps(from + kh[tap / r] * stride[2] + kw[tap % r] * stride[3], stride[0], stride[1], depth, valid, size, width,
                       to + tap * weight_step(count) + group * size * width);
         }
         if (!expand) transform_weights(to, count, at);
       }
     });
-  }
-
-  // to (size, width): one tap of `depth` input channels and `valid` output channels, zeros beyond. The channels that lie together are
-  // read together.
-  template <class T>
-  static void copy_taps(const T* from, int64_t in_step, int64_t out_step, int64_t depth, int64_t valid, A* to) {
-    if (depth < size || valid < width) std::fill_n(to, size * width, A(0));
-    if (out_step <= in_step) {
-      for (int64_t i = 0; i < depth; ++i)
-        for (int64_t k = 0; k < valid; ++k) to[i * width + k] = load(from + i * in_step + k * out_step);
-    } else {
-      for (int64_t k = 0; k < valid; ++k)
-        for (int64_t i = 0; i < depth; ++i) to[i * width + k] = load(from + i * in_step + k * out_step);
-    }
   }
 
   static void transform_weights(const A* raw, int64_t count, A* u) {

@@ -107,8 +107,6 @@ inline std::unique_ptr<PackedConvolution> pack_convolution(const Convolution& co
 #ifdef FASTGEN_ONCE
 namespace fastgen::cpu {
 
-bool can_dot_bf16() { return has_bf16_dot(); }
-
 std::unique_ptr<PackedConvolution> pack_convolution(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm,
                                                     const float* weight, const float* bias, const ParallelFor& parallel) {
   FASTGEN_DISPATCH(pack_convolution, conv, c, transposed, algorithm, weight, bias, parallel)

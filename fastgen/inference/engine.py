@@ -1,4 +1,4 @@
-"""Engine: a trained model for inference alone, its weights packed once, with no Python between its layers."""
+"""Engine: a trained model for inference alone, its weights prepared once, with no Python between its layers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastgen.errors import FastgenError, UsageError, naming
 from fastgen.inference import _members, _plan
+from fastgen.inference._graphs import Graphs
 from fastgen.inference._lower import lower
 from fastgen.inference._record import UnsupportedError
 from fastgen.inference._trace import clone
@@ -22,13 +23,13 @@ from fastgen.runtime._file import encode
 
 _log = logging.getLogger("fastgen")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-_MOST_ERROR = {"fp32": 1e-3, "tf32": 1e-3, "bf16": 0.2}  # beyond it something else is wrong than rounding
+_MOST_ERROR = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 0.05, "bf16": 0.2}  # beyond it something else is wrong than rounding
 _FEW, _MANY = 1, 16  # images for which algorithms are measured
 
 
 @dataclass(frozen=True)
 class Part:
-    """A module of the model and what runs it: "plan", or "PyTorch" with the reason."""
+    """A module of the model and what runs it: "plan", "CUDA graph", or "PyTorch" with the reason."""
 
     name: str
     runs: str
@@ -47,6 +48,9 @@ class Engine:
     warning to the logger "fastgen" say so. The output is compared with the module's, for the example and for another number of
     images; `error` is the largest difference relative to the largest entry. The engine keeps its own copy of the weights.
 
+    On a GPU (model and example there) the model is fused, its weights laid out for the kernels, and each number of images is
+    recorded as a CUDA graph at its first call, that of the example at creation. What cannot be recorded runs through PyTorch.
+
     Not while another thread runs a model: recording changes how PyTorch's functions are called. Afterwards several threads
     may call one engine.
 
@@ -55,8 +59,9 @@ class Engine:
         example_inputs: an input (N, C) or (N, C, H, W), or a tuple of it alone. Other N work later, other C, H, W do not.
         precision: "fp32"; "tf32" is the same on a CPU. "bf16": weights, and values between layers, are bfloat16, and sums
             float32; inputs and outputs stay float32. A processor that does not multiply bfloat16 runs it as "fp32".
-            "fp16" is refused.
-        impl: "auto"; "cpp": the whole model must lie in the plan; "reference": all through PyTorch.
+            "fp16": the same with float16, on a GPU alone.
+        impl: "auto"; "cpp": the whole model must lie in the plan; on a GPU "triton" or "cuda" for fastgen's ops; "reference":
+            all through PyTorch.
 
     Raises TypeError and UsageError for arguments that cannot be meant, and FastgenError if impl="cpp" cannot run, with the
     reason, or if the plan's output is not the module's.
@@ -75,10 +80,13 @@ class Engine:
         self.parts: tuple[Part, ...] = ()
         self.error = 0.0
         self.plan: Plan | None = None
+        self._graphs: Graphs | None = None
         self._example = example
         self._module: nn.Module | None = clone(model, share=False).eval()
         _members.unfuse(self._module)
-        if impl != "reference":
+        if impl != "reference" and example.is_cuda:
+            self._make_graphs(impl)
+        elif impl != "reference":
             self._make(impl)
         else:
             self.parts = (Part("", "PyTorch", "impl='reference'"),)
@@ -112,11 +120,29 @@ class Engine:
         said = "; ".join(str(part) for part in self.parts if part.runs != "plan") or reason
         _log.warning("Engine: not all of %s is in a plan: %s", type(module).__name__, said)
 
+    def _make_graphs(self, impl: str) -> None:
+        example, module = self._example, self._module
+        assert module is not None
+        self._input_shape, self._device = tuple(example.shape[1:]), example.device
+        try:
+            self._graphs = Graphs(clone(module, share=False), self.precision, impl)
+            self.error = _compare(self._call_graphs, module, example, self.precision)
+            self.parts, self._module = (Part("", "CUDA graph"),), None
+        except (RuntimeError, UnsupportedError) as error:  # what cannot be recorded: synchronisation, a wrong result
+            if impl != "auto":
+                raise FastgenError(f"impl={impl!r} cannot run the whole model: {error}") from error
+            self._graphs, reason = None, str(error).splitlines()[0]
+            self.parts = (Part("", "PyTorch", reason),)
+            _log.warning("Engine: %s is not a CUDA graph: %s", type(module).__name__, reason)
+
     def __call__(self, x: Tensor) -> Tensor:
-        """The model's output for x, (N, ...) as in the example. A float32 tensor on the CPU where the model is a plan; it comes
-        back contiguous. Raises TypeError and ValueError for other dtypes and shapes."""
+        """The model's output for x, (N, ...) as in the example. A float32 tensor on the CPU where the model is a plan, on the
+        example's GPU where it is a CUDA graph; it comes back as a new one. Raises TypeError and ValueError for other dtypes and
+        shapes."""
         if self.plan is not None:
             return self._call_plan(x)
+        if self._graphs is not None:
+            return self._call_graphs(x)
         assert self._module is not None
         with torch.no_grad():
             return self._module(x)
@@ -124,12 +150,20 @@ class Engine:
     def _call_plan(self, x: Tensor) -> Tensor:
         return _run(cast(Plan, self.plan), x)
 
+    def _call_graphs(self, x: Tensor) -> Tensor:
+        _check_input(x, self._input_shape, self._device)
+        return cast(Graphs, self._graphs)(x)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan: one file of numbers, no code, which Engine.load and fastgen.runtime.Plan.load read.
 
-        Raises FastgenError where parts run through PyTorch.
+        Raises FastgenError where parts run through PyTorch, and on a GPU.
         """
         if self.plan is None:
+            if self._graphs is not None:
+                raise FastgenError(
+                    "an engine on a GPU cannot be saved: make one of the model on the CPU, and save that"
+                )
             parts = "; ".join(str(part) for part in self.parts if part.runs != "plan")
             raise FastgenError(f"the engine cannot be saved, since parts of it run through PyTorch: {parts}")
         partial = f"{os.fspath(path)}.partial"
@@ -151,7 +185,7 @@ class Engine:
         with open(path, "rb") as file:
             engine._data = file.read()
         engine.precision, engine.error = engine.plan.precision, 0.0
-        engine.parts, engine._module = (Part("", "plan"),), None
+        engine.parts, engine._module, engine._graphs = (Part("", "plan"),), None, None
         return engine
 
     def __repr__(self) -> str:
@@ -171,13 +205,18 @@ class _Planned(nn.Module):
         return _run(self.plan, x)
 
 
-def _run(plan: Plan, x: Tensor) -> Tensor:
-    if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu":
+def _check_input(x: object, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device != device:
         found = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a float32 tensor on the CPU, got {found}")
-    if tuple(x.shape[1:]) != plan.input_shape:
-        expected = ", ".join(map(str, ("N", *plan.input_shape)))
+        place = "the CPU" if device.type == "cpu" else str(device)
+        raise TypeError(f"x must be a float32 tensor on {place}, got {found}")
+    if tuple(x.shape[1:]) != shape:
+        expected = ", ".join(map(str, ("N", *shape)))
         raise ValueError(f"x must be of shape ({expected}), got {tuple(x.shape)}")
+
+
+def _run(plan: Plan, x: Tensor) -> Tensor:
+    _check_input(x, plan.input_shape, torch.device("cpu"))
     x = x.contiguous()
     out = torch.empty((x.shape[0], *plan.output_shape))
     plan.run(x.shape[0], x.data_ptr(), out.data_ptr())
@@ -194,10 +233,13 @@ def _check(model: object, example_inputs: object, precision: str, impl: str) -> 
         raise UsageError(f"example_inputs must be a batch of at least one, got shape {tuple(inputs[0].shape)}")
     if precision not in PRECISIONS:
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if precision == "fp16":
+    on_gpu = inputs[0].is_cuda
+    if precision == "fp16" and not on_gpu:
         raise UsageError("precision 'fp16' has no kernels on a CPU: use 'bf16' or 'fp32'")
-    if impl not in ("auto", "cpp", "reference"):
-        raise UsageError(f"impl must be 'auto', 'cpp' or 'reference', got {impl!r}")
+    allowed = ("auto", "triton", "cuda", "reference") if on_gpu else ("auto", "cpp", "reference")
+    if impl not in allowed:
+        place = "a GPU" if on_gpu else "a CPU"
+        raise UsageError(f"impl must on {place} be one of {', '.join(map(repr, allowed))}, got {impl!r}")
     return inputs[0].detach()
 
 

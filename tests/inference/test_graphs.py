@@ -1,0 +1,113 @@
+"""Engine on a GPU, by a recorder that needs none: it keeps what a CUDA graph keeps, the buffers, and runs the call anew."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import fastgen
+from fastgen.inference import _graphs
+from fastgen.inference._graphs import Graphs, Recorded
+from fastgen.ops import implementations_used
+from tests.inference.networks import ResnetGenerator
+
+
+class Recorder:
+    def __init__(self):
+        self.shapes = []
+
+    def __call__(self, call, x):
+        self.shapes.append(tuple(x.shape))
+        given = x.clone()
+        result = call(given)
+        return Recorded(given, result, lambda: result.copy_(call(given)))
+
+
+def networks():
+    yield "dcgan", fastgen.create_model("dcgan").generator, torch.randn(2, 100)
+    yield "resnet", ResnetGenerator(8, 2), torch.randn(2, 3, 16, 16)
+    sn = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.ReLU())
+    yield "spectral norm", sn, torch.randn(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(("precision", "allowed"), (("fp32", 1e-5), ("tf32", 1e-5), ("bf16", 0.1), ("fp16", 0.02)))
+def test_the_same_as_the_module(precision, allowed):
+    for name, model, x in networks():
+        model = model.eval()
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.running_mean.uniform_(-0.1, 0.1)
+            norm.running_var.uniform_(0.5, 2)
+        expected = [model(t).detach() for t in (x, x[:1], torch.cat([x, x]))]
+        recorder = Recorder()
+        graphs = Graphs(fastgen.inference.fuse(model), precision, "auto", recorder)
+        for _ in range(2):
+            for t, wanted in zip((x, x[:1], torch.cat([x, x])), expected, strict=True):
+                found = graphs(t)
+                assert found.dtype == torch.float32
+                assert (found - wanted).abs().max() / wanted.abs().max() < allowed, name
+        assert [shape[0] for shape in recorder.shapes] == [2, 1, 4]  # each once
+
+
+def test_results_do_not_share_memory_and_threads_take_turns():
+    _, model, _ = next(networks())
+    graphs = Graphs(model.eval(), "fp32", "auto", Recorder())
+    inputs = [torch.randn(3, 100) for _ in range(4)]
+    expected = [graphs(x) for x in inputs]
+    assert len({t.data_ptr() for t in expected}) == 4
+    wrong = []
+
+    def run(x, wanted):
+        for _ in range(5):
+            if not torch.equal(graphs(x), wanted):
+                wrong.append(x)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_few_graphs_are_kept(monkeypatch):
+    monkeypatch.setattr(_graphs, "MOST", 2)
+    recorder = Recorder()
+    graphs = Graphs(nn.Linear(3, 2), "fp32", "auto", recorder)
+    for n in (1, 2, 1, 3, 1, 2):
+        graphs(torch.randn(n, 3))
+    assert [shape[0] for shape in recorder.shapes] == [1, 2, 3, 2]
+
+
+def test_precision_and_implementation_hold_while_recording():
+    seen = []
+
+    class Sees(nn.Module):
+        def forward(self, x):
+            seen.append(torch.backends.cudnn.conv.fp32_precision)
+            return fastgen.ops.norm_act(x, norm=None)
+
+    def record_only(call, x):
+        return Recorded(x.clone(), call(x), lambda: None)
+
+    before = implementations_used().get("norm_act", {}).get("reference", 0)
+    for precision in ("tf32", "fp32"):
+        graphs = Graphs(Sees(), precision, "reference", record_only)
+        seen.clear()  # fuse traces the forward
+        graphs(torch.randn(2, 3, 4, 4))
+        assert seen == ["tf32" if precision == "tf32" else "ieee"]
+    assert implementations_used()["norm_act"]["reference"] > before
+
+
+def test_engine_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU: CUDA graphs are recorded on one")
+    model, x = fastgen.create_model("dcgan").generator.cuda().eval(), torch.randn(4, 100, device="cuda")
+    for precision in ("fp32", "tf32", "bf16", "fp16"):
+        engine = fastgen.Engine(model, x, precision=precision)
+        assert [part.runs for part in engine.parts] == ["CUDA graph"]
+        for n in (1, 4, 7):
+            z = torch.randn(n, 100, device="cuda")
+            torch.testing.assert_close(engine(z), model(z), rtol=0, atol=0.2 if precision == "bf16" else 0.02)
+    with pytest.raises(TypeError, match="on cuda:0"):
+        engine(torch.randn(1, 100))
