@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+WARM, TURN = 0.02, 0.05  # seconds of a turn: not counted, and counted
 torch._dynamo.config.recompile_limit = 64  # one function, compiled for several networks, layouts and precisions
 
 
@@ -55,9 +56,10 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 def measure(benchmark) -> Callable[..., None]:
     """measure(calls, facts, table=, row=) times a line of a table of the report: column -> call, and column -> its facts.
 
-    The columns take turns, so that what the machine does meanwhile falls on all alike; a turn is some calls in a row, after
-    one that is not counted and a pause in which the threads of the one before stop spinning. Facts: `correct` and `error`,
-    `mebibytes` (the peak of the memory that a call allocates); of the line: `flops` and `bytes`, where they are known.
+    The columns take turns, so that what the machine does meanwhile falls on all alike; a turn is some calls in a row, after a
+    pause in which the threads of the one before stop spinning, and some that are not counted: one, or those of WARM seconds.
+    Facts: `correct` and `error`, `mebibytes` (the peak of the memory that a call allocates); of the line: `flops` and `bytes`,
+    where they are known.
     """
 
     def run(
@@ -71,8 +73,11 @@ def measure(benchmark) -> Callable[..., None]:
         def turns() -> None:
             for column, call in calls.items():
                 time.sleep(0.02)
+                start = time.perf_counter()
                 took = timed(call)
-                for _ in range(max(1, int(0.02 / took))):
+                while time.perf_counter() < start + WARM:
+                    took = timed(call)
+                for _ in range(max(1, int(TURN / took))):
                     seconds[column].append(timed(call))
 
         lines = benchmark.extra_info.setdefault("lines", [])

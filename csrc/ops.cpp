@@ -14,6 +14,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastgen_cuda, CompositeExplicitAutograd, m) { m.impl("
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen_cuda, FASTGEN_CUDA, m) {
 #else
+STABLE_TORCH_LIBRARY_IMPL(fastgen, CompositeExplicitAutograd, m) { m.impl("multiplies_bf16", TORCH_BOX(&cpu::can_dot_bf16)); }
+
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
   m.impl("convolution_weight_grad", TORCH_BOX(&convolution_weight_grad));
 #endif

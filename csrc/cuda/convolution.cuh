@@ -134,13 +134,28 @@ struct alignas(kAccess) Chunk {
   unsigned char bytes[kAccess];
 };
 
-// Where a chunk of a row lies in shared memory, whose 32 banks serve 8 chunks at a time: 8 neighbouring rows have any one chunk
-// in different banks, which is how products read them, and a row (or two of 4 chunks) fills all banks, which is how copies
-// write it. 8 rows further on, a chunk lies 8 * chunks further on.
+// Where a chunk of a row lies in shared memory, whose 32 banks serve 8 chunks at a time. 8 rows further on it lies 8 * chunks
+// further on.
 template <int chunks>
-__device__ int place(int row, int chunk) {
+FASTGEN_HD constexpr int place(int row, int chunk) {
   return row * chunks + (chunk ^ (row / (8 / chunks) % chunks));
 }
+
+// Whether 8 threads that read any one chunk of 8 neighbouring rows (ldmatrix, Fma), and 8 that copy all chunks of a row or of
+// two, meet different banks.
+template <int chunks>
+constexpr bool meets_all_banks() {
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    int read = 0, copied = 0;
+    for (int i = 0; i < 8; ++i) {
+      read |= 1 << place<chunks>(i, chunk) % 8;
+      copied |= 1 << place<chunks>(i / chunks, i % chunks) % 8;
+    }
+    if (read != 255 || copied != 255) return false;
+  }
+  return true;
+}
+static_assert(meets_all_banks<4>() && meets_all_banks<8>());
 
 // A warp's part of a tile, `rows` by `columns`, on tensor cores: 16-bit values, or float32 in TF32.
 template <class T, int rows_, int columns_>
@@ -203,7 +218,8 @@ struct TensorCores {
   }
 };
 
-// The same by FMA, for float32: lane (r, c) of lane_rows x lane_columns has rows r, r + lane_rows, ... and columns likewise.
+// The same by FMA, for float32: lane (r, c) of lane_rows x lane_columns has rows r, r + lane_rows, ... and columns likewise. A
+// step is summed for itself: long sums lose less to rounding.
 template <int rows_, int columns_, int lane_rows, int lane_columns>
 struct Fma {
   static constexpr int rows = rows_, columns = columns_, high = rows / lane_rows, wide = columns / lane_columns;
@@ -213,8 +229,8 @@ struct Fma {
   __device__ void add(const Chunk* a, const Chunk* b) {
     const int row = threadIdx.x % kWarp / lane_columns, column = threadIdx.x % kWarp % lane_columns;
     const auto read = [](const Chunk* from, float(&to)[4]) { load<4>(reinterpret_cast<const float*>(from), to); };
-#pragma unroll 1  // two chunks would not fit into the registers
-    for (int chunk = 0; chunk < chunks; ++chunk) {
+    float sum[high][wide];
+    const auto add_chunk = [&](int chunk, auto first) {
       float of_b[wide][4];
 #pragma unroll
       for (int j = 0; j < wide; ++j) read(b + place<chunks>(column + j * lane_columns, chunk), of_b[j]);
@@ -225,9 +241,16 @@ struct Fma {
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
-          for (int j = 0; j < wide; ++j) total[i][j] += of_a[k] * of_b[j][k];
+          for (int j = 0; j < wide; ++j) sum[i][j] = first && k == 0 ? of_a[k] * of_b[j][k] : sum[i][j] + of_a[k] * of_b[j][k];
       }
-    }
+    };
+    add_chunk(0, std::true_type{});
+#pragma unroll 1  // two chunks would not fit into the registers
+    for (int chunk = 1; chunk < chunks; ++chunk) add_chunk(chunk, std::false_type{});
+#pragma unroll
+    for (int i = 0; i < high; ++i)
+#pragma unroll
+      for (int j = 0; j < wide; ++j) total[i][j] += sum[i][j];
   }
 
   __device__ void put(float* to, int length) const {
@@ -647,7 +670,7 @@ struct TensorTiles {
 };
 
 struct FmaTiles {
-  using Large = Tile<Fma<32, 64, 4, 8>, 128, 64, 4, 4, 3>;
+  using Large = Tile<Fma<32, 64, 4, 8>, 128, 64, 4, 4, 2>;
   using Medium = Large;
   using Small = Tile<Fma<16, 32, 4, 8>, 32, 64, 8, 4, 4>;
   using Narrow = Tile<Fma<32, 8, 16, 2>, 128, 8, 4, 4, 4>;

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fastgen import _build
 from fastgen.ops import _check, _dispatch
 from fastgen.ops import norm_act as tails
 from fastgen.ops._layout import is_channels_last, memory_format
@@ -78,7 +79,8 @@ class Geometry:
         """Whether fastgen's own kernel is faster than PyTorch's on the CPU, as measured (benchmarks/NOTES.md), for x's shape.
 
         It is where Winograd's algorithm pays, in transposed convolutions with four 2x2 phases, for images of one pixel, and to
-        few output channels without statistics. In bfloat16 and float16, in which oneDNN multiplies, the last two alone.
+        few output channels without statistics. In bfloat16 and float16, in which oneDNN multiplies, the last two alone; and in
+        bfloat16 for strides of 2 between many channels, where the processor multiplies pairs.
         """
         if weight.is_cuda:
             return self._wins_on_gpu(weight)
@@ -89,6 +91,9 @@ class Geometry:
             return (is_channels_last(weight) or (wide and exact)) and (self.transposed or x[0] >= 32)
         if out_channels <= 4 and channels >= 16:
             return not batch_stats and self.groups == 1 and (exact or min(weight.shape[2:]) >= 4)
+        if weight.dtype == torch.bfloat16 and self.stride == [2, 2]:
+            fewer, more = sorted((channels // self.groups, out_channels // self.groups))
+            return fewer >= 128 and more >= 256 and _multiplies_bf16()
         four_by_two = tuple(weight.shape[2:]) == (4, 4) and self.stride == [2, 2]
         return exact and wide and (self._winograd(x, weight, 256) or (self.transposed and four_by_two))
 
@@ -205,6 +210,15 @@ class Geometry:
             grad, x, weight, None, self.stride, self.padding, self.dilation, self.transposed,
             self.output_padding or [0, 0], self.groups, [*wanted, False],
         )  # fmt: skip
+
+
+# Whether this processor has an instruction for pairs of bfloat16.
+torch.library.define("fastgen::multiplies_bf16", "() -> bool")
+
+
+@torch.compiler.assume_constant_result
+def _multiplies_bf16() -> bool:
+    return _build.load() is None and torch.ops.fastgen.multiplies_bf16()
 
 
 def _has_kernels(x: Tensor) -> bool:

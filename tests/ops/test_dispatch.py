@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fastgen import ops
+from fastgen import _build, ops
 from fastgen.errors import UsageError
 from fastgen.ops import _dispatch
 from tests.cases import CASES
@@ -47,18 +47,19 @@ def test_use_impl_ends_with_its_context():
 
 
 def test_missing_kernel_is_an_error_when_asked_for():
-    with pytest.raises(RuntimeError, match=r"impl='cuda' cannot run norm_act: fastgen .* has no cuda kernel"):
-        ops.norm_act(X, norm="none", impl="cuda")
-    with pytest.raises(
-        RuntimeError, match=r"impl='triton' cannot run norm_act: triton kernels run on a GPU, .* on cpu"
-    ):
-        ops.norm_act(X, norm="none", impl="triton")
+    for tier in ("cuda", "triton"):
+        with pytest.raises(
+            RuntimeError, match=f"impl='{tier}' cannot run norm_act: {tier} kernels run on a GPU, .* on cpu"
+        ):
+            ops.norm_act(X, norm="none", impl=tier)
 
 
+@pytest.mark.parametrize("tier", ("triton", "cuda"))
 @pytest.mark.parametrize(
     ("found", "dtype", "reason"),
     [
-        ({"find_spec": None}, torch.float32, "triton is not installed"),
+        ({"find_spec": None}, torch.float32, {"triton": "triton is not installed", "cuda": None}),
+        ({"load_cuda": "no CUDA toolkit"}, torch.float32, {"triton": None, "cuda": "no CUDA toolkit"}),
         ({"is_built": False}, torch.float32, "built without CUDA"),
         ({"is_available": False}, torch.float32, "no CUDA device or driver"),
         ({"get_device_capability": (7, 5)}, torch.float32, "has compute capability 7.5, the kernels need 8.0"),
@@ -67,17 +68,25 @@ def test_missing_kernel_is_an_error_when_asked_for():
     ],
     ids=lambda v: next(iter(v), "all there") if isinstance(v, dict) else str(v),
 )
-def test_why_triton_cannot_run(found, dtype, reason, monkeypatch):
+def test_why_a_tier_cannot_run(tier, found, dtype, reason, monkeypatch):
     """Each thing that a GPU needs, by itself."""
-    there = {"find_spec": True, "is_built": True, "is_available": True, "get_device_capability": (9, 0)} | found
-    owners = (importlib.util, torch.backends.cuda, torch.cuda, torch.cuda)
+    there = {
+        "find_spec": True,
+        "is_built": True,
+        "is_available": True,
+        "get_device_capability": (9, 0),
+        "load_cuda": None,
+    }
+    there |= found
+    owners = (importlib.util, torch.backends.cuda, torch.cuda, torch.cuda, _build)
+    reason = reason[tier] if isinstance(reason, dict) else reason
     for (name, value), owner in zip(there.items(), owners, strict=True):
         monkeypatch.setattr(owner, name, lambda *_, value=value: value)
-    _dispatch._why_no_triton.cache_clear()
+    _dispatch._why_no_gpu.cache_clear()
     try:
-        said = _dispatch.why_not("norm_act", "triton", "cuda:0", dtype)
+        said = _dispatch.why_not("norm_act", tier, "cuda:0", dtype)
     finally:
-        _dispatch._why_no_triton.cache_clear()
+        _dispatch._why_no_gpu.cache_clear()
     assert said is None if reason is None else reason in said
 
 
@@ -103,7 +112,8 @@ def test_info_names_every_op_and_each_reason():
     text = ops.info()
     for case in CASES:
         assert case.op in text
-    assert "no cuda kernel" in text and "Triton: " in text and torch.__version__ in text
+    assert "cuda kernels run on a GPU" in text or "built without CUDA" in text
+    assert "Triton: " in text and torch.__version__ in text
 
 
 WITHOUT_NATIVE = """
