@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,8 @@ def _prepared(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 @contextlib.contextmanager
 def _multiplying(precision: str) -> Iterator[None]:
     """float32 is multiplied as "tf32" or, for other precisions, exactly, by PyTorch's kernels and fastgen's."""
-    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    # That of cudnn.rnn too: PyTorch raises an error where it asks for both and they differ.
+    switches: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:
         switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
