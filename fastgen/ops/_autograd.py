@@ -1,4 +1,4 @@
-"""The gradient of a backward op: that of its formula in differentiable PyTorch."""
+"""Gradients of ops: how they are registered, and that of a backward op, by its formula in differentiable PyTorch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,32 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+
+def register(name: str, backward: Callable, setup_context: Callable) -> None:
+    """torch.library.register_autograd for ops without lists of tensors, default values and keyword-only arguments.
+
+    PyTorch's own goes through the schema's arguments for default values at each call, whose time grows with the square of
+    their number: 85 of the 180 microseconds of a small fused convolution.
+    """
+    op = getattr(torch.ops.fastgen, name.removeprefix("fastgen::")).default
+
+    def forward(ctx, *inputs):
+        output = below(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    def below(*inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    @torch.library.impl(name, "Autograd")
+    def run(*inputs):
+        differentiable = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+        return (function.apply if differentiable else below)(*inputs)
+
+    parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(name.replace("::", "_"), (torch.autograd.Function,), parts)
 
 
 def differentiate(

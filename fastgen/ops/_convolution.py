@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastgen import _build
-from fastgen.ops import _check, _dispatch
+from fastgen.ops import _autograd, _check, _dispatch
 from fastgen.ops import norm_act as tails
 from fastgen.ops._layout import is_channels_last, memory_format
 
@@ -254,7 +254,7 @@ def _forward_backward(ctx, grad):
     return *ctx.geometry.grads(grad, *ctx.saved_tensors, ctx.needs_input_grad[:3]), *(None,) * 6
 
 
-torch.library.register_autograd("fastgen::convolution", _forward_backward, setup_context=_setup_forward)
+_autograd.register("fastgen::convolution", _forward_backward, _setup_forward)
 
 # The weight's gradient; weight gives its sizes and strides.
 torch.library.define(
@@ -289,9 +289,7 @@ def _weight_grad_backward(ctx, direction):
     )
 
 
-torch.library.register_autograd(
-    "fastgen::convolution_weight_grad", _weight_grad_backward, setup_context=_setup_weight_grad
-)
+_autograd.register("fastgen::convolution_weight_grad", _weight_grad_backward, _setup_weight_grad)
 
 
 def call(
@@ -462,4 +460,4 @@ def define(op: str, geometry_schema: str, geometry_of) -> None:
 
     _dispatch.kernel(op, f"{op}.forward")(forward)
     torch.library.register_fake(name)(fake)
-    torch.library.register_autograd(name, backward, setup_context=setup)
+    _autograd.register(name, backward, setup)

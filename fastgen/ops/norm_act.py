@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.ops import _check, _dispatch
+from fastgen.ops import _autograd, _check, _dispatch
 from fastgen.ops._layout import accumulation_dtype, is_channels_last, memory_format
 
 # What every op's schema ends with: the norm and the activation.
@@ -360,5 +360,5 @@ def _double_backward(ctx, *grads):
     return *results[:4], None, None, results[4], *(None,) * 6
 
 
-torch.library.register_autograd("fastgen::norm_act", _forward_backward, setup_context=_setup_forward)
-torch.library.register_autograd("fastgen::norm_act_backward", _double_backward, setup_context=_setup_backward)
+_autograd.register("fastgen::norm_act", _forward_backward, _setup_forward)
+_autograd.register("fastgen::norm_act_backward", _double_backward, _setup_backward)

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen.ops import _check, _dispatch
-from fastgen.ops._autograd import differentiate
+from fastgen.ops import _autograd, _check, _dispatch
 from fastgen.ops._layout import accumulation_dtype, is_channels_last, memory_format
 
 # key: (*batch, 2), seed and offset; mu: (*batch, N, *); z: (*batch, num_samples, N, *), without num_samples where that is 0.
@@ -378,9 +377,9 @@ def _double_backward(ctx, *grads):
     def formula(*inputs):
         return _backward_formula(*inputs, eps, key.dim() - 1, ctx.num_samples, *ctx.options)
 
-    found = differentiate(formula, (grad_z, grad_kl, mu, logvar, *prior), grads)
+    found = _autograd.differentiate(formula, (grad_z, grad_kl, mu, logvar, *prior), grads)
     return *found[:4], None, *found[4:], *(None,) * 5
 
 
-torch.library.register_autograd("fastgen::reparameterize", _forward_backward, setup_context=_setup_forward)
-torch.library.register_autograd("fastgen::reparameterize_backward", _double_backward, setup_context=_setup_backward)
+_autograd.register("fastgen::reparameterize", _forward_backward, _setup_forward)
+_autograd.register("fastgen::reparameterize_backward", _double_backward, _setup_backward)
