@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastgen.training import keep_freed_memory
+
+keep_freed_memory()  # for all columns: page faults are most of the noise
 WARM, TURN = 0.02, 0.05  # seconds of a turn: not counted, and counted
 torch._dynamo.config.recompile_limit = 64  # one function, compiled for several networks, layouts and precisions
 

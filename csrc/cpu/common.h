@@ -110,7 +110,7 @@ class Blocks {
   }
 
  private:
-  static constexpr size_t kLine = 64, kLeast = 64 << 10, kMost = 64 << 20;
+  static constexpr size_t kLine = 64, kLeast = 64 << 10, kMost = 256 << 20;
   std::multimap<size_t, char*> blocks;
   size_t bytes = 0;
 

@@ -22,19 +22,19 @@ void outer_product(const A* a, const A* b, const Steps& step, A* out, int64_t ou
       const A* right = b + image * step.b_image + line * step.b_line;
       for (int64_t t = 0; t < step.count; ++t, left += step.a, right += step.b) {
         V row[vectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int k = 0; k < vectors; ++k) row[k] = *reinterpret_cast<const V*>(right + k * step.b_vector);
 #pragma GCC unroll 16
         for (int p = 0; p < height; ++p) {
           const A value = left[p];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int k = 0; k < vectors; ++k) sum[p][k] += row[k] * value;
         }
       }
     }
 #pragma GCC unroll 16
   for (int p = 0; p < height; ++p)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int k = 0; k < vectors; ++k) {
       V* const to = reinterpret_cast<V*>(out + p * out_step + k * Vector<A>::size);
       *to = accumulate ? *to + sum[p][k] : sum[p][k];
@@ -45,18 +45,24 @@ void outer_product(const A* a, const A* b, const Steps& step, A* out, int64_t ou
 template <class A, int vectors>
 void outer_products(const A* a, int64_t rows, const A* b, int64_t columns, const Steps& step, A* out, int64_t out_step,
                     bool accumulate) {
-  constexpr int most = kPixels, some = kPixels / 3 * 2, few = kPixels / 3;
-  int64_t p = 0;
-  const auto run = [&](auto height) {
-    for (; p + height <= rows; p += height)
-      for (int64_t k = 0; k < columns; k += vectors * Vector<A>::size)
-        outer_product<A, vectors, height>(a + p, b + k / Vector<A>::size * step.b_vector, step, out + p * out_step + k,
-                                          out_step, accumulate);
+  constexpr int most = kPixels, some = kPixels / 3 * 2, few = kPixels / 3, wide = kPixels / 3 * vectors;
+  const int64_t end = ceil_div(columns, vectors * Vector<A>::size) * vectors * Vector<A>::size;
+  int64_t p = 0, k = 0;
+  const auto run = [&](auto height, auto across) {
+    for (; k + across * Vector<A>::size <= end; k += across * Vector<A>::size)
+      outer_product<A, across, height>(a + p, b + k / Vector<A>::size * step.b_vector, step, out + p * out_step + k, out_step,
+                                       accumulate);
   };
-  run(std::integral_constant<int, most>());
-  run(std::integral_constant<int, some>());
-  run(std::integral_constant<int, few>());
-  run(std::integral_constant<int, 1>());
+  const auto run_rows = [&](auto height, auto... across) {
+    for (; p + height <= rows; p += height, k = 0) (run(height, across), ...);
+  };
+  constexpr std::integral_constant<int, vectors> narrow;
+  run_rows(std::integral_constant<int, most>(), narrow);
+  run_rows(std::integral_constant<int, some>(), narrow);
+  run_rows(std::integral_constant<int, few>(), narrow);
+  // Few rows keep the processor busy with more vectors.
+  run_rows(std::integral_constant<int, few - 1>(), std::integral_constant<int, wide>(), narrow);
+  run_rows(std::integral_constant<int, 1>(), std::integral_constant<int, wide>(), narrow);
 }
 
 // parts[0] += parts[1] + ..., in order; each of `size` values.

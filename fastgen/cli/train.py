@@ -32,6 +32,7 @@ def run_train(kind: type[TrainConfig], arguments: list[str]) -> int:
 
     from fastgen import ops, training
 
+    training.keep_freed_memory()
     result = training.train(options.config, options.out, resume=options.resume)
     folder = result.folder
     if result.interrupted:

@@ -98,8 +98,17 @@ class Geometry:
         return exact and wide and (self._winograd(x, weight, 256) or (self.transposed and four_by_two))
 
     def wins_weight_grad(self, x: Sequence[int], weight: Tensor) -> bool:
-        """The same of the weight's gradient: for Winograd's algorithm and for images of one pixel, in all dtypes."""
-        if weight.is_cuda or min(self.channels(weight)) < 16 * self.groups:
+        """The same of the weight's gradient: for Winograd's algorithm and for images of one pixel, in all dtypes; to few output
+        channels with a stride of 1, and in float32 and float64 for 4x4 kernels from or to few channels."""
+        fewer, more = sorted(self.channels(weight))
+        if weight.is_cuda or more < 16 * self.groups:
+            return False
+        if fewer <= 4:
+            if tuple(weight.shape[2:]) == (4, 4) and weight.dtype in (torch.float32, torch.float64):
+                return self.groups == 1
+            to_few = not self.transposed and weight.shape[0] == fewer
+            return self.groups == 1 and self.stride == [1, 1] and to_few
+        if fewer < 16 * self.groups:
             return False
         return self._winograd(x, weight, 1024) or (self._one_pixel(x, weight) and x[0] >= 32)
 

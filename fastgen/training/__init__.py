@@ -11,6 +11,7 @@ _EXPORTS = {
     "TrainConfig": "fastgen.training.config",
     "TrainResult": "fastgen.training.loop",
     "evaluate": "fastgen.training.run",
+    "keep_freed_memory": "fastgen.training.memory",
     "load_model": "fastgen.training.run",
     "sample": "fastgen.training.run",
     "train": "fastgen.training.loop",
