@@ -16,6 +16,8 @@
 #include <variant>
 #include <vector>
 
+#include <sys/mman.h>
+
 #include "shared/problems.h"
 
 namespace fastgen::cpu {
@@ -89,7 +91,7 @@ class Blocks {
         return memory + kLine;
       }
     }
-    char* const memory = static_cast<char*>(std::aligned_alloc(kLine, kLine + size));
+    char* const memory = fresh(kLine + size);
     if (!memory) throw std::bad_alloc();
     memcpy(memory, &size, sizeof(size));
     return memory + kLine;
@@ -110,7 +112,18 @@ class Blocks {
   }
 
  private:
-  static constexpr size_t kLine = 64, kLeast = 64 << 10, kMost = 256 << 20;
+  static constexpr size_t kLine = 64, kPage = 2 << 20, kLeast = 64 << 10, kMost = 256 << 20;
+
+  static char* fresh(size_t size) {
+    if (size < 2 * kPage) return static_cast<char*>(std::aligned_alloc(kLine, size));
+    size = (size + kPage - 1) / kPage * kPage;  // in large pages where the system has them: fewer faults, fewer misses of the TLB
+    char* const memory = static_cast<char*>(std::aligned_alloc(kPage, size));
+#ifdef MADV_HUGEPAGE
+    if (memory) madvise(memory, size, MADV_HUGEPAGE);
+#endif
+    return memory;
+  }
+
   std::multimap<size_t, char*> blocks;
   size_t bytes = 0;
 
