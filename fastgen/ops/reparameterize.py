@@ -47,7 +47,7 @@ def reparameterize(
         num_samples: draws for each input, as importance weighting needs; None: one, without a dimension of its own.
         logvar_range: (least, greatest), to which logvar is clamped; None for either: no bound. No gradient outside.
         generator: of mu's device; None: PyTorch's own.
-        impl: "auto", "reference", "cpp" or "triton".
+        impl: "auto", "reference", "cpp", "cuda" or "triton".
 
     Returns:
         z of mu's shape, or (num_samples, N, *), in mu's dtype. Noise and arithmetic are float32 (float64 for float64).
