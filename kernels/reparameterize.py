@@ -95,7 +95,7 @@ def place(rows, length, WIDE: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.con
     chunk = program // tiles
     row = program % tiles * ROWS + tl.arange(0, ROWS)
     column = chunk * (4 * COUNTERS) + tl.arange(0, 4 * COUNTERS)[None, :]
-    size = rows.to(tl.int64) * length if WIDE else rows * length
+    size = tl.cast(rows, tl.int64) * length if WIDE else rows * length
     return row, (row * length)[:, None], column, (row < rows)[:, None] & (column < length), chunk, size
 
 
