@@ -68,23 +68,31 @@ class Status:
 
 
 _lock = threading.Lock()
-_outcome: Status | None = None  # of the first load() in this process
-_cuda_outcome: Status | None = None  # of the first load_cuda()
+_outcomes: dict[str, Status] = {}  # of the first load() and load_cuda() in this process: "native", "cuda"
 _runtime: ModuleType | None = None
 
 
 def load() -> str | None:
     """Make the native ops available, once a process; return None, or in one line why they are not."""
-    global _outcome
-    if _outcome is None:
+    return _load("native", _open_or_build)
+
+
+def load_cuda() -> str | None:
+    """The same for the CUDA kernels, as torch.ops.fastgen_cuda."""
+    return _load("cuda", _open_or_build_cuda)
+
+
+def _load(which: str, open_or_build: Callable[[], Status]) -> str | None:
+    if which not in _outcomes:
         with _lock:
-            if _outcome is None:
+            if which not in _outcomes:
                 try:
-                    _outcome = _open_or_build()
+                    _outcomes[which] = open_or_build()
                 except FastgenError as error:
-                    _outcome = Status(False, str(error), None, None, compiler())
-                    logger.warning("the native ops are not available, PyTorch's own are used: %s", error)
-    return _outcome.reason
+                    _outcomes[which] = Status(False, str(error), None, None, compiler())
+                    if which == "native":
+                        logger.warning("the native ops are not available, PyTorch's own are used: %s", error)
+    return _outcomes[which].reason
 
 
 def build(force: bool = False, verbose: bool = False) -> Path:
@@ -93,12 +101,11 @@ def build(force: bool = False, verbose: bool = False) -> Path:
     An earlier failure is tried again. `force` builds anew in any case, `verbose` logs all that a failing compiler says.
     Raises FastgenError with the first compiler error.
     """
-    global _outcome
     with _lock:
         found = None if force else next(_libraries(), None)
         path, how = found or (_compile(_key(), _compile_into, True, force, verbose), "just in time")
-        if _outcome is None or not _outcome.loaded:
-            _outcome = _open(path, how)
+        if "native" not in _outcomes or not _outcomes["native"].loaded:
+            _outcomes["native"] = _open(path, how)
     return path
 
 
@@ -124,19 +131,6 @@ def load_runtime(build: bool = False) -> ModuleType:
                 raise FastgenError(f"the inference plan's module does not load: {error}") from error
             _runtime = module
     return _runtime
-
-
-def load_cuda() -> str | None:
-    """The same for the CUDA kernels, as torch.ops.fastgen_cuda."""
-    global _cuda_outcome
-    if _cuda_outcome is None:
-        with _lock:
-            if _cuda_outcome is None:
-                try:
-                    _cuda_outcome = _open_or_build_cuda()
-                except FastgenError as error:
-                    _cuda_outcome = Status(False, str(error), None, None, None)
-    return _cuda_outcome.reason
 
 
 def _open_or_build_cuda() -> Status:
@@ -170,8 +164,8 @@ def cuda_obstacle() -> str | None:
 
 def status() -> Status:
     """Where the native ops stand; builds and loads nothing."""
-    if _outcome is not None:
-        return _outcome
+    if "native" in _outcomes:
+        return _outcomes["native"]
     if found := next(_libraries(), None):
         return Status(False, "not loaded yet", *found, compiler())
     reason = _obstacle() or _remembered_failure(_key()) or "not built yet: built at first use, or by `fastgen build`"
