@@ -32,6 +32,7 @@ from fastgen.errors import FastgenError
 
 PACKAGE = Path(__file__).resolve().parent
 CSRC = next((folder for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if folder.is_dir()), PACKAGE / "csrc")
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11: one binary serves every later torch
 CFLAGS = (
     "-O3",
     "-fno-math-errno",
@@ -40,16 +41,11 @@ CFLAGS = (
     "-Wall",
     "-Wextra",
     "-Wno-maybe-uninitialized",  # false alarms about buffers that a called loop fills
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11: one binary serves every later torch
+    STABLE_ABI,
 )
-CUDA_CFLAGS = (*CFLAGS, "-DUSE_CUDA", "-DFASTGEN_CUDA=CUDA")  # of the C++ files that register the CUDA kernels
-NVCC_FLAGS = (
-    "-O3",
-    "--expt-relaxed-constexpr",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",
-    "-DUSE_CUDA",
-    "-DFASTGEN_CUDA=CUDA",
-)
+_OF_CUDA = ("-DUSE_CUDA", "-DFASTGEN_CUDA=CUDA")
+CUDA_CFLAGS = (*CFLAGS, *_OF_CUDA)  # of the C++ files that register the CUDA kernels
+NVCC_FLAGS = ("-O3", "--expt-relaxed-constexpr", STABLE_ABI, *_OF_CUDA)
 RUNTIME_CFLAGS = (*CFLAGS, "-std=c++17", "-fvisibility=hidden", "-pthread")
 MEMORY_PER_JOB = 2 << 30  # bytes that one compiler process may take
 
@@ -153,13 +149,19 @@ def cuda_obstacle() -> str | None:
     nvcc = Path(home or "", "bin", "nvcc")
     if home is None or not nvcc.is_file():
         return f"no CUDA toolkit: nvcc is not on PATH and CUDA_HOME is {home or 'not set'}"
-    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, errors="replace").stdout
-    found = re.search(r"release (\d+)\.(\d+)", said)
-    if found is None or found[1] != torch.version.cuda.split(".")[0]:
-        version = f"is {found[1]}.{found[2]}" if found else "says no version"
+    release = nvcc_release(nvcc)
+    if release is None or release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        version = f"is {release}" if release else "says no version"
         wanted = f"PyTorch was built with {torch.version.cuda}: install a toolkit of its major version"
         return f"the CUDA toolkit in {home} {version}, {wanted}"
     return None
+
+
+def nvcc_release(nvcc: Path | str) -> str | None:
+    """Of the CUDA toolkit, "13.0", as its compiler says, or None."""
+    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, errors="replace").stdout
+    found = re.search(r"release (\d+\.\d+)", said)
+    return found[1] if found else None
 
 
 def status() -> Status:
