@@ -106,18 +106,6 @@ __device__ T* shared_memory() {
 #endif
 }
 
-// The sum over a block of whole warps, in every thread; `scratch` is shared memory for a float of each warp. The barrier at the end
-// lets it be used again.
-__device__ inline float block_sum(float x, float* scratch) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  x = warp_sum(x);
-  if (lane == 0) scratch[warp] = x;
-  __syncthreads();
-  x = warp_sum(lane < warps ? scratch[lane] : 0.f);
-  __syncthreads();
-  return x;
-}
-
 // Runs the kernel on the queue's stream. Raises std::runtime_error with CUDA's reason.
 template <class... Parameters, class... Arguments>
 void launch(const Queue& queue, void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes, Arguments... arguments) {
