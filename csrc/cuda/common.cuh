@@ -88,10 +88,17 @@ __device__ inline float activate_grad(Activation activation, float grad, float z
   }
 }
 
-// The sum over a warp, in every lane.
-__device__ inline float warp_sum(float x) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+// The sum over a team of `lanes` threads, a power of 2, in its first one, in an order that `lanes` alone decides. `scratch` is
+// shared memory for a value of each warp, written where a team has several.
+template <class T>
+__device__ T team_sum(T x, int lanes, T* scratch) {
+  for (int step = min(lanes, kWarp) / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  if (lanes <= kWarp) return x;
+  const int warp = threadIdx.x / kWarp;
+  if (threadIdx.x % kWarp == 0) scratch[warp] = x;
+  __syncthreads();
+  if (threadIdx.x % lanes == 0)
+    for (int i = 1; i < lanes / kWarp; ++i) x += scratch[warp + i];
   return x;
 }
 
