@@ -65,15 +65,22 @@ int access_of(int64_t length, Pointers... pointers) {
   return aligned && length % widest == 0 ? widest : 1;
 }
 
-// act(z) and grad * act'(z) by an activation that is known when the kernel runs.
-__device__ inline float activate(Activation activation, float z, float slope) {
+template <Activation activation, int count>
+__device__ void activate_by(float (&z)[count], float slope) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) z[i] = fastgen::activate<activation>(z[i], slope);
+}
+
+// act(z), and grad * act'(z), by an activation that is known when the kernel runs: one decision for all of z.
+template <int count>
+__device__ void activate(Activation activation, float (&z)[count], float slope) {
   switch (activation) {
-    case Activation::relu: return fastgen::activate<Activation::relu>(z, slope);
-    case Activation::leaky_relu: return fastgen::activate<Activation::leaky_relu>(z, slope);
-    case Activation::tanh: return fastgen::activate<Activation::tanh>(z, slope);
-    case Activation::sigmoid: return fastgen::activate<Activation::sigmoid>(z, slope);
-    case Activation::silu: return fastgen::activate<Activation::silu>(z, slope);
-    default: return z;
+    case Activation::relu: return activate_by<Activation::relu>(z, slope);
+    case Activation::leaky_relu: return activate_by<Activation::leaky_relu>(z, slope);
+    case Activation::tanh: return activate_by<Activation::tanh>(z, slope);
+    case Activation::sigmoid: return activate_by<Activation::sigmoid>(z, slope);
+    case Activation::silu: return activate_by<Activation::silu>(z, slope);
+    default: return;
   }
 }
 

@@ -214,9 +214,9 @@ __global__ void __launch_bounds__(kThreads, 2) apply(Cut cut, NormAct op, NormAc
 #pragma unroll
     for (int i = 0; i < access; ++i) {
       const int j = channels_last ? i : 0;
-      const float z = (values[i] - scales.center[j]) * scales.rstd[j] * scales.gain[j] + scales.shift[j] + added[i];
-      values[i] = activate(op.activation, z, static_cast<float>(op.negative_slope));
+      values[i] = (values[i] - scales.center[j]) * scales.rstd[j] * scales.gain[j] + scales.shift[j] + added[i];
     }
+    activate(op.activation, values, static_cast<float>(op.negative_slope));
     store<access>(out + at, values);
   }
 }
