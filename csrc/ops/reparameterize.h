@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor> reparameterize(Tensor mu, Tensor logvar, Tensor key, 
   Reparameterize op = describe_sampler(mu, key, num_samples);
   SamplerOptions options{prior_mean, prior_logvar, logvar_min, logvar_max, free_bits, beta};
   kernels::reparameterize(op, options.prepare(op, mu, logvar, channels_last), z.mutable_data_ptr(),
-                               with_kl ? kl.mutable_data_ptr() : nullptr, Execution(mu));
+                          with_kl ? kl.mutable_data_ptr() : nullptr, Execution(mu));
   return {z, kl};
 }
 
@@ -117,9 +117,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reparameterize_backward(OptionalTenso
   Reparameterize op = describe_sampler(mu, key, num_samples);
   SamplerOptions options{prior_mean, prior_logvar, logvar_min, logvar_max, free_bits, beta};
   kernels::reparameterize_backward(op, data(grad_z), data(grad_kl), options.prepare(op, mu, logvar, channels_last),
-                                        {grad_mu.mutable_data_ptr(), grad_logvar.mutable_data_ptr(), grad_mean.mutable_data_ptr(),
-                                         grad_prior_logvar.mutable_data_ptr()},
-                                        Execution(mu));
+                                   {grad_mu.mutable_data_ptr(), grad_logvar.mutable_data_ptr(), grad_mean.mutable_data_ptr(),
+                                    grad_prior_logvar.mutable_data_ptr()},
+                                   Execution(mu));
   return {grad_mu, grad_logvar, grad_mean, grad_prior_logvar};
 }
 
