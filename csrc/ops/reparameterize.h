@@ -58,12 +58,13 @@ bool counts_channels_last(const Tensor& mu, const Tensor& key, int64_t num_sampl
   return is_channels_last(mu) && key.dim() == 1 && num_samples == 0;
 }
 
+// In float64, or in float32 and then rounded.
 Tensor philox_normal(Tensor key, std::vector<int64_t> size, ScalarType dtype) {
   key = torch::stable::contiguous(key);
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 1 < key.dim(); ++i) shape.push_back(key.size(i));
   shape.insert(shape.end(), size.begin(), size.end());
-  Tensor out = new_tensor(key, shape, dtype);
+  Tensor out = new_tensor(key, shape, dtype == ScalarType::Double ? dtype : ScalarType::Float);
   Reparameterize op{};
   op.dtype = dtype_of(out);
   op.keys = key.numel() / 2;
@@ -71,7 +72,7 @@ Tensor philox_normal(Tensor key, std::vector<int64_t> size, ScalarType dtype) {
   op.size = op.keys ? out.numel() / op.keys : 0;
   op.key = static_cast<const int64_t*>(key.const_data_ptr());
   kernels::noise(op, out.mutable_data_ptr(), Execution(out));
-  return out;
+  return out.scalar_type() == dtype ? out : torch::stable::to(out, dtype);
 }
 
 std::tuple<Tensor, Tensor> reparameterize(Tensor mu, Tensor logvar, Tensor key, OptionalTensor prior_mean, OptionalTensor prior_logvar,

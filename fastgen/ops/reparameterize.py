@@ -244,7 +244,7 @@ def _formula(mu, logvar, prior_mean, prior_logvar, eps, at, num_samples, with_kl
     return z, beta * divergence.reshape(*mu.shape[: at + 1], -1 if mu.numel() else 0).sum(-1)
 
 
-@torch.library.impl("fastgen::philox_normal", "CompositeExplicitAutograd")
+@_dispatch.kernel("philox_normal", dtype=2)
 def _philox_normal(key, size, dtype):
     return reference_normal(key, size, dtype)
 
