@@ -1,9 +1,10 @@
 """Builds the native code ahead of time where torch, pybind11 and a compiler are at hand; else at first use."""
 
+import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -49,32 +50,13 @@ def native() -> dict:
     class BuildOrLeaveOut(base):  # type: ignore[misc,valid-type]
         """A build that fails does not fail the installation, nor the other libraries."""
 
-        def initialize_options(self) -> None:
-            super().initialize_options()
-            self.left_out: list[Extension] = []
-
-        def build_extensions(self) -> None:
-            super().build_extensions()
-            for failed in self.left_out:
-                self.extensions.remove(failed)
-
         def build_extension(self, extension: Extension) -> None:
-            try:
+            with leaving_out():
                 super().build_extension(extension)
-            except Exception as error:  # whatever a compiler, ninja or setuptools raise
-                self.say(error)
-                self.left_out.append(extension)
-
-        def say(self, error: Exception) -> None:
-            warnings.warn(f"native code is left out, to be built at first use: {error}", stacklevel=1)
 
         def run(self) -> None:
-            try:
-                with _build.environment():
-                    super().run()
-            except Exception as error:  # as above
-                self.say(error)
-                self.extensions.clear()
+            with leaving_out(), _build.environment():
+                super().run()
 
     if not extensions:
         return {}
@@ -83,6 +65,14 @@ def native() -> dict:
         "cmdclass": {"build_ext": BuildOrLeaveOut},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
+
+
+@contextlib.contextmanager
+def leaving_out() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a compiler, ninja or setuptools raise
+        warnings.warn(f"native code is left out, to be built at first use: {error}", stacklevel=1)
 
 
 def extension(
@@ -99,6 +89,7 @@ def extension(
         include_dirs=[str(_build.CSRC)],
         extra_compile_args=flags if isinstance(flags, dict) else list(flags),
         language="c++",
+        optional=True,  # setuptools installs what there is of them
         **options,
     )
 

@@ -32,6 +32,7 @@ from fastgen.errors import FastgenError
 
 PACKAGE = Path(__file__).resolve().parent
 CSRC = next((folder for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if folder.is_dir()), PACKAGE / "csrc")
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11: one binary serves every later torch
 CFLAGS = (
     "-O3",
     "-fno-math-errno",
@@ -40,16 +41,11 @@ CFLAGS = (
     "-Wall",
     "-Wextra",
     "-Wno-maybe-uninitialized",  # false alarms about buffers that a called loop fills
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11: one binary serves every later torch
+    STABLE_ABI,
 )
-CUDA_CFLAGS = (*CFLAGS, "-DUSE_CUDA", "-DFASTGEN_CUDA=CUDA")  # of the C++ files that register the CUDA kernels
-NVCC_FLAGS = (
-    "-O3",
-    "--expt-relaxed-constexpr",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",
-    "-DUSE_CUDA",
-    "-DFASTGEN_CUDA=CUDA",
-)
+_OF_CUDA = ("-DUSE_CUDA", "-DFASTGEN_CUDA=CUDA")
+CUDA_CFLAGS = (*CFLAGS, *_OF_CUDA)  # of the C++ files that register the CUDA kernels
+NVCC_FLAGS = ("-O3", "--expt-relaxed-constexpr", STABLE_ABI, *_OF_CUDA)
 RUNTIME_CFLAGS = (*CFLAGS, "-std=c++17", "-fvisibility=hidden", "-pthread")
 MEMORY_PER_JOB = 2 << 30  # bytes that one compiler process may take
 
@@ -68,23 +64,31 @@ class Status:
 
 
 _lock = threading.Lock()
-_outcome: Status | None = None  # of the first load() in this process
-_cuda_outcome: Status | None = None  # of the first load_cuda()
+_outcomes: dict[str, Status] = {}  # of the first load() and load_cuda() in this process: "native", "cuda"
 _runtime: ModuleType | None = None
 
 
 def load() -> str | None:
     """Make the native ops available, once a process; return None, or in one line why they are not."""
-    global _outcome
-    if _outcome is None:
+    return _load("native", _open_or_build)
+
+
+def load_cuda() -> str | None:
+    """The same for the CUDA kernels, as torch.ops.fastgen_cuda."""
+    return _load("cuda", _open_or_build_cuda)
+
+
+def _load(which: str, open_or_build: Callable[[], Status]) -> str | None:
+    if which not in _outcomes:
         with _lock:
-            if _outcome is None:
+            if which not in _outcomes:
                 try:
-                    _outcome = _open_or_build()
+                    _outcomes[which] = open_or_build()
                 except FastgenError as error:
-                    _outcome = Status(False, str(error), None, None, compiler())
-                    logger.warning("the native ops are not available, PyTorch's own are used: %s", error)
-    return _outcome.reason
+                    _outcomes[which] = Status(False, str(error), None, None, compiler())
+                    if which == "native":
+                        logger.warning("the native ops are not available, PyTorch's own are used: %s", error)
+    return _outcomes[which].reason
 
 
 def build(force: bool = False, verbose: bool = False) -> Path:
@@ -93,12 +97,11 @@ def build(force: bool = False, verbose: bool = False) -> Path:
     An earlier failure is tried again. `force` builds anew in any case, `verbose` logs all that a failing compiler says.
     Raises FastgenError with the first compiler error.
     """
-    global _outcome
     with _lock:
         found = None if force else next(_libraries(), None)
         path, how = found or (_compile(_key(), _compile_into, True, force, verbose), "just in time")
-        if _outcome is None or not _outcome.loaded:
-            _outcome = _open(path, how)
+        if "native" not in _outcomes or not _outcomes["native"].loaded:
+            _outcomes["native"] = _open(path, how)
     return path
 
 
@@ -126,19 +129,6 @@ def load_runtime(build: bool = False) -> ModuleType:
     return _runtime
 
 
-def load_cuda() -> str | None:
-    """The same for the CUDA kernels, as torch.ops.fastgen_cuda."""
-    global _cuda_outcome
-    if _cuda_outcome is None:
-        with _lock:
-            if _cuda_outcome is None:
-                try:
-                    _cuda_outcome = _open_or_build_cuda()
-                except FastgenError as error:
-                    _cuda_outcome = Status(False, str(error), None, None, None)
-    return _cuda_outcome.reason
-
-
 def _open_or_build_cuda() -> Status:
     if on_cpu := os.environ.get("FASTGEN_CUDA_ON_CPU"):
         return _open(Path(on_cpu), "for the CPU")
@@ -159,19 +149,25 @@ def cuda_obstacle() -> str | None:
     nvcc = Path(home or "", "bin", "nvcc")
     if home is None or not nvcc.is_file():
         return f"no CUDA toolkit: nvcc is not on PATH and CUDA_HOME is {home or 'not set'}"
-    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, errors="replace").stdout
-    found = re.search(r"release (\d+)\.(\d+)", said)
-    if found is None or found[1] != torch.version.cuda.split(".")[0]:
-        version = f"is {found[1]}.{found[2]}" if found else "says no version"
+    release = nvcc_release(nvcc)
+    if release is None or release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        version = f"is {release}" if release else "says no version"
         wanted = f"PyTorch was built with {torch.version.cuda}: install a toolkit of its major version"
         return f"the CUDA toolkit in {home} {version}, {wanted}"
     return None
 
 
+def nvcc_release(nvcc: Path | str) -> str | None:
+    """Of the CUDA toolkit, "13.0", as its compiler says, or None."""
+    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, errors="replace").stdout
+    found = re.search(r"release (\d+\.\d+)", said)
+    return found[1] if found else None
+
+
 def status() -> Status:
     """Where the native ops stand; builds and loads nothing."""
-    if _outcome is not None:
-        return _outcome
+    if "native" in _outcomes:
+        return _outcomes["native"]
     if found := next(_libraries(), None):
         return Status(False, "not loaded yet", *found, compiler())
     reason = _obstacle() or _remembered_failure(_key()) or "not built yet: built at first use, or by `fastgen build`"

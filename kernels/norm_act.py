@@ -49,18 +49,37 @@ def merge_moments(means, m2s, counts, line, valid, lines, splits, SPLITS: tl.con
 
 
 @triton.jit
+def part_of(lines, length, chunk, splits, WIDE: tl.constexpr, LINES: tl.constexpr):
+    """The program's part of its lines: its number, the lines, whether there are such, its first value and its end."""
+    program = program_id(WIDE)
+    part = program % splits
+    line = program // splits * LINES + tl.arange(0, LINES)
+    return part, line, line < lines, part * chunk, tl.minimum(part * chunk + chunk, length)
+
+
+@triton.jit
+def tile_of(
+    lines, per_sample, outer_line, inner_line, length, inner, outer_step, inner_step, WHOLE: tl.constexpr,
+    WIDE: tl.constexpr, LINES: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """The program's tile: its lines, whether there are such, where its values lie, whether there are such; is it the first?"""
+    program = program_id(WIDE)
+    tiles = tl.cdiv(length, VALUES)
+    line = program // tiles * LINES + tl.arange(0, LINES)
+    k = program % tiles * VALUES + tl.arange(0, VALUES)[None, :]
+    step = line_step(k, inner, outer_step, inner_step, WHOLE)
+    at = line_base(line, per_sample, outer_line, inner_line)[:, None] + step
+    return line, line < lines, at, (line < lines)[:, None] & (k < length), program % tiles == 0
+
+
+@triton.jit
 def moments(
     x, means, m2s, counts, lines, per_sample, outer_line, inner_line, length, inner, outer_step, inner_step, chunk, splits,
     WHOLE: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Parts (splits, lines) of the lines' means and sums of squared deviations."""
-    program = program_id(WIDE)
-    part = program % splits
-    line = program // splits * LINES + tl.arange(0, LINES)
-    valid = line < lines
+    part, line, valid, start, stop = part_of(lines, length, chunk, splits, WIDE, LINES)
     base = x + line_base(line, per_sample, outer_line, inner_line)[:, None]
-    start = part * chunk
-    stop = tl.minimum(start + chunk, length)
     count = tl.zeros((1, VALUES), tl.float32)
     mean = tl.zeros((LINES, VALUES), tl.float32)
     m2 = tl.zeros((LINES, VALUES), tl.float32)
@@ -79,7 +98,7 @@ def moments(
     at = part * lines + line
     tl.store(means + at, merged, valid)
     tl.store(m2s + at, tl.sum(m2 + deviation * deviation * count, 1), valid)
-    tl.store(counts + part, total, program < splits)
+    tl.store(counts + part, total, tl.program_id(0) < splits)
 
 
 @triton.jit
@@ -98,11 +117,7 @@ def merge(
     PARTS: tl.constexpr,
 ):
     """Fewer parts of the same statistics: `chunk` parts become one. A part may count no values."""
-    split_ = tl.program_id(0) % splits
-    line = tl.program_id(0) // splits * LINES + tl.arange(0, LINES)
-    valid = line < lines
-    start = split_ * chunk
-    stop = tl.minimum(start + chunk, parts)
+    split_, line, valid, start, stop = part_of(lines, parts, chunk, splits, False, LINES)
     count = tl.zeros((PARTS, 1), tl.float32)
     mean = tl.zeros((PARTS, LINES), tl.float32)
     m2 = tl.zeros((PARTS, LINES), tl.float32)
@@ -146,15 +161,9 @@ def apply(
 
     SUM: x is the sum of `summands` tensors, each `summand_step` from the last, and of a bias for each channel.
     """
-    program = program_id(WIDE)
-    tiles = tl.cdiv(length, VALUES)
-    line = program // tiles * LINES + tl.arange(0, LINES)
-    valid = line < lines
-    k = program % tiles * VALUES + tl.arange(0, VALUES)[None, :]
-    at = line_base(line, per_sample, outer_line, inner_line)[:, None] + line_step(
-        k, inner, outer_step, inner_step, WHOLE
+    line, valid, at, inside, is_first = tile_of(
+        lines, per_sample, outer_line, inner_line, length, inner, outer_step, inner_step, WHOLE, WIDE, LINES, VALUES
     )
-    inside = valid[:, None] & (k < length)
     source = x + at
     z = tl.load(source, inside, 0.0).to(tl.float32)
     channel = line % channels
@@ -167,7 +176,7 @@ def apply(
         if means is not None:
             set_ = line // group  # the line's set of statistics: group channels share one
             center, variance = merge_moments(means, m2s, counts, set_, valid, stat_lines, splits, SPLITS)
-            first = valid & (program % tiles == 0) & (line % group == 0)
+            first = valid & is_first & (line % group == 0)
             tl.store(new_mean + set_, center, first)
             tl.store(new_var + set_, variance, first)
         else:
@@ -205,10 +214,7 @@ def backward_sums(
     WHOLE: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Parts (splits, lines) of the sums of g and of g * normalized x, g the gradient before the activation."""
-    program = program_id(WIDE)
-    part = program % splits
-    line = program // splits * LINES + tl.arange(0, LINES)
-    valid = line < lines
+    part, line, valid, start, stop = part_of(lines, length, chunk, splits, WIDE, LINES)
     channel = line % channels
     set_ = line // group if PER_SAMPLE else channel
     center = tl.load(mean + set_, valid, 0.0).to(tl.float32)
@@ -216,8 +222,6 @@ def backward_sums(
     gain = per_channel(weight, channel, valid, 1.0)
     shift = per_channel(bias, channel, valid, 0.0)
     base = line_base(line, per_sample, outer_line, inner_line)[:, None]
-    start = part * chunk
-    stop = tl.minimum(start + chunk, length)
     sum_ = tl.zeros((LINES, VALUES), tl.float32)
     dot = tl.zeros((LINES, VALUES), tl.float32)
     for first in range(start, stop, VALUES):
@@ -249,15 +253,9 @@ def backward_apply(
 ):  # fmt: skip
     """The second pass. GROUPED: sums and dots are those of gain * g over the values that share statistics, divided by their
     count; else they are parts of those of g over the line."""
-    program = program_id(WIDE)
-    tiles = tl.cdiv(length, VALUES)
-    line = program // tiles * LINES + tl.arange(0, LINES)
-    valid = line < lines
-    k = program % tiles * VALUES + tl.arange(0, VALUES)[None, :]
-    at = line_base(line, per_sample, outer_line, inner_line)[:, None] + line_step(
-        k, inner, outer_step, inner_step, WHOLE
+    line, valid, at, inside, is_first = tile_of(
+        lines, per_sample, outer_line, inner_line, length, inner, outer_step, inner_step, WHOLE, WIDE, LINES, VALUES
     )
-    inside = valid[:, None] & (k < length)
     channel = line % channels
     center = tl.zeros((LINES,), tl.float32)
     rstd = center
@@ -279,7 +277,7 @@ def backward_apply(
         else:
             sum_ = merge_sums(sums, line, valid, lines, splits, SPLITS)
             dot = merge_sums(dots, line, valid, lines, splits, SPLITS)
-            first = valid & (program % tiles == 0)
+            first = valid & is_first
             tl.store(grad_bias + line, sum_, first)
             tl.store(grad_weight + line, dot, first)
             sum_ *= gain / length

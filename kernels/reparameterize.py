@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastgen.kernels._common import in_order, is_channels_last, launch, power_of_2
+from fastgen.kernels._common import in_order, is_channels_last, launch, power_of_2, program_id
 from torch import Tensor
 
 ELEMENTS = 1024  # of a program
@@ -88,11 +88,15 @@ def noise(key, start, column, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COUNTER
 
 @triton.jit
 def place(rows, length, WIDE: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr):
-    """The program's rows, its columns, and its number along the rows."""
-    program = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
+    """The program's rows, where they start (ROWS, 1), its columns (1, 4 * COUNTERS), which of their elements there are, its
+    number along the rows, and the size of all rows."""
+    program = program_id(WIDE)
     tiles = tl.cdiv(rows, ROWS)
     chunk = program // tiles
-    return program % tiles * ROWS + tl.arange(0, ROWS), chunk * (4 * COUNTERS) + tl.arange(0, 4 * COUNTERS), chunk
+    row = program % tiles * ROWS + tl.arange(0, ROWS)
+    column = chunk * (4 * COUNTERS) + tl.arange(0, 4 * COUNTERS)[None, :]
+    size = tl.cast(rows, tl.int64) * length if WIDE else rows * length
+    return row, (row * length)[:, None], column, (row < rows)[:, None] & (column < length), chunk, size
 
 
 @triton.jit
@@ -127,26 +131,21 @@ def sample(
 ):  # fmt: skip
     """mu (batch, rows, length), z (batch, samples, rows, length); kl (chunks, batch, rows), parts of the rows' divergence."""
     batch = tl.program_id(1)
-    row, column, chunk = place(rows, length, WIDE, ROWS, COUNTERS)
-    valid = row < rows
-    inside = valid[:, None] & (column < length)[None, :]
-    size = rows.to(tl.int64) * length if WIDE else rows * length
-    in_row = (row * length)[:, None] + column[None, :]
-    at = batch * size + in_row
+    row, start, column, inside, chunk, size = place(rows, length, WIDE, ROWS, COUNTERS)
+    at = batch * size + start + column
     mean = tl.load(mu + at, inside, 0.0).to(tl.float32)
     log = clamp(tl.load(logvar + at, inside, 0.0).to(tl.float32), low, high)
     scale = tl.exp(0.5 * log)
-    start = (row * length)[:, None]
-    to = z + batch * samples * size + in_row
+    to = z + batch * samples * size + start + column
     for _ in range(0, samples):
-        value = mean + scale * noise(key + 2 * batch, start, column[None, :], ALIGNED, ROWS, COUNTERS)
+        value = mean + scale * noise(key + 2 * batch, start, column, ALIGNED, ROWS, COUNTERS)
         tl.store(to, value.to(z.dtype.element_ty), inside)
         start += size
         to += size
     if kl is not None:
         term, _, _, _ = divergence(mean, log, prior_mean, prior_logvar, at, inside)
         term = tl.where(inside, tl.where(term < free_bits, free_bits, term), 0.0)
-        tl.store(kl + (chunk * tl.num_programs(1) + batch) * rows + row, tl.sum(term, 1), valid)
+        tl.store(kl + (chunk * tl.num_programs(1) + batch) * rows + row, tl.sum(term, 1), row < rows)
 
 
 @triton.jit
@@ -156,30 +155,25 @@ def sample_backward(
     COUNTERS: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1)
-    row, column, _ = place(rows, length, WIDE, ROWS, COUNTERS)
-    valid = row < rows
-    inside = valid[:, None] & (column < length)[None, :]
-    size = rows.to(tl.int64) * length if WIDE else rows * length
-    in_row = (row * length)[:, None] + column[None, :]
-    at = batch * size + in_row
+    row, start, column, inside, _, size = place(rows, length, WIDE, ROWS, COUNTERS)
+    at = batch * size + start + column
     mean = tl.load(mu + at, inside, 0.0).to(tl.float32)
     unbounded = tl.load(logvar + at, inside, 0.0).to(tl.float32)
     log = clamp(unbounded, low, high)
     for_mu = tl.zeros((ROWS, 4 * COUNTERS), tl.float32)
     along = tl.zeros((ROWS, 4 * COUNTERS), tl.float32)
     if grad_z is not None:
-        start = (row * length)[:, None]
-        source = grad_z + batch * samples * size + in_row
+        source = grad_z + batch * samples * size + start + column
         for _ in range(0, samples):
             grad = tl.load(source, inside, 0.0).to(tl.float32)
             for_mu += grad
-            along += grad * noise(key + 2 * batch, start, column[None, :], ALIGNED, ROWS, COUNTERS)
+            along += grad * noise(key + 2 * batch, start, column, ALIGNED, ROWS, COUNTERS)
             start += size
             source += size
     for_logvar = along * 0.5 * tl.exp(0.5 * log)
     if grad_kl is not None:
         term, shift, slope, ratio = divergence(mean, log, prior_mean, prior_logvar, at, inside)
-        grad = beta * tl.load(grad_kl + batch * rows + row, valid, 0.0)[:, None]
+        grad = beta * tl.load(grad_kl + batch * rows + row, row < rows, 0.0)[:, None]
         grad = tl.where(term < free_bits, 0.0, grad)
         for_mu += grad * slope
         for_logvar += 0.5 * grad * (ratio - 1)

@@ -41,13 +41,16 @@ def field(table, weight, FIELD: tl.constexpr):
 
 
 @triton.jit
-def shape(table, weight):
-    """rows, inner and columns of the matrix, and spread.
+def part_of(table, blocks):
+    """The program's weight, its number among that weight's; rows, inner and columns of the matrix, and spread.
 
     Element (r, m) lies at m / inner * rows * inner + r * inner + m % inner, where m counts columns in memory's order: column
     m % spread * (columns / spread) + m / spread of the matrix.
     """
-    return field(table, weight, 0), field(table, weight, 1), field(table, weight, 2), field(table, weight, 3)
+    at = blocks + 2 * tl.program_id(0)
+    weight = tl.load(at)
+    rows, inner = field(table, weight, 0), field(table, weight, 1)
+    return weight, tl.load(at + 1), rows, inner, field(table, weight, 2), field(table, weight, 3)
 
 
 @triton.jit
@@ -56,10 +59,7 @@ def products(
     ITERATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Some lines (rows, or columns if TRANSPOSED) of t = W vector. ITERATE: their part of W^T t, and |t|^2; else other . t."""
-    block = tl.program_id(0)
-    index = tl.load(blocks + 2 * block)
-    number = tl.load(blocks + 2 * block + 1)
-    rows, inner, columns, spread = shape(table, index)
+    index, number, rows, inner, columns, spread = part_of(table, blocks)
     lines = columns if TRANSPOSED else rows
     length = rows if TRANSPOSED else columns
     line = number * ROWS + tl.arange(0, ROWS)
@@ -82,7 +82,7 @@ def products(
     product = tl.sum(total, 1)
     if ITERATE:
         tl.store(t + field(table, index, 4) + line, product, valid)
-        tl.store(norms + block, tl.sum(product * product, 0))
+        tl.store(norms + tl.program_id(0), tl.sum(product * product, 0))
         to = parts + field(table, index, 5) + number * length
         for first in range(0, length, COLUMNS):
             m = first + tl.arange(0, COLUMNS)
@@ -93,17 +93,15 @@ def products(
     else:
         place = line % spread * (columns // spread) + line // spread if TRANSPOSED else line
         other = tl.load(pick(others, index, COUNT) + place, valid, 0.0)
-        tl.store(norms + block, tl.sum(product * other, 0))
+        tl.store(norms + tl.program_id(0), tl.sum(product * other, 0))
 
 
 @triton.jit
 def add_parts(table, blocks, parts, s, norms, TRANSPOSED: tl.constexpr, CHUNK: tl.constexpr):
     """Some elements of s = W^T t, and |s|^2 of them."""
-    block = tl.program_id(0)
-    index = tl.load(blocks + 2 * block)
-    rows, _, columns, _ = shape(table, index)
+    index, number, rows, _, columns, _ = part_of(table, blocks)
     length = rows if TRANSPOSED else columns
-    m = tl.load(blocks + 2 * block + 1) * CHUNK + tl.arange(0, CHUNK)
+    m = number * CHUNK + tl.arange(0, CHUNK)
     inside = m < length
     source = parts + field(table, index, 5) + m
     total = tl.zeros((CHUNK,), tl.float32)
@@ -111,7 +109,7 @@ def add_parts(table, blocks, parts, s, norms, TRANSPOSED: tl.constexpr, CHUNK: t
         total += tl.load(source, inside, 0.0)
         source += length
     tl.store(s + field(table, index, 6) + m, total, inside)
-    tl.store(norms + block, tl.sum(total * total, 0))
+    tl.store(norms + tl.program_id(0), tl.sum(total * total, 0))
 
 
 @triton.jit
@@ -129,10 +127,7 @@ def finish(
     ITERATE: tl.constexpr, SCALE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """ITERATE: u and v from t and s. SCALE: sigma, and weight / sigma."""
-    block = tl.program_id(0)
-    index = tl.load(blocks + 2 * block)
-    number = tl.load(blocks + 2 * block + 1)
-    rows, _, columns, spread = shape(table, index)
+    index, number, rows, _, columns, spread = part_of(table, blocks)
     at = number * CHUNK + tl.arange(0, CHUNK)
     sigma = add_up(t_norms + field(table, index, 7), field(table, index, 8))
     if ITERATE:
@@ -165,14 +160,12 @@ def finish(
 @triton.jit
 def grad_dots(grads, weights, table, blocks, dots, COUNT: tl.constexpr, CHUNK: tl.constexpr):
     """Parts of grad . weight."""
-    block = tl.program_id(0)
-    index = tl.load(blocks + 2 * block)
-    rows, _, columns, _ = shape(table, index)
-    at = tl.load(blocks + 2 * block + 1) * CHUNK + tl.arange(0, CHUNK)
+    index, number, rows, _, columns, _ = part_of(table, blocks)
+    at = number * CHUNK + tl.arange(0, CHUNK)
     inside = at < rows * columns
     g = tl.load(pick(grads, index, COUNT) + at, inside, 0.0).to(tl.float32)
     w = tl.load(pick(weights, index, COUNT) + at, inside, 0.0).to(tl.float32)
-    tl.store(dots + block, tl.sum(g * w, 0))
+    tl.store(dots + tl.program_id(0), tl.sum(g * w, 0))
 
 
 @triton.jit
@@ -180,10 +173,8 @@ def grad_weights(
     grads, sigmas, grad_sigmas, us, vs, outs, table, blocks, dots, COUNT: tl.constexpr, CHUNK: tl.constexpr
 ):
     """grad / sigma + (grad_sigma - grad . weight / sigma^2) u v^T."""
-    block = tl.program_id(0)
-    index = tl.load(blocks + 2 * block)
-    rows, inner, columns, spread = shape(table, index)
-    at = tl.load(blocks + 2 * block + 1) * CHUNK + tl.arange(0, CHUNK)
+    index, number, rows, inner, columns, spread = part_of(table, blocks)
+    at = number * CHUNK + tl.arange(0, CHUNK)
     inside = at < rows * columns
     sigma = tl.load(pick(sigmas, index, COUNT))
     dot = add_up(dots + field(table, index, 11), tl.cdiv(rows * columns, CHUNK))
@@ -197,7 +188,7 @@ def grad_weights(
 
 
 def matrix(weight: Tensor, dim: int) -> tuple[int, int, int, int]:
-    """rows, inner, columns and spread (see `shape`) of a dense weight."""
+    """rows, inner, columns and spread (see `part_of`) of a dense weight."""
     rows = weight.shape[dim]
     columns = weight.numel() // rows
     if not is_channels_last(weight):

@@ -30,11 +30,15 @@ inline bool can_run(Algorithm algorithm, const Convolution& conv, int64_t c) {
   return false;
 }
 
-// The one to use: where it was measured to be the fastest (benchmarks/NOTES.md). FASTGEN_WINOGRAD: 0 turns Winograd's off, "always"
-// uses them wherever they can be used, whatever it costs (for tests).
-inline Algorithm choose(const Convolution& conv, const NormAct& op) {
+// FASTGEN_WINOGRAD: "0" turns Winograd's off, "always" uses them wherever they can be used, whatever it costs (for tests).
+inline bool winograd_is(const char* wanted) {
   const char* asked = getenv("FASTGEN_WINOGRAD");
-  const bool never = op.dtype == DType::float64 || (asked && !strcmp(asked, "0")), always = asked && !strcmp(asked, "always");
+  return asked && !strcmp(asked, wanted);
+}
+
+// The one to use: where it was measured to be the fastest (benchmarks/NOTES.md).
+inline Algorithm choose(const Convolution& conv, const NormAct& op) {
+  const bool never = op.dtype == DType::float64 || winograd_is("0"), always = winograd_is("always");
   const bool wide = conv.ic >= 16 && op.c >= 16;
   const int64_t pixels = op.n * conv.oh * conv.ow;
   if (!never && can_run(Algorithm::winograd_4x2, conv, op.c) && (always || (wide && pixels >= 1024))) return Algorithm::winograd_4x2;
@@ -46,9 +50,8 @@ inline Algorithm choose(const Convolution& conv, const NormAct& op) {
 
 // Whether a convolution of bfloat16 multiplies pairs of channels by one instruction instead.
 inline bool in_pairs(const Convolution& conv, const NormAct& op) {
-  const char* asked = getenv("FASTGEN_WINOGRAD");
   return op.dtype == DType::bfloat16 && can_dot_bf16() && can_run(Algorithm::direct_bf16, conv, op.c) && op.c > 4 &&
-         !(asked && !strcmp(asked, "always"));
+         !winograd_is("always");
 }
 
 // Whether each band of the output transforms the weights anew: where transformed ones are too many to be kept; or where they serve

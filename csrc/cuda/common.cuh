@@ -65,15 +65,22 @@ int access_of(int64_t length, Pointers... pointers) {
   return aligned && length % widest == 0 ? widest : 1;
 }
 
-// act(z) and grad * act'(z) by an activation that is known when the kernel runs.
-__device__ inline float activate(Activation activation, float z, float slope) {
+template <Activation activation, int count>
+__device__ void activate_by(float (&z)[count], float slope) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) z[i] = fastgen::activate<activation>(z[i], slope);
+}
+
+// act(z), and grad * act'(z), by an activation that is known when the kernel runs: one decision for all of z.
+template <int count>
+__device__ void activate(Activation activation, float (&z)[count], float slope) {
   switch (activation) {
-    case Activation::relu: return fastgen::activate<Activation::relu>(z, slope);
-    case Activation::leaky_relu: return fastgen::activate<Activation::leaky_relu>(z, slope);
-    case Activation::tanh: return fastgen::activate<Activation::tanh>(z, slope);
-    case Activation::sigmoid: return fastgen::activate<Activation::sigmoid>(z, slope);
-    case Activation::silu: return fastgen::activate<Activation::silu>(z, slope);
-    default: return z;
+    case Activation::relu: return activate_by<Activation::relu>(z, slope);
+    case Activation::leaky_relu: return activate_by<Activation::leaky_relu>(z, slope);
+    case Activation::tanh: return activate_by<Activation::tanh>(z, slope);
+    case Activation::sigmoid: return activate_by<Activation::sigmoid>(z, slope);
+    case Activation::silu: return activate_by<Activation::silu>(z, slope);
+    default: return;
   }
 }
 
@@ -88,10 +95,17 @@ __device__ inline float activate_grad(Activation activation, float grad, float z
   }
 }
 
-// The sum over a warp, in every lane.
-__device__ inline float warp_sum(float x) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+// The sum over a team of `lanes` threads, a power of 2, in its first one, in an order that `lanes` alone decides. `scratch` is
+// shared memory for a value of each warp, written where a team has several.
+template <class T>
+__device__ T team_sum(T x, int lanes, T* scratch) {
+  for (int step = min(lanes, kWarp) / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  if (lanes <= kWarp) return x;
+  const int warp = threadIdx.x / kWarp;
+  if (threadIdx.x % kWarp == 0) scratch[warp] = x;
+  __syncthreads();
+  if (threadIdx.x % lanes == 0)
+    for (int i = 1; i < lanes / kWarp; ++i) x += scratch[warp + i];
   return x;
 }
 
@@ -104,18 +118,6 @@ __device__ T* shared_memory() {
 #else
   return static_cast<T*>(shim::shared_memory());
 #endif
-}
-
-// The sum over a block of whole warps, in every thread; `scratch` is shared memory for a float of each warp. The barrier at the end
-// lets it be used again.
-__device__ inline float block_sum(float x, float* scratch) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  x = warp_sum(x);
-  if (lane == 0) scratch[warp] = x;
-  __syncthreads();
-  x = warp_sum(lane < warps ? scratch[lane] : 0.f);
-  __syncthreads();
-  return x;
 }
 
 // Runs the kernel on the queue's stream. Raises std::runtime_error with CUDA's reason.

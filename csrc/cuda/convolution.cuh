@@ -84,33 +84,18 @@ struct Affine {
   float bias[count], center[count], gain[count], shift[count];
 };
 
-template <class T>
-__device__ Affine<1> affine_of(const Epilogue<T>& e, int64_t channel) {
-  Affine<1> affine{{e.bias ? e.bias[channel] : 0.f}, {0.f}, {1.f}, {e.shift ? e.shift[channel] : 0.f}};
-  if (e.mean) {
-    affine.center[0] = e.mean[channel];
-    affine.gain[0] = (e.weight ? e.weight[channel] : 1.f) / sqrtf(e.var[channel] + e.eps);
+// `step`: from an element's channel to its neighbour's, 0 or 1.
+template <int count, class T>
+__device__ Affine<count> affine_of(const Epilogue<T>& e, int64_t channel, int step) {
+  Affine<count> affine;
+#pragma unroll
+  for (int i = 0; i < count; ++i, channel += step) {
+    affine.bias[i] = e.bias ? e.bias[channel] : 0.f;
+    affine.center[i] = e.mean ? e.mean[channel] : 0.f;
+    affine.gain[i] = e.mean ? (e.weight ? e.weight[channel] : 1.f) / sqrtf(e.var[channel] + e.eps) : 1.f;
+    affine.shift[i] = e.shift ? e.shift[channel] : 0.f;
   }
   return affine;
-}
-
-template <Activation activation, int count>
-__device__ void activate_each(float (&z)[count], float slope) {
-#pragma unroll
-  for (int i = 0; i < count; ++i) z[i] = fastgen::activate<activation>(z[i], slope);
-}
-
-// One decision for all elements.
-template <int count>
-__device__ void activate_each(Activation activation, float (&z)[count], float slope) {
-  switch (activation) {
-    case Activation::relu: return activate_each<Activation::relu>(z, slope);
-    case Activation::leaky_relu: return activate_each<Activation::leaky_relu>(z, slope);
-    case Activation::tanh: return activate_each<Activation::tanh>(z, slope);
-    case Activation::sigmoid: return activate_each<Activation::sigmoid>(z, slope);
-    case Activation::silu: return activate_each<Activation::silu>(z, slope);
-    default: return;
-  }
 }
 
 // What follows the sums z of the elements from `at`.
@@ -124,7 +109,7 @@ __device__ void finish(const Epilogue<T>& e, int64_t at, float (&z)[count], cons
   if (e.residual) load<count>(e.residual + at, added);
 #pragma unroll
   for (int i = 0; i < count; ++i) z[i] = (z[i] - affine.center[i]) * affine.gain[i] + affine.shift[i] + added[i];
-  activate_each(e.activation, z, e.slope);
+  activate(e.activation, z, e.slope);
   store<count>(e.out + at, z);
 }
 
@@ -341,7 +326,7 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
     rows[thread] = row;
   }
   if (thread < columns) {
-    const Affine<1> of = affine_of(p.epilogue, first_channel + thread);
+    const Affine<1> of = affine_of<1>(p.epilogue, first_channel + thread, 0);
     affine[thread] = of.bias[0];
     affine[thread + Tile::columns] = of.center[0];
     affine[thread + 2 * Tile::columns] = of.gain[0];
@@ -494,17 +479,7 @@ __global__ void __launch_bounds__(kAdders) add_splits(Epilogue<T> epilogue, cons
 #pragma unroll
     for (int i = 0; i < count; ++i) total[i] += value[i];
   }
-  const int64_t channel = at / inner % channels;  // of the access: one, or neighbours
-  Affine<count> affine;
-#pragma unroll
-  for (int i = 0; i < count; ++i) {
-    const Affine<1> of = affine_of(epilogue, channel + (inner == 1 ? i : 0));
-    affine.bias[i] = of.bias[0];
-    affine.center[i] = of.center[0];
-    affine.gain[i] = of.gain[0];
-    affine.shift[i] = of.shift[0];
-  }
-  finish<count>(epilogue, at, total, affine);
+  finish<count>(epilogue, at, total, affine_of<count>(epilogue, at / inner % channels, inner == 1));
 }
 
 // ---- Copies into the order that the kernel reads

@@ -13,17 +13,7 @@ __device__ inline void copy_async(void* to, const void* from, bool valid) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(valid ? 16 : 0) : "memory");
 #else
-  shim::copy_async(to, from, 16, valid);
-#endif
-}
-
-// The same for 4 bytes.
-__device__ inline void copy_async_word(void* to, const void* from, bool valid) {
-#if defined(__CUDACC__)
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from), "r"(valid ? 4 : 0) : "memory");
-#else
-  shim::copy_async(to, from, 4, valid);
+  shim::copy_async(to, from, valid);
 #endif
 }
 
@@ -54,20 +44,7 @@ __device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
                : "r"(address)
                : "memory");
 #else
-  shim::load_matrices(to, row, false);
-#endif
-}
-
-// The same of the transposed matrices: values 2 (i % 4) and 2 (i % 4) + 1 of column i / 4.
-__device__ inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
-#if defined(__CUDACC__)
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(address)
-               : "memory");
-#else
-  shim::load_matrices(to, row, true);
+  shim::load_matrices(to, row);
 #endif
 }
 
@@ -77,7 +54,7 @@ __device__ inline void load_matrices_transposed(uint32_t (&to)[4], const void* r
 template <class T>
 __device__ void multiply(float (&total)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(__CUDACC__)
-  if constexpr (sizeof(T) == 2 && std::is_same_v<T, BFloat16>)
+  if constexpr (std::is_same_v<T, BFloat16>)
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(total[0]), "+f"(total[1]), "+f"(total[2]), "+f"(total[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

@@ -214,9 +214,9 @@ __global__ void __launch_bounds__(kThreads, 2) apply(Cut cut, NormAct op, NormAc
 #pragma unroll
     for (int i = 0; i < access; ++i) {
       const int j = channels_last ? i : 0;
-      const float z = (values[i] - scales.center[j]) * scales.rstd[j] * scales.gain[j] + scales.shift[j] + added[i];
-      values[i] = activate(op.activation, z, static_cast<float>(op.negative_slope));
+      values[i] = (values[i] - scales.center[j]) * scales.rstd[j] * scales.gain[j] + scales.shift[j] + added[i];
     }
+    activate(op.activation, values, static_cast<float>(op.negative_slope));
     store<access>(out + at, values);
   }
 }
@@ -298,19 +298,9 @@ __global__ void __launch_bounds__(kThreads, 2) merge_sums(Sets of, int team, int
     sum += gain * sums[at];
     dot += gain * dots[at];
   }
-  sum = warp_sum(sum);
-  dot = warp_sum(dot);
-  float* const of_warps = shared_memory<float>();
-  if (threadIdx.x % kWarp == 0) {
-    of_warps[threadIdx.x / kWarp * 2] = sum;
-    of_warps[threadIdx.x / kWarp * 2 + 1] = dot;
-  }
-  __syncthreads();
+  sum = team_sum(sum, team, shared_memory<float>());
+  dot = team_sum(dot, team, shared_memory<float>() + kThreads / kWarp);
   if (threadIdx.x % team != 0) return;
-  for (int i = 1; i < team / kWarp; ++i) {
-    sum += of_warps[(threadIdx.x / kWarp + i) * 2];
-    dot += of_warps[(threadIdx.x / kWarp + i) * 2 + 1];
-  }
   if (of_channel) {
     grad_bias[index] = sum;
     grad_weight[index] = dot;

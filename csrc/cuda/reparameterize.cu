@@ -181,18 +181,6 @@ struct Prior {
   }
 };
 
-// The sum over a team of `lanes` threads, a power of 2, in its first one; `scratch` is shared memory for a float of each warp.
-__device__ float team_sum(float x, int lanes, float* scratch) {
-  for (int step = min(lanes, kWarp) / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
-  if (lanes <= kWarp) return x;
-  const int warp = threadIdx.x / kWarp;
-  if (threadIdx.x % kWarp == 0) scratch[warp] = x;
-  __syncthreads();
-  if (threadIdx.x % lanes == 0)
-    for (int i = 1; i < lanes / kWarp; ++i) x += scratch[warp + i];
-  return x;
-}
-
 // The normals alone. Grid: `Cut::grid`.
 template <bool plain>
 __global__ void __launch_bounds__(kThreads, plain ? 6 : 2) draw_noise(Cut cut, Sampler op, float* out) {

@@ -95,15 +95,8 @@ struct Place {
 
 // The sum over the block, in its first thread. Shared memory is free again after the next barrier.
 __device__ double block_total(double x) {
-  double* const of_warps = shared_memory<double>();
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
   __syncthreads();
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  if (threadIdx.x == 0)
-    for (int i = 1; i < kThreads / kWarp; ++i) x += of_warps[i];
-  return x;
+  return team_sum(x, kThreads, shared_memory<double>());
 }
 
 __device__ double total_of(const double* sums, int64_t count) {

@@ -92,7 +92,7 @@ Tensor convolution_weight_grad(Tensor grad, Tensor x, Tensor weight, std::vector
   plain.norm = "none";
   plain.activation = "identity";
   kernels::convolution_weight_grad(conv, plain.describe(grad, false, is_channels_last(grad)), !output_padding.empty(), grad.const_data_ptr(),
-                                        x.const_data_ptr(), out.mutable_data_ptr(), Execution(x));
+                                   x.const_data_ptr(), out.mutable_data_ptr(), Execution(x));
   return out;
 }
 #endif

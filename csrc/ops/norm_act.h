@@ -44,9 +44,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(Tensor grad_out, Te
   }
   join_samples(op);
   kernels::norm_act_backward(op, grad_out.const_data_ptr(), x.const_data_ptr(), tail.prepare(x, channels_last),
-                                  {grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr(), grad_bias.mutable_data_ptr(),
-                                   residual ? grad_residual.mutable_data_ptr() : nullptr},
-                                  Execution(x));
+                             {grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr(), grad_bias.mutable_data_ptr(),
+                              residual ? grad_residual.mutable_data_ptr() : nullptr},
+                             Execution(x));
   return {grad_x, grad_weight, grad_bias, grad_residual};
 }
 

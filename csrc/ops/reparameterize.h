@@ -58,12 +58,13 @@ bool counts_channels_last(const Tensor& mu, const Tensor& key, int64_t num_sampl
   return is_channels_last(mu) && key.dim() == 1 && num_samples == 0;
 }
 
+// In float64, or in float32 and then rounded.
 Tensor philox_normal(Tensor key, std::vector<int64_t> size, ScalarType dtype) {
   key = torch::stable::contiguous(key);
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 1 < key.dim(); ++i) shape.push_back(key.size(i));
   shape.insert(shape.end(), size.begin(), size.end());
-  Tensor out = new_tensor(key, shape, dtype);
+  Tensor out = new_tensor(key, shape, dtype == ScalarType::Double ? dtype : ScalarType::Float);
   Reparameterize op{};
   op.dtype = dtype_of(out);
   op.keys = key.numel() / 2;
@@ -71,7 +72,7 @@ Tensor philox_normal(Tensor key, std::vector<int64_t> size, ScalarType dtype) {
   op.size = op.keys ? out.numel() / op.keys : 0;
   op.key = static_cast<const int64_t*>(key.const_data_ptr());
   kernels::noise(op, out.mutable_data_ptr(), Execution(out));
-  return out;
+  return out.scalar_type() == dtype ? out : torch::stable::to(out, dtype);
 }
 
 std::tuple<Tensor, Tensor> reparameterize(Tensor mu, Tensor logvar, Tensor key, OptionalTensor prior_mean, OptionalTensor prior_logvar,
@@ -96,7 +97,7 @@ std::tuple<Tensor, Tensor> reparameterize(Tensor mu, Tensor logvar, Tensor key, 
   Reparameterize op = describe_sampler(mu, key, num_samples);
   SamplerOptions options{prior_mean, prior_logvar, logvar_min, logvar_max, free_bits, beta};
   kernels::reparameterize(op, options.prepare(op, mu, logvar, channels_last), z.mutable_data_ptr(),
-                               with_kl ? kl.mutable_data_ptr() : nullptr, Execution(mu));
+                          with_kl ? kl.mutable_data_ptr() : nullptr, Execution(mu));
   return {z, kl};
 }
 
@@ -117,9 +118,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reparameterize_backward(OptionalTenso
   Reparameterize op = describe_sampler(mu, key, num_samples);
   SamplerOptions options{prior_mean, prior_logvar, logvar_min, logvar_max, free_bits, beta};
   kernels::reparameterize_backward(op, data(grad_z), data(grad_kl), options.prepare(op, mu, logvar, channels_last),
-                                        {grad_mu.mutable_data_ptr(), grad_logvar.mutable_data_ptr(), grad_mean.mutable_data_ptr(),
-                                         grad_prior_logvar.mutable_data_ptr()},
-                                        Execution(mu));
+                                   {grad_mu.mutable_data_ptr(), grad_logvar.mutable_data_ptr(), grad_mean.mutable_data_ptr(),
+                                    grad_prior_logvar.mutable_data_ptr()},
+                                   Execution(mu));
   return {grad_mu, grad_logvar, grad_mean, grad_prior_logvar};
 }
 

@@ -114,21 +114,22 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(f"fastgen.kernels.{name}")
 
 
-def kernel(op: str, launcher: str, leading: int = 0) -> Callable[[Callable], Callable]:
+def kernel(op: str, launcher: str = "", leading: int = 0, dtype: int | None = None) -> Callable[[Callable], Callable]:
     """Registers a function as an op's default kernel, and for a GPU's tensors fastgen.kernels' launcher, "module.function",
     and the CUDA kernel fastgen_cuda::<op>.
 
-    Where neither can run, the default does. leading: which argument's device and dtype say so, a tensor or a list.
+    Where neither can run, or Triton would and has no launcher, the default does. leading: which argument's device and dtype
+    say so, a tensor or a list; dtype: which argument is the dtype instead.
     """
-    module, function = launcher.split(".")
+    module, _, function = launcher.partition(".")
     on_cpu = INTERPRETED or CUDA_ON_CPU
 
     def registered(default: Callable) -> Callable:
         def run(*args):
             like = args[leading]
             like = like[0] if isinstance(like, list | tuple) else like
-            match _tier(str(like.device), like.dtype):
-                case "triton":
+            match _tier(str(like.device), like.dtype if dtype is None else args[dtype]):
+                case "triton" if launcher:
                     return getattr(kernels(module), function)(*args)
                 case "cuda":
                     return _cuda_kernel(op)(*args)

@@ -56,7 +56,7 @@ def conv2d_norm_act(
         stride, padding, groups, dilation: as in torch.nn.functional.conv2d; an int or two ints.
         padding_mode: "zeros" or "reflect" (mirrored at the border's pixel; padding must be smaller than H and W).
         memory_efficient: keep x for the backward pass and not t, which is computed again then ("reference" keeps both).
-        impl: "auto", "reference", "cpp" or "triton".
+        impl: "auto", "reference", "cpp", "cuda" or "triton".
 
     Returns:
         y: (N, C_out, (H + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, the same for W), x's dtype, channels_last

@@ -52,7 +52,7 @@ def conv_transpose2d_norm_act(
         norm ... inplace: as in norm_act, with C = C_out; residual has the output's shape.
         stride, padding, output_padding, groups, dilation: as in torch.nn.functional.conv_transpose2d; an int or two ints.
         memory_efficient: keep x for the backward pass and not t, which is computed again then ("reference" keeps both).
-        impl: "auto", "reference", "cpp" or "triton".
+        impl: "auto", "reference", "cpp", "cuda" or "triton".
 
     Returns:
         y: (N, C_out, (H - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1, the same for W), x's

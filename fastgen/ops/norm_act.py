@@ -63,7 +63,7 @@ def norm_act(
         activation: "identity", "relu", "leaky_relu" (slope negative_slope below 0), "tanh", "sigmoid" or "silu".
         inplace: as of torch.nn's activations: y must not be changed before the backward pass, which may then use y and keep
             nothing else. Without a norm "leaky_relu" does; "relu" always does, as PyTorch's. No input is written to.
-        impl: "auto", "reference", "cpp" or "triton".
+        impl: "auto", "reference", "cpp", "cuda" or "triton".
 
     Returns:
         y, of x's shape and dtype. Sums run in float32 (float64 for float64).

@@ -46,7 +46,7 @@ def reparameterize(
         num_samples: draws for each input, as importance weighting needs; None: one, without a dimension of its own.
         logvar_range: (least, greatest), to which logvar is clamped; None for either: no bound. No gradient outside.
         generator: of mu's device; None: PyTorch's own.
-        impl: "auto", "reference", "cpp" or "triton".
+        impl: "auto", "reference", "cpp", "cuda" or "triton".
 
     Returns:
         z of mu's shape, or (num_samples, N, *), in mu's dtype. Noise and arithmetic are float32 (float64 for float64).
@@ -243,7 +243,7 @@ def _formula(mu, logvar, prior_mean, prior_logvar, eps, at, num_samples, with_kl
     return z, beta * divergence.reshape(*mu.shape[: at + 1], -1 if mu.numel() else 0).sum(-1)
 
 
-@torch.library.impl("fastgen::philox_normal", "CompositeExplicitAutograd")
+@_dispatch.kernel("philox_normal", dtype=2)
 def _philox_normal(key, size, dtype):
     return reference_normal(key, size, dtype)
 

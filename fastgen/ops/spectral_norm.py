@@ -47,7 +47,7 @@ def spectral_norm(
         n_power_iterations: steps u = W v / max(|W v|, eps), then v = W^T u / max(|W^T u|, eps), if training.
         training: False: u and v are taken as they are.
         v_first: a step is v, then u, as in torch.nn.utils.spectral_norm.
-        impl: "auto", "reference", "cpp" or "triton".
+        impl: "auto", "reference", "cpp", "cuda" or "triton".
 
     Returns:
         weight / sigma; sigma, a scalar in float32 (float64 for float64); u and v after the steps, new tensors in the dtype they

@@ -14,7 +14,7 @@ from fastgen import _build
 
 ARCHITECTURES = ("80", "90a", "100")
 RECORDED = Path(__file__).with_name("resources.json")
-_FLAGS = ("-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xptxas", "-v")
+_FLAGS = (*_build.NVCC_FLAGS, "-Werror", "all-warnings", "-Xptxas", "-v")
 
 
 def nvcc() -> str | None:
@@ -22,11 +22,6 @@ def nvcc() -> str | None:
     from torch.utils.cpp_extension import CUDA_HOME
 
     return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{CUDA_HOME}/bin") if CUDA_HOME else None)
-
-
-def version() -> str:
-    said = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"release ([\d.]+)", said)[1]
 
 
 @functools.cache
@@ -79,7 +74,7 @@ def main() -> None:
         }
         for architecture in ARCHITECTURES
     }
-    text = json.dumps({"nvcc": version(), **found}, indent=1)
+    text = json.dumps({"nvcc": _build.nvcc_release(nvcc()), **found}, indent=1)
     RECORDED.write_text(re.sub(r"\n {4,}|\n {3}(?=\})", "", text).replace(',"', ', "') + "\n")  # a kernel a line
 
 

@@ -14,15 +14,7 @@ from torch.utils import cpp_extension
 from fastgen import _build
 
 SHIM = Path(__file__).parent / "shim"
-FLAGS = (
-    "-O1",
-    "-std=c++20",
-    "-fPIC",
-    "-DFASTGEN_CUDA=CPU",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",
-    "-Wall",
-    "-Wno-unknown-pragmas",
-)
+FLAGS = ("-O1", "-std=c++20", "-fPIC", "-DFASTGEN_CUDA=CPU", _build.STABLE_ABI, "-Wall", "-Wno-unknown-pragmas")
 # What the kernels are compiled with: every access to shared memory is checked for races, or every access to any for bounds.
 # A fibre's stack is none that the address sanitizer knows.
 CHECKS = {

@@ -128,9 +128,9 @@ def norm_act_launches(dtype, channels_last, norm, activation):
     return launches
 
 
-def sampler_launches(dtype, length, samples, prior):
-    mu = meta(256, length, dtype=dtype)
-    key, kl, z = meta(2, dtype=torch.int64), vector(256), meta(samples, 256, length, dtype=dtype) if samples else mu
+def sampler_launches(dtype, batch, length, samples, prior):
+    mu = meta(batch, length, dtype=dtype)
+    key, kl, z = meta(2, dtype=torch.int64), vector(batch), meta(samples, batch, length, dtype=dtype) if samples else mu
     given, options = (mu, mu) if prior else (None, None), (-1.0, 1.0, 0.1, 0.5)
     with _common.recorded() as launches:
         kernels("reparameterize").forward(mu, mu, key, *given, samples, True, *options)
@@ -152,8 +152,9 @@ OTHERS = {
     "norm_act-batch-fp32-contiguous": lambda: norm_act_launches(FP32, False, "batch", "tanh"),
     "norm_act-instance-fp16": lambda: norm_act_launches(FP16, True, "instance", "relu"),
     "norm_act-group-fp32": lambda: norm_act_launches(FP32, True, "group", "silu"),
-    "sampler": lambda: sampler_launches(BF16, 128, 0, False),
-    "sampler-odd": lambda: sampler_launches(FP32, 101, 3, True),
+    "sampler": lambda: sampler_launches(BF16, 256, 128, 0, False),
+    "sampler-odd": lambda: sampler_launches(FP32, 256, 101, 3, True),
+    "sampler-wide": lambda: sampler_launches(BF16, 1, 2**31, 0, False),
     "spectral_norm": lambda: spectral_launches(FP32, 1, False, 1),
     "spectral_norm-group": lambda: spectral_launches(FP32, 13, False, 1),
     "spectral_norm-v_first": lambda: spectral_launches(BF16, 2, True, 1),

@@ -11,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastgen import ops
+from fastgen.ops import _dispatch
 from fastgen.ops.reparameterize import reference_normal
 from tests.cases import OWN, SAMPLER, UNIT_ROUNDOFF
 from tests.ops.test_cases import by_id, error
@@ -55,17 +56,22 @@ def test_philox_known_answers():
     ]
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
 def test_all_implementations_draw_the_same(dtype):
+    close = {"rtol": 2**-7 if dtype == torch.bfloat16 else 1e-6, "atol": 1e-14 if dtype == torch.float64 else 2e-6}
     for key, count in itertools.product(
         ([0, 0], [-1, -1], [2**62 + 12345, 987654321987], [5, -7]), (0, 1, 4, 5, 63, 1027)
     ):
-        expected = reference_normal(
-            torch.tensor(key), (count,), torch.float64 if dtype == torch.float64 else torch.float32
-        )
-        torch.testing.assert_close(
-            noise(count, *key, dtype), expected, rtol=1e-6, atol=2e-6 if dtype == torch.float32 else 1e-14
-        )
+        expected = reference_normal(torch.tensor(key), (count,), dtype)
+        torch.testing.assert_close(noise(count, *key, dtype), expected, **close)
+
+
+@pytest.mark.skipif(OWN != "cuda", reason="the CUDA kernels, run on the CPU")
+def test_noise_alone_is_drawn_by_the_cuda_kernel(monkeypatch):
+    drawn, kernel = [], _dispatch._cuda_kernel
+    monkeypatch.setattr(_dispatch, "_cuda_kernel", lambda op: drawn.append(op) or kernel(op))
+    noise(5), noise(5, dtype=torch.float64)
+    assert drawn == ["reparameterize", "philox_normal", "reparameterize"]  # float64 has no kernel
 
 
 def kolmogorov_smirnov(x):

@@ -24,7 +24,6 @@ constexpr size_t kStack = 128 << 10;
 struct Copy {
   unsigned char* to;
   unsigned char from[16];
-  int bytes;
 };
 
 struct Fibre {
@@ -155,7 +154,7 @@ void launch(dim3 grid, int threads, int shared_bytes, const std::function<void()
           state.shadow.assign(shared_bytes, {});
           for (Warp& warp : state.warps) warp = {};
           state.epoch = 1;
-          run_block({dim3(0, 0, 0), dim3(x, y, z), dim3(threads), grid}, threads);
+          run_block({dim3(0, 0, 0), dim3(x, y, z), dim3(threads)}, threads);
         }
   } catch (...) {
     block = nullptr;
@@ -199,23 +198,23 @@ void sync_warp() {
 }
 
 // A copy arrives when it is waited for: a kernel that does not wait reads what was there before.
-void copy_async(void* to, const void* from, int bytes, bool valid) {
-  Copy copy{static_cast<unsigned char*>(to), {}, bytes};
-  if (reinterpret_cast<uintptr_t>(to) % bytes || (valid && reinterpret_cast<uintptr_t>(from) % bytes)) block->error = "a copy is not aligned";
-  if (valid) memcpy(copy.from, from, bytes);
+void copy_async(void* to, const void* from, bool valid) {
+  Copy copy{static_cast<unsigned char*>(to), {}};
+  if (reinterpret_cast<uintptr_t>(to) % 16 || (valid && reinterpret_cast<uintptr_t>(from) % 16)) block->error = "a copy is not aligned";
+  if (valid) memcpy(copy.from, from, sizeof(copy.from));
   block->current->copies.back().push_back(copy);
 }
 
 void commit_copies() { block->current->copies.emplace_back(); }
 
-extern "C" void __tsan_write1(void*);
+extern "C" void __tsan_write16(void*);
 
 void wait_for_copies(int left) {
   auto& groups = block->current->copies;
   while (static_cast<int>(groups.size()) - 1 > left) {
     for (const Copy& copy : groups.front()) {
-      memcpy(copy.to, copy.from, copy.bytes);
-      for (int i = 0; i < copy.bytes; ++i) __tsan_write1(copy.to + i);
+      memcpy(copy.to, copy.from, sizeof(copy.from));
+      __tsan_write16(copy.to);
     }
     groups.erase(groups.begin());
   }
@@ -223,22 +222,19 @@ void wait_for_copies(int left) {
 
 extern "C" void __tsan_read16(void*);
 
-void load_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
+void load_matrices(uint32_t (&to)[4], const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16) block->error = "a row of a matrix is not aligned to 16 bytes";
   __tsan_read16(const_cast<void*>(row));
   struct Row {
     uint16_t values[8];
   } mine;
   memcpy(&mine, row, sizeof(mine));
-  with_warp(&mine, sizeof(mine), to, sizeof(to), [=](const unsigned char* given, unsigned char* results) {
+  with_warp(&mine, sizeof(mine), to, sizeof(to), [](const unsigned char* given, unsigned char* results) {
     const Row* const rows = reinterpret_cast<const Row*>(given);
     uint16_t* out = reinterpret_cast<uint16_t*>(results);
     for (int lane = 0; lane < kLanes; ++lane)
       for (int matrix = 0; matrix < 4; ++matrix)
-        for (int i = 0; i < 2; ++i) {
-          const int line = lane / 4, place = lane % 4 * 2 + i;
-          *out++ = transposed ? rows[matrix * 8 + place].values[line] : rows[matrix * 8 + line].values[place];
-        }
+        for (int i = 0; i < 2; ++i) *out++ = rows[matrix * 8 + lane / 4].values[lane % 4 * 2 + i];
   });
 }
 
