@@ -12,14 +12,27 @@ using fastgen::plan::Plan;
 namespace {
 
 py::tuple shape(int64_t rank, const int64_t* size) {
+  if (rank == 0) return py::make_tuple();
   if (rank == 1) return py::make_tuple(size[0]);
   return py::make_tuple(size[0], size[1], size[2]);
 }
 
+// Pairs of the shape of an image and, for labels, how many there are.
+py::list ends(const std::vector<fastgen::plan::End>& ends) {
+  py::list found;
+  for (const auto& end : ends) found.append(py::make_tuple(shape(end.rank, end.size), end.rows));
+  return found;
+}
+
 // fastgen.runtime has checked the arrays.
-void run(const Plan& plan, int64_t n, uintptr_t in, uintptr_t out) {
+void run(const Plan& plan, int64_t n, const std::vector<uintptr_t>& in, const std::vector<uintptr_t>& out) {
   const py::gil_scoped_release release;
-  plan.run(n, reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out));
+  std::vector<const void*> from;
+  std::vector<float*> to;
+  for (const uintptr_t address : in) from.push_back(reinterpret_cast<const void*>(address));
+  for (const uintptr_t address : out) to.push_back(reinterpret_cast<float*>(address));
+  if (from.size() != plan.inputs().size() || to.size() != plan.outputs().size()) throw std::invalid_argument("run needs an address an input and output");
+  plan.run(n, from, to);
 }
 
 }  // namespace
@@ -37,8 +50,8 @@ PYBIND11_MODULE(_runtime, m) {
       .def("run", run)
       .def("tune", &Plan::tune, py::call_guard<py::gil_scoped_release>())
       .def("profile", &Plan::profile, py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("input_shape", [](const Plan& plan) { return shape(plan.header().input_rank, plan.header().input); })
-      .def_property_readonly("output_shape", [](const Plan& plan) { return shape(plan.header().output_rank, plan.header().output); })
+      .def_property_readonly("inputs", [](const Plan& plan) { return ends(plan.inputs()); })
+      .def_property_readonly("outputs", [](const Plan& plan) { return ends(plan.outputs()); })
       .def_property_readonly("precision", [](const Plan& plan) { return plan.header().bfloat16 ? "bf16" : "fp32"; })
       .def_property_readonly("images_at_once", &Plan::images_at_once)
       .def_property_readonly("threads", &Plan::threads);

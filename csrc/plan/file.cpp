@@ -1,5 +1,7 @@
 #include "plan/file.h"
 
+#include "plan/steps.h"
+
 #include <cstdio>
 #include <stdexcept>
 
@@ -45,11 +47,14 @@ int64_t elements(int64_t c, int64_t h, int64_t w) {
   return fits && c * h * w <= kMostElements ? c * h * w : 0;
 }
 
+bool has_rank(int64_t rank, int64_t c, int64_t h, int64_t w) {
+  return rank == 3 || (rank == 1 && h == 1 && w == 1) || (rank == 0 && c == 1 && h == 1 && w == 1);
+}
+
 void check_ends(const Header& header) {
   check(within(header.bfloat16, 0, 1), "the plan has an unknown precision");
   for (const auto& [rank, size] : {std::pair{header.input_rank, header.input}, std::pair{header.output_rank, header.output}}) {
-    check((rank == 3 || (rank == 1 && size[1] == 1 && size[2] == 1)) && elements(size[0], size[1], size[2]),
-          "the plan's input or output has an impossible size");
+    check(has_rank(rank, size[0], size[1], size[2]) && elements(size[0], size[1], size[2]), "the plan's input or output has an impossible size");
   }
 }
 
@@ -70,13 +75,32 @@ bool convolution_fits(const Step& s) {
   return true;
 }
 
+constexpr int64_t kLabels = -1;  // the size of a value that is labels; 0 is that of one that nothing may read
+
+// What a step leaves for the next ones.
+int64_t size_of(const Step& s) {
+  if (s.kind == Kind::output) return 0;
+  return s.kind == Kind::input && s.kh == 0 ? kLabels : elements(s.c, s.oh, s.ow);
+}
+
+void check_other(const Step& s, const std::string& name, int64_t y, int64_t values) {
+  check(other_fits(s, y), name + "has a size that it cannot compute");
+  check(s.kind != Kind::input || has_rank(s.kh, s.c, s.oh, s.ow), name + "is no possible input");
+  check(s.kind != Kind::output || s.kh == 1 || has_rank(s.kh, s.c, s.oh, s.ow), name + "is no possible output");
+  int64_t weights = s.kh;
+  check(s.kind != Kind::embedding || (s.kh > 0 && !__builtin_mul_overflow(weights, s.c, &weights) && s.weight >= 0 && weights <= values &&
+                                      s.weight <= values - weights),
+        name + "has weights beyond the file's end");
+}
+
 void check_step(const Step& s, int64_t at, const std::vector<int64_t>& sizes, const Header& header) {
   const int64_t values = header.values;
   const std::string name = "step " + std::to_string(at) + " of the plan ";
   const int64_t in = elements(s.ic, s.ih, s.iw), out = elements(s.c, s.oh, s.ow);
-  check(within(static_cast<int64_t>(s.kind), 0, static_cast<int64_t>(Kind::concat)), name + "is of an unknown kind");
+  check(within(static_cast<int64_t>(s.kind), 0, static_cast<int64_t>(Kind::pixel_shuffle)), name + "is of an unknown kind");
   check(in && out, name + "has an impossible size");
-  check(within(s.x, 0, at) && sizes[s.x] == in, name + "reads what is not there");
+  const bool labels = s.kind == Kind::embedding;
+  check(within(s.x, 0, at) && (s.kind == Kind::input || sizes[s.x] == (labels ? kLabels : in)), name + "reads what is not there");
   check(within(s.residual, -1, at), name + "reads what is not there");
   check(within(s.activation, 0, static_cast<int64_t>(Activation::silu)) && within(static_cast<int64_t>(s.norm), 0, static_cast<int64_t>(Norm::group)),
         name + "has an unknown activation or norm");
@@ -84,6 +108,7 @@ void check_step(const Step& s, int64_t at, const std::vector<int64_t>& sizes, co
     check(s.residual >= 0 && s.ih == s.oh && s.iw == s.ow && s.ic < s.c && sizes[s.residual] == out - in, name + "joins what does not fit");
     return;
   }
+  if (s.kind > Kind::concat) return check_other(s, name, s.residual < 0 ? 0 : sizes[s.residual], values);
   check(s.residual < 0 || sizes[s.residual] == out, name + "adds what does not fit");
   check(s.norm != Norm::group || (within(s.num_groups, 1, s.c) && s.c % s.num_groups == 0), name + "has channels that its groups do not divide");
   const auto there = [&](int64_t offset, int64_t count, bool needed) {
@@ -130,13 +155,14 @@ std::vector<Step> check_file(const char* bytes, size_t size) {
   check_ends(header);
   std::vector<Step> steps(static_cast<size_t>(header.steps));
   memcpy(steps.data(), bytes + sizeof(Header), steps.size() * sizeof(Step));
-  std::vector<int64_t> sizes{elements(header.input[0], header.input[1], header.input[2])};
+  std::vector<int64_t> sizes{header.input_rank ? elements(header.input[0], header.input[1], header.input[2]) : kLabels};
   for (const Step& step : steps) {
     check_step(step, static_cast<int64_t>(sizes.size()) - 1, sizes, header);
-    sizes.push_back(elements(step.c, step.oh, step.ow));
+    sizes.push_back(size_of(step));
   }
   const Step& last = steps.back();
-  check(header.output_rank == 1 ? header.output[0] == sizes.back() : header.output[0] == last.c && header.output[1] == last.oh && header.output[2] == last.ow,
+  check(last.kind != Kind::input && (last.kind != Kind::output || last.kh == header.output_rank), "the plan's output is not its last step's");
+  check(header.output_rank == 1 ? header.output[0] == elements(last.c, last.oh, last.ow) : header.output[0] == last.c && header.output[1] == last.oh && header.output[2] == last.ow,
         "the plan's output is not its last step's");
   return steps;
 }

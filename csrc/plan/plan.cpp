@@ -8,6 +8,7 @@
 
 #include "plan/file.h"
 #include "plan/pool.h"
+#include "plan/steps.h"
 
 namespace fastgen::plan {
 namespace {
@@ -85,7 +86,37 @@ Plan::Plan(File file, int threads)
   element_ = bfloat16 ? 2 : 4;
   convolutions_ = std::make_unique<Convolution[]>(steps_.size() * 2);
   parallel_ = {threads_, [this](int64_t count, const std::function<void(int64_t, int64_t)>& body) { run_parallel(threads_, count, body); }};
+  find_ends();
   place_values();
+}
+
+void Plan::find_ends() {
+  std::vector<int64_t> input_of(steps_.size() + 1, 0);  // value -> input
+  inputs_ = {End{header_.input_rank, {header_.input[0], header_.input[1], header_.input[2]}}};
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    const Step& s = steps_[i];
+    if (s.kind == Kind::input) {
+      input_of[i + 1] = static_cast<int64_t>(inputs_.size());
+      inputs_.push_back({s.kh, {s.c, s.oh, s.ow}});
+    } else if (s.kind == Kind::output && i + 1 < steps_.size()) {
+      outputs_.push_back({s.kh, {s.kh == 1 ? s.c * s.oh * s.ow : s.c, s.oh, s.ow}});
+    } else if (s.kind == Kind::embedding) {
+      int64_t& rows = inputs_[input_of[s.x]].rows;
+      rows = std::min(rows, s.kh);
+    }
+  }
+  outputs_.push_back({header_.output_rank, {header_.output[0], header_.output[1], header_.output[2]}});
+}
+
+void Plan::check_labels(int64_t n, const std::vector<const void*>& in) const {
+  for (size_t i = 0; i < inputs_.size(); ++i) {
+    if (inputs_[i].rank) continue;
+    const int64_t* const labels = static_cast<const int64_t*>(in[i]);
+    const int64_t* const wrong = std::find_if(labels, labels + n, [&](int64_t label) { return label < 0 || label >= inputs_[i].rows; });
+    if (wrong == labels + n) continue;
+    throw std::out_of_range("inputs[" + std::to_string(i) + "] must be labels from 0 to " + std::to_string(inputs_[i].rows - 1) + ", got " +
+                            std::to_string(*wrong) + " for image " + std::to_string(wrong - labels));
+  }
 }
 
 // Each value has a slot of memory from the step that computes it to the last one that reads it.
@@ -118,7 +149,7 @@ void Plan::place_values() {
   };
   place(elements(header_.input));
   for (size_t i = 0; i < last; ++i) {
-    place(steps_[i].c * steps_[i].oh * steps_[i].ow);
+    place(steps_[i].kind == Kind::output ? 0 : steps_[i].c * steps_[i].oh * steps_[i].ow);
     for (size_t value = 0; value <= i; ++value)
       if (last_use[value] == i && (value == 0 || last_use[value] >= value)) free.push_back(slot_of_[value]);
   }
@@ -149,15 +180,36 @@ void Plan::give_back(std::unique_ptr<Workspace> workspace) const {
   idle_.push_back(std::move(workspace));
 }
 
-void Plan::run(int64_t n, const float* in, float* out) const {
+void Plan::run(int64_t n, const std::vector<const void*>& in, const std::vector<float*>& out) const {
+  check_labels(n, in);
   const int64_t parts = whole_batch_ ? 1 : ceil_div(n, images_at_once_), at_once = parts ? ceil_div(n, parts) : 0;
   auto workspace = lease(at_once);
-  for (int64_t first = 0; first < n; first += at_once)
-    run_images(std::min(at_once, n - first), in + first * elements(header_.input), out + first * elements(header_.output), *workspace);
+  for (int64_t first = 0; first < n; first += at_once) {
+    auto from = in;
+    auto to = out;
+    for (size_t i = 0; i < in.size(); ++i) from[i] = static_cast<const char*>(in[i]) + first * (inputs_[i].rank ? elements(inputs_[i].size) * 4 : 8);
+    for (size_t i = 0; i < out.size(); ++i) to[i] += first * elements(outputs_[i].size);
+    run_images(std::min(at_once, n - first), from, to, *workspace);
+  }
   give_back(std::move(workspace));
 }
 
-void Plan::run_images(int64_t n, const float* in, float* out, Workspace& workspace) const {
+// From the order (c, pixels) of the caller to (pixels, c), and back.
+void Plan::read(const void* in, int64_t n, int64_t c, int64_t pixels, void* to) const {
+  if (dtype_ == DType::float32)
+    transpose(static_cast<const float*>(in), n, c, pixels, static_cast<float*>(to), parallel_);
+  else
+    transpose(static_cast<const float*>(in), n, c, pixels, static_cast<cpu::BFloat16*>(to), parallel_);
+}
+
+void Plan::write(const void* from, int64_t n, int64_t c, int64_t pixels, float* out) const {
+  if (dtype_ == DType::float32)
+    transpose(static_cast<const float*>(from), n, pixels, c, out, parallel_);
+  else
+    transpose(static_cast<const cpu::BFloat16*>(from), n, pixels, c, out, parallel_);
+}
+
+void Plan::run_images(int64_t n, const std::vector<const void*>& in, const std::vector<float*>& out, Workspace& workspace) const {
   std::vector<void*> slots;
   char* next = workspace.memory.get();
   for (size_t slot = 0; slot < slot_sizes_.size(); ++slot) {
@@ -165,32 +217,38 @@ void Plan::run_images(int64_t n, const float* in, float* out, Workspace& workspa
     next += slot_bytes(static_cast<int64_t>(slot), n);
   }
   const int64_t* size = header_.input;
-  const bool float32 = dtype_ == DType::float32, as_is = float32 && (size[0] == 1 || size[1] * size[2] == 1);
-  void* const start = slots[slot_of_[0]];
-  if (!float32)
-    transpose(in, n, size[0], size[1] * size[2], static_cast<cpu::BFloat16*>(start), parallel_);
-  else if (!as_is)
-    transpose(in, n, size[0], size[1] * size[2], static_cast<float*>(start), parallel_);
-  const auto value = [&](int64_t i) -> const void* { return i < 0 ? nullptr : i == 0 && as_is ? in : slots[slot_of_[i]]; };
-  for (size_t i = 0; i + 1 < steps_.size(); ++i) run_step(i, n, value(steps_[i].x), value(steps_[i].residual), slots[slot_of_[i + 1]], true);
+  const bool float32 = dtype_ == DType::float32, as_is = header_.input_rank == 0 || (float32 && (size[0] == 1 || size[1] * size[2] == 1));
+  if (!as_is) read(in[0], n, size[0], size[1] * size[2], slots[slot_of_[0]]);
+  std::vector<const void*> values{as_is ? in[0] : slots[slot_of_[0]]};
+  const auto value = [&](int64_t i) -> const void* { return i < 0 ? nullptr : values[i]; };
+  auto given = in.begin() + 1;
+  auto wanted = out.begin();
+  for (size_t i = 0; i + 1 < steps_.size(); ++i) {
+    const Step& s = steps_[i];
+    values.push_back(s.kind == Kind::input && s.kh == 0 ? *given : slots[slot_of_[i + 1]]);  // labels are read where they lie
+    if (s.kind == Kind::output)
+      write(value(s.x), n, s.c, s.oh * s.ow, *wanted++);
+    else if (s.kind != Kind::input)
+      run_step(i, n, value(s.x), value(s.residual), slots[slot_of_[i + 1]], true);
+    else if (const void* const from = *given++; s.kh)
+      read(from, n, s.c, s.oh * s.ow, slots[slot_of_[i + 1]]);
+  }
 
   const size_t i = steps_.size() - 1;
   const Step& last = steps_[i];
+  if (last.kind == Kind::output) return write(value(last.x), n, last.c, last.oh * last.ow, out.back());
   const bool plain = last.c == 1 || last.oh * last.ow == 1;
   const bool can_transpose = is_convolution(last) && last.residual < 0 && (last.norm == Norm::none || last.norm == Norm::affine);
   const bool direct = float32 && (plain || can_transpose);
-  void* const to = direct ? out : slots[slot_of_[i + 1]];
+  void* const to = direct ? out.back() : slots[slot_of_[i + 1]];
   run_step(i, n, value(last.x), value(last.residual), to, plain || !direct);
-  if (direct) return;
-  if (float32)
-    transpose(static_cast<const float*>(to), n, last.oh * last.ow, last.c, out, parallel_);
-  else
-    transpose(static_cast<const cpu::BFloat16*>(to), n, last.oh * last.ow, last.c, out, parallel_);
+  if (!direct) write(to, n, last.c, last.oh * last.ow, out.back());
 }
 
 void Plan::run_step(size_t i, int64_t n, const void* x, const void* residual, void* out, bool channels_last) const {
   const Step& s = steps_[i];
   if (s.kind == Kind::concat) return concat(s, n, element_, x, residual, out, parallel_);
+  if (s.kind > Kind::concat) return run_other(s, dtype_, n, x, residual, value(s.weight), out, parallel_);
   run_with(is_convolution(s) ? &packed(i, n) : nullptr, s, n, x, residual, out, channels_last);
 }
 
@@ -241,7 +299,7 @@ double seconds(int64_t repeats, const std::function<void()>& body) {
 struct Example {
   cpu::Buffer<char> x, residual, out;
   Example(const Step& s, int64_t element, int64_t n)
-      : x(zeros(n * s.ic * s.ih * s.iw * element)), residual(zeros(n * s.c * s.oh * s.ow * element)), out(zeros(n * s.c * s.oh * s.ow * element)) {}
+      : x(zeros(n * s.ic * s.ih * s.iw * (s.kind == Kind::embedding ? 8 : element))), residual(zeros(n * s.c * s.oh * s.ow * element)), out(zeros(n * s.c * s.oh * s.ow * element)) {}
 
   static cpu::Buffer<char> zeros(int64_t bytes) {
     auto made = cpu::scratch<char>(bytes);

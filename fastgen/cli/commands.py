@@ -12,6 +12,7 @@ from fastgen.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
+    from fastgen.runtime import Plan
     from fastgen.training.evaluation import Evaluation
 
 
@@ -42,13 +43,13 @@ def generate(
     from fastgen.images import picture_format, save_grid
 
     picture_format(out)  # a wrong ending shows before the work is done
-    if run.is_file() and (label is not None or text is not None or interpolate):
-        raise UsageError("a plan takes neither --class, --text nor --interpolate: give the run folder")
+    if run.is_file() and (text is not None or interpolate):
+        raise UsageError("a plan takes neither --text nor --interpolate: give the run folder")
     if run.is_file():
         from fastgen.runtime import Plan
 
         plan = Plan.load(run)
-        save_grid(plan(_noise(plan.input_shape, n, seed)), out)
+        save_grid(plan(*_inputs(plan, n, seed, label)), out)
     else:
         from fastgen.training import load_model, sample
         from fastgen.uses import conditions
@@ -232,9 +233,10 @@ def export(run: Positional[Path], plan: Path = Path("generator.fgplan")) -> None
     """
     from fastgen.inference import Engine
     from fastgen.training import load_model
+    from fastgen.uses import Drawing
 
-    model = load_model(run)
-    engine = Engine(model, model.latent(1), impl="cpp")
+    model = Drawing(load_model(run))
+    engine = Engine(model, model.example, impl="cpp")
     engine.save(plan)
     print(f"{plan}: {plan.stat().st_size / 1e6:.1f} MB, differs from the model by at most {engine.error:.1e}")
 
@@ -257,17 +259,33 @@ def bench(what: Positional[Literal["latency"]], plan: Positional[Path], batch: i
     if not 0 < seconds <= 3600:
         raise UsageError(f"seconds must be between 0 and 3600, not {seconds}")
     loaded = Plan.load(plan)
-    z = _noise(loaded.input_shape, batch, 0)
+    inputs = _inputs(loaded, batch, 0)
     for _ in range(3):
-        loaded(z)
+        loaded(*inputs)
     taken: list[float] = []
     end = time.perf_counter() + seconds
     while not taken or time.perf_counter() < end:
         start = time.perf_counter()
-        loaded(z)
+        loaded(*inputs)
         taken.append(1e3 * (time.perf_counter() - start))
     p50, p99 = np.percentile(taken, (50, 99))
     print(f"batch {batch}, {loaded.threads} threads, {len(taken)} calls: p50 {p50:.3f} ms, p99 {p99:.3f} ms")
+
+
+def _inputs(plan: Plan, n: int, seed: int, label: int | None = None) -> list[np.ndarray]:
+    """Noise, and for a plan that takes labels the class or, by default, the classes in turn."""
+    import numpy as np
+
+    classes = [given.classes for given in plan.inputs if given.classes is not None]
+    if label is not None and not classes:
+        raise UsageError("a class is given, and this plan draws without one")
+    if label is not None and not 0 <= label < min(classes):
+        raise UsageError(f"the class must be between 0 and {min(classes) - 1}, not {label}")
+    return [
+        _noise(given.shape, n, seed) if given.classes is None
+        else np.full(n, label) if label is not None else np.arange(n) % given.classes
+        for given in plan.inputs
+    ]  # fmt: skip
 
 
 def _noise(shape: tuple[int, ...], n: int, seed: int) -> np.ndarray:

@@ -13,29 +13,45 @@ from fastgen.inference._record import Node, UnsupportedError, in_order, record
 from fastgen.runtime._file import Size, Step
 
 
-def lower(module: nn.Module, x: Tensor) -> tuple[list[Step], tuple[int, ...], tuple[int, ...]]:
-    """The steps of module(x), and the shapes of an image of its input and output. Raises UnsupportedError."""
-    if x.dim() not in (2, 4):
-        raise UnsupportedError(f"its input has {x.dim()} dimensions")
-    start, output = record(module, x)
-    lowering = _Lowering(start)
-    for node in in_order(output):
+def lower(module: nn.Module, *inputs: Tensor) -> tuple[list[Step], tuple[int, ...], tuple[int, ...]]:
+    """The steps of module(*inputs), and the shapes of an image of its first input and last output. Raises UnsupportedError."""
+    for x in inputs:
+        if x.dim() not in ((2, 4) if x.is_floating_point() else (1,)):
+            raise UnsupportedError(f"its input has {x.dim()} dimensions")
+    starts, outputs = record(module, *inputs)
+    lowering = _Lowering(starts)
+    for node in in_order(outputs):
         lowering.add(node)
-    value = lowering.values[output]
-    if not lowering.steps:
+    if len(lowering.steps) == len(inputs) - 1:
         raise UnsupportedError("it computes nothing")
-    if value != len(lowering.steps):
-        raise UnsupportedError("its output is not what it computes last")
-    if len(output.shape) not in (1, 3) or lowering.lies_flat(output):
-        raise UnsupportedError(f"its output is of shape (N, {', '.join(map(str, output.shape))})")
-    return lowering.steps, start.shape, output.shape
+    lowering.end(outputs)
+    return lowering.steps, starts[0].shape, outputs[-1].shape
 
 
 class _Lowering:
-    def __init__(self, start: Node):
+    def __init__(self, starts: list[Node]):
         self.steps: list[Step] = []
-        self.values: dict[Node, int] = {start: 0}
-        self.sizes: list[Size] = [_size(start.shape)]  # how each value lies in memory: (h, w, c)
+        self.values: dict[Node, int] = {starts[0]: 0}
+        # How each value lies in memory: (h, w, c). Its elements in the order (c, h, w) are those of its nodes' shapes.
+        self.sizes: list[Size] = [_size(starts[0].shape)]
+        for start in starts[1:]:
+            size = _size(start.shape)
+            self.values[start] = self._raw("input", 0, size, size, kernel=(len(start.shape), 1))
+        self.labels = {self.values[start] for start in starts if start.kind == "labels"}
+
+    def end(self, outputs: list[Node]) -> None:
+        """Makes steps of the outputs, unless there is one and the last step computes it."""
+        for node in outputs:
+            if len(node.shape) not in (0, 1, 3) or node.kind == "pad":
+                raise UnsupportedError(f"its output is of shape (N, {', '.join(map(str, node.shape))})")
+            if self.values[node] in self.labels:
+                raise UnsupportedError("its output is labels")
+        if len(outputs) == 1 and self.values[outputs[0]] == len(self.steps) and not self.lies_flat(outputs[0]):
+            return
+        for node in outputs:
+            value = self.values[node]
+            size = self.sizes[value] if len(node.shape) == 1 else _size(node.shape)
+            self._raw("output", value, size, size, kernel=(len(node.shape), 1))
 
     def lies_flat(self, node: Node) -> bool:
         """Whether its elements lie in another order than its shape says: (c, h, w) of more than a pixel, flattened."""
@@ -45,25 +61,36 @@ class _Lowering:
     def add(self, node: Node) -> None:
         if node.kind != "conv" and any(x.kind == "pad" for x in node.inputs):
             raise UnsupportedError(f"padding before {node.kind}")
-        if node.kind != "input":
+        if node.kind not in ("embedding", "view") and any(self.values[x] in self.labels for x in node.inputs):
+            raise UnsupportedError(f"{node.kind} of labels")
+        if node.kind not in ("input", "labels"):
             getattr(self, f"_{node.kind}")(node, *node.inputs)
 
     def _step(self, node: Node, kind, x: Node, **options) -> None:
-        if self.lies_flat(x) or len(x.shape) not in (1, 3) or len(node.shape) not in (1, 3):
-            raise UnsupportedError(f"{node.kind} of a value of shape (N, {', '.join(map(str, x.shape))})")
-        self.steps.append(Step(kind, self.values[x], _size(x.shape), _size(node.shape), **options))
-        self._put(node)
+        if len(node.shape) not in (0, 1, 3):
+            raise UnsupportedError(f"{node.kind} to a value of shape (N, {', '.join(map(str, node.shape))})")
+        self.values[node] = self._raw(kind, self._upright(x), _size(x.shape), _size(node.shape), **options)
 
-    def _put(self, node: Node) -> None:
-        self.values[node] = len(self.steps)
-        self.sizes.append(self.steps[-1].output)
+    def _raw(self, kind: str, value: int, input: Size, output: Size, **options) -> int:
+        """The value of a new step."""
+        self.steps.append(Step(kind, value, input, output, **options))
+        self.sizes.append(output)
+        return len(self.steps)
+
+    def _upright(self, x: Node) -> int:
+        """The value of x, in the order that its shape says."""
+        if len(x.shape) not in (0, 1, 3):
+            raise UnsupportedError(f"a value of shape (N, {', '.join(map(str, x.shape))})")
+        if self.lies_flat(x):
+            self.values[x] = self._raw("reshape", self.values[x], self.sizes[self.values[x]], _size(x.shape))
+        return self.values[x]
 
     def _last(self, x: Node) -> Step | None:
         """The step that computes x, if nothing else reads x and no activation ends it."""
         value = self.values[x]
-        alone = value > 0 and _is_read_once(x)
-        step = self.steps[value - 1]
-        return step if alone and step.activation == "identity" and step.kind != "concat" else None
+        step = self.steps[value - 1] if value > 0 and _is_read_once(x) else None
+        can = step is not None and step.kind in ("conv", "conv_transpose", "pointwise")
+        return step if can and step.activation == "identity" else None  # type: ignore[union-attr]
 
     def _conv(self, node: Node, x: Node) -> None:
         options = dict(node.options)
@@ -87,24 +114,24 @@ class _Lowering:
         weight, bias = node.options["weight"], _array(node.options["bias"])
         c, h, w = self.sizes[self.values[x]] if self.lies_flat(x) else (x.shape[0], 1, 1)
         array = _array(weight.reshape(weight.shape[0], c, h, w))
-        self.steps.append(
-            Step("conv", self.values[x], (c, h, w), _size(node.shape), kernel=(h, w), weight=array, bias=bias)
+        self.values[node] = self._raw(
+            "conv", self.values[x], (c, h, w), _size(node.shape), kernel=(h, w), weight=array, bias=bias
         )
-        self._put(node)
 
     def _view(self, node: Node, x: Node) -> None:
         if prod(node.shape) != prod(x.shape):
             raise UnsupportedError("a view that changes the batch")
         value = self.values[x]
         self.values[node] = value
+        if len(node.shape) != 3:  # as it lies; who reads it turns it
+            return
         node_size, lies = _size(node.shape), self.sizes[value]
-        if len(node.shape) == 1 or node_size == lies or (node_size[0] == 1 and lies[1:] == (1, 1)):
+        if node_size == lies or (node_size[0] == 1 and lies[1:] == (1, 1)):
             return
         step = self.steps[value - 1] if value > 0 and _is_read_once(x) else None
         if step is None or lies[1:] != (1, 1) or step.norm != "none" or step.residual >= 0 or step.kind != "conv":
-            raise UnsupportedError(
-                f"a view of (N, {', '.join(map(str, x.shape))}) as (N, {', '.join(map(str, node.shape))})"
-            )
+            self.values[node] = self._raw("reshape", value, lies, node_size)
+            return
         # (c, h, w) becomes (h, w, c) in the rows of the linear layer
         rows = np.arange(prod(node_size)).reshape(node_size).transpose(1, 2, 0).reshape(-1)
         assert step.weight is not None
@@ -133,15 +160,66 @@ class _Lowering:
         self._step(node, "pointwise", x, norm="affine", norm_weight=filled["scale"], norm_bias=filled["shift"], **given)
 
     def _add(self, node: Node, a: Node, b: Node) -> None:
-        if self.lies_flat(a) or self.lies_flat(b):
-            raise UnsupportedError("a sum of flattened values")
-        for x, other in ((a, b), (b, a)):
+        self._upright(a), self._upright(b)
+        for x, other in ((a, b), (b, a)) if a.shape == b.shape else ():
             step = self._last(x)
             if step and step.residual < 0 and self.values[other] < self.values[x]:
                 step.residual = self.values[other]
                 self.values[node] = self.values[x]
                 return
-        self._step(node, "pointwise", a, residual=self.values[b])
+        self._combine(node, "add", a, b)
+
+    def _mul(self, node: Node, a: Node, b: Node) -> None:
+        self._combine(node, "mul", a, b)
+
+    def _sub(self, node: Node, a: Node, b: Node) -> None:
+        minus = Node("scale", (b,), b.shape, {"scale": -1.0, "shift": 0.0})
+        self._scale(minus, b)
+        self._combine(node, "add", a, minus)
+
+    def _addcmul(self, node: Node, x: Node, a: Node, b: Node) -> None:
+        product = Node("mul", (a, b), tuple(map(max, a.shape, b.shape)))
+        self._combine(product, "mul", a, b)
+        self._combine(node, "add", x, product)
+
+    def _combine(self, node: Node, kind: str, a: Node, b: Node) -> None:
+        """a + b or a * b, one of which has the result's shape, and the other one that, or 1 in its place."""
+        if a.shape != node.shape:
+            a, b = b, a
+        if a.shape != node.shape or len(b.shape) != len(a.shape):
+            raise UnsupportedError(f"{kind} of {a.shape} and {b.shape}")
+        value, size = self._upright(b), _size(b.shape)
+        if kind == "add" and size == _size(a.shape):
+            return self._step(node, "pointwise", a, residual=value)
+        self._step(node, kind, a, residual=value, groups=size[0], kernel=size[1:])
+
+    def _resized(self, node: Node, x: Node) -> None:
+        self._step(node, node.kind, x, **node.options)
+
+    _upsample_nearest = _upsample_bilinear = _avg_pool = _max_pool = _pixel_shuffle = _resized
+
+    def _narrow(self, node: Node, x: Node) -> None:
+        self._step(node, "narrow", x, padding=(node.options["start"], 0))
+
+    def _embedding(self, node: Node, x: Node) -> None:
+        weight = node.options["weight"]
+        if self.values[x] not in self.labels:
+            raise UnsupportedError("embedding of what is no input")
+        options = {"kernel": (weight.shape[0], 1), "weight": _array(weight)}
+        self.values[node] = self._raw("embedding", self.values[x], (1, 1, 1), (weight.shape[1], 1, 1), **options)
+
+    def _reduction(self, node: Node, x: Node) -> None:
+        c, h, w = _size(x.shape)
+        count = h * w if node.options["over_pixels"] else c
+        if not node.options["over_pixels"]:
+            weight = np.full((1, c, 1, 1), 1 / count if node.options["is_mean"] else 1, np.float32)
+            return self._step(node, "conv", x, weight=weight)
+        if node.options["is_mean"]:
+            return self._step(node, "avg_pool", x, kernel=(h, w), stride=(h, w))
+        mean = Node("avg_pool", (x,), (c,))
+        self._step(mean, "avg_pool", x, kernel=(h, w), stride=(h, w))
+        self._scale(Node("scale", (mean,), node.shape, {"scale": float(count), "shift": 0.0}), mean)
+        self.values[node] = len(self.steps)
 
     def _activation(self, node: Node, x: Node) -> None:
         step = self._last(x)
@@ -152,14 +230,12 @@ class _Lowering:
         self.values[node] = self.values[x]
 
     def _cat(self, node: Node, *parts: Node) -> None:
-        whole, size = self.values[parts[0]], _size(parts[0].shape)
-        for part in parts[1:]:
-            if self.lies_flat(part) or len(part.shape) != 3:
-                raise UnsupportedError("cat of vectors")
+        values = [self._upright(part) for part in parts]
+        whole, size = values[0], _size(parts[0].shape)
+        for part, value in zip(parts[1:], values[1:], strict=True):
             joined = (size[0] + part.shape[0], size[1], size[2])
-            self.steps.append(Step("concat", whole, size, joined, residual=self.values[part]))
-            self._put(node)
-            whole, size = self.values[node], joined
+            whole, size = self._raw("concat", whole, size, joined, residual=value), joined
+        self.values[node] = whole
 
 
 def _is_read_once(x: Node) -> bool:
@@ -169,7 +245,7 @@ def _is_read_once(x: Node) -> bool:
 
 
 def _size(shape: tuple[int, ...]) -> Size:
-    return (shape[0], 1, 1) if len(shape) == 1 else shape  # type: ignore[return-value]
+    return (*shape, 1, 1, 1)[:3] if len(shape) < 2 else shape  # type: ignore[return-value]
 
 
 def _array(value: Tensor | None) -> np.ndarray | None:

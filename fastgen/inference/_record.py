@@ -36,7 +36,7 @@ _SAME = "same"
 # What only looks, or gives the value back.
 _QUIET = {
     Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_contiguous, Tensor.stride, Tensor.element_size, Tensor.is_floating_point,
-    Tensor.data_ptr, Tensor.get_device, Tensor.ndimension, torch.is_tensor, torch.is_floating_point,
+    Tensor.data_ptr, Tensor.get_device, Tensor.__len__, Tensor.ndimension, torch.is_tensor, torch.is_floating_point,
 }  # fmt: skip
 
 
@@ -90,7 +90,142 @@ def _leaky_relu(input, negative_slope=0.01, inplace=False):
     return "activation", (input,), {"activation": "leaky_relu", "negative_slope": negative_slope}
 
 
+def _embedding(input, weight, padding_idx=None, max_norm=None, *_, **__):
+    if max_norm is not None:
+        raise UnsupportedError("embedding with max_norm")
+    return "embedding", (input,), {"weight": weight}
+
+
+def _one_hot(tensor, num_classes=-1):
+    if num_classes < 1:
+        raise UnsupportedError("one_hot without num_classes")
+    return "embedding", (tensor,), {"weight": torch.eye(num_classes)}
+
+
+def _images(input, name: str) -> None:
+    if input.dim() != 4:
+        raise UnsupportedError(f"{name} of {input.dim()} dimensions")
+
+
+def _interpolate(
+    input,
+    size=None,
+    scale_factor=None,
+    mode="nearest",
+    align_corners=None,
+    recompute_scale_factor=None,
+    antialias=False,
+):
+    _images(input, "interpolate")
+    if mode not in ("nearest", "nearest-exact", "bilinear") or antialias:
+        raise UnsupportedError(f"interpolate with mode={mode!r}, antialias={antialias}")
+    scales = () if scale_factor is None or recompute_scale_factor or align_corners else _floats(scale_factor)
+    if any(pixels * scale % 1 for pixels, scale in zip(input.shape[2:], scales, strict=False)):
+        raise UnsupportedError(
+            f"interpolate of {tuple(input.shape[2:])} by {scale_factor}, which leaves parts of pixels"
+        )
+    kind = "upsample_bilinear" if mode == "bilinear" else "upsample_nearest"
+    return kind, (input,), {"reflect": bool(align_corners) or mode == "nearest-exact"}
+
+
+def _floats(value: Any) -> tuple[float, ...]:
+    return tuple(map(float, value)) if isinstance(value, tuple | list) else (float(value),) * 2
+
+
+def _expand(input, *sizes, **__):
+    sizes = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    _images(input, "expand")
+    if len(sizes) != 4 or sizes[0] not in (-1, input.shape[0]) or sizes[1] not in (-1, input.shape[1]):
+        raise UnsupportedError(f"expand of {tuple(input.shape)} to {sizes}")
+    return "upsample_nearest", (input,), {}
+
+
+def _expand_as(input, other):
+    return _expand(input, *other.shape)
+
+
+def _repeat(input, *repeats):
+    repeats = tuple(repeats[0]) if len(repeats) == 1 and not isinstance(repeats[0], int) else repeats
+    _images(input, "repeat")
+    if repeats[:2] != (1, 1) or any(n != 1 and k != 1 for n, k in zip(repeats[2:], input.shape[2:], strict=True)):
+        raise UnsupportedError(f"repeat of {tuple(input.shape)} by {repeats}")
+    return "upsample_nearest", (input,), {}
+
+
+def _avg_pool2d(
+    input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
+):
+    _images(input, "avg_pool2d")
+    if divisor_override is not None:
+        raise UnsupportedError("avg_pool2d with divisor_override")
+    options = {"kernel": _pair(kernel_size), "stride": _pair(stride or kernel_size), "padding": _pair(padding)}
+    return "avg_pool", (input,), {**options, "reflect": count_include_pad}
+
+
+def _max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    _images(input, "max_pool2d")
+    if return_indices:
+        raise UnsupportedError("max_pool2d with return_indices")
+    options = {"kernel": _pair(kernel_size), "stride": _pair(stride or kernel_size), "padding": _pair(padding)}
+    return "max_pool", (input,), {**options, "dilation": _pair(dilation)}
+
+
+def _adaptive_pool(kind: str) -> Callable:
+    def read(input, output_size, return_indices=False):
+        _images(input, f"adaptive_{kind}2d")
+        sizes = [output_size] * 2 if output_size is None or isinstance(output_size, int) else output_size
+        pairs = [(pixels, size or pixels) for pixels, size in zip(input.shape[2:], sizes, strict=True)]
+        if return_indices or any(pixels % size for pixels, size in pairs):
+            raise UnsupportedError(f"adaptive_{kind}2d of {tuple(input.shape[2:])} to {output_size}")
+        window = tuple(pixels // size for pixels, size in pairs)
+        return kind, (input,), {"kernel": window, "stride": window}
+
+    return read
+
+
+def _pixel_shuffle(input, upscale_factor):
+    _images(input, "pixel_shuffle")
+    return "pixel_shuffle", (input,), {}
+
+
+def _reduction(is_mean: bool) -> Callable:
+    def read(input, dim=None, keepdim=False, dtype=None):
+        dims = (dim,) if isinstance(dim, int) else tuple(dim or ())
+        found = tuple(sorted(d % input.dim() for d in dims))
+        if not (found == (2, 3) and input.dim() == 4) and not (found == (1,) and (keepdim or input.dim() == 2)):
+            raise UnsupportedError(f"a mean or sum of {input.dim()} dimensions over {dim}")
+        return "reduction", (input,), {"over_pixels": found == (2, 3), "is_mean": is_mean}
+
+    return read
+
+
+def _split(input, split_size_or_sections=1, dim=0, *, chunks=1):
+    if dim not in (1, 1 - input.dim()):
+        raise UnsupportedError(f"a split along dimension {dim}")
+    return "narrow", (input,), {"start": 0}
+
+
+def _narrow(input, dim, start, length):
+    kind, inputs, _ = _split(input, length, dim)
+    return kind, inputs, {"start": start % input.shape[1]}
+
+
+def _getitem(input, index):
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(not isinstance(part, slice | int | type(None) | type(...)) for part in parts):
+        raise UnsupportedError("indexing by tensors")
+    result = input[index]
+    if result.numel() == input.numel():  # only new dimensions, and those of one element gone
+        return "view", (input,), {}
+    channels = parts[1] if len(parts) > 1 else None
+    if not isinstance(channels, slice) or channels.step not in (None, 1) or input[:, channels].shape != result.shape:
+        raise UnsupportedError("indexing other than of channels that follow each other")
+    return "narrow", (input,), {"start": channels.indices(input.shape[1])[0]}
+
+
 def _pad(input, pad, mode="constant", value=None):
+    if not any(pad):
+        return _SAME, (input,), {}
     pad = list(pad) + [0, 0] * (2 - len(pad) // 2)
     symmetric = len(pad) == 4 and pad[0] == pad[1] >= 0 and pad[2] == pad[3] >= 0
     if mode not in ("constant", "reflect") or (mode == "constant" and value not in (None, 0, 0.0)) or not symmetric:
@@ -118,10 +253,10 @@ def _view(input, *_, **__):
     return "view", (input,), {}
 
 
-def _arithmetic(scale_of: Callable, shift_of: Callable) -> Callable:
+def _arithmetic(of_tensors: str, scale_of: Callable, shift_of: Callable) -> Callable:
     def read(a, b, alpha=1, **_):
-        if isinstance(a, Tensor) and isinstance(b, Tensor) and scale_of is _one and a.shape == b.shape and alpha == 1:
-            return "add", (a, b), {}
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() == b.dim() and alpha == 1:
+            return of_tensors, (a, b), {}
         x, number = (b, a) if isinstance(b, Tensor) else (a, b)
         if not isinstance(number, int | float) or (number is a and not scale_of(1)):
             raise UnsupportedError("arithmetic between tensors")
@@ -135,9 +270,23 @@ def _one(_: float) -> float:
 
 
 def _sub(a, b, alpha=1):
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() == b.dim() and alpha == 1:
+        return "sub", (a, b), {}
     if not isinstance(b, int | float):
         raise UnsupportedError("a difference of tensors")
     return "scale", (a,), {"scale": 1.0, "shift": -float(b) * alpha}
+
+
+def _rsub(a, b, alpha=1):
+    if not isinstance(b, int | float):
+        raise UnsupportedError("a difference of tensors")
+    return "scale", (a,), {"scale": -1.0 * alpha, "shift": float(b)}
+
+
+def _addcmul(input, tensor1, tensor2, *, value=1):
+    if value != 1 or not input.dim() == tensor1.dim() == tensor2.dim():
+        raise UnsupportedError("addcmul with another value than 1, or of different dimensions")
+    return "addcmul", (input, tensor1, tensor2), {}
 
 
 def _div(a, b, rounding_mode=None):
@@ -150,8 +299,8 @@ def _neg(a):
     return "scale", (a,), {"scale": -1.0, "shift": 0.0}
 
 
-_add = _arithmetic(_one, float)
-_mul = _arithmetic(float, lambda number: 0.0)
+_add = _arithmetic("add", _one, float)
+_mul = _arithmetic("mul", float, lambda number: 0.0)
 _READERS: dict[Any, Callable] = {
     F.conv2d: _conv2d, torch.conv2d: _conv2d, F.conv_transpose2d: _conv_transpose2d, F.linear: _linear,
     F.batch_norm: _batch_norm, F.instance_norm: _instance_norm, F.group_norm: _group_norm,
@@ -170,16 +319,26 @@ _READERS: dict[Any, Callable] = {
     torch.add: _add, Tensor.add: _add, Tensor.add_: _add, operator.add: _add, Tensor.__add__: _add, Tensor.__radd__: _add,
     Tensor.__iadd__: _add, torch.mul: _mul, Tensor.mul: _mul, Tensor.__mul__: _mul, Tensor.__rmul__: _mul,
     torch.sub: _sub, Tensor.sub: _sub, Tensor.__sub__: _sub, torch.div: _div, Tensor.div: _div, Tensor.__truediv__: _div,
-    torch.neg: _neg, Tensor.neg: _neg, Tensor.__neg__: _neg,
+    torch.neg: _neg, Tensor.neg: _neg, Tensor.__neg__: _neg, torch.rsub: _rsub, Tensor.__rsub__: _rsub,
+    torch.addcmul: _addcmul, Tensor.addcmul: _addcmul, torch.multiply: _mul, Tensor.mul_: _mul, Tensor.__imul__: _mul,
+    F.embedding: _embedding, F.one_hot: _one_hot, Tensor.long: _same, F.interpolate: _interpolate,
+    Tensor.expand: _expand, Tensor.expand_as: _expand_as, Tensor.repeat: _repeat,
+    F.avg_pool2d: _avg_pool2d, F.max_pool2d: _max_pool2d, torch.max_pool2d: _max_pool2d,
+    F.adaptive_avg_pool2d: _adaptive_pool("avg_pool"), F.adaptive_max_pool2d: _adaptive_pool("max_pool"),
+    F.pixel_shuffle: _pixel_shuffle, torch.mean: _reduction(True), Tensor.mean: _reduction(True),
+    torch.sum: _reduction(False), Tensor.sum: _reduction(False), torch.chunk: _split, Tensor.chunk: _split,
+    torch.split: _split, Tensor.split: _split, torch.narrow: _narrow, Tensor.narrow: _narrow, Tensor.__getitem__: _getitem,
 }  # fmt: skip
+_ARITHMETIC = {_add, _mul, _sub, _div, _rsub}
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, x: Tensor):
+    def __init__(self, inputs: list[Tensor]):
         super().__init__()
-        self.batch = x.shape[0]
-        self.input = Node("input", (), tuple(x.shape[1:]))
-        self.known: dict[int, tuple[Tensor, Node]] = {id(x): (x, self.input)}  # the tensor too: its id stays its own
+        self.batch = inputs[0].shape[0]
+        self.inputs = [Node("input" if x.is_floating_point() else "labels", (), tuple(x.shape[1:])) for x in inputs]
+        # The tensor too: its id stays its own.
+        self.known: dict[int, tuple[Tensor, Node]] = {id(x): (x, n) for x, n in zip(inputs, self.inputs, strict=True)}
 
     def node(self, value: Any) -> Node | None:
         return self.known[id(value)][1] if id(value) in self.known else None
@@ -196,27 +355,44 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if func not in _READERS:
             raise UnsupportedError(name)
-        kind, inputs, options = _READERS[func](*args, **kwargs)
+        reader, known = _READERS[func], args
+        if reader in _ARITHMETIC:  # a constant of one element is a number
+            known = [float(a) if isinstance(a, Tensor) and a.numel() == 1 and not self.node(a) else a for a in args]
+        try:
+            kind, inputs, options = reader(*known, **kwargs)
+        except TypeError:  # arguments that the reader does not know
+            raise UnsupportedError(f"{name} with these arguments") from None
         nodes = tuple(self.node(value) for value in inputs)
         constants = [value for value in options.values() if isinstance(value, Tensor)]
         if any(node is None for node in nodes) or any(self.node(value) for value in constants):
             raise UnsupportedError(f"{name} of values and constants")
         old = self.node(args[0]) if args and isinstance(args[0], Tensor) else None
         result = func(*args, **kwargs)
-        if result.dtype != torch.float32 or result.device.type != "cpu":
-            raise UnsupportedError(f"{name} to {result.dtype} on {result.device}")
-        if result.dim() < 2 or result.shape[0] != self.batch:
-            raise UnsupportedError(f"{name} that changes the batch")
+        if isinstance(result, tuple | list):
+            for part in result:
+                self._know(name, part, Node(kind, nodes, tuple(part.shape[1:]), dict(options)), involved)  # type: ignore[arg-type]
+                options["start"] += part.shape[1]
+            return result
         node = nodes[0] if kind == _SAME else Node(kind, nodes, tuple(result.shape[1:]), options)  # type: ignore[arg-type]
         assert node is not None
-        if old is not None and result is args[0]:  # in place: all that share the value see it
+        if old not in (None, node) and result is args[0]:  # in place: all that share the value see it
             for key, (tensor, value) in self.known.items():
                 if tensor.untyped_storage().data_ptr() == result.untyped_storage().data_ptr():
                     if value is not old:
                         raise UnsupportedError(f"{name} in place on a view")
                     self.known[key] = (tensor, node)
-        self.known[id(result)] = (result, node)
+        self._know(name, result, node, involved)
         return result
+
+    def _know(self, name: str, result: Tensor, node: Node, involved: list[Tensor]) -> None:
+        # Integers: labels, and what is chosen by them, until arithmetic makes them float32.
+        are_integers = node.kind in ("labels", "embedding", "view") and result.dtype in (torch.int32, torch.int64)
+        are_integers = are_integers and not any(value.is_floating_point() for value in involved)
+        if (result.dtype != torch.float32 and not are_integers) or result.device.type != "cpu":
+            raise UnsupportedError(f"{name} to {result.dtype} on {result.device}")
+        if result.dim() < 1 or result.shape[0] != self.batch:
+            raise UnsupportedError(f"{name} that changes the batch")
+        self.known[id(result)] = (result, node)
 
 
 @contextlib.contextmanager
@@ -232,17 +408,36 @@ def _unfused(module: nn.Module) -> Iterator[None]:
             del m.forward
 
 
-def record(module: nn.Module, x: Tensor) -> tuple[Node, Node]:
-    """(input, output) of module(x), which must be one tensor. Raises UnsupportedError."""
-    recorder = _Recorder(x)
+def tensors(result: object) -> tuple[Tensor, ...]:
+    """A model's output: a tensor, or a tuple or list of several. Raises UnsupportedError for others."""
+    found = (result,) if isinstance(result, Tensor) else result
+    if not isinstance(found, tuple | list) or (found is result and len(found) < 2):
+        raise UnsupportedError(f"its output is a {type(result).__name__}, not a tensor or a tuple of several")
+    if not all(isinstance(value, Tensor) for value in found):
+        raise UnsupportedError(
+            f"its output has parts of {', '.join(sorted({type(value).__name__ for value in found}))}"
+        )
+    return tuple(found)
+
+
+def record(module: nn.Module, *inputs: Tensor) -> tuple[list[Node], list[Node]]:
+    """(inputs, outputs) of module(*inputs). Raises UnsupportedError."""
+    given = [x.clone() for x in inputs]
+    recorder = _Recorder(given)
     with torch.no_grad(), _unfused(module), recorder:
-        result = module(x)
-    output = recorder.node(result) if isinstance(result, Tensor) else None
-    if output is None:
-        raise UnsupportedError("its output is not one tensor that comes from its input")
+        result = module(*given)
+    outputs: list[Node] = []
+    for value in tensors(result):
+        node = recorder.node(value)
+        if node is None or value.dtype != torch.float32:
+            raise UnsupportedError(
+                "its output does not come from its input" if node is None else f"its output is {value.dtype}"
+            )
+        outputs.append(node)
     seen: set[int] = set()
-    todo = [output]
-    output.uses += 1
+    todo = list(outputs)
+    for node in outputs:
+        node.uses += 1
     while todo:
         node = todo.pop()
         if id(node) not in seen:
@@ -250,14 +445,14 @@ def record(module: nn.Module, x: Tensor) -> tuple[Node, Node]:
             for before in node.inputs:
                 before.uses += 1
                 todo.append(before)
-    return recorder.input, output
+    return recorder.inputs, outputs
 
 
-def in_order(output: Node) -> list[Node]:
-    """The nodes that the output needs, each after those it takes."""
+def in_order(outputs: list[Node]) -> list[Node]:
+    """The nodes that the outputs need, each after those it takes."""
     order: list[Node] = []
     done: set[int] = set()
-    todo: list[tuple[Node, bool]] = [(output, False)]
+    todo: list[tuple[Node, bool]] = [(output, False) for output in reversed(outputs)]
     while todo:
         node, ready = todo.pop()
         if ready:

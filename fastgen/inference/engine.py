@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from fastgen.errors import FastgenError, UsageError, naming
 from fastgen.inference import _members, _plan
 from fastgen.inference._graphs import Graphs
 from fastgen.inference._lower import lower
-from fastgen.inference._record import UnsupportedError
+from fastgen.inference._record import UnsupportedError, tensors
 from fastgen.inference._trace import clone
 from fastgen.nn import _modules
 from fastgen.runtime import Plan
@@ -24,6 +24,7 @@ from fastgen.runtime._file import encode
 _log = logging.getLogger("fastgen")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 _MOST_ERROR = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 0.05, "bf16": 0.2}  # beyond it something else is wrong than rounding
+Inputs: TypeAlias = tuple[Tensor, ...]
 _FEW, _MANY = 1, 16  # images for which algorithms are measured
 
 
@@ -55,8 +56,9 @@ class Engine:
     may call one engine.
 
     Args:
-        model: any module that takes one tensor and returns one.
-        example_inputs: an input (N, C) or (N, C, H, W), or a tuple of it alone. Other N work later, other C, H, W do not.
+        model: any module that takes tensors and returns one, or several as a tuple or list.
+        example_inputs: an input (N, C) or (N, C, H, W), or a tuple of inputs, where integers (N,) are labels for nn.Embedding
+            or one_hot. Other N work later, other C, H, W do not.
         precision: "fp32"; "tf32" is the same on a CPU. "bf16": weights, and values between layers, are bfloat16, and sums
             float32; inputs and outputs stay float32. A processor that does not multiply bfloat16 runs it as "fp32".
             "fp16": the same with float16, on a GPU alone.
@@ -70,7 +72,7 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        example_inputs: Tensor | tuple[Tensor, ...],
+        example_inputs: Tensor | Inputs,
         *,
         precision: str = "fp32",
         impl: str = "auto",
@@ -84,7 +86,7 @@ class Engine:
         self._example = example
         self._module: nn.Module | None = clone(model, share=False).eval()
         _members.unfuse(self._module)
-        if impl != "reference" and example.is_cuda:
+        if impl != "reference" and example[0].is_cuda:
             self._make_graphs(impl)
         elif impl != "reference":
             self._make(impl)
@@ -96,6 +98,7 @@ class Engine:
         example, module = self._example, self._module
         assert module is not None
         reason = _why_not(example, module)
+        takes_one = len(example) == 1
         if not reason:
             try:
                 self.plan, self._data = _make_plan(module, example, self.precision == "bf16")
@@ -106,10 +109,10 @@ class Engine:
                 reason, self.plan = str(error), None
         if impl == "cpp":
             raise FastgenError(f"impl='cpp' cannot run the whole model: {reason}")
-        if not _why_not(example, module):
+        if takes_one and not _why_not(example, module):
             parts: list[Part] = []
             planned = clone(module, share=False)
-            _plan_within(planned, "", _inputs(planned, example), parts, self.precision == "bf16")
+            _plan_within(planned, "", _inputs(planned, example[0]), parts, self.precision == "bf16")
             if any(part.runs == "plan" for part in parts):
                 try:
                     self.error = _compare(planned, module, example, self.precision)
@@ -123,8 +126,10 @@ class Engine:
     def _make_graphs(self, impl: str) -> None:
         example, module = self._example, self._module
         assert module is not None
-        self._input_shape, self._device = tuple(example.shape[1:]), example.device
+        self._input_shape, self._device = tuple(example[0].shape[1:]), example[0].device
         try:
+            if len(example) != 1 or not example[0].is_floating_point():
+                raise UnsupportedError("a CUDA graph takes one input, of a floating point dtype")
             self._graphs = Graphs(clone(module, share=False), self.precision, impl)
             self.error = _compare(self._call_graphs, module, example, self.precision)
             self.parts, self._module = (Part("", "CUDA graph"),), None
@@ -135,24 +140,25 @@ class Engine:
             self.parts = (Part("", "PyTorch", reason),)
             _log.warning("Engine: %s is not a CUDA graph: %s", type(module).__name__, reason)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The model's output for x, (N, ...) as in the example. A float32 tensor on the CPU where the model is a plan, on the
-        example's GPU where it is a CUDA graph; it comes back as a new one. Raises TypeError and ValueError for other dtypes and
-        shapes."""
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The model's output for inputs (N, ...) as in the example: a new tensor, or a tuple where the model returns several.
+        The inputs are float32 tensors, labels int64 or int32, on the CPU where the model is a plan, on the example's GPU where
+        it is a CUDA graph. Raises TypeError and ValueError for other dtypes and shapes, IndexError for labels out of range."""
         if self.plan is not None:
-            return self._call_plan(x)
+            return self._call_plan(*inputs)
         if self._graphs is not None:
-            return self._call_graphs(x)
+            return self._call_graphs(*inputs)
         assert self._module is not None
         with torch.no_grad():
-            return self._module(x)
+            return self._module(*inputs)
 
-    def _call_plan(self, x: Tensor) -> Tensor:
-        return _run(cast(Plan, self.plan), x)
+    def _call_plan(self, *inputs: Tensor) -> Any:
+        return _run(cast(Plan, self.plan), *inputs)
 
-    def _call_graphs(self, x: Tensor) -> Tensor:
-        _check_input(x, self._input_shape, self._device)
-        return cast(Graphs, self._graphs)(x)
+    def _call_graphs(self, *inputs: Tensor) -> Tensor:
+        _check_count(inputs, 1)
+        _check_input("x", inputs[0], self._input_shape, self._device)
+        return cast(Graphs, self._graphs)(inputs[0])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan: one file of numbers, no code, which Engine.load and fastgen.runtime.Plan.load read.
@@ -201,36 +207,55 @@ class _Planned(nn.Module):
         super().__init__()
         self.plan = plan
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return _run(self.plan, x)
 
 
-def _check_input(x: object, shape: tuple[int, ...], device: torch.device) -> None:
-    if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device != device:
+def _check_count(inputs: Inputs, count: int) -> None:
+    if len(inputs) != count:
+        raise TypeError(f"the model takes {count} input{'s' if count > 1 else ''}, got {len(inputs)}")
+
+
+def _check_input(name: str, x: object, shape: tuple[int, ...], device: torch.device, labels: bool = False) -> None:
+    dtypes, kind = ((torch.int64, torch.int32), "an int64") if labels else ((torch.float32,), "a float32")
+    if not isinstance(x, Tensor) or x.dtype not in dtypes or x.device != device:
         found = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
         place = "the CPU" if device.type == "cpu" else str(device)
-        raise TypeError(f"x must be a float32 tensor on {place}, got {found}")
-    if tuple(x.shape[1:]) != shape:
-        expected = ", ".join(map(str, ("N", *shape)))
-        raise ValueError(f"x must be of shape ({expected}), got {tuple(x.shape)}")
+        raise TypeError(f"{name} must be {kind} tensor on {place}, got {found}")
+    if x.dim() < 1 or tuple(x.shape[1:]) != shape:
+        expected = ", ".join(map(str, ("N", *shape))) + ("," if not shape else "")
+        raise ValueError(f"{name} must be of shape ({expected}), got {tuple(x.shape)}")
 
 
-def _run(plan: Plan, x: Tensor) -> Tensor:
-    _check_input(x, plan.input_shape, torch.device("cpu"))
-    x = x.contiguous()
-    out = torch.empty((x.shape[0], *plan.output_shape))
-    plan.run(x.shape[0], x.data_ptr(), out.data_ptr())
-    return out
+def _run(plan: Plan, *inputs: Tensor) -> Any:
+    _check_count(inputs, len(plan.inputs))
+    given = []
+    for i, (x, wanted) in enumerate(zip(inputs, plan.inputs, strict=True)):
+        name, labels = f"inputs[{i}]" if len(inputs) > 1 else "x", wanted.classes is not None
+        _check_input(name, x, wanted.shape, torch.device("cpu"), labels)
+        if len(x) != len(inputs[0]):
+            raise ValueError(f"{name} must be of {len(inputs[0])} images as inputs[0] is, got shape {tuple(x.shape)}")
+        given.append((x.long() if labels else x).contiguous())
+    n = len(inputs[0])
+    out = tuple(torch.empty((n, *shape)) for shape in plan.output_shapes)
+    plan.run(n, [x.data_ptr() for x in given], [y.data_ptr() for y in out])
+    return out if len(out) > 1 else out[0]
 
 
-def _check(model: object, example_inputs: object, precision: str, impl: str) -> Tensor:
+def _check(model: object, example_inputs: object, precision: str, impl: str) -> Inputs:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     inputs = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
-    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
-        raise TypeError(f"example_inputs must be a tensor or a tuple of one, got {[type(i).__name__ for i in inputs]}")
-    if inputs[0].dim() < 2 or inputs[0].shape[0] < 1:
-        raise UsageError(f"example_inputs must be a batch of at least one, got shape {tuple(inputs[0].shape)}")
+    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        raise TypeError(
+            f"example_inputs must be a tensor or a tuple of tensors, got {[type(i).__name__ for i in inputs]}"
+        )
+    for x in inputs:
+        if x.dim() < (2 if x.is_floating_point() else 1) or x.shape[0] < 1:
+            raise UsageError(f"example_inputs must be a batch of at least one, got shape {tuple(x.shape)}")
+        if x.shape[0] != inputs[0].shape[0]:
+            shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+            raise UsageError(f"example_inputs must be of one number of images, got shapes {shapes}")
     if precision not in PRECISIONS:
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     on_gpu = inputs[0].is_cuda
@@ -240,11 +265,14 @@ def _check(model: object, example_inputs: object, precision: str, impl: str) -> 
     if impl not in allowed:
         place = "a GPU" if on_gpu else "a CPU"
         raise UsageError(f"impl must on {place} be one of {', '.join(map(repr, allowed))}, got {impl!r}")
-    return inputs[0].detach()
+    return tuple(x.detach() for x in inputs)
 
 
-def _why_not(example: Tensor, module: nn.Module) -> str:
-    for tensor in (example, *module.parameters(), *module.buffers()):
+def _why_not(example: Inputs, module: nn.Module) -> str:
+    for i, x in enumerate(example):
+        if not x.is_floating_point() and (x.dim() != 1 or x.dtype not in (torch.int64, torch.int32)):
+            return f"input {i} is {x.dtype} {tuple(x.shape)}, where plans take labels as int64 (N,)"
+    for tensor in (*example, *module.parameters(), *module.buffers()):
         if tensor.device.type != "cpu":
             return f"plans run on the CPU, not on {tensor.device}"
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
@@ -252,9 +280,9 @@ def _why_not(example: Tensor, module: nn.Module) -> str:
     return ""
 
 
-def _make_plan(module: nn.Module, x: Tensor, bfloat16: bool) -> tuple[Plan, bytes]:
-    """The plan of module(x), and the file of it."""
-    steps, input_shape, output_shape = lower(module, x)
+def _make_plan(module: nn.Module, inputs: Inputs, bfloat16: bool) -> tuple[Plan, bytes]:
+    """The plan of module(*inputs), and the file of it."""
+    steps, input_shape, output_shape = lower(module, *inputs)
     threads = torch.get_num_threads()
     plan = Plan(encode(steps, input_shape, output_shape, bfloat16=bfloat16), threads=threads)
     few = plan.tune(_FEW)
@@ -265,24 +293,38 @@ def _make_plan(module: nn.Module, x: Tensor, bfloat16: bool) -> tuple[Plan, byte
     return Plan(data, threads=threads), data
 
 
-def _compare(call: Callable[[Tensor], Tensor], module: nn.Module, example: Tensor, precision: str) -> float:
-    """The largest difference of call(x) from module(x), relative to the largest entry; for the example and a larger batch."""
-    worst = 0.0
+def _compare(call: Callable[..., Any], module: nn.Module, example: Inputs, precision: str) -> float:
+    """The largest difference of call(*inputs) from module(*inputs), relative to the largest entry of the output; for the
+    example and a larger batch."""
     with torch.no_grad():
-        for x in (example, torch.cat([example, example.flip(-1) if example.dim() == 4 else -example])):
-            expected, found = module(x), call(x)
-            if found.shape != expected.shape:
-                raise UnsupportedError(
-                    f"the plan gives {tuple(found.shape)} where the module gives {tuple(expected.shape)}"
-                )
-            scale = expected.abs().max().clamp_min(1e-6) if expected.numel() else torch.ones(())
-            worst = max(worst, float((found - expected).abs().max() / scale) if expected.numel() else 0.0)
-            if not torch.equal(found.isfinite(), expected.isfinite()):
-                raise UnsupportedError("the plan's output has other non-finite entries than the module's")
-            if worst > _MOST_ERROR[precision]:
-                raise UnsupportedError(
-                    f"the plan's output differs from the module's by {worst:.1e} of its largest entry"
-                )
+        return max(
+            _differ(tensors(call(*x)), tensors(module(*x)), precision) for x in (example, tuple(map(_twice, example)))
+        )
+
+
+def _twice(x: Tensor) -> Tensor:
+    """A batch with as many images more, others where that is easy."""
+    other = x if not x.is_floating_point() else x.flip(-1) if x.dim() == 4 else -x
+    return torch.cat([x, other.flip(0)])
+
+
+def _differ(found_outputs: Inputs, expected_outputs: Inputs, precision: str) -> float:
+    worst = 0.0
+    if len(found_outputs) != len(expected_outputs):
+        raise UnsupportedError(
+            f"the plan gives {len(found_outputs)} outputs where the module gives {len(expected_outputs)}"
+        )
+    for found, expected in zip(found_outputs, expected_outputs, strict=True):
+        if found.shape != expected.shape:
+            raise UnsupportedError(
+                f"the plan gives {tuple(found.shape)} where the module gives {tuple(expected.shape)}"
+            )
+        scale = expected.abs().max().clamp_min(1e-6) if expected.numel() else torch.ones(())
+        worst = max(worst, float((found - expected).abs().max() / scale) if expected.numel() else 0.0)
+        if not torch.equal(found.isfinite(), expected.isfinite()):
+            raise UnsupportedError("the plan's output has other non-finite entries than the module's")
+        if worst > _MOST_ERROR[precision]:
+            raise UnsupportedError(f"the plan's output differs from the module's by {worst:.1e} of its largest entry")
     return worst
 
 
@@ -320,7 +362,7 @@ def _plan_within(
         try:
             if child not in inputs:
                 raise UnsupportedError("it is not called with one tensor")
-            plan, _ = _make_plan(child, inputs[child], bfloat16)
+            plan, _ = _make_plan(child, (inputs[child],), bfloat16)
         except (UnsupportedError, FastgenError) as error:
             if next(child.children(), None) is not None:
                 _plan_within(child, f"{full}.", inputs, parts, bfloat16)
@@ -344,7 +386,7 @@ def _plan_runs(
             if first not in inputs or not all(_modules.is_plain(cast(nn.Module, m)) for m in members):
                 continue
             try:
-                plan, _ = _make_plan(nn.Sequential(*cast(list[nn.Module], members)), inputs[first], bfloat16)
+                plan, _ = _make_plan(nn.Sequential(*cast(list[nn.Module], members)), (inputs[first],), bfloat16)
             except (UnsupportedError, FastgenError) as error:
                 reason = str(error)
                 continue

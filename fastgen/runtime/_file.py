@@ -12,7 +12,10 @@ import numpy as np
 _MAGIC, _VERSION = b"fgplan\r\n", 1
 _HEADER = struct.Struct("<8sII12q")
 _STEP = struct.Struct("<30q2d")
-_KINDS = ("conv", "conv_transpose", "pointwise", "concat")
+_KINDS = (
+    "conv", "conv_transpose", "pointwise", "concat", "input", "output", "embedding", "add", "mul", "narrow", "reshape",
+    "avg_pool", "max_pool", "upsample_nearest", "upsample_bilinear", "pixel_shuffle",
+)  # fmt: skip
 _NORMS = ("none", "affine", "batch", "instance", "group")
 _ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid", "silu")
 Size = tuple[int, int, int]  # channels, height, width of an image
@@ -22,7 +25,7 @@ Size = tuple[int, int, int]  # channels, height, width of an image
 class Step:
     """One step; see struct Step in csrc/plan/plan.h. Value 0 is the network's input, value i + 1 the output of step i."""
 
-    kind: Literal["conv", "conv_transpose", "pointwise", "concat"]
+    kind: str
     x: int
     input: Size
     output: Size
@@ -50,7 +53,7 @@ class Step:
 def encode(
     steps: list[Step], input_shape: tuple[int, ...], output_shape: tuple[int, ...], *, bfloat16: bool = False
 ) -> bytes:
-    """The bytes of a plan file. Shapes: (C,) or (C, H, W)."""
+    """The bytes of a plan file. Shapes, of the first input and the last output: (C,), (C, H, W), () of labels and numbers."""
     values: list[np.ndarray] = []
     count = 0
 
@@ -79,4 +82,4 @@ def encode(
 
 
 def _end(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    return (1, *shape, 1, 1) if len(shape) == 1 else (3, *shape)  # type: ignore[return-value]
+    return (len(shape), *(*shape, 1, 1, 1)[:3])  # type: ignore[return-value]

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,13 @@ from fastgen.errors import FastgenError
 
 class PlanError(FastgenError):
     """A plan file is damaged, cut short, of another version, or no plan."""
+
+
+class Input(NamedTuple):
+    """What a plan takes: an image's shape, and for labels, which are integers of shape (), how many classes there are."""
+
+    shape: tuple[int, ...]
+    classes: int | None = None
 
 
 class Plan:
@@ -45,9 +52,19 @@ class Plan:
 
     def _open(self, plan: Any) -> None:
         self._plan = plan
-        self.input_shape: tuple[int, ...] = plan.input_shape
-        self.output_shape: tuple[int, ...] = plan.output_shape
+        self.inputs = tuple(Input(shape, None if shape else rows) for shape, rows in plan.inputs)
+        self.output_shapes: tuple[tuple[int, ...], ...] = tuple(shape for shape, _ in plan.outputs)
         self.precision: str = plan.precision
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """An image's shape of the first input; all are in `inputs`."""
+        return self.inputs[0].shape
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """An image's shape of the first output; all are in `output_shapes`."""
+        return self.output_shapes[0]
 
     @property
     def threads(self) -> int:
@@ -58,29 +75,34 @@ class Plan:
         """How many images of a batch run together, so that what lies between layers stays in the cache."""
         return self._plan.images_at_once
 
-    def __call__(self, z: np.ndarray) -> np.ndarray:
+    def __call__(self, z: np.ndarray, *others: np.ndarray) -> Any:
         """Runs the network.
 
         Args:
             z: float32 (N, *input_shape) for any N. For an input of shape (C, 1, 1) also (N, C), and the other way round.
+                Labels are integers (N,).
+            others: the other inputs, where the network has several, of the same N.
 
-        Returns float32 (N, *output_shape). Raises TypeError and ValueError for other dtypes and shapes.
+        Returns float32 (N, *output_shape), or a tuple of the outputs where there are several. Raises TypeError and ValueError
+        for other dtypes and shapes, and IndexError for a label that is no class.
         """
-        if not isinstance(z, np.ndarray):
-            raise TypeError(f"z must be a numpy.ndarray, got {type(z).__name__}")
-        if z.dtype != np.float32:
-            raise TypeError(f"z must be float32, got {z.dtype}: pass z.astype(numpy.float32)")
-        if z.ndim < 2 or _squeezed(z.shape[1:]) != _squeezed(self.input_shape):
-            expected = ", ".join(map(str, ("N", *self.input_shape)))
-            raise ValueError(f"z must be of shape ({expected}), got {z.shape}")
-        z = np.ascontiguousarray(z)
-        out = np.empty((z.shape[0], *self.output_shape), np.float32)
-        self.run(z.shape[0], z.ctypes.data, out.ctypes.data)
-        return out
+        given = (z, *others)
+        if len(given) != len(self.inputs):
+            raise TypeError(f"the plan takes {len(self.inputs)} inputs, got {len(given)}")
+        names = [f"inputs[{i}]" for i in range(len(given))] if others else ["z"]
+        arrays = [_array(*each) for each in zip(names, given, self.inputs, strict=True)]
+        n = arrays[0].shape[0]
+        for name, array in zip(names, arrays, strict=True):
+            if array.shape[0] != n:
+                raise ValueError(f"{name} must be of {n} images as inputs[0] is, got shape {array.shape}")
+        outputs = tuple(np.empty((n, *shape), np.float32) for shape in self.output_shapes)
+        self.run(n, [array.ctypes.data for array in arrays], [out.ctypes.data for out in outputs])
+        return outputs if len(outputs) > 1 else outputs[0]
 
-    def run(self, n: int, z: int, out: int) -> None:
-        """The same for `n` images on addresses of contiguous float32 memory; nothing is checked."""
-        self._plan.run(n, z, out)
+    def run(self, n: int, inputs: list[int], outputs: list[int]) -> None:
+        """The same for `n` images on addresses of contiguous memory: float32, or int64 for labels. Of what lies there only that
+        labels are classes is checked."""
+        self._plan.run(n, inputs, outputs)
 
     def tune(self, n: int) -> list[int]:
         """Measures the algorithms of each convolution for `n` images and uses the fastest; see Engine."""
@@ -95,6 +117,24 @@ def _checked(threads: int | None) -> int:
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise ValueError(f"threads must be a positive integer or None, got {threads!r}")
     return threads or 0
+
+
+def _array(name: str, value: object, wanted: Input) -> np.ndarray:
+    """The value as the plan reads it."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a numpy.ndarray, got {type(value).__name__}")
+    if wanted.classes is not None:
+        if not np.issubdtype(value.dtype, np.integer):
+            raise TypeError(f"{name} must be labels of an integer dtype, got {value.dtype}")
+        if value.ndim != 1:
+            raise ValueError(f"{name} must be of shape (N,), got {value.shape}")
+        return np.ascontiguousarray(value, np.int64)
+    if value.dtype != np.float32:
+        raise TypeError(f"{name} must be float32, got {value.dtype}: pass {name}.astype(numpy.float32)")
+    if value.ndim < 2 or _squeezed(value.shape[1:]) != _squeezed(wanted.shape):
+        expected = ", ".join(map(str, ("N", *wanted.shape)))
+        raise ValueError(f"{name} must be of shape ({expected}), got {value.shape}")
+    return np.ascontiguousarray(value)
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

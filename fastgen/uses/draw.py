@@ -2,7 +2,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgen.errors import UsageError
 
@@ -19,6 +19,28 @@ def conditions(model: Any, n: int, *, label: int | None = None, text: str | None
             raise UsageError(f"a {name} is given, and this {type(model).__name__} draws without one")
     labels = {} if label is None else {"labels": torch.full((n,), label)}
     return labels if text is None else {**labels, "captions": [text] * n}
+
+
+class Drawing(nn.Module):
+    """What draws images in a model, as a module: forward(z), or forward(z, labels) for one with classes, is model.generate.
+
+    `example` is inputs for one image. Raises UsageError for a model that draws from anything else.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        if not hasattr(model, "latent"):
+            raise UsageError(f"a {type(model).__name__} does not draw from noise")
+        takes = list(inspect.signature(model.generate).parameters)[1:]
+        if takes not in ([], ["labels"]):
+            raise UsageError(
+                f"a {type(model).__name__} draws from {' and '.join(takes)}, and not from noise and labels alone"
+            )
+        self.model = model
+        self.example: tuple[Tensor, ...] = (model.latent(1), *(torch.zeros(1, dtype=torch.int64) for _ in takes))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model.generate(*inputs)
 
 
 @torch.no_grad()

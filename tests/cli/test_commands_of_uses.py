@@ -111,3 +111,22 @@ def test_generate_draws_what_is_asked_for(runs, tmp_path, capsys):
         ("vae", ("--interpolate", 1), "points at least 2"),
     ):
         assert message in fails(capsys, 2, "generate", runs / system, *options, "--out", grid)
+
+
+def test_a_generator_with_classes_and_a_decoder_become_plans(runs, tmp_path, capsys):
+    for name in ("cgan", "vae"):
+        plan, out = tmp_path / f"{name}.fgplan", tmp_path / f"{name}.png"
+        assert run("export", runs / name, "--plan", plan) == 0
+        assert run("generate", plan, "--n", 12, "--out", out) == 0
+        assert run("bench", "latency", plan, "--seconds", 0.01) == 0
+    plan, out = tmp_path / "cgan.fgplan", tmp_path / "one.png"
+    pictures = []
+    for label in (3, 3, 8):
+        assert run("generate", plan, "--n", 2, "--class", label, "--out", out) == 0
+        pictures.append(out.read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+    capsys.readouterr()
+    assert "between 0 and 9, not 10" in fails(capsys, 2, "generate", plan, "--class", 10, "--out", out)
+    assert "--text" in fails(capsys, 2, "generate", plan, "--text", "a", "--out", out)
+    assert "does not draw from noise" in fails(capsys, 2, "export", runs / "cyclegan", "--plan", plan)
+    assert "draws from condition" in fails(capsys, 2, "export", runs / "text2image", "--plan", plan)

@@ -13,7 +13,17 @@ from torch import nn
 import fastgen
 from fastgen.errors import FastgenError, UsageError
 from fastgen.runtime import Plan
-from tests.inference.networks import NETWORKS, DCGANGenerator, GBlock, PatchGAN, ResnetGenerator, VanillaVAE, unet
+from tests.inference.networks import (
+    NETWORKS,
+    DCGANDiscriminator,
+    DCGANGenerator,
+    GBlock,
+    PatchGAN,
+    ResnetGenerator,
+    SNGANGenerator,
+    VanillaVAE,
+    unet,
+)
 
 
 def prepared(make):
@@ -57,12 +67,14 @@ WHOLE = {
     "dcgan": (DCGANGenerator, (6, 1, 1)),
     "dcgan, wide": (lambda: DCGANGenerator(24, 16), (24, 1, 1)),
     "dcgan, ours": (lambda: fastgen.create_model("dcgan", image_size=32, ngf=8, nz=7).generator, (7,)),
+    "dcgan discriminator": (DCGANDiscriminator, (3, 32, 32)),
     "cyclegan": (ResnetGenerator, (3, 16, 16)),
     "cyclegan, wide": (lambda: ResnetGenerator(16, 1), (3, 40, 24)),
     "patchgan, batch": (PatchGAN, (3, 32, 32)),
     "patchgan, instance": (lambda: PatchGAN(nn.InstanceNorm2d), (3, 32, 48)),
     "unet": (unet, (3, 32, 32)),
     "unet, dropout": (lambda: unet(dropout=True), (3, 32, 64)),
+    "sngan": (SNGANGenerator, (5,)),
     "vae decoder": (lambda: Decoder(VanillaVAE()), (5,)),
     "vae encoder": (lambda: nn.Sequential(VanillaVAE().encoder, nn.Flatten(), nn.Linear(8 * 4, 3)), (3, 16, 16)),
 }
@@ -159,7 +171,11 @@ def test_every_network_runs_whatever_of_it_is_a_plan(name, caplog):
 def test_parts_that_are_not_known_run_through_pytorch_and_are_named(tmp_path):
     model = prepared(
         lambda: nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(8, 3, 3), nn.Tanh()
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.Upsample(scale_factor=2, mode="bicubic"),
+            nn.Conv2d(8, 3, 3),
+            nn.Tanh(),
         )
     )
     engine = fastgen.Engine(model, torch.rand(2, 3, 8, 8))
@@ -175,7 +191,12 @@ def test_parts_that_are_not_known_run_through_pytorch_and_are_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FastgenError, match="interpolate"):
         fastgen.Engine(model, torch.rand(2, 3, 8, 8), impl="cpp")
-    whole = fastgen.Engine(GBlock(4, 4).eval(), torch.rand(1, 4, 8, 8))
+
+    class Gelu(GBlock):
+        def _shortcut(self, x):
+            return F.gelu(super()._shortcut(x))
+
+    whole = fastgen.Engine(Gelu(4, 4).eval(), torch.rand(1, 4, 8, 8))
     assert {part.runs for part in whole.parts} == {"plan"} and whole.plan is None
 
 
@@ -241,7 +262,8 @@ def test_non_finite_values_come_out_as_pytorch_computes_them():
     ("arguments", "error", "words"),
     [
         ({"model": "dcgan"}, TypeError, "torch.nn.Module, got str"),
-        ({"example_inputs": (torch.rand(1, 3), torch.rand(1, 3))}, TypeError, "a tensor or a tuple of one"),
+        ({"example_inputs": (torch.rand(1, 3), 7)}, TypeError, r"a tuple of tensors, got \['Tensor', 'int'\]"),
+        ({"example_inputs": ()}, TypeError, "a tuple of tensors, got"),
         ({"example_inputs": torch.rand(3)}, UsageError, r"at least one, got shape \(3,\)"),
         ({"precision": "fp8"}, UsageError, "fp32, tf32, bf16, fp16, got 'fp8'"),
         ({"precision": "fp16"}, UsageError, "no kernels on a CPU"),

@@ -1,5 +1,6 @@
 """The plan without torch: what it computes, and that no file makes it crash."""
 
+import math
 import os
 import random
 import struct
@@ -33,6 +34,47 @@ def small(bfloat16: bool = False) -> bytes:
     return encode(steps, (3, 1, 1), (4, 4, 4), bfloat16=bfloat16)
 
 
+def several(bfloat16: bool = False) -> bytes:
+    """(3, 4, 4), labels below 5 and (2, 1, 1) -> all kinds of steps that `small` lacks: (16), (2, 8, 8) and one number."""
+    generator = np.random.default_rng(0)
+    steps = [
+        Step("input", 0, (1, 1, 1), (1, 1, 1), kernel=(0, 1)),
+        Step("input", 0, (2, 1, 1), (2, 1, 1), kernel=(3, 1)),
+        Step("embedding", 1, (1, 1, 1), (16, 1, 1), kernel=(5, 1), weight=generator.random((5, 16), np.float32)),
+        Step("reshape", 3, (16, 1, 1), (1, 4, 4)),
+        Step("concat", 0, (3, 4, 4), (4, 4, 4), residual=4),
+        Step("mul", 5, (4, 4, 4), (4, 4, 4), residual=4, groups=1, kernel=(4, 4)),
+        Step("upsample_bilinear", 6, (4, 4, 4), (4, 5, 7), reflect=True),
+        Step("upsample_nearest", 7, (4, 5, 7), (4, 4, 4)),
+        Step("max_pool", 8, (4, 4, 4), (4, 4, 4), kernel=(3, 3), padding=(1, 1)),
+        Step("narrow", 9, (4, 4, 4), (2, 4, 4), padding=(1, 0)),
+        Step("add", 10, (2, 4, 4), (2, 4, 4), residual=2, groups=2),
+        Step("output", 3, (16, 1, 1), (16, 1, 1), kernel=(1, 1)),
+        Step("concat", 11, (2, 4, 4), (4, 4, 4), residual=10),
+        Step("concat", 13, (4, 4, 4), (8, 4, 4), residual=9),
+        Step("pixel_shuffle", 14, (8, 4, 4), (2, 8, 8)),
+        Step("output", 15, (2, 8, 8), (2, 8, 8), kernel=(3, 1)),
+        Step("narrow", 15, (2, 8, 8), (1, 8, 8)),
+        Step("avg_pool", 17, (1, 8, 8), (1, 1, 1), kernel=(8, 8), stride=(8, 8), reflect=True),
+    ]  # fmt: skip
+    return encode(steps, (3, 4, 4), (), bfloat16=bfloat16)
+
+
+PLANS = {"small": small, "several": several}
+
+
+def given(plan: Plan, n: int) -> list[np.ndarray]:
+    """Inputs for a plan: ones, and labels of class 0."""
+    return [
+        np.ones((n, *wanted.shape), np.float32) if wanted.classes is None else np.zeros(n, np.int64)
+        for wanted in plan.inputs
+    ]
+
+
+def shapes(outputs) -> list[tuple[int, ...]]:
+    return [out.shape for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+
 def sealed(data: bytes) -> bytes:
     """The bytes with the checksum that they should have."""
     return data[:12] + struct.pack("<I", zlib.crc32(data[16:])) + data[16:]
@@ -44,6 +86,41 @@ def test_it_computes_what_numpy_does():
     data = encode([Step("conv", 0, (3, 1, 1), (5, 1, 1), weight=weight, bias=bias, activation="relu")], (3,), (5,))
     z = np.random.default_rng(1).standard_normal((7, 3)).astype(np.float32)
     np.testing.assert_allclose(Plan(data)(z), np.maximum(z @ weight[:, :, 0, 0].T + bias, 0), rtol=1e-5, atol=1e-6)
+
+
+def test_several_inputs_and_outputs():
+    plan = Plan(several())
+    assert [wanted.classes for wanted in plan.inputs] == [None, 5, None]
+    assert plan.output_shapes == ((16,), (2, 8, 8), ())
+    rng = np.random.default_rng(1)
+    x, labels, shift = rng.random((9, 3, 4, 4), np.float32), rng.integers(0, 5, 9), rng.random((9, 2, 1, 1), np.float32)
+    whole = plan(x, labels, shift)
+    assert shapes(whole) == [(9, 16), (9, 2, 8, 8), (9,)]
+    table = np.random.default_rng(0).random((5, 16), np.float32)
+    np.testing.assert_array_equal(whole[0], table[labels])
+    np.testing.assert_allclose(whole[2], whole[1][:, 0].mean((1, 2)), rtol=1e-6)
+    for threads in (1, None):
+        again = Plan(several(), threads=threads)
+        for i in range(9):
+            one = again(x[i : i + 1], labels[i : i + 1].astype(np.uint8), shift[i : i + 1, :, 0, 0])
+            for found, expected in zip(one, whole, strict=True):
+                np.testing.assert_array_equal(found[0], expected[i])
+    assert shapes(plan(x[:0], labels[:0], shift[:0])) == [(0, 16), (0, 2, 8, 8), (0,)]
+    assert len(plan.profile(2, 1)) == len(plan.tune(2)) == 18
+    for wrong, error, words in (
+        ((x,), TypeError, "takes 3 inputs, got 1"),
+        (
+            (x, labels.astype(np.float32), shift),
+            TypeError,
+            r"inputs\[1\] must be labels of an integer dtype, got float32",
+        ),
+        ((x, labels[:4], shift), ValueError, r"inputs\[1\] must be of 9 images as inputs\[0\] is, got shape \(4,\)"),
+        ((x, labels + 5, shift), IndexError, r"inputs\[1\] must be labels from 0 to 4"),
+        ((x, labels - 5, shift), IndexError, r"inputs\[1\] must be labels from 0 to 4, got -\d for image 0"),
+        ((x, labels, shift[:, :1]), ValueError, r"inputs\[2\] must be of shape \(N, 2, 1, 1\), got \(9, 1, 1, 1\)"),
+    ):
+        with pytest.raises(error, match=words):
+            plan(*wrong)
 
 
 def test_batches_and_thread_counts_give_the_same_images():
@@ -123,8 +200,9 @@ def test_a_wrong_input_is_named(z, error, words):
         Plan(small())(z)
 
 
-def test_a_file_cut_anywhere_is_refused(tmp_path):
-    data, path = small(), tmp_path / "cut.fgplan"
+@pytest.mark.parametrize("name", PLANS)
+def test_a_file_cut_anywhere_is_refused(name, tmp_path):
+    data, path = PLANS[name](), tmp_path / "cut.fgplan"
     for size in range(len(data)):
         with pytest.raises(PlanError, match="cannot be used"):
             Plan(data[:size])
@@ -136,8 +214,9 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
         Plan(data + b"\0")
 
 
-def test_a_changed_byte_is_refused():
-    data = small()
+@pytest.mark.parametrize("name", PLANS)
+def test_a_changed_byte_is_refused(name):
+    data = PLANS[name]()
     for at in range(len(data)):
         with pytest.raises(PlanError):
             Plan(data[:at] + bytes([data[at] ^ 0x41]) + data[at + 1 :])
@@ -155,11 +234,12 @@ def test_another_version_and_other_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("bfloat16", (False, True))
-def test_no_header_or_step_makes_it_crash_even_with_the_right_checksum(bfloat16):
+@pytest.mark.parametrize("name", PLANS)
+def test_no_header_or_step_makes_it_crash_even_with_the_right_checksum(name, bfloat16):
     """Huge and odd numbers in every field: an error, or a plan that runs."""
-    data = small(bfloat16)
+    data = PLANS[name](bfloat16)
     numbers = [0, 1, -1, 2, 3, 5, 255, 1 << 20, 1 << 28, 1 << 31, (1 << 31) - 1, 1 << 40, (1 << 62) + 5, -(1 << 63)]
-    end = _file._HEADER.size + 4 * _file._STEP.size
+    end = _file._HEADER.size + struct.unpack_from("<q", data, 24)[0] * _file._STEP.size
     loaded = 0
 
     def check(changed: bytes) -> None:
@@ -169,9 +249,8 @@ def test_no_header_or_step_makes_it_crash_even_with_the_right_checksum(bfloat16)
         except PlanError:
             return
         loaded += 1
-        if np.prod(plan.input_shape) * np.prod(plan.output_shape) < 1 << 20:
-            out = plan(np.ones((2, *plan.input_shape), np.float32))
-            assert out.shape == (2, *plan.output_shape)
+        if np.prod([math.prod(end) for end in (*plan.output_shapes, *(x.shape for x in plan.inputs))]) < 1 << 20:
+            assert shapes(plan(*given(plan, 2))) == [(2, *shape) for shape in plan.output_shapes]
 
     for at in range(16, end, 8):
         for number in numbers:
