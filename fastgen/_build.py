@@ -16,9 +16,7 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import stat
-import subprocess
 import sys
 import sysconfig
 import threading
@@ -29,6 +27,8 @@ from pathlib import Path
 from types import ModuleType
 
 from fastgen.errors import FastgenError
+
+# shutil and subprocess are imported where something is built: a plan that starts needs neither.
 
 PACKAGE = Path(__file__).resolve().parent
 CSRC = next((folder for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if folder.is_dir()), PACKAGE / "csrc")
@@ -113,10 +113,13 @@ def load_runtime(build: bool = False) -> ModuleType:
     global _runtime
     with _lock:
         if _runtime is None:
-            names = [f"_runtime_{runtime_digest()}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+            digest, suffixes = runtime_digest(), importlib.machinery.EXTENSION_SUFFIXES
+            # The first suffix names this Python. No compiler is asked for its version, so that a plan starts at once.
+            key = f"runtime-{digest}-{suffixes[0].strip('.').removesuffix('.so')}"
+            names = [f"_runtime_{digest}{suffix}" for suffix in suffixes]
             made = [PACKAGE / name for name in names if (PACKAGE / name).is_file()]
-            made += _cached(f"{_runtime_key()}.so")
-            path = made[0] if made else _compile(_runtime_key(), _compile_runtime_into, asked=build)
+            made += _cached(f"{key}.so")
+            path = made[0] if made else _compile(key, _compile_runtime_into, asked=build)
             loader = importlib.machinery.ExtensionFileLoader("fastgen._runtime", str(path))
             spec = importlib.util.spec_from_file_location("fastgen._runtime", path, loader=loader)
             assert spec is not None
@@ -159,6 +162,8 @@ def cuda_obstacle() -> str | None:
 
 def nvcc_release(nvcc: Path | str) -> str | None:
     """Of the CUDA toolkit, "13.0", as its compiler says, or None."""
+    import subprocess
+
     said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, errors="replace").stdout
     found = re.search(r"release (\d+\.\d+)", said)
     return found[1] if found else None
@@ -214,6 +219,9 @@ def _digest(files: list[Path], flags: tuple[str, ...], includes: list[Path]) -> 
 
 def compiler() -> str | None:
     """The C++ compiler's version line, or None where there is no compiler."""
+    import shutil
+    import subprocess
+
     command = _compiler_command()
     if shutil.which(command[0]) is None:
         return None
@@ -297,6 +305,8 @@ def _libraries() -> Iterator[tuple[Path, str]]:
 
 def _obstacle(asked: bool = False) -> str | None:
     """Why no build can be tried here, or None. `asked`: by the user, who overrules FASTGEN_BUILD."""
+    import shutil
+
     if os.name != "posix":
         return f"the native ops are not built on {platform.system()}"
     if os.environ.get("FASTGEN_BUILD") == "0" and not asked:
@@ -319,6 +329,8 @@ def _compile(
     key: str, compile_into: Callable[[str], str], asked: bool = False, force: bool = False, verbose: bool = False
 ) -> Path:
     """Build into the cache, if no other process has by now; return the library's path."""
+    import shutil
+
     if obstacle := _obstacle(asked):
         raise FastgenError(obstacle)
     with _locked_cache() as folder:
@@ -395,6 +407,8 @@ def _compile_runtime_into(folder: str) -> str:
     command = [*_compiler_command(), *RUNTIME_CFLAGS, "-fPIC", *(f"-I{folder}" for folder in includes)]
 
     def run(*arguments: str) -> None:
+        import subprocess
+
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, errors="replace")
         if done.returncode:
             raise RuntimeError(done.stderr or f"{command[0]} failed with exit code {done.returncode}")
@@ -427,11 +441,6 @@ def _cuda_key() -> str:
     chips = os.environ.get("TORCH_CUDA_ARCH_LIST") or sorted({torch.cuda.get_device_capability(i) for i in devices})
     made_with = repr((torch.__version__, torch.version.cuda, compiler(), chips))
     return f"cuda-{cuda_digest()}-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}"
-
-
-def _runtime_key() -> str:
-    """The same for the inference plan; it asks no compiler, so that a plan starts at once."""
-    return f"runtime-{runtime_digest()}-{sysconfig.get_config_var('SOABI')}"
 
 
 def _cached(name: str) -> Iterator[Path]:
