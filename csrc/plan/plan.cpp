@@ -18,10 +18,8 @@ constexpr int64_t kInFlight = (16 << 20) / 4; // floats: what a step reads and w
 
 bool is_convolution(const Step& step) { return step.kind == Kind::conv || step.kind == Kind::conv_transpose; }
 
-// FASTGEN_WINOGRAD=0, as in cpu::choose.
 bool is_turned_off(cpu::Algorithm algorithm) {
-  const char* asked = getenv("FASTGEN_WINOGRAD");
-  return asked && !strcmp(asked, "0") && (algorithm == cpu::Algorithm::winograd_4x2 || algorithm == cpu::Algorithm::winograd_4x3);
+  return cpu::winograd_is("0") && (algorithm == cpu::Algorithm::winograd_4x2 || algorithm == cpu::Algorithm::winograd_4x3);
 }
 
 // Whether two convolutions take the same time.

@@ -39,7 +39,8 @@ struct Step {
   int64_t c, oh, ow;
   // Also, kh: the rank of an input or output; the rows of an embedding, whose weight is (kh, c). (groups, kh, kw): the size of what is
   // added or multiplied, in which 1 stands for all. padding[0]: the first channel of narrow. reflect: count_include_pad of avg_pool,
-  // align_corners of upsample_bilinear, and for upsample_nearest whether it is PyTorch's nearest-exact.
+  // align_corners of upsample_bilinear, and for upsample_nearest whether it is PyTorch's nearest-exact, for
+  // pixel_shuffle whether its channels come as (dy, dx, c) and not as PyTorch's (c, dy, dx).
   int64_t kh, kw, stride[2], padding[2], dilation[2], groups, reflect;
   Norm norm;
   int64_t num_groups, activation;

@@ -90,20 +90,24 @@ void max_pool(const Step& s, int64_t n, const T* x, T* out, const cpu::ParallelF
   });
 }
 
-// In float32, as PyTorch does, so that rounding picks the same pixels.
-inline int64_t nearest(int64_t at, int64_t in, int64_t out, bool exact) {
-  if (in == out) return at;
-  const float scale = static_cast<float>(in) / static_cast<float>(out), place = exact ? static_cast<float>(at) + 0.5f : static_cast<float>(at);
-  return std::min(static_cast<int64_t>(std::floor(place * scale)), in - 1);
-}
+// The pixel that each of `out` is: in float32, as PyTorch computes it, so that rounding picks the same.
+class Nearest {
+ public:
+  Nearest(int64_t in, int64_t out, bool exact) : in(in), scale(static_cast<float>(in) / static_cast<float>(out)), shift(exact ? 0.5f : 0.0f) {}
+  int64_t operator[](int64_t at) const { return std::min(static_cast<int64_t>((static_cast<float>(at) + shift) * scale), in - 1); }
+
+ private:
+  int64_t in;
+  float scale, shift;
+};
 
 template <class T>
 void upsample_nearest(const Step& s, int64_t n, const T* x, T* out, const cpu::ParallelFor& parallel) {
+  const Nearest rows(s.ih, s.oh, s.reflect), columns(s.iw, s.ow, s.reflect);
   over_rows(s, n, parallel, [&](int64_t image, int64_t oy) {
-    const T* const row = x + (image * s.ih + nearest(oy, s.ih, s.oh, s.reflect)) * s.iw * s.c;
+    const T* const row = x + (image * s.ih + rows[oy]) * s.iw * s.c;
     T* const to = out + (image * s.oh + oy) * s.ow * s.c;
-    for (int64_t ox = 0; ox < s.ow; ++ox)
-      memcpy(to + ox * s.c, row + nearest(ox, s.iw, s.ow, s.reflect) * s.c, static_cast<size_t>(s.c) * sizeof(T));
+    for (int64_t ox = 0; ox < s.ow; ++ox) memcpy(to + ox * s.c, row + columns[ox] * s.c, static_cast<size_t>(s.c) * sizeof(T));
   });
 }
 
@@ -147,12 +151,17 @@ void upsample_bilinear(const Step& s, int64_t n, const T* x, T* out, const cpu::
 
 template <class T>
 void pixel_shuffle(const Step& s, int64_t n, const T* x, T* out, const cpu::ParallelFor& parallel) {
-  const int64_t factor = s.oh / s.ih, each = factor * factor;
+  const int64_t factor = s.oh / s.ih, row = factor * s.c;  // what an input pixel gives to a row of the output
   over_rows(s, n, parallel, [&](int64_t image, int64_t oy) {
-    for (int64_t ox = 0; ox < s.ow; ++ox) {
-      const T* const from = x + ((image * s.ih + oy / factor) * s.iw + ox / factor) * s.ic + oy % factor * factor + ox % factor;
-      T* const to = out + ((image * s.oh + oy) * s.ow + ox) * s.c;
-      for (int64_t c = 0; c < s.c; ++c) to[c] = from[c * each];
+    const T* const from = x + (image * s.ih + oy / factor) * s.iw * s.ic + oy % factor * (s.reflect ? row : factor);
+    T* const to = out + (image * s.oh + oy) * s.ow * s.c;
+    for (int64_t ix = 0; ix < s.iw; ++ix) {
+      if (s.reflect) {
+        memcpy(to + ix * row, from + ix * s.ic, static_cast<size_t>(row) * sizeof(T));
+        continue;
+      }
+      for (int64_t dx = 0; dx < factor; ++dx)
+        for (int64_t c = 0; c < s.c; ++c) to[ix * row + dx * s.c + c] = from[ix * s.ic + c * factor * factor + dx];
     }
   });
 }
@@ -293,7 +302,7 @@ bool other_fits(const Step& s, int64_t y) {
     case Kind::upsample_bilinear: return flag && s.ic == s.c;
     case Kind::pixel_shuffle: {
       const int64_t factor = s.oh / s.ih;
-      return factor && s.oh == factor * s.ih && s.ow == factor * s.iw && s.ic % (factor * factor) == 0 && s.c == s.ic / (factor * factor);
+      return flag && factor && s.oh == factor * s.ih && s.ow == factor * s.iw && s.ic % (factor * factor) == 0 && s.c == s.ic / (factor * factor);
     }
     default: return s.ic == s.c && same_pixels;
   }

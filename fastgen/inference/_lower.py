@@ -196,7 +196,20 @@ class _Lowering:
     def _resized(self, node: Node, x: Node) -> None:
         self._step(node, node.kind, x, **node.options)
 
-    _upsample_nearest = _upsample_bilinear = _avg_pool = _max_pool = _pixel_shuffle = _resized
+    _upsample_nearest = _upsample_bilinear = _avg_pool = _max_pool = _resized
+
+    def _pixel_shuffle(self, node: Node, x: Node) -> None:
+        step = self.steps[self.values[x] - 1] if self.values[x] > 0 and _is_read_once(x) else None
+        turned = False
+        alone = step and step.kind == "conv" and step.norm == "none" and step.residual < 0 and step.groups == 1
+        if step and alone and step.output == x.shape and step.weight is not None:
+            # The convolution gives the channels in the order in which pixels are copied whole.
+            factor = node.shape[1] // x.shape[1]
+            rows = np.arange(x.shape[0]).reshape(-1, factor, factor).transpose(1, 2, 0).reshape(-1)
+            step.weight = step.weight[rows]
+            step.bias = step.bias[rows] if step.bias is not None else None
+            turned = True
+        self._step(node, "pixel_shuffle", x, reflect=turned)
 
     def _narrow(self, node: Node, x: Node) -> None:
         self._step(node, "narrow", x, padding=(node.options["start"], 0))
