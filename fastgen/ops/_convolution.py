@@ -66,14 +66,13 @@ class Geometry:
 
     def sizes(self, x: Sequence[int], weight: Tensor) -> list[int]:
         """The output's shape, from x's."""
-        spatial = []
-        for i, (step, pad, spread) in enumerate(zip(self.stride, self.padding, self.dilation, strict=True)):
-            reach = spread * (weight.shape[2 + i] - 1) + 1
-            if self.output_padding is not None:
-                spatial.append((x[2 + i] - 1) * step - 2 * pad + reach + self.output_padding[i])
-            else:
-                spatial.append((x[2 + i] + 2 * pad - reach) // step + 1)
-        return [x[0], self.channels(weight)[1], *spatial]
+        return [x[0], self.channels(weight)[1], self._size(x, weight, 0), self._size(x, weight, 1)]
+
+    def _size(self, x: Sequence[int], weight: Tensor, axis: int) -> int:
+        reach = self.dilation[axis] * (weight.shape[2 + axis] - 1) + 1
+        if self.output_padding is None:
+            return (x[2 + axis] + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
+        return (x[2 + axis] - 1) * self.stride[axis] - 2 * self.padding[axis] + reach + self.output_padding[axis]
 
     def wins(self, x: Sequence[int], weight: Tensor, batch_stats: bool = False) -> bool:
         """Whether fastgen's own kernel is faster than PyTorch's on the CPU, as measured (benchmarks/NOTES.md), for x's shape.
@@ -142,7 +141,7 @@ class Geometry:
         if not self.transposed:  # rows and columns of x that no output reads
             reach = [spread * (size - 1) + 1 for spread, size in zip(self.dilation, weight.shape[2:], strict=True)]
             output_padding = [(x[2 + i] + 2 * self.padding[i] - reach[i]) % self.stride[i] for i in range(2)]
-        return dataclasses.replace(self, output_padding=output_padding)
+        return Geometry(self.stride, self.padding, output_padding, self.groups, self.dilation, self.reflect)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution in PyTorch."""
