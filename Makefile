@@ -34,6 +34,7 @@ lint: $(INSTALLED) ## check style and types
 bench: build ## measure against PyTorch's own ops
 	$(BIN)/python -m pytest benchmarks -p no:xdist --benchmark-json=benchmarks/results/cpu.json
 	$(BIN)/python -m benchmarks.report benchmarks/results/cpu.json > benchmarks/results/cpu.md
+	$(BIN)/python -m benchmarks.plot benchmarks/results/cpu.json benchmarks/results/latency.png
 
 quality: build ## train each system and measure what it draws; one row with ROW=name
 	$(BIN)/python -m benchmarks.quality $(if $(ROW),--row $(ROW)) $(if $(SEED),--seed $(SEED))
