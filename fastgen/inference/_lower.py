@@ -85,10 +85,13 @@ class _Lowering:
             self.values[x] = self._raw("reshape", self.values[x], self.sizes[self.values[x]], _size(x.shape))
         return self.values[x]
 
+    def _own(self, x: Node) -> Step | None:
+        """The step that computes x, if nothing else reads x."""
+        return self.steps[self.values[x] - 1] if self.values[x] > 0 and _is_read_once(x) else None
+
     def _last(self, x: Node) -> Step | None:
         """The step that computes x, if nothing else reads x and no activation ends it."""
-        value = self.values[x]
-        step = self.steps[value - 1] if value > 0 and _is_read_once(x) else None
+        step = self._own(x)
         can = step is not None and step.kind in ("conv", "conv_transpose", "pointwise")
         return step if can and step.activation == "identity" else None  # type: ignore[union-attr]
 
@@ -128,7 +131,7 @@ class _Lowering:
         node_size, lies = _size(node.shape), self.sizes[value]
         if node_size == lies or (node_size[0] == 1 and lies[1:] == (1, 1)):
             return
-        step = self.steps[value - 1] if value > 0 and _is_read_once(x) else None
+        step = self._own(x)
         if step is None or lies[1:] != (1, 1) or step.norm != "none" or step.residual >= 0 or step.kind != "conv":
             self.values[node] = self._raw("reshape", value, lies, node_size)
             return
@@ -199,7 +202,7 @@ class _Lowering:
     _upsample_nearest = _upsample_bilinear = _avg_pool = _max_pool = _resized
 
     def _pixel_shuffle(self, node: Node, x: Node) -> None:
-        step = self.steps[self.values[x] - 1] if self.values[x] > 0 and _is_read_once(x) else None
+        step = self._own(x)
         turned = False
         alone = step and step.kind == "conv" and step.norm == "none" and step.residual < 0 and step.groups == 1
         if step and alone and step.output == x.shape and step.weight is not None:

@@ -103,10 +103,9 @@ class Geometry:
         if weight.is_cuda or more < 16 * self.groups:
             return False
         if fewer <= 4:
-            if tuple(weight.shape[2:]) == (4, 4) and weight.dtype in (torch.float32, torch.float64):
-                return self.groups == 1
-            to_few = not self.transposed and weight.shape[0] == fewer
-            return self.groups == 1 and self.stride == [1, 1] and to_few
+            four_by_four = tuple(weight.shape[2:]) == (4, 4) and weight.dtype in (torch.float32, torch.float64)
+            to_few = not self.transposed and weight.shape[0] == fewer and self.stride == [1, 1]
+            return self.groups == 1 and (four_by_four or to_few)
         if fewer < 16 * self.groups:
             return False
         return self._winograd(x, weight, 1024) or (self._one_pixel(x, weight) and x[0] >= 32)
