@@ -82,7 +82,7 @@ Plan::Plan(File file, int threads)
   const bool bfloat16 = header_.bfloat16 && cpu::can_dot_bf16();
   dtype_ = bfloat16 ? DType::bfloat16 : DType::float32;
   element_ = bfloat16 ? 2 : 4;
-  convolutions_ = std::make_unique<Convolution[]>(steps_.size() * 2);
+  for (size_t i = 0; i < 2 * steps_.size(); ++i) convolutions_.push_back(std::make_unique<Convolution>());
   parallel_ = {threads_, [this](int64_t count, const std::function<void(int64_t, int64_t)>& body) { run_parallel(threads_, count, body); }};
   find_ends();
   place_values();
@@ -273,8 +273,8 @@ cpu::Algorithm Plan::algorithm(size_t i, int64_t n) const {
 }
 
 const cpu::PackedConvolution& Plan::packed(size_t i, int64_t n) const {
-  Convolution& many = convolutions_[2 * i + 1];
-  Convolution& mine = algorithm(i, n) == algorithm(i, kFew) ? many : convolutions_[2 * i];
+  Convolution& many = *convolutions_[2 * i + 1];
+  Convolution& mine = algorithm(i, n) == algorithm(i, kFew) ? many : *convolutions_[2 * i];
   std::call_once(mine.once, [&] {
     const Step& s = steps_[i];
     mine.packed = cpu::pack_convolution(geometry(s), s.c, s.kind == Kind::conv_transpose, algorithm(i, n), value(s.weight), value(s.bias), parallel_);
@@ -319,44 +319,80 @@ std::vector<double> Plan::profile(int64_t n, int64_t repeats) const {
   return found;
 }
 
+std::vector<Plan::Timed> Plan::time_alone(const Step& s, int64_t n) const {
+  const Example example(s, element_, n);
+  struct Candidate {
+    Timed timed;
+    std::unique_ptr<cpu::PackedConvolution> packed;
+  };
+  std::vector<Candidate> candidates;
+  const auto measure = [&](Candidate& candidate) {
+    const double took = seconds(1, [&] { run_with(candidate.packed.get(), s, n, example.x.get(), nullptr, example.out.get(), true); });
+    candidate.timed.seconds = std::min(candidate.timed.seconds, took);
+  };
+  for (int64_t a = 0; a < cpu::kAlgorithms; ++a) {
+    const auto algorithm = static_cast<cpu::Algorithm>(a);
+    if (!runs(algorithm, s, dtype_ == DType::bfloat16) || is_turned_off(algorithm)) continue;
+    candidates.push_back({{a, std::numeric_limits<double>::infinity()},
+                          cpu::pack_convolution(geometry(s), s.c, s.kind == Kind::conv_transpose, algorithm, value(s.weight), value(s.bias), parallel_)});
+    measure(candidates.back());
+  }
+  const auto faster = [](const auto& one, const auto& other) { return one.timed.seconds < other.timed.seconds; };
+  const double first = std::min_element(candidates.begin(), candidates.end(), faster)->timed.seconds;
+  const int64_t rounds = std::clamp<int64_t>(static_cast<int64_t>(0.02 / first), 5, 40);
+  for (int64_t round = 0; round < rounds && candidates.size() > 1; ++round)  // in turns: what disturbs one disturbs all
+    for (Candidate& candidate : candidates) measure(candidate);
+  std::sort(candidates.begin(), candidates.end(), faster);
+  std::vector<Timed> found;
+  for (const Candidate& candidate : candidates) found.push_back(candidate.timed);
+  return found;
+}
+
+void Plan::use(size_t i, int64_t algorithm, int64_t n) {
+  const Step like = steps_[i];
+  for (size_t k = i; k < steps_.size(); ++k) {
+    if (!is_convolution(steps_[k]) || !is_alike(like, steps_[k])) continue;
+    steps_[k].algorithm[n >= kFew] = algorithm;
+    convolutions_[2 * k] = std::make_unique<Convolution>();
+    convolutions_[2 * k + 1] = std::make_unique<Convolution>();
+  }
+}
+
 std::vector<int64_t> Plan::tune(int64_t n) {
   n = whole_batch_ ? n : std::min(n, images_at_once_);
-  std::vector<int64_t> chosen;
-  for (Step& s : steps_) {
-    chosen.push_back(-1);
-    if (!is_convolution(s)) continue;
-    const auto known = std::find_if(steps_.data(), &s, [&](const Step& other) { return is_alike(s, other); });
-    if (known != &s) {
-      s.algorithm[n >= kFew] = chosen.back() = known->algorithm[n >= kFew];
-      continue;
-    }
-    const Example example(s, element_, n);
-    struct Candidate {
-      int64_t algorithm;
-      std::unique_ptr<cpu::PackedConvolution> packed;
-      double best;
-    };
-    std::vector<Candidate> candidates;
-    const auto measure = [&](Candidate& candidate) {
-      const double took = seconds(1, [&] { run_with(candidate.packed.get(), s, n, example.x.get(), nullptr, example.out.get(), true); });
-      candidate.best = std::min(candidate.best, took);
-    };
-    for (int64_t a = 0; a < cpu::kAlgorithms; ++a) {
-      const auto algorithm = static_cast<cpu::Algorithm>(a);
-      if (!runs(algorithm, s, dtype_ == DType::bfloat16) || is_turned_off(algorithm)) continue;
-      candidates.push_back({a, cpu::pack_convolution(geometry(s), s.c, s.kind == Kind::conv_transpose, algorithm, value(s.weight), value(s.bias), parallel_),
-                            std::numeric_limits<double>::infinity()});
-      measure(candidates.back());
-    }
-    const auto faster = [](const Candidate& one, const Candidate& other) { return one.best < other.best; };
-    const double first = std::min_element(candidates.begin(), candidates.end(), faster)->best;
-    const int64_t rounds = std::clamp<int64_t>(static_cast<int64_t>(0.02 / first), 5, 40);
-    for (int64_t round = 0; round < rounds && candidates.size() > 1; ++round)  // in turns: what disturbs one disturbs all
-      for (Candidate& candidate : candidates) measure(candidate);
-    chosen.back() = std::min_element(candidates.begin(), candidates.end(), faster)->algorithm;
-    s.algorithm[n >= kFew] = chosen.back();
+  std::vector<std::vector<Timed>> alone(steps_.size());  // of the first of steps that are alike
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    const auto same = [&](const Step& other) { return is_alike(steps_[i], other); };
+    if (!is_convolution(steps_[i]) || std::any_of(steps_.begin(), steps_.begin() + i, same)) continue;
+    alone[i] = time_alone(steps_[i], n);
+    use(i, alone[i][0].algorithm, n);
   }
-  convolutions_ = std::make_unique<Convolution[]>(steps_.size() * 2);
+
+  std::vector<cpu::Buffer<char>> buffers;
+  std::vector<const void*> in;
+  std::vector<float*> out;
+  const auto zeros = [&](const End& end, int64_t element) { return buffers.emplace_back(Example::zeros(n * elements(end.size) * element)).get(); };
+  for (const End& end : inputs_) in.push_back(zeros(end, end.rank ? 4 : 8));
+  for (const End& end : outputs_) out.push_back(reinterpret_cast<float*>(zeros(end, 4)));
+  const auto whole = [&](size_t i, int64_t algorithm) {
+    use(i, algorithm, n);
+    const double packing = seconds(1, [&] { run(n, in, out); }), first = seconds(1, [&] { run(n, in, out); });
+    return std::min({packing, first, seconds(std::clamp<int64_t>(static_cast<int64_t>(0.01 / first), 1, 20), [&] { run(n, in, out); })});
+  };
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    for (size_t k = 1; k < alone[i].size() && alone[i][k].seconds < 2 * alone[i][0].seconds; ++k) {
+      const int64_t best = steps_[i].algorithm[n >= kFew], other = alone[i][k].algorithm;
+      double of_best = std::numeric_limits<double>::infinity(), of_other = of_best;
+      for (int turn = 0; turn < 3; ++turn) {
+        of_best = std::min(of_best, whole(i, best));
+        of_other = std::min(of_other, whole(i, other));
+      }
+      if (of_best <= of_other) use(i, best, n);
+    }
+  }
+
+  std::vector<int64_t> chosen;
+  for (const Step& s : steps_) chosen.push_back(is_convolution(s) ? s.algorithm[n >= kFew] : -1);
   return chosen;
 }
 

@@ -73,7 +73,8 @@ class Plan {
   void run(int64_t n, const std::vector<const void*>& in, const std::vector<float*>& out) const;
 
   // Measures the algorithms of every convolution for `n` images, or as many as run at once, uses the best ones from now on and returns
-  // them, one a step (-1: none).
+  // them, one a step (-1: none). Each is timed alone, and those not much slower than the fastest again in the whole network: packed
+  // weights that are fast while the caches hold them may be too large where they share them with all the others'.
   // Not while another thread runs the plan.
   std::vector<int64_t> tune(int64_t n);
 
@@ -96,6 +97,10 @@ class Plan {
     std::once_flag once;
     std::unique_ptr<cpu::PackedConvolution> packed;
   };
+  struct Timed {
+    int64_t algorithm;
+    double seconds;
+  };
 
   File file_;
   std::vector<Step> steps_;
@@ -109,7 +114,7 @@ class Plan {
   int64_t element_;  // bytes
   int threads_;
   cpu::ParallelFor parallel_;
-  std::unique_ptr<Convolution[]> convolutions_;
+  std::vector<std::unique_ptr<Convolution>> convolutions_;  // for few images and for many
   mutable std::mutex idle_mutex_;
   mutable std::vector<std::unique_ptr<Workspace>> idle_;
 
@@ -127,6 +132,8 @@ class Plan {
   int64_t slot_bytes(int64_t slot, int64_t images) const { return ceil_div(slot_sizes_[slot] * images * element_, 64) * 64; }
   cpu::Algorithm algorithm(size_t i, int64_t n) const;
   const cpu::PackedConvolution& packed(size_t i, int64_t n) const;
+  std::vector<Timed> time_alone(const Step& step, int64_t n) const;  // fastest first
+  void use(size_t i, int64_t algorithm, int64_t n);                  // for this step and those alike
   const float* value(int64_t offset) const { return offset < 0 ? nullptr : values_ + offset; }
 };
 
