@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 
 #include "cpu/norm_act.h"
 
@@ -54,10 +55,21 @@ inline bool in_pairs(const Convolution& conv, const NormAct& op) {
          !winograd_is("always");
 }
 
+// Floats of all weights in Winograd's transform.
+inline int64_t transformed_size(const Convolution& conv, int64_t c) { return conv.ic * c * (conv.kh == 4 ? 100 : 36); }
+
 // Whether each band of the output transforms the weights anew: where transformed ones are too many to be kept; or where they serve
 // few pixels (of one call, or all that there will be), as they then are read from memory about as often as transformed.
 inline bool transforms_in_bands(const Convolution& conv, int64_t c, int64_t pixels) {
-  return conv.ic * c * (conv.kh == 4 ? 100 : 36) * int64_t(sizeof(float)) > (16 << 20) || (conv.kh == 3 && pixels <= 1600);
+  return transformed_size(conv, c) * int64_t(sizeof(float)) > (16 << 20) || (conv.kh == 3 && pixels <= 1600);
+}
+
+// Bytes of the packed weights of a PackedConvolution.
+inline int64_t packed_bytes(Algorithm algorithm, const Convolution& conv, int64_t c) {
+  const int64_t plain = conv.ic / conv.groups * c * conv.kh * conv.kw;
+  if (algorithm == Algorithm::direct_bf16 || algorithm == Algorithm::rows_bf16) return plain * 2;
+  const bool winograd = algorithm == Algorithm::winograd_4x2 || algorithm == Algorithm::winograd_4x3;
+  return 4 * (winograd && !transforms_in_bands(conv, c, std::numeric_limits<int64_t>::max()) ? transformed_size(conv, c) : plain);
 }
 
 // mean and var of `given` are written when op.batch_stats, else read.

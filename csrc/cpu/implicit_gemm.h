@@ -94,6 +94,26 @@ Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channel
   return {out, std::move(copy)};
 }
 
+// x (rows, columns, c) with `edge` columns more at either end, zeros or x mirrored.
+template <class S>
+Buffer<S> with_edges(const S* x, int64_t rows, int64_t columns, int64_t c, int64_t edge, bool reflect, const ParallelFor& parallel) {
+  const int64_t wide = columns + 2 * edge;
+  auto copy = scratch<S>(rows * wide * c);
+  parallel(rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const S* const from = x + row * columns * c;
+      S* const to = copy.get() + row * wide * c;
+      std::copy_n(from, columns * c, to + edge * c);
+      for (int64_t i = 1; i <= edge; ++i)
+        for (int64_t channel = 0; channel < c; ++channel) {
+          to[(edge - i) * c + channel] = reflect ? from[i * c + channel] : S(0);
+          to[(edge + columns - 1 + i) * c + channel] = reflect ? from[(columns - 1 - i) * c + channel] : S(0);
+        }
+    }
+  });
+  return copy;
+}
+
 // A band: some rows of one image, or all rows of several small images; about kBandPixels output pixels, a unit of work.
 constexpr int64_t kBandPixels = 1024, kItems = 8;
 
@@ -131,16 +151,26 @@ Buffer<Acc<T>> pack_weights(const Convolution& conv, int64_t c, int64_t width, b
   return packed;
 }
 
+// joined: so many taps of a row of the kernel are read as one of so many times the channels, from rows that have `edge` pixels more at
+// either end; for few channels, where the tiles of one tap are too short.
 struct Direct {
   Axis rows, columns;
+  int64_t joined = 1, edge = 0;
 };
 
+inline Axis axis_of(const Convolution& conv, bool transposed, int i) {
+  const int64_t in = i ? conv.iw : conv.ih, out = i ? conv.ow : conv.oh, kernel = i ? conv.kw : conv.kh;
+  return transposed ? Axis::transposed(in, out, kernel, conv.stride[i], conv.padding[i], conv.dilation[i])
+                    : Axis::strided(in, out, kernel, conv.stride[i], conv.padding[i], conv.dilation[i], conv.reflect);
+}
+
 inline Direct direct(const Convolution& conv, bool transposed) {
-  const auto axis = [&](int64_t in, int64_t size, int64_t kernel, int i) {
-    return transposed ? Axis::transposed(in, size, kernel, conv.stride[i], conv.padding[i], conv.dilation[i])
-                      : Axis::strided(in, size, kernel, conv.stride[i], conv.padding[i], conv.dilation[i], conv.reflect);
-  };
-  return {axis(conv.ih, conv.oh, conv.kh, 0), axis(conv.iw, conv.ow, conv.kw, 1)};
+  constexpr int64_t kFewChannels = 16;
+  if (!transposed && conv.groups == 1 && conv.ic < kFewChannels && conv.dilation[1] == 1 && conv.kw > 1) {
+    auto columns = Axis::strided(conv.iw + 2 * conv.padding[1], conv.ow, 1, conv.stride[1], 0, 1, false);
+    return {axis_of(conv, transposed, 0), std::move(columns), conv.kw, conv.padding[1]};
+  }
+  return {axis_of(conv, transposed, 0), axis_of(conv, transposed, 1)};
 }
 
 // y[oh][ow][c] = sum over kw of t[column(ow, kw)][kw * channels + c], t = sum over kh of x[row(oh, kh)] w[kh]: a product as wide as a row
@@ -197,6 +227,16 @@ struct Packed {
   using Fast = std::variant<Direct, Rows, Winograd<float, 4, 2, vectors>, Winograd<float, 4, 3, vectors>>;
   std::conditional_t<std::is_same_v<A, float>, Fast, std::variant<Direct, Rows>> how;
   Buffer<A> weights;
+
+  // x as `how` reads it.
+  template <class T>
+  Pixels<A> pixels(const Convolution& conv, int64_t n, const T* x, bool channels_last, const ParallelFor& parallel) const {
+    auto plain = pixels_first<A>(x, n, conv.ic, conv.ih * conv.iw, channels_last, parallel);
+    const Direct* const direct = std::get_if<Direct>(&how);
+    if (!direct || direct->joined == 1) return plain;
+    auto copy = with_edges(plain.get(), n * conv.ih, conv.iw, conv.ic, direct->edge, conv.reflect, parallel);
+    return {copy.get(), std::move(copy)};
+  }
 };
 
 // pixels: of the output, that the packed weights will serve.
@@ -225,10 +265,9 @@ Packed<Acc<T>, vectors> pack(const Convolution& conv, int64_t c, bool transposed
     if (algorithm == Algorithm::winograd_4x3)
       return winograd(Winograd<A, 4, 3, vectors>{conv.ic, conv.ih, conv.iw, c, rows(), columns(), expand});
   }
-  Direct axes = direct(conv, transposed);
   if (algorithm == Algorithm::rows)
-    return {Rows(std::move(axes.rows), axes.columns, c), pack_rows(conv, c, width, transposed, weight)};
-  return {std::move(axes), pack_weights(conv, c, width, transposed, weight, parallel)};
+    return {Rows(axis_of(conv, transposed, 0), axis_of(conv, transposed, 1), c), pack_rows(conv, c, width, transposed, weight)};
+  return {direct(conv, transposed), pack_weights(conv, c, width, transposed, weight, parallel)};
 }
 
 // The work of one call, over blocks of `vectors` vectors of output channels. dot: a float of x and of the weights is a pair of
@@ -239,7 +278,7 @@ struct Call {
   static constexpr int64_t width = vectors * Vector<A>::size;
   const Convolution& conv;
   const NormAct& op;
-  const A* x;  // (n, ih, iw, ic)
+  const A* x;  // Packed::pixels
   const A* packed;
   const A* bias;
   const Affine<A>* affine;  // null: no normalisation in the epilogue
@@ -261,11 +300,11 @@ struct Call {
     set_band(kBandPixels / op.s, kBandPixels / conv.ow);
     const int64_t others = conv.groups * blocks() * ceil_div(op.n, images);  // enough work for some threads, if rows are left
     set_band(images, std::min(band_rows, std::max<int64_t>(4, ceil_div(conv.oh, ceil_div(kItems, others)))));
-    const int64_t bands = ceil_div(op.n, images) * bands_an_image(), depth = conv.ic / conv.groups;
-    const std::vector<A> zeros(static_cast<size_t>(depth), A(0));
+    const int64_t bands = ceil_div(op.n, images) * bands_an_image();
+    const std::vector<A> zeros(static_cast<size_t>(conv.ic / conv.groups * direct.joined), A(0));
     parallel(conv.groups * blocks() * bands, [&](int64_t begin, int64_t end) {
       A* const band = thread_scratch<A>(images * band_rows * conv.ow * width);
-      const A** const sources = thread_scratch<const A*>(conv.kh * conv.kw * (kPixels + 1));
+      const A** const sources = thread_scratch<const A*>(conv.kh * conv.kw * (kPixels + 1) + conv.kh);
       for (int64_t item = begin; item < end; ++item) {
         const int64_t block = item / bands, first_image = item % bands / bands_an_image() * images;
         const int64_t first_row = item % bands_an_image() * band_rows;
@@ -362,34 +401,41 @@ struct Call {
   // The band's pixels of one class of rows and columns, kPixels at a time.
   void multiply(const Direct& direct, int64_t block, int64_t first_image, int64_t last_image, int64_t first_row, int64_t last_row,
                 const Axis::Class& row, const Axis::Class& column, const A* zeros, const A** memory, A* band) const {
-    const int64_t depth = conv.ic / conv.groups, group = block / blocks(), taps = row.taps.size() * column.taps.size();
+    const int64_t channels = conv.ic / conv.groups, depth = channels * direct.joined, group = block / blocks();
+    const int64_t down = row.taps.size(), beside = column.taps.size(), taps = down * beside, pixel = conv.ic, kernel = conv.kw / direct.joined, across = conv.iw + 2 * direct.edge;
     const A** const weights = memory;
     const A** const sources = memory + taps;
+    const A** const lines = sources + taps * kPixels;
     int64_t tap = 0;
     for (int64_t kh : row.taps)
-      for (int64_t kw : column.taps) weights[tap++] = packed + (block * conv.kh * conv.kw + kh * conv.kw + kw) * depth * width;
+      for (int64_t kw : column.taps) weights[tap++] = packed + (block * conv.kh * kernel + kh * kernel + kw) * depth * width;
+    const int64_t* const kws = column.taps.data();
     A* to[kPixels];
     int filled = 0;
     const auto first_oh = std::lower_bound(row.positions.begin(), row.positions.end(), first_row);
     const auto last_oh = std::lower_bound(first_oh, row.positions.end(), last_row);
     for (int64_t image = first_image; image < last_image; ++image)
-      for (auto at = first_oh; at != last_oh; ++at)
+      for (auto at = first_oh; at != last_oh; ++at) {
+        const int64_t oh = *at;
+        for (int64_t i = 0; i < down; ++i) {
+          const int64_t ih = direct.rows.source[oh * conv.kh + row.taps[i]];
+          lines[i] = ih < 0 ? nullptr : x + (image * conv.ih + ih) * across * pixel + group * channels;
+        }
+        A* const line = band + ((image - first_image) * (last_row - first_row) + oh - first_row) * conv.ow * width;
         for (const int64_t ow : column.positions) {
-          const int64_t oh = *at;
+          const int64_t* const columns = direct.columns.source.data() + ow * kernel;
           const A** source = sources + filled;
-          for (int64_t kh : row.taps) {
-            const int64_t ih = direct.rows.source[oh * conv.kh + kh];
-            for (int64_t kw : column.taps) {
-              const int64_t iw = direct.columns.source[ow * conv.kw + kw];
-              *source = ih < 0 || iw < 0 ? zeros : x + ((image * conv.ih + ih) * conv.iw + iw) * conv.ic + group * depth;
-              source += kPixels;
+          for (int64_t i = 0; i < down; ++i)
+            for (int64_t j = 0; j < beside; ++j, source += kPixels) {
+              const int64_t iw = columns[kws[j]];
+              *source = lines[i] && iw >= 0 ? lines[i] + iw * pixel : zeros;
             }
-          }
-          to[filled] = band + (((image - first_image) * (last_row - first_row) + oh - first_row) * conv.ow + ow) * width;
+          to[filled] = line + ow * width;
           if (++filled < kPixels) continue;
           kTiles<A, vectors, dot>[kPixels - 1](sources, weights, taps, depth, to);
           filled = 0;
         }
+      }
     if (filled) kTiles<A, vectors, dot>[filled - 1](sources, weights, taps, depth, to);
   }
 
@@ -397,46 +443,59 @@ struct Call {
   void finish(int64_t block, int64_t image, int64_t first_row, int64_t last_row, A* z) const {
     const int64_t group = block / blocks(), first = group * (op.c / conv.groups) + block % blocks() * width;
     const int64_t valid = std::min(width, (group + 1) * (op.c / conv.groups) - first), pixels = (last_row - first_row) * conv.ow;
-    const auto each = [&](const auto& change) {  // a constant trip count: SIMD code
-      for (int64_t pixel = 0; pixel < pixels; ++pixel)
-        for (int64_t k = 0; k < width; ++k) change(z[pixel * width + k], k);
-    };
-    A shift[width] = {}, center[width] = {}, scale[width] = {};
-    if (bias) {
-      std::copy_n(bias + first, valid, shift);
-      each([&](A& value, int64_t k) { value += shift[k]; });
-    }
+    A shift[width] = {};
+    if (bias) std::copy_n(bias + first, valid, shift);
     if (parts) {
+      if (bias) each(z, pixels, [&](A value, int64_t k) { return value + shift[k]; });
       Moments<double> moments[width];
       column_moments(z, pixels, width, moments);
       std::copy_n(moments, valid, parts->data() + (image * bands_an_image() + first_row / band_rows) * op.c + first);
     }
-    if (pre) put(z, pre, image, first_row, pixels, first, valid);
-    if (!out) return;
+    A center[width] = {}, scale[width] = {}, offset[width] = {};
     if (affine) {
       std::copy_n(affine->center.get() + first, valid, center);
       std::copy_n(affine->scale.get() + first, valid, scale);
-      std::copy_n(affine->shift.get() + first, valid, shift);
-      each([&](A& value, int64_t k) { value = (value - center[k]) * scale[k] + shift[k]; });
+      std::copy_n(affine->shift.get() + first, valid, offset);
     }
-    if (residual)
-      for (int64_t pixel = 0; pixel < pixels; ++pixel)
-        for (int64_t k = 0; k < valid; ++k) z[pixel * width + k] += load(residual + at(image, first + k, first_row * conv.ow + pixel));
-    activate_block(op.activation, z, pixels * width, static_cast<A>(op.negative_slope));
-    put(z, out, image, first_row, pixels, first, valid);
+    for (int64_t start = 0; start < pixels; start += kChunk) {  // which stays in the first-level cache through all that follows
+      A* const chunk = z + start * width;
+      const int64_t count = std::min(kChunk, pixels - start), pixel = first_row * conv.ow + start;
+      if (bias && !parts) each(chunk, count, [&](A value, int64_t k) { return value + shift[k]; });
+      if (pre) put(chunk, pre, image, pixel, count, first, valid);
+      if (!out) continue;
+      if (affine) each(chunk, count, [&](A value, int64_t k) { return (value - center[k]) * scale[k] + offset[k]; });
+      if (residual)
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t k = 0; k < valid; ++k) chunk[i * width + k] += load(residual + at(image, first + k, pixel + i));
+      activate_block(op.activation, chunk, count * width, static_cast<A>(op.negative_slope));
+      put(chunk, out, image, pixel, count, first, valid);
+    }
   }
 
-  void put(const A* z, T* tensor, int64_t image, int64_t first_row, int64_t pixels, int64_t first, int64_t valid) const {
-    const int64_t from = first_row * conv.ow;
-    if (op.channels_last) {
-      for (int64_t pixel = 0; pixel < pixels; ++pixel)
-        store_block(tensor + (image * op.s + from + pixel) * op.c + first, z + pixel * width, valid);
+  static constexpr int64_t kChunk = 64;  // pixels
+
+  template <class F>
+  static void each(A* z, int64_t pixels, const F& changed) {  // a constant trip count: SIMD code
+    for (int64_t pixel = 0; pixel < pixels; ++pixel)
+      for (int64_t k = 0; k < width; ++k) z[pixel * width + k] = changed(z[pixel * width + k], k);
+  }
+
+  // The pixels z of the block of channels at `first`, to a tensor of the output's order.
+  void put(const A* z, T* tensor, int64_t image, int64_t pixel, int64_t pixels, int64_t first, int64_t valid) const {
+    if (!op.channels_last) {
+      for (int64_t channel = 0; channel < valid; ++channel)
+        for (int64_t i = 0; i < pixels; ++i) store(tensor + at(image, first + channel, pixel + i), z[i * width + channel]);
       return;
     }
-    for (int64_t start = 0; start < pixels; start += 64)
-      for (int64_t channel = 0; channel < valid; ++channel)
-        for (int64_t pixel = start; pixel < std::min(pixels, start + 64); ++pixel)
-          store(tensor + (image * op.c + first + channel) * op.s + from + pixel, z[pixel * width + channel]);
+    for (int64_t i = 0; i < pixels; ++i) {
+      T* const to = tensor + at(image, first, pixel + i);
+      if (valid < width)
+        store_block(to, z + i * width, valid);
+      else if constexpr (std::is_same_v<T, A>)
+        memcpy(to, z + i * width, width * sizeof(A));  // of a constant size: a few moves
+      else
+        store_block(to, z + i * width, width);
+    }
   }
 };
 
@@ -462,11 +521,12 @@ template <int vectors>
 void convolve_in_pairs(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors,
                        const NormActTensors& given, const ParallelFor& parallel) {
   const auto pixels = pixels_first<BFloat16>(static_cast<const BFloat16*>(tensors.x), op.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, parallel);
-  const Packed<float, vectors> packed{direct(conv, transposed), pack_weights<true>(conv, op.c, vectors * Vector<float>::size, transposed,
-                                                                                   static_cast<const BFloat16*>(tensors.weight), parallel)};
   Convolution pairs = conv;
   pairs.ic /= 2;
-  run_packed<BFloat16, vectors, true>(packed, pairs, op, reinterpret_cast<const float*>(pixels.get()), static_cast<const float*>(tensors.bias), given,
+  const Packed<float, vectors> packed{direct(pairs, transposed), pack_weights<true>(conv, op.c, vectors * Vector<float>::size, transposed,
+                                                                                    static_cast<const BFloat16*>(tensors.weight), parallel)};
+  const auto ready = packed.pixels(pairs, op.n, reinterpret_cast<const float*>(pixels.get()), true, parallel);
+  run_packed<BFloat16, vectors, true>(packed, pairs, op, ready.get(), static_cast<const float*>(tensors.bias), given,
                                       static_cast<BFloat16*>(tensors.pre), static_cast<BFloat16*>(tensors.out), parallel);
 }
 #endif
@@ -475,8 +535,8 @@ template <class T, int vectors>
 void convolve(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors, const NormActTensors& given,
               const ParallelFor& parallel) {
   using A = Acc<T>;
-  const auto pixels = pixels_first<A>(static_cast<const T*>(tensors.x), op.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, parallel);
   const auto packed = pack<T, vectors>(conv, op.c, transposed, choose(conv, op), op.n * op.s, static_cast<const T*>(tensors.weight), parallel);
+  const auto pixels = packed.pixels(conv, op.n, static_cast<const T*>(tensors.x), conv.x_channels_last, parallel);
   run_packed<T, vectors>(packed, conv, op, pixels.get(), static_cast<const A*>(tensors.bias), given, static_cast<T*>(tensors.pre),
                          static_cast<T*>(tensors.out), parallel);
 }

@@ -30,7 +30,7 @@ class PackedFloat : public PackedConvolution {
  private:
   template <class T>
   void run_as(const NormAct& op, const void* x, const NormActTensors& given, void* out, const ParallelFor& parallel) const {
-    const auto pixels = pixels_first<float>(static_cast<const T*>(x), op.n, conv.ic, conv.ih * conv.iw, true, parallel);
+    const auto pixels = packed.pixels(conv, op.n, static_cast<const T*>(x), true, parallel);
     const float* b = bias.empty() ? nullptr : bias.data();
     run_packed<T, vectors>(packed, conv, op, pixels.get(), b, given, nullptr, static_cast<T*>(out), parallel);
   }
@@ -68,7 +68,8 @@ class PackedBFloat16 : public PackedConvolution {
 
   void run(const NormAct& op, const void* x, const NormActTensors& given, void* out, const ParallelFor& parallel) const override {
     const float* b = bias.empty() ? nullptr : bias.data();
-    run_packed<BFloat16, vectors, true>(packed, conv, op, static_cast<const float*>(x), b, given, nullptr, static_cast<BFloat16*>(out), parallel);
+    const auto pixels = packed.pixels(conv, op.n, static_cast<const float*>(x), true, parallel);
+    run_packed<BFloat16, vectors, true>(packed, conv, op, pixels.get(), b, given, nullptr, static_cast<BFloat16*>(out), parallel);
   }
 
  private:

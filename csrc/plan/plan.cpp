@@ -15,6 +15,9 @@ namespace {
 
 constexpr int64_t kFew = 8;                  // from so many images on, a step runs its algorithm for many
 constexpr int64_t kInFlight = (16 << 20) / 4; // floats: what a step reads and writes should stay in the cache
+constexpr double kFetched = 1e10;            // bytes a second of packed weights that come from memory, at least
+
+using Clock = std::chrono::steady_clock;
 
 bool is_convolution(const Step& step) { return step.kind == Kind::conv || step.kind == Kind::conv_transpose; }
 
@@ -207,7 +210,13 @@ void Plan::write(const void* from, int64_t n, int64_t c, int64_t pixels, float* 
     transpose(static_cast<const cpu::BFloat16*>(from), n, pixels, c, out, parallel_);
 }
 
-void Plan::run_images(int64_t n, const std::vector<const void*>& in, const std::vector<float*>& out, Workspace& workspace) const {
+void Plan::run_images(int64_t n, const std::vector<const void*>& in, const std::vector<float*>& out, Workspace& workspace,
+                      double* took) const {
+  const auto run_step = [&](size_t i, const void* x, const void* residual, void* to, bool channels_last) {
+    const auto start = took ? Clock::now() : Clock::time_point();
+    this->run_step(i, n, x, residual, to, channels_last);
+    if (took) took[i] = std::chrono::duration<double>(Clock::now() - start).count();
+  };
   std::vector<void*> slots;
   char* next = workspace.memory.get();
   for (size_t slot = 0; slot < slot_sizes_.size(); ++slot) {
@@ -227,7 +236,7 @@ void Plan::run_images(int64_t n, const std::vector<const void*>& in, const std::
     if (s.kind == Kind::output)
       write(value(s.x), n, s.c, s.oh * s.ow, *wanted++);
     else if (s.kind != Kind::input)
-      run_step(i, n, value(s.x), value(s.residual), slots[slot_of_[i + 1]], true);
+      run_step(i, value(s.x), value(s.residual), slots[slot_of_[i + 1]], true);
     else if (const void* const from = *given++; s.kh)
       read(from, n, s.c, s.oh * s.ow, slots[slot_of_[i + 1]]);
   }
@@ -239,7 +248,7 @@ void Plan::run_images(int64_t n, const std::vector<const void*>& in, const std::
   const bool can_transpose = is_convolution(last) && last.residual < 0 && (last.norm == Norm::none || last.norm == Norm::affine);
   const bool direct = float32 && (plain || can_transpose);
   void* const to = direct ? out.back() : slots[slot_of_[i + 1]];
-  run_step(i, n, value(last.x), value(last.residual), to, plain || !direct);
+  run_step(i, value(last.x), value(last.residual), to, plain || !direct);
   if (!direct) write(to, n, last.c, last.oh * last.ow, out.back());
 }
 
@@ -286,48 +295,56 @@ namespace {
 double seconds(int64_t repeats, const std::function<void()>& body) {
   double best = std::numeric_limits<double>::infinity();
   for (int64_t i = 0; i < repeats; ++i) {
-    const auto start = std::chrono::steady_clock::now();
+    const auto start = Clock::now();
     body();
-    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    best = std::min(best, std::chrono::duration<double>(Clock::now() - start).count());
   }
   return best;
 }
 
-// Buffers for one step alone, filled with zeros, which take as long as other numbers.
-struct Example {
-  cpu::Buffer<char> x, residual, out;
-  Example(const Step& s, int64_t element, int64_t n)
-      : x(zeros(n * s.ic * s.ih * s.iw * (s.kind == Kind::embedding ? 8 : element))), residual(zeros(n * s.c * s.oh * s.ow * element)), out(zeros(n * s.c * s.oh * s.ow * element)) {}
+cpu::Buffer<char> zeros(int64_t bytes) {  // they take as long as other numbers
+  auto made = cpu::scratch<char>(bytes);
+  std::fill_n(made.get(), bytes, 0);
+  return made;
+}
 
-  static cpu::Buffer<char> zeros(int64_t bytes) {
-    auto made = cpu::scratch<char>(bytes);
-    std::fill_n(made.get(), bytes, 0);
-    return made;
+// Inputs and outputs of the network.
+struct Ends {
+  Ends(const Plan& plan, int64_t n) {
+    const auto add = [&](const End& end) { return buffers.emplace_back(zeros(n * elements(end.size) * (end.rank ? 4 : 8))).get(); };
+    for (const End& end : plan.inputs()) in.push_back(add(end));
+    for (const End& end : plan.outputs()) out.push_back(reinterpret_cast<float*>(add(end)));
   }
+
+  std::vector<cpu::Buffer<char>> buffers;
+  std::vector<const void*> in;
+  std::vector<float*> out;
 };
 }  // namespace
 
 std::vector<double> Plan::profile(int64_t n, int64_t repeats) const {
   n = whole_batch_ ? n : std::min(n, images_at_once_);
-  std::vector<double> found;
-  for (size_t i = 0; i < steps_.size(); ++i) {
-    const Example example(steps_[i], element_, n);
-    found.push_back(seconds(repeats, [&] {
-      run_step(i, n, example.x.get(), steps_[i].residual >= 0 ? example.residual.get() : nullptr, example.out.get(), true);
-    }));
+  const Ends ends(*this, n);
+  auto workspace = lease(n);
+  std::vector<double> least(steps_.size(), std::numeric_limits<double>::infinity());
+  for (int64_t repeat = 0; repeat < repeats; ++repeat) {
+    std::vector<double> took(steps_.size());
+    run_images(n, ends.in, ends.out, *workspace, took.data());
+    for (size_t i = 0; i < took.size(); ++i) least[i] = std::min(least[i], took[i]);
   }
-  return found;
+  give_back(std::move(workspace));
+  return least;
 }
 
 std::vector<Plan::Timed> Plan::time_alone(const Step& s, int64_t n) const {
-  const Example example(s, element_, n);
+  const auto x = zeros(n * s.ic * s.ih * s.iw * element_), out = zeros(n * s.c * s.oh * s.ow * element_);
   struct Candidate {
     Timed timed;
     std::unique_ptr<cpu::PackedConvolution> packed;
   };
   std::vector<Candidate> candidates;
   const auto measure = [&](Candidate& candidate) {
-    const double took = seconds(1, [&] { run_with(candidate.packed.get(), s, n, example.x.get(), nullptr, example.out.get(), true); });
+    const double took = seconds(1, [&] { run_with(candidate.packed.get(), s, n, x.get(), nullptr, out.get(), true); });
     candidate.timed.seconds = std::min(candidate.timed.seconds, took);
   };
   for (int64_t a = 0; a < cpu::kAlgorithms; ++a) {
@@ -368,20 +385,19 @@ std::vector<int64_t> Plan::tune(int64_t n) {
     use(i, alone[i][0].algorithm, n);
   }
 
-  std::vector<cpu::Buffer<char>> buffers;
-  std::vector<const void*> in;
-  std::vector<float*> out;
-  const auto zeros = [&](const End& end, int64_t element) { return buffers.emplace_back(Example::zeros(n * elements(end.size) * element)).get(); };
-  for (const End& end : inputs_) in.push_back(zeros(end, end.rank ? 4 : 8));
-  for (const End& end : outputs_) out.push_back(reinterpret_cast<float*>(zeros(end, 4)));
+  const Ends ends(*this, n);
   const auto whole = [&](size_t i, int64_t algorithm) {
     use(i, algorithm, n);
-    const double packing = seconds(1, [&] { run(n, in, out); }), first = seconds(1, [&] { run(n, in, out); });
-    return std::min({packing, first, seconds(std::clamp<int64_t>(static_cast<int64_t>(0.01 / first), 1, 20), [&] { run(n, in, out); })});
+    const double packing = seconds(1, [&] { run(n, ends.in, ends.out); }), first = seconds(1, [&] { run(n, ends.in, ends.out); });
+    return std::min({packing, first, seconds(std::clamp<int64_t>(static_cast<int64_t>(0.01 / first), 1, 20), [&] { run(n, ends.in, ends.out); })});
   };
   for (size_t i = 0; i < steps_.size(); ++i) {
-    for (size_t k = 1; k < alone[i].size() && alone[i][k].seconds < 2 * alone[i][0].seconds; ++k) {
+    const auto from_memory = [&](const Timed& timed) {
+      return timed.seconds + cpu::packed_bytes(static_cast<cpu::Algorithm>(timed.algorithm), geometry(steps_[i]), steps_[i].c) / kFetched;
+    };
+    for (size_t k = 1; k < alone[i].size(); ++k) {
       const int64_t best = steps_[i].algorithm[n >= kFew], other = alone[i][k].algorithm;
+      if (from_memory(alone[i][k]) >= from_memory(alone[i][0])) continue;
       double of_best = std::numeric_limits<double>::infinity(), of_other = of_best;
       for (int turn = 0; turn < 3; ++turn) {
         of_best = std::min(of_best, whole(i, best));

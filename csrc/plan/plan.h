@@ -73,12 +73,12 @@ class Plan {
   void run(int64_t n, const std::vector<const void*>& in, const std::vector<float*>& out) const;
 
   // Measures the algorithms of every convolution for `n` images, or as many as run at once, uses the best ones from now on and returns
-  // them, one a step (-1: none). Each is timed alone, and those not much slower than the fastest again in the whole network: packed
-  // weights that are fast while the caches hold them may be too large where they share them with all the others'.
+  // them, one a step (-1: none). Each is timed alone, and those with fewer bytes of packed weights than the fastest, if that might make
+  // up for it, again in the whole network, where all weights share the caches.
   // Not while another thread runs the plan.
   std::vector<int64_t> tune(int64_t n);
 
-  // Seconds that each step takes for `n` images, the least of `repeats`.
+  // Seconds that each step takes in the network for `n` images, or as many as run at once, the least of `repeats`.
   std::vector<double> profile(int64_t n, int64_t repeats) const;
 
   const Header& header() const { return header_; }
@@ -123,7 +123,8 @@ class Plan {
   void place_values();
   std::unique_ptr<Workspace> lease(int64_t images) const;
   void give_back(std::unique_ptr<Workspace> workspace) const;
-  void run_images(int64_t n, const std::vector<const void*>& in, const std::vector<float*>& out, Workspace& workspace) const;
+  void run_images(int64_t n, const std::vector<const void*>& in, const std::vector<float*>& out, Workspace& workspace,
+                  double* took = nullptr) const;  // seconds of each step
   void read(const void* in, int64_t n, int64_t c, int64_t pixels, void* to) const;
   void write(const void* from, int64_t n, int64_t c, int64_t pixels, float* out) const;
   void run_step(size_t i, int64_t n, const void* x, const void* residual, void* out, bool channels_last) const;

@@ -109,7 +109,7 @@ class Plan:
         return self._plan.tune(n)
 
     def profile(self, n: int = 1, repeats: int = 20) -> list[float]:
-        """The least seconds that each step takes alone for `n` images."""
+        """The least seconds that each step takes in the network for `n` images, of `repeats` runs."""
         return self._plan.profile(n, repeats)
 
 
