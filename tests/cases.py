@@ -176,6 +176,7 @@ CASES = [
     _conv2d("patchgan-first", (2, 3, 8, 7), (5, 3, 4, 4), bias=True, norm="none", stride=2, padding=1, negative_slope=0.2),
     _conv2d("inplace", (2, 3, 8, 7), (5, 3, 4, 4), bias=True, norm="none", stride=2, negative_slope=0.2, inplace=True),
     _conv2d("patchgan-middle", (2, 4, 8, 8), (20, 4, 4, 4), training=True, stride=2, padding=1, negative_slope=0.2),
+    _conv2d("many-channels", (2, 18, 7, 6), (5, 18, 3, 3), bias=True, training=True, stride=2, padding=1, activation="relu"),
     _conv2d("eval", (2, 4, 5, 6), (3, 4, 3, 3), bias=True, padding=1, activation="relu"),
     _conv2d("cyclegan-first", (1, 3, 9, 8), (4, 3, 7, 7), bias=True, norm="instance", affine=False, running=False, padding=3,
             padding_mode="reflect", activation="relu"),

@@ -81,7 +81,8 @@ inline __attribute__((always_inline)) void store(BFloat16* p, float value) {  //
 class Blocks {
  public:
   static void* take(size_t size) {
-    size = (size + kLine - 1) / kLine * kLine;
+    const size_t whole = size < 2 * kPage ? kLine : kPage;
+    size = (kLine + size + whole - 1) / whole * whole - kLine;
     if (Blocks* const kept = size < kLeast ? nullptr : here()) {
       const auto at = kept->blocks.lower_bound(size);
       if (at != kept->blocks.end() && at->first <= 2 * size) {
@@ -115,9 +116,8 @@ class Blocks {
   static constexpr size_t kLine = 64, kPage = 2 << 20, kLeast = 64 << 10, kMost = 256 << 20;
 
   static char* fresh(size_t size) {
-    if (size < 2 * kPage) return static_cast<char*>(std::aligned_alloc(kLine, size));
-    size = (size + kPage - 1) / kPage * kPage;  // in large pages where the system has them: fewer faults, fewer misses of the TLB
-    char* const memory = static_cast<char*>(std::aligned_alloc(kPage, size));
+    if (size % kPage) return static_cast<char*>(std::aligned_alloc(kLine, size));
+    char* const memory = static_cast<char*>(std::aligned_alloc(kPage, size));  // fewer faults, fewer misses of the TLB
 #ifdef MADV_HUGEPAGE
     if (memory) madvise(memory, size, MADV_HUGEPAGE);
 #endif

@@ -61,7 +61,7 @@ void outer_products(const A* a, int64_t rows, const A* b, int64_t columns, const
   run_rows(std::integral_constant<int, some>(), narrow);
   run_rows(std::integral_constant<int, few>(), narrow);
   // Few rows keep the processor busy with more vectors.
-  run_rows(std::integral_constant<int, few - 1>(), std::integral_constant<int, wide>(), narrow);
+  if constexpr (few > 2) run_rows(std::integral_constant<int, few - 1>(), std::integral_constant<int, wide>(), narrow);
   run_rows(std::integral_constant<int, 1>(), std::integral_constant<int, wide>(), narrow);
 }
 

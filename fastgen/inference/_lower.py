@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgen.inference._record import Node, UnsupportedError, in_order, record
+from fastgen.inference._readers import UnsupportedError
+from fastgen.inference._record import Node, in_order, record
 from fastgen.runtime._file import Size, Step
 
 

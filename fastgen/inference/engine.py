@@ -15,7 +15,8 @@ from fastgen.errors import FastgenError, UsageError, naming
 from fastgen.inference import _members, _plan
 from fastgen.inference._graphs import Graphs
 from fastgen.inference._lower import lower
-from fastgen.inference._record import UnsupportedError, tensors
+from fastgen.inference._readers import UnsupportedError
+from fastgen.inference._record import tensors
 from fastgen.inference._trace import clone
 from fastgen.nn import _modules
 from fastgen.runtime import Plan

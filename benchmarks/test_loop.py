@@ -1,0 +1,64 @@
+"""What the training loop adds to a step's forward, backward and optimizer, and how fast image files load beside it."""
+
+import pytest
+import torch
+from PIL import Image
+
+from fastgen.data import BatchSampler, ImageDataset, load_dataset, read_image
+from fastgen.data.files import ImageFiles
+from fastgen.training.config import DCGANTraining
+from fastgen.training.loop import _means
+from fastgen.training.recipes import DCGANRecipe
+
+TABLE = "Training loop, DCGAN-64, batch 64"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """512 photo patches of 178x178 as JPEG files, decoded to 64x64 when asked for, as those of a large folder are."""
+    path = tmp_path_factory.mktemp("photos")
+    images = load_dataset("photos", 178)
+    for i in range(512):
+        pixels = images.batch(torch.tensor([i % len(images)])).images[0]
+        array = ((pixels.permute(1, 2, 0) + 1) * 127.5).byte().numpy()
+        Image.fromarray(array).save(path / f"{i:03d}.jpg", quality=90)
+    return ImageDataset("photos", ImageFiles(sorted(path.iterdir()), 3, 64))
+
+
+def recipe(data) -> DCGANRecipe:
+    config = DCGANTraining(image_size=64, ngf=64, ndf=64, batch_size=64, augment="", r1_gamma=0.0)
+    torch.manual_seed(0)
+    return DCGANRecipe(config, data, torch.device("cpu"), torch.Generator().manual_seed(0))
+
+
+def facts(found, exact):
+    error = (found - exact).abs().max().item()
+    return {"correct": error < 1e-5, "error": error}
+
+
+def test_overhead(measure):
+    """All that the loop does around forward, backward and optimizer: the next batch, averaged weights, losses for the log."""
+    data = load_dataset("photos", 64)
+    trained = recipe(data)
+    (batch,) = trained.next_batches()
+    same = facts(batch.images, data.all().images[BatchSampler(len(data), 64, 0).next()])
+    losses = trained.step(0)
+
+    def rest():
+        trained.next_batches()
+        trained.ema.update(1)
+        _means([losses], 1)
+
+    calls = {"step": lambda: trained.advance(1), "fastgen rest": rest}
+    measure(calls, dict.fromkeys(calls, same), table=TABLE, row="what surrounds a step")
+
+
+def test_loader(photos, measure):
+    """A batch of decoded, resized images, nothing ahead of time, beside the step that it is for."""
+    trained = recipe(photos)
+    sampler = BatchSampler(len(photos), 64, 0)
+    indices = sampler.peek()
+    pixels = [torch.from_numpy(read_image(photos.images.paths[i], 3, image_size=64)) for i in indices.tolist()]
+    same = facts(photos.batch(indices).images, torch.stack(pixels).float() / 127.5 - 1)
+    calls = {"step": lambda: trained.advance(0), "fastgen loader": lambda: photos.batch(sampler.next())}
+    measure(calls, dict.fromkeys(calls, same), table=TABLE, row="a batch of images")
