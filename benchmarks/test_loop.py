@@ -1,4 +1,6 @@
-"""What the training loop adds to a step's forward, backward and optimizer, and how fast image files load beside it."""
+"""The training loop: each system's step beside its modules unfused, what the loop adds to a step, and how fast files load."""
+
+import contextlib
 
 import pytest
 import torch
@@ -6,9 +8,11 @@ from PIL import Image
 
 from fastgen.data import BatchSampler, ImageDataset, load_dataset, read_image
 from fastgen.data.files import ImageFiles
+from fastgen.inference._record import unfused
+from fastgen.training import CONFIGS
 from fastgen.training.config import DCGANTraining
 from fastgen.training.loop import _means
-from fastgen.training.recipes import DCGANRecipe
+from fastgen.training.recipes import RECIPES, DCGANRecipe
 
 TABLE = "Training loop, DCGAN-64, batch 64"
 
@@ -34,6 +38,28 @@ def recipe(data) -> DCGANRecipe:
 def facts(found, exact):
     error = (found - exact).abs().max().item()
     return {"correct": error < 1e-5, "error": error}
+
+
+@pytest.mark.parametrize("system", RECIPES)
+def test_systems(system, measure):
+    """A step of `fastgen train SYSTEM` with its defaults, beside the same modules that call PyTorch's one by one."""
+    config = CONFIGS[system]()
+    data = load_dataset(config.data, config.image_size)
+    calls, losses = {}, {}
+    for column in ("unfused", "fastgen"):
+        torch.manual_seed(0)
+        trained = RECIPES[system](config, data, torch.device("cpu"), torch.Generator().manual_seed(0))
+
+        def step(trained=trained, plain=column == "unfused"):
+            with unfused(trained.model) if plain else contextlib.nullcontext():
+                return trained.advance(1)
+
+        losses[column] = torch.stack([*step().values()])
+        calls[column] = step
+    error = ((losses["fastgen"] - losses["unfused"]).abs() / losses["unfused"].abs().clamp_min(1e-3)).max().item()
+    facts = {"error": error, "correct": error < 1e-3}
+    row = f"{system}, {config.image_size}x{config.image_size}, batch {config.batch_size}"
+    measure(calls, dict.fromkeys(calls, facts), table="A system's training step, its defaults", row=row)
 
 
 def test_overhead(measure):

@@ -159,6 +159,7 @@ def test_training_of_networks(work, precision, measure):
         column = f"{peer} {'channels_last' if layout == torch.channels_last else 'contiguous'}"
         calls[column] = step
         facts[column] = {"error": worst, "correct": correct, "mebibytes": peak_mebibytes(step)}
-    for step in list(calls.values()) * 5:  # in turns, as they will be measured, until the heap they share has found its size
-        step()
+    for _ in range(5):  # in turns, as they will be measured, until the heap that they share has found its size
+        for step in calls.values():
+            step()
     measure(calls, facts, 9, table=work, row=precision, flops=flops)

@@ -98,7 +98,7 @@ class _Recorder(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _unfused(module: nn.Module) -> Iterator[None]:
+def unfused(module: nn.Module) -> Iterator[None]:
     """fastgen's layers call PyTorch's one by one."""
     fused = [m for m in module.modules() if type(m).forward is Sequential.forward and "forward" not in vars(m)]
     for m in fused:
@@ -126,7 +126,7 @@ def record(module: nn.Module, *inputs: Tensor) -> tuple[list[Node], list[Node]]:
     """(inputs, outputs) of module(*inputs). Raises UnsupportedError."""
     given = [x.clone() for x in inputs]
     recorder = _Recorder(given)
-    with torch.no_grad(), _unfused(module), recorder:
+    with torch.no_grad(), unfused(module), recorder:
         result = module(*given)
     outputs: list[Node] = []
     for value in tensors(result):
