@@ -166,7 +166,8 @@ inline Axis axis_of(const Convolution& conv, bool transposed, int i) {
 
 inline Direct direct(const Convolution& conv, bool transposed) {
   constexpr int64_t kFewChannels = 16;
-  if (!transposed && conv.groups == 1 && conv.ic < kFewChannels && conv.dilation[1] == 1 && conv.kw > 1) {
+  const bool few = !transposed && conv.groups == 1 && conv.ic < kFewChannels && conv.dilation[1] == 1 && conv.kw > 1;
+  if (few && conv.padding[1] <= conv.iw) {  // the copy is at most three times as large as x
     auto columns = Axis::strided(conv.iw + 2 * conv.padding[1], conv.ow, 1, conv.stride[1], 0, 1, false);
     return {axis_of(conv, transposed, 0), std::move(columns), conv.kw, conv.padding[1]};
   }
