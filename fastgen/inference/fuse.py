@@ -79,6 +79,9 @@ def fuse(model: M, *, inplace: bool = False, memory_efficient: bool = False) -> 
     function calls, where every path through every forward that calls them passes the output of each to the next alone. For
     this the forwards are traced by torch.fx on copies, with their submodules as leaves.
 
+    On the CPU a run whose convolution is so small that an op's way there and back takes longer is left to its modules, call by
+    call, unless an implementation is asked for.
+
     Weights under torch.nn.utils.parametrizations.spectral_norm or torch.nn.utils.spectral_norm are computed by one op, with the
     same vectors, steps and names. A sampler, mu + std * noise, is one op where the model declares it by a
     fastgen.nn.Reparameterize; written out in a forward it stays as it is.

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastgen import ops
+from fastgen.ops._dispatch import runs_auto
 
+SMALL = {True: 100_000_000, False: 20_000_000}  # multiplications of a convolution, with gradients and without
 _BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _ACTIVATIONS = {
@@ -79,7 +82,11 @@ def steps(sequential: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn
 
 
 def run(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activation: nn.Module | None) -> Tensor:
-    """What calling the three modules in turn computes, in one op."""
+    """What calling the three modules in turn computes, in one op, unless their own are faster."""
+    if convolution is not None and _is_small(x, convolution):
+        for module in (convolution, norm, activation):
+            x = x if module is None else kind(module).forward(module, x)
+        return x
     arguments: dict[str, Any] = {"activation": _ACTIVATIONS[kind(activation)] if activation is not None else "identity"}
     if isinstance(activation, nn.LeakyReLU):
         arguments.update(negative_slope=activation.negative_slope, inplace=activation.inplace)
@@ -95,6 +102,22 @@ def run(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activa
         return ops.conv2d_norm_act(x, convolution.weight, convolution.bias, **arguments)
     arguments["output_padding"] = convolution.output_padding
     return ops.conv_transpose2d_norm_act(x, convolution.weight, convolution.bias, **arguments)
+
+
+def _is_small(x: Tensor, convolution: Any) -> bool:
+    """Whether a convolution on the CPU takes less time than a fused op's way there and back (benchmarks/NOTES.md).
+
+    Not where another implementation is asked for, nor where memory is to be saved, nor in a graph that is compiled.
+    """
+    if x.device.type != "cpu" or x.dim() != 4 or torch.compiler.is_compiling() or not runs_auto():
+        return False
+    n, _, height, width = x.shape
+    pixels = n * height * width
+    if kind(convolution) is nn.Conv2d:
+        pixels //= convolution.stride[0] * convolution.stride[1]
+    weights = convolution.in_channels * convolution.out_channels // convolution.groups
+    products = pixels * weights * convolution.kernel_size[0] * convolution.kernel_size[1]
+    return products < SMALL[torch.is_grad_enabled()] and not getattr(convolution, "memory_efficient", False)
 
 
 def _norm_arguments(norm: nn.Module | None, x: Tensor) -> dict[str, Any]:

@@ -13,12 +13,12 @@ NORMS = ("batch", "instance", "group", "none")
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid", "silu")
 
 
-def pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
-    """value as [height, width]; both at least `least`."""
-    pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
-    if len(pair) != 2 or any(not isinstance(v, int) for v in pair):
+def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    """value as (height, width); both at least `least`."""
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, Sequence)) else ()
+    if len(pair) != 2 or not (isinstance(pair[0], int) and isinstance(pair[1], int)):
         raise ValueError(f"{name} must be an int or two ints, got {value!r}")
-    if min(pair) < least:
+    if pair[0] < least or pair[1] < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
     return pair
 

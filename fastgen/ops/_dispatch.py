@@ -20,6 +20,7 @@ import torch
 
 from fastgen import _build
 from fastgen.errors import FastgenError, UsageError
+from fastgen.ops import _autograd
 
 IMPLEMENTATIONS = ("reference", "cpp", "cuda", "triton")
 _WRITTEN: dict[str, tuple[str, ...]] = {}  # op -> the implementations it has
@@ -174,12 +175,11 @@ def call(op: str, impl: str, *args):
 
     Of a GPU's two tiers the backward pass, and a compiled graph, take the one of use_impl or FASTGEN_IMPL, or auto's.
     """
-    run = getattr(torch.ops.fastgen, op)
     if impl not in GPU_TIERS or torch.compiler.is_compiling():
-        return run(*args)
+        return _autograd.call(op, *args)
     before, _asked.tier = getattr(_asked, "tier", None), impl
     try:
-        return run(*args)
+        return _autograd.call(op, *args)
     finally:
         _asked.tier = before
 
@@ -211,6 +211,13 @@ def own_kernels(device: str, dtype: torch.dtype | None = None) -> str | None:
 @functools.cache
 def _say_once(tier: str, reason: str) -> None:
     _log.warning("the %s kernels are not available, PyTorch's own ops are used: %s", tier, reason)
+
+
+def runs_auto() -> bool:
+    """Whether no implementation is asked for by use_impl or the environment: auto chooses."""
+    return (
+        _override == "auto" and not INTERPRETED and not CUDA_ON_CPU and os.environ.get("FASTGEN_IMPL", "auto") == "auto"
+    )
 
 
 def choose(op: str, impl: str, x: torch.Tensor, wins: bool = True) -> str:

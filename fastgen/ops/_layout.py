@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,3 +18,16 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which sums over x run, and in which its statistics are returned."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class Like(NamedTuple):
+    """What a choice between kernels asks of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    channels_last: bool
+
+
+def like(x: Tensor) -> Like:
+    return Like(x.shape, x.dtype, x.device, is_channels_last(x))

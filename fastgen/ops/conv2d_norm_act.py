@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from fastgen.ops import _check, _convolution
+from fastgen.ops._geometry import Geometry
 from fastgen.ops.norm_act import Tail
 
 
-def _geometry(stride, padding, reflect, groups, dilation) -> _convolution.Geometry:
-    return _convolution.Geometry(stride, padding, None, groups, dilation, reflect)
+def _geometry(stride, padding, reflect, groups, dilation) -> Geometry:
+    return Geometry.of(stride, padding, (), groups, dilation, reflect)
 
 
 _convolution.define(
@@ -75,13 +75,13 @@ def conv2d_norm_act(
     _check.floating("weight", weight)
     if padding_mode not in ("zeros", "reflect"):
         raise ValueError(f"padding_mode must be 'zeros' or 'reflect', got {padding_mode!r}")
-    pairs = _convolution.pairs(stride=(stride, 1), padding=(padding, 0), dilation=(dilation, 1))
-    arguments: tuple[Any, ...] = (*pairs[:2], padding_mode == "reflect", groups, pairs[2])
+    geometry = Geometry(
+        _check.pair("stride", stride, 1), _check.pair("padding", padding, 0), None, groups,
+        _check.pair("dilation", dilation, 1), padding_mode == "reflect",
+    )  # fmt: skip
     x, weight, bias = _convolution.autocast(x, weight, bias)
     tail = Tail(
         norm or "none", running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, num_groups, residual,
         activation, negative_slope, inplace,
     )  # fmt: skip
-    return _convolution.call(
-        "conv2d_norm_act", x, weight, bias, _geometry(*arguments), arguments, tail, memory_efficient, impl
-    )
+    return _convolution.call(x, weight, bias, geometry, tail, memory_efficient, impl)

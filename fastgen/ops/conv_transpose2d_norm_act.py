@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from fastgen.ops import _check, _convolution
+from fastgen.ops._geometry import Geometry
 from fastgen.ops.norm_act import Tail
 
 _convolution.define(
     "conv_transpose2d_norm_act",
     "int[2] stride, int[2] padding, int[2] output_padding, int groups, int[2] dilation",
-    _convolution.Geometry,
+    Geometry.of,
 )
 
 
@@ -70,23 +70,13 @@ def conv_transpose2d_norm_act(
     """
     _check.floating("x", x)
     _check.floating("weight", weight)
-    pairs = _convolution.pairs(
-        stride=(stride, 1), padding=(padding, 0), output_padding=(output_padding, 0), dilation=(dilation, 1)
-    )
-    arguments: tuple[Any, ...] = (*pairs[:3], groups, pairs[3])
+    geometry = Geometry(
+        _check.pair("stride", stride, 1), _check.pair("padding", padding, 0), _check.pair("output_padding", output_padding, 0),
+        groups, _check.pair("dilation", dilation, 1),
+    )  # fmt: skip
     x, weight, bias = _convolution.autocast(x, weight, bias)
     tail = Tail(
         norm or "none", running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, num_groups, residual,
         activation, negative_slope, inplace,
     )  # fmt: skip
-    return _convolution.call(
-        "conv_transpose2d_norm_act",
-        x,
-        weight,
-        bias,
-        _convolution.Geometry(*arguments),
-        arguments,
-        tail,
-        memory_efficient,
-        impl,
-    )
+    return _convolution.call(x, weight, bias, geometry, tail, memory_efficient, impl)

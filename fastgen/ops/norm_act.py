@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,7 @@ def norm_act(
         norm or "none", running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, num_groups, residual,
         activation, negative_slope, inplace,
     )  # fmt: skip
-    batch_stats = _check.tail(x, x.shape, **vars(tail))
+    batch_stats = _check.tail(x, x.shape, *tail)
     chosen = _dispatch.choose("norm_act", impl, x)
     if chosen == "reference":
         return reference(x, tail)
@@ -93,8 +93,7 @@ def norm_act(
     return out
 
 
-@dataclass(frozen=True)
-class Tail:
+class Tail(NamedTuple):
     """The arguments that the fused convolutions share with norm_act, under the public names."""
 
     norm: str
@@ -131,7 +130,10 @@ class Tail:
             unbiased = var * (count / max(1, count - 1))
             for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
                 new = new.mean(0) if new.dim() == 2 else new
-                running.copy_(torch.lerp(running.to(new.dtype), new, self.momentum))
+                if running.dtype == new.dtype:
+                    running.lerp_(new, self.momentum)
+                else:
+                    running.copy_(torch.lerp(running.to(new.dtype), new, self.momentum))
 
 
 def needs_output_alone(options) -> bool:
@@ -154,6 +156,21 @@ def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
             return F.silu(z)
         case _:
             return z
+
+
+def activate_in_place(z: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """The same on a value that nobody else has, in its memory where the gradient follows from the output."""
+    match activation:
+        case "relu":
+            return F.relu_(z)
+        case "leaky_relu_":
+            return F.leaky_relu_(z, negative_slope)
+        case "tanh":
+            return z.tanh_()
+        case "sigmoid":
+            return z.sigmoid_()
+        case _:
+            return activate(z, activation, negative_slope)
 
 
 def reference(x: Tensor, tail: Tail) -> Tensor:
@@ -320,8 +337,8 @@ def _forward_backward(ctx, grad_out, grad_mean, grad_var):
 
 def norm_act_grads(grad_out, x, weight, bias, mean, var, residual, batch_stats, *options):
     """Gradients of x, weight, bias and residual by the registered backward op; None where there is no such input."""
-    grad_x, grad_weight, grad_bias, grad_residual = torch.ops.fastgen.norm_act_backward(
-        grad_out, x, weight, bias, mean, var, residual, batch_stats, *options
+    grad_x, grad_weight, grad_bias, grad_residual = _autograd.call(
+        "norm_act_backward", grad_out, x, weight, bias, mean, var, residual, batch_stats, *options
     )
     normalizes = options[0] != "none"
     return (

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import fastgen
-from fastgen.nn import Conv2dNormAct, ConvTranspose2dNormAct, NormAct
+from fastgen import ops
+from fastgen.nn import Conv2dNormAct, ConvTranspose2dNormAct, NormAct, _modules
 
 
 def layers(module: nn.Sequential) -> nn.Sequential:
@@ -74,3 +75,38 @@ def test_fuse_memory_efficient_changes_no_bit():
         found.append([out, *(p.grad for p in fused.parameters()), *fused.buffers()])
     for mine, theirs in zip(*found, strict=True):
         assert torch.equal(mine, theirs)
+
+
+SMALL = copy.deepcopy(_modules.SMALL)
+
+
+def calls() -> dict:
+    return {op: sum(of.values()) for op, of in ops.implementations_used().items()}
+
+
+@pytest.mark.parametrize("kind", (nn.Conv2d, nn.ConvTranspose2d))
+def test_small_convolutions_are_pytorchs(kind, monkeypatch):
+    """They give PyTorch's bits; larger ones, and what is asked for, are the op's."""
+    monkeypatch.setattr(_modules, "SMALL", SMALL)
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.spectral_norm(kind(4, 6, 4, 2, 1, bias=False))
+    plain = nn.Sequential(layer, nn.BatchNorm2d(6, momentum=None), nn.LeakyReLU(0.2, inplace=True))
+    fused = fastgen.fuse(copy.deepcopy(plain))
+    x = torch.randn(3, 4, 8, 8)
+    before = calls()
+    for one in (fused, plain):
+        one(x).square().sum().backward()
+    assert {op: count for op, count in calls().items() if count != before.get(op)}.keys() <= {"spectral_norm"}
+    for mine, theirs in zip(fused.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    for mine, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+    op = "conv2d_norm_act" if kind is nn.Conv2d else "conv_transpose2d_norm_act"
+    with fastgen.use_impl("cpp"):
+        fused(x)
+    assert calls()[op] == before.get(op, 0) + 1
+    many = torch.randn(3, 4, 400, 400)
+    with torch.no_grad():
+        fused(many)
+    assert calls()[op] == before.get(op, 0) + 2

@@ -1,0 +1,158 @@
+"""The geometry of a convolution: its sizes, its opposite, and for which tensors fastgen's kernels are faster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from fastgen import _build
+from fastgen.ops._layout import Like
+from fastgen.ops._memory import remembered
+
+Pair = tuple[int, int]  # height, width
+
+
+class Geometry(NamedTuple):
+    """output_padding is None unless transposed."""
+
+    stride: Pair
+    padding: Pair
+    output_padding: Pair | None
+    groups: int
+    dilation: Pair
+    reflect: bool = False
+
+    @staticmethod
+    def of(stride, padding, output_padding, groups, dilation, reflect=False) -> Geometry:
+        """From arguments of a schema; an empty output_padding stands for None where an op serves both kinds."""
+        return Geometry(
+            tuple(stride), tuple(padding), tuple(output_padding) or None, groups, tuple(dilation), reflect
+        )  # fmt: skip
+
+    @property
+    def transposed(self) -> bool:
+        return self.output_padding is not None
+
+    def arguments(self) -> tuple:
+        """Those of the ops that serve both kinds."""
+        return self.stride, self.padding, self.output_padding or (), self.groups, self.dilation, self.reflect
+
+    def fused(self) -> tuple[str, tuple]:
+        """The op that serves this kind, with its arguments."""
+        op = "conv_transpose2d_norm_act" if self.transposed else "conv2d_norm_act"
+        third = self.reflect if self.output_padding is None else self.output_padding
+        return op, (self.stride, self.padding, third, self.groups, self.dilation)
+
+    def channels(self, weight: Sequence[int]) -> tuple[int, int]:
+        """(input channels, output channels) that a weight of this shape stands for."""
+        first, second = weight[0], weight[1] * self.groups
+        return (first, second) if self.transposed else (second, first)
+
+    @remembered
+    def sizes(self, x: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
+        """The output's shape, from those of x and the weight."""
+        return (x[0], self.channels(weight)[1], self._size(x, weight, 0), self._size(x, weight, 1))
+
+    def _size(self, x: Sequence[int], weight: Sequence[int], axis: int) -> int:
+        reach = self.dilation[axis] * (weight[2 + axis] - 1) + 1
+        if self.output_padding is None:
+            return (x[2 + axis] + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
+        return (x[2 + axis] - 1) * self.stride[axis] - 2 * self.padding[axis] + reach + self.output_padding[axis]
+
+    @remembered
+    def inner(self, x: Sequence[int]) -> tuple[Geometry, tuple[int, ...]]:
+        """The same without reflection, and the shape of what it reads of x: of x mirrored at its borders."""
+        if not self.reflect:
+            return self, tuple(x)
+        height, width = self.padding
+        return self._replace(padding=(0, 0), reflect=False), (*x[:2], x[2] + 2 * height, x[3] + 2 * width)
+
+    @remembered
+    def opposite(self, x: Sequence[int], weight: Sequence[int]) -> Geometry:
+        """The convolution of the output's gradient that gives the gradient of x, of this shape; without reflection."""
+        output_padding = None
+        if not self.transposed:  # rows and columns of x that no output reads
+            reach = [spread * (size - 1) + 1 for spread, size in zip(self.dilation, weight[2:], strict=True)]
+            height, width = ((x[2 + i] + 2 * self.padding[i] - reach[i]) % self.stride[i] for i in range(2))
+            output_padding = (height, width)
+        return self._replace(output_padding=output_padding)
+
+    @remembered
+    def wins(self, x: Sequence[int], weight: Like, batch_stats: bool = False) -> bool:
+        """Whether fastgen's own kernel is faster than PyTorch's on the CPU, as measured (benchmarks/NOTES.md), for x's shape.
+
+        It is where Winograd's algorithm pays, in transposed convolutions with four 2x2 phases, for images of one pixel, and to
+        few output channels without statistics. In bfloat16 and float16, in which oneDNN multiplies, the last two alone; and in
+        bfloat16 for strides of 2 between many channels, where the processor multiplies pairs.
+        """
+        if weight.device.type == "cuda":
+            return self._wins_on_gpu(weight)
+        channels, out_channels = self.channels(weight.shape)
+        wide = min(channels, out_channels) >= 16 * self.groups
+        exact = weight.dtype in (torch.float32, torch.float64)
+        if self._one_pixel(x, weight):
+            return (weight.channels_last or (wide and exact)) and (self.transposed or x[0] >= 32)
+        if out_channels <= 4 and channels >= 16:
+            return not batch_stats and self.groups == 1 and (exact or min(weight.shape[2:]) >= 4)
+        if weight.dtype == torch.bfloat16 and self.stride == (2, 2):
+            fewer, more = sorted((channels // self.groups, out_channels // self.groups))
+            return fewer >= 128 and more >= 256 and _multiplies_bf16()
+        four_by_two = self.transposed and self._four_by_two(weight)
+        return exact and wide and (four_by_two or self._winograd(x, weight, 256))
+
+    @remembered
+    def wins_weight_grad(self, x: Sequence[int], weight: Like, channels_last: bool) -> bool:
+        """The same of the weight's gradient: for Winograd's algorithm and for images of one pixel, in all dtypes; to few output
+        channels with a stride of 1, and in float32 and float64 for 4x4 kernels from or to few channels in large batches, where
+        the images with more channels are `channels_last`."""
+        fewer, more = sorted(self.channels(weight.shape))
+        if weight.device.type == "cuda" or more < 16 * self.groups:
+            return False
+        exact = weight.dtype in (torch.float32, torch.float64)
+        if fewer <= 4:
+            to_few = not self.transposed and weight.shape[0] == fewer and self.stride == (1, 1)
+            n, _, height, width = x if self.transposed else self.sizes(x, weight.shape)
+            large = channels_last and more >= 64 and n * height * width >= 16384
+            return self.groups == 1 and (to_few or (exact and large and self._four_by_two(weight)))
+        if fewer < 16 * self.groups:
+            return False
+        return self._winograd(x, weight, 1024) or (self._one_pixel(x, weight) and x[0] >= 32)
+
+    def wins_input_grad(self, x: Sequence[int], weight: Like) -> bool:
+        """The same of x's gradient: where the opposite convolution does."""
+        inner, read = self.inner(x)
+        grad, opposite = self.sizes(x, weight.shape), inner.opposite(read, weight.shape)
+        # An output_padding of a stride or more gives other sizes.
+        return opposite.wins(grad, weight) and opposite.sizes(grad, weight.shape)[2:] == read[2:]
+
+    def _wins_on_gpu(self, weight: Like) -> bool:
+        """A guess, nothing is measured yet: cuDNN for strided convolutions, weight gradients and true float32; transposed
+        convolutions, the input gradients of strided ones among them, by output phase on tensor cores."""
+        return self.transposed and weight.dtype in (torch.bfloat16, torch.float16)
+
+    def _one_pixel(self, x: Sequence[int], weight: Like) -> bool:
+        """Whether the images have one pixel: x's when transposed, else the output's."""
+        return tuple(x[2:] if self.transposed else self.sizes(x, weight.shape)[2:]) == (1, 1)
+
+    def _four_by_two(self, weight: Like) -> bool:
+        return tuple(weight.shape[2:]) == (4, 4) and self.stride == (2, 2)
+
+    def _winograd(self, x: Sequence[int], weight: Like, least: int) -> bool:
+        """Whether Winograd's algorithm can run, on images of 8x8 and larger, with at least so many pixels in the output."""
+        kernel, (n, _, height, width) = tuple(weight.shape[2:]), self.sizes(x, weight.shape)
+        if self.groups != 1 or self.dilation != (1, 1):
+            return False
+        if kernel == (4, 4) and self.stride == (2, 2):
+            return n * height * width >= 1024
+        return kernel == (3, 3) and self.stride == (1, 1) and height >= 8 and n * height * width >= least
+
+
+# Whether this processor has an instruction for pairs of bfloat16.
+torch.library.define("fastgen::multiplies_bf16", "() -> bool")
+
+
+@torch.compiler.assume_constant_result
+def _multiplies_bf16() -> bool:
+    return _build.load() is None and torch.ops.fastgen.multiplies_bf16()

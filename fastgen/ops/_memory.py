@@ -1,0 +1,40 @@
+"""What is decided once for each kind of call: an op's decisions in Python take longer than a small image's convolution."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+_LARGEST = 4096  # entries; more kinds of calls than a process has, unless its sizes never repeat
+
+
+def remembered(function: F) -> F:
+    """The function with a memory for what it returned for the arguments of each call.
+
+    Its results must depend on nothing else. torch.compile sees the function alone, and so does a call whose arguments have no
+    hash, as lists and the symbolic sizes of a traced graph.
+    """
+    known: dict[tuple, Any] = {}
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args)
+        try:
+            return known[args]
+        except (KeyError, TypeError):
+            pass
+        found = function(*args)
+        try:
+            if len(known) >= _LARGEST:
+                known.clear()
+            known[args] = found
+        except TypeError:
+            pass
+        return found
+
+    return run  # type: ignore[return-value]
