@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import ops
-from fastgen.ops._dispatch import runs_auto
+from fastgen.ops._dispatch import count, runs_auto
 
 SMALL = {True: 100_000_000, False: 20_000_000}  # multiplications of a convolution, with gradients and without
 _BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -84,6 +84,7 @@ def steps(sequential: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn
 def run(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activation: nn.Module | None) -> Tensor:
     """What calling the three modules in turn computes, in one op, unless their own are faster."""
     if convolution is not None and _is_small(x, convolution):
+        count("conv2d_norm_act" if kind(convolution) is nn.Conv2d else "conv_transpose2d_norm_act", "reference")
         for module in (convolution, norm, activation):
             x = x if module is None else kind(module).forward(module, x)
         return x

@@ -197,7 +197,7 @@ def _choose(op: str, impl: str, device: str, dtype: torch.dtype, best: str) -> s
         impl = "reference" if own is None or reason else own if best == "own" else best
     elif reason := why_not(op, _checked(impl, source), device, dtype):
         raise FastgenError(f"{source}={impl!r} cannot run {op}: {reason}")
-    _used[op, impl] += 1
+    count(op, impl)
     return impl
 
 
@@ -214,7 +214,7 @@ def _say_once(tier: str, reason: str) -> None:
 
 
 def runs_auto() -> bool:
-    """Whether no implementation is asked for by use_impl or the environment: auto chooses."""
+    """Whether no implementation is asked for by use_impl or the environment: auto chooses, among those for a CPU."""
     return (
         _override == "auto" and not INTERPRETED and not CUDA_ON_CPU and os.environ.get("FASTGEN_IMPL", "auto") == "auto"
     )
@@ -228,6 +228,11 @@ def choose(op: str, impl: str, x: torch.Tensor, wins: bool = True) -> str:
     device = x.device.type if x.device.index is None else f"{x.device.type}:{x.device.index}"
     best = "own" if wins else "composed"  # under torch.compile with dynamic sizes, `wins` becomes a guard here
     return _choose(op, _override if impl == "auto" else impl, device, x.dtype, best)
+
+
+def count(op: str, impl: str) -> None:
+    """Adds a call to implementations_used."""
+    _used[op, impl] += 1
 
 
 def implementations_used() -> dict[str, dict[str, int]]:

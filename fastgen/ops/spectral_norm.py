@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.ops import _check, _dispatch
-from fastgen.ops._autograd import differentiate
+from fastgen.ops import _autograd, _check, _dispatch
+from fastgen.ops._autograd import differentiate, split
 from fastgen.ops._layout import accumulation_dtype, is_channels_last, memory_format
 
 torch.library.define(
@@ -197,38 +197,35 @@ def _backward_fake(grad_outs, grad_sigmas, weights, *rest):
 def _setup_forward(ctx, inputs, output):
     weights, _, _, ctx.dims, *_ = inputs
     _, sigmas, us, vs = output
-    ctx.count = len(weights)
     ctx.save_for_backward(*weights, *sigmas, *us, *vs)
-
-
-def _split(tensors: Sequence[Tensor], count: int) -> list[list[Tensor]]:
-    return [list(tensors[i : i + count]) for i in range(0, len(tensors), count)]
+    ctx.mark_non_differentiable(*us, *vs)
+    ctx.set_materialize_grads(False)
 
 
 def _forward_backward(ctx, grad_outs, grad_sigmas, grad_us, grad_vs):
-    weights, sigmas, us, vs = _split(ctx.saved_tensors, ctx.count)
-    grads = torch.ops.fastgen.spectral_norm_backward(grad_outs, grad_sigmas, weights, sigmas, us, vs, ctx.dims)
-    none = [None] * ctx.count
-    return list(grads), none, none, None, None, None, None
+    weights, sigmas, us, vs = split(ctx.saved_tensors, 4)
+    grad_outs = [torch.zeros_like(w) if g is None else g for g, w in zip(grad_outs, weights, strict=True)]
+    grad_sigmas = [torch.zeros_like(s) if g is None else g for g, s in zip(grad_sigmas, sigmas, strict=True)]
+    grads = _autograd.call("spectral_norm_backward", grad_outs, grad_sigmas, weights, sigmas, us, vs, ctx.dims)
+    none = [None] * len(weights)
+    return grads, none, none
 
 
 def _setup_backward(ctx, inputs, output):
     grad_outs, grad_sigmas, weights, _, us, vs, ctx.dims = inputs
-    ctx.count = len(weights)
     ctx.save_for_backward(*grad_outs, *grad_sigmas, *weights, *us, *vs)
 
 
 def _double_backward(ctx, grads):
-    *differentiated, us, vs = _split(ctx.saved_tensors, ctx.count)
+    *differentiated, us, vs = split(ctx.saved_tensors, 5)
 
     def formula(*inputs):
-        return _backward_formula(*_split(inputs, ctx.count), us, vs, ctx.dims)
+        return _backward_formula(*split(inputs, 3), us, vs, ctx.dims)
 
     inputs = [t for of in differentiated for t in of]
-    grad_outs, grad_sigmas, weights = _split(differentiate(formula, inputs, grads), ctx.count)
-    none = [None] * ctx.count
-    return grad_outs, grad_sigmas, weights, none, none, none, None
+    none = [None] * len(us)
+    return *split(differentiate(formula, inputs, grads), 3), none, none, none
 
 
-torch.library.register_autograd("fastgen::spectral_norm", _forward_backward, setup_context=_setup_forward)
-torch.library.register_autograd("fastgen::spectral_norm_backward", _double_backward, setup_context=_setup_backward)
+_autograd.register("fastgen::spectral_norm", _forward_backward, _setup_forward)
+_autograd.register("fastgen::spectral_norm_backward", _double_backward, _setup_backward)
