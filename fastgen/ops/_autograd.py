@@ -15,13 +15,12 @@ def call(name: str, *inputs):
     """torch.ops.fastgen.<name>(*inputs).
 
     A registered op's gradient is in Python, to which the dispatcher has a long way: a call that nothing else is to see, neither
-    a compiler, a transform nor a mode, takes the short one.
+    a compiler nor a mode, takes the short one.
     """
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_torch_function_mode_enabled()
-        or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
         or name not in _calls
     ):
@@ -34,47 +33,67 @@ def register(name: str, backward: Callable, setup_context: Callable) -> None:
 
     An op that takes lists of tensors takes them first, all of one length, and returns such lists. PyTorch's own goes through
     the schema's arguments for default values at each call, whose time grows with the square of their number: 85 of the 180
-    microseconds of a small fused convolution; a list costs another 20.
+    microseconds of a small fused convolution; a list costs another 20. Through `call` the transforms of torch.func see the
+    gradient too.
     """
     op = getattr(torch.ops.fastgen, name.removeprefix("fastgen::")).default
     kinds = [str(argument.type) for argument in op._schema.arguments]
     tensors = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
     lists, returned = kinds.count("List[Tensor]"), len(op._schema.returns)
 
-    def below(*inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
-
-    def forward(ctx, *inputs):
-        output = below(*inputs)
-        setup_context(ctx, inputs, output)
-        return output
-
-    def forward_of_lists(ctx, others, *flat):
-        output = forward(ctx, *split(flat, lists), *others)
+    # An autograd.Function takes and gives tensors, no lists of them: (other arguments, *tensors).
+    def op_of_lists(others, *flat):
+        output = op(*split(flat, lists), *others)
         return tuple(output if returned == 1 else itertools.chain(*output))
+
+    def setup_of_lists(ctx, inputs, output):
+        others, *flat = inputs
+        setup_context(ctx, (*split(flat, lists), *others), nested(output))
 
     def backward_of_lists(ctx, *grads):
         return None, *itertools.chain(*backward(ctx, *split(grads, returned))[:lists])
 
+    def nested(flat):
+        found = split(flat, returned)
+        return found[0] if returned == 1 else tuple(found)
+
+    compute, setup = (op_of_lists, setup_of_lists) if lists else (op, setup_context)
+
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = compute(*inputs)
+        setup(ctx, inputs, output)
+        return output
+
+    parts = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_lists if lists else backward)}
+    function = type(name.replace("::", "_"), (torch.autograd.Function,), parts)
+    # Past Function's own apply, which is for transforms.
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    # They ask for the two parts of forward apart.
+    parts |= {"forward": staticmethod(lambda *inputs: compute(*inputs)), "setup_context": staticmethod(setup)}
+    transformed = type(function.__name__, (torch.autograd.Function,), {**parts, "generate_vmap_rule": True})
+
     def run(*inputs):
+        """Where the dispatcher comes to, past transforms."""
         if torch.is_grad_enabled():
             for i in tensors:
                 if inputs[i] is not None and inputs[i].requires_grad:
                     return apply(*inputs)
             flat = list(itertools.chain(*inputs[:lists]))
             if any(t.requires_grad for t in flat):
-                found = split(apply(inputs[lists:], *flat), returned)
-                return found[0] if returned == 1 else tuple(found)
-        return below(*inputs)
+                return nested(apply(inputs[lists:], *flat))
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
 
-    ways = (forward_of_lists, backward_of_lists) if lists else (forward, backward)
-    parts = {"forward": staticmethod(ways[0]), "backward": staticmethod(ways[1])}
-    function = type(name.replace("::", "_"), (torch.autograd.Function,), parts)
-    # Past Function's own apply, which is for transforms: where one is at work, nobody is here.
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    def start(*inputs):
+        if not torch._C._are_functorch_transforms_active():
+            return run(*inputs)
+        if not lists:
+            return transformed.apply(*inputs)
+        return nested(transformed.apply(inputs[lists:], *itertools.chain(*inputs[:lists])))
+
     torch.library.impl(name, "Autograd")(run)
-    _calls[name.removeprefix("fastgen::")] = run
+    _calls[name.removeprefix("fastgen::")] = start
 
 
 def split(tensors: Sequence, parts: int) -> list[list]:

@@ -356,8 +356,8 @@ def _forward_backward(ctx, grad_z, grad_kl):
     if grad_z is None and grad_kl is None:
         return (None,) * 11
     mu, logvar, key, *prior = ctx.saved_tensors
-    grads = torch.ops.fastgen.reparameterize_backward(
-        grad_z, grad_kl, mu, logvar, key, *prior, ctx.num_samples, *ctx.options
+    grads = _autograd.call(
+        "reparameterize_backward", grad_z, grad_kl, mu, logvar, key, *prior, ctx.num_samples, *ctx.options
     )
     of_prior = (None, None) if prior[0] is None else grads[2:]
     return *grads[:2], None, *of_prior, *(None,) * 6

@@ -380,6 +380,35 @@ def test_thread_count_does_not_matter(case):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_transforms(impl):
+    """torch.func differentiates the ops, a gradient's gradient too, and maps them."""
+    x, weight = torch.randn(2, 3, 6, 6, dtype=torch.float64), torch.randn(3, 4, 4, 4, dtype=torch.float64)
+    mu, logvar = torch.randn(2, 4, 5, dtype=torch.float64)
+    u, v = torch.ones(3).double(), torch.ones(64).double()
+
+    def convolution(weight):
+        return ops.conv_transpose2d_norm_act(x, weight, training=True, stride=2, impl=impl).pow(3).sum()
+
+    def sampler(mu):
+        z, kl = ops.reparameterize_kl(mu, logvar, generator=torch.Generator().manual_seed(0), impl=impl)
+        return z.pow(3).sum() + kl.square().sum()
+
+    def spectral(weight):
+        return ops.spectral_norm(weight, u, v, impl=impl)[0].pow(3).sum()
+
+    for function, at in ((convolution, weight), (sampler, mu), (spectral, weight)):
+        leaf = at.clone().requires_grad_()
+        first = torch.autograd.grad(function(leaf), leaf, create_graph=True)[0]
+        second = torch.autograd.grad(first.square().sum(), leaf)[0]
+        torch.testing.assert_close(torch.func.grad(function)(at), first.detach())
+        found = torch.func.grad(lambda at, function=function: torch.func.grad(function)(at).square().sum())(at)
+        torch.testing.assert_close(found, second)
+        torch.testing.assert_close(torch.func.vjp(function, at)[1](torch.ones_like(function(at)))[0], first.detach())
+    each = torch.func.vmap(torch.func.grad(convolution))(torch.stack([weight, 2 * weight]))
+    torch.testing.assert_close(each[1], torch.func.grad(convolution)(2 * weight))
+
+
 def test_table_is_complete():
     others = {
         "implementations_used",
