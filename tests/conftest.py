@@ -27,7 +27,9 @@ def ieee():
     convolutions.fp32_precision = before
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_small(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_small():
     """The layers run the fused ops also for the small images of tests."""
-    monkeypatch.setattr(_modules, "SMALL", {True: 0, False: 0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_modules, "SMALL", {True: 0, False: 0})
+        yield
