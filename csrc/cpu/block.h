@@ -146,32 +146,4 @@ void column_moments(const T* x, int64_t rows, int64_t c, Moments<double>* out) {
   }
 }
 
-// to (size, width): the weights of one tap, of `depth` input channels in_step apart and `valid` output channels out_step apart, zeros
-// beyond. Channels that lie together are read together. pairs: of bfloat16, those of input channels 2 i and 2 i + 1 in one float.
-template <bool pairs = false, class T>
-void copy_taps(const T* from, int64_t in_step, int64_t out_step, int64_t depth, int64_t valid, int64_t size, int64_t width, Acc<T>* to) {
-  if (depth < size || valid < width) std::fill_n(to, size * width, Acc<T>(0));
-  const auto value = [](const T* at, [[maybe_unused]] int64_t step) {
-    if constexpr (pairs) {
-      const uint32_t both = at[0].bits | static_cast<uint32_t>(at[step].bits) << 16;
-      float result;
-      memcpy(&result, &both, sizeof(result));
-      return result;
-    } else {
-      return load(at);
-    }
-  };
-  const int64_t step = (pairs ? 2 : 1) * in_step;
-  if (out_step == 1) {  // a constant: SIMD code
-    for (int64_t i = 0; i < depth; ++i)
-      for (int64_t k = 0; k < valid; ++k) to[i * width + k] = value(from + i * step + k, in_step);
-  } else if (out_step <= in_step) {
-    for (int64_t i = 0; i < depth; ++i)
-      for (int64_t k = 0; k < valid; ++k) to[i * width + k] = value(from + i * step + k * out_step, in_step);
-  } else {
-    for (int64_t k = 0; k < valid; ++k)
-      for (int64_t i = 0; i < depth; ++i) to[i * width + k] = value(from + i * step + k * out_step, in_step);
-  }
-}
-
 }  // namespace fastgen::cpu::FASTGEN_ISA

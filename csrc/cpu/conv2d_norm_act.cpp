@@ -6,6 +6,7 @@
 
 #include "cpu/block.h"
 #include "cpu/tile.h"
+#include "cpu/pack.h"
 #include "cpu/winograd.h"
 #include "cpu/implicit_gemm.h"
 

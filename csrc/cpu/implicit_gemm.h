@@ -59,97 +59,8 @@ struct Axis {
   }
 };
 
-// A tensor as a kernel reads it: the caller's, or a copy.
-template <class S>
-struct Pixels {
-  const S* x;
-  Buffer<S> copy;
-  const S* get() const { return x; }
-};
-
-// x (n, c, s) of any order as (n, s, c) of the type S: itself where it is that already.
-template <class S, class T>
-Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channels_last, const ParallelFor& parallel) {
-  if constexpr (std::is_same_v<T, S>)
-    if (channels_last) return {x, nullptr};
-  auto copy = scratch<S>(n * c * s);
-  S* out = copy.get();
-  const auto convert = [](const T* value) -> S {
-    if constexpr (std::is_same_v<T, S>)
-      return *value;
-    else
-      return load(value);
-  };
-  parallel(n * ceil_div(s, 16), [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t sample = block / ceil_div(s, 16), first = (block % ceil_div(s, 16)) * 16, last = std::min(s, first + 16);
-      const int64_t base = sample * c * s;
-      if (channels_last)
-        for (int64_t i = base + first * c; i < base + last * c; ++i) out[i] = convert(x + i);
-      else
-        for (int64_t channel = 0; channel < c; ++channel)
-          for (int64_t pixel = first; pixel < last; ++pixel) out[base + pixel * c + channel] = convert(x + base + channel * s + pixel);
-    }
-  });
-  return {out, std::move(copy)};
-}
-
-// x (rows, columns, c) with `edge` columns more at either end, zeros or x mirrored.
-template <class S>
-Buffer<S> with_edges(const S* x, int64_t rows, int64_t columns, int64_t c, int64_t edge, bool reflect, const ParallelFor& parallel) {
-  const int64_t wide = columns + 2 * edge;
-  auto copy = scratch<S>(rows * wide * c);
-  parallel(rows, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const S* const from = x + row * columns * c;
-      S* const to = copy.get() + row * wide * c;
-      std::copy_n(from, columns * c, to + edge * c);
-      for (int64_t i = 1; i <= edge; ++i)
-        for (int64_t channel = 0; channel < c; ++channel) {
-          to[(edge - i) * c + channel] = reflect ? from[i * c + channel] : S(0);
-          to[(edge + columns - 1 + i) * c + channel] = reflect ? from[(columns - 1 - i) * c + channel] : S(0);
-        }
-    }
-  });
-  return copy;
-}
-
 // A band: some rows of one image, or all rows of several small images; about kBandPixels output pixels, a unit of work.
 constexpr int64_t kBandPixels = 1024, kItems = 8;
-
-// Where the weights of a group lie: from + ic * depth + oc * channel + kh * row + kw * column.
-struct WeightStrides {
-  int64_t group, depth, channel, row, column;
-};
-
-inline WeightStrides weight_strides(const Convolution& conv, int64_t c, bool transposed) {
-  const int64_t* s = conv.weight_strides;
-  if (transposed) return {conv.ic / conv.groups * s[0], s[0], s[1], s[2], s[3]};
-  return {c / conv.groups * s[0], s[1], s[0], s[2], s[3]};
-}
-
-// The weights as (group, block, tap, ic / groups, width), zero where a block is wider than the group's channels. pairs: of bfloat16,
-// those of channels 2 i and 2 i + 1 in one float.
-template <bool pairs = false, class T>
-Buffer<Acc<T>> pack_weights(const Convolution& conv, int64_t c, int64_t width, bool transposed, const T* weight,
-                            const ParallelFor& parallel) {
-  constexpr int64_t together = pairs ? 2 : 1, most = 16;
-  const int64_t depth = conv.ic / conv.groups / together, channels = c / conv.groups, blocks = ceil_div(channels, width);
-  const int64_t taps = conv.kh * conv.kw, parts = ceil_div(depth, most);
-  const WeightStrides stride = weight_strides(conv, c, transposed);
-  auto packed = scratch<Acc<T>>(conv.groups * blocks * taps * depth * width);
-  parallel(conv.groups * blocks * parts, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item % parts * most, block = item / parts % blocks, group = item / parts / blocks;
-      const int64_t count = std::min(most, depth - first), valid = std::min(width, channels - block * width);
-      const T* const from = weight + group * stride.group + first * together * stride.depth + block * width * stride.channel;
-      for (int64_t tap = 0; tap < taps; ++tap)
-        copy_taps<pairs>(from + tap / conv.kw * stride.row + tap % conv.kw * stride.column, stride.depth, stride.channel, count, valid,
-                         count, width, packed.get() + (((group * blocks + block) * taps + tap) * depth + first) * width);
-    }
-  });
-  return packed;
-}
 
 // joined: so many taps of a row of the kernel are read as one of so many times the channels, from rows that have `edge` pixels more at
 // either end; for few channels, where the tiles of one tap are too short.
@@ -324,19 +235,26 @@ struct Call {
   void run(const Winograd<A, m, r, vectors>& winograd, const ParallelFor& parallel) {
     const int64_t unit = m * winograd.rows.out_step, pixels_a_band = winograd.expand ? 8192 : 48 * unit * unit;
     set_band(pixels_a_band / op.s, std::max<int64_t>(1, pixels_a_band / (conv.ow * unit)) * unit);
-    const int64_t bands = ceil_div(op.n, images) * bands_an_image();
+    const int64_t bands = ceil_div(op.n, images) * bands_an_image(), tiles = images * winograd.tiles_an_image(0, band_rows);
     const int64_t items = parallel.threads > 1 ? 2 * parallel.threads : 1;  // at least, if there are enough blocks
     const int64_t together = ceil_div(blocks(), ceil_div(items, bands)), parts_a_band = ceil_div(blocks(), together);
+    const int64_t band_size = ceil_div(images * band_rows * conv.ow * width, 16) * 16;
+    // A band alone has all its tiles at once: threads share the work of transforming them.
+    const bool shared = bands == 1 && winograd.expand && winograd.outputs() == 1;
+    const auto transformed = shared ? scratch<A>(winograd.transform_size(tiles)) : nullptr;
+    if (shared)
+      parallel(tiles, [&](int64_t begin, int64_t end) {
+        A* const memory = thread_scratch<A>(winograd.edge_size());
+        winograd.transform_tiles(x, 0, Band{0, op.n, 0, conv.oh}, 0, tiles, begin, end, memory, transformed.get());
+      });
     parallel(bands * parts_a_band, [&](int64_t begin, int64_t end) {
-      const int64_t band_size = images * band_rows * conv.ow * width;
-      A* const band = thread_scratch<A>(together * ceil_div(band_size, 16) * 16 +
-                                        winograd.scratch_size(images * winograd.tiles_an_image(0, band_rows)));
-      A* const memory = band + together * ceil_div(band_size, 16) * 16;
+      A* const band = thread_scratch<A>(together * band_size + winograd.scratch_size(tiles));
       for (int64_t item = begin; item < end; ++item) {
         const int64_t at = item / parts_a_band, first_block = item % parts_a_band * together, last_block = std::min(blocks(), first_block + together);
         const int64_t first_image = at / bands_an_image() * images, last_image = std::min(op.n, first_image + images);
         const int64_t first_row = at % bands_an_image() * band_rows, last_row = std::min(conv.oh, first_row + band_rows);
-        winograd.multiply(x, packed, first_block, last_block, first_image, last_image, first_row, last_row, band, memory);
+        winograd.multiply(x, transformed.get(), packed, first_block, last_block, {first_image, last_image, first_row, last_row}, band,
+                          band + together * band_size);
         A* z = band;
         for (int64_t block = first_block; block < last_block; ++block)
           for (int64_t image = first_image; image < last_image; ++image, z += (last_row - first_row) * conv.ow * width)

@@ -81,19 +81,21 @@ struct GradStrides {
   int64_t in, out, kh, kw;
 };
 
-// out (ic, oc, kh, kw) = parts, each by its strides: row by row where both have the output channels next to each other, else
-// through blocks that are written in the order of out.
+// out (ic, oc, kh, kw) = parts, each by its strides: row by row where both have the same channels next to each other, else through
+// blocks that are written in the order of out.
 template <class A, class T>
 void store_weights(const A* parts, const GradStrides& from, int64_t ic, int64_t oc, int64_t kh, int64_t kw, T* out,
                    const GradStrides& to, const ParallelFor& parallel) {
   constexpr int64_t block = 16;
   const int64_t across = ceil_div(ic, block), taps = kh * kw;
-  if (from.out == 1 && to.out == 1) {
-    parallel(ic, [&](int64_t begin, int64_t end) {
-      for (int64_t in = begin; in < end; ++in)
+  if ((from.out == 1 && to.out == 1) || (from.in == 1 && to.in == 1)) {
+    const bool outputs = from.out == 1;
+    const int64_t from_row = outputs ? from.in : from.out, to_row = outputs ? to.in : to.out;
+    parallel(outputs ? ic : oc, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
         for (int64_t tap = 0; tap < taps; ++tap) {
           const int64_t i = tap / kw, j = tap % kw;
-          store_block(out + in * to.in + i * to.kh + j * to.kw, parts + in * from.in + i * from.kh + j * from.kw, oc);
+          store_block(out + row * to_row + i * to.kh + j * to.kw, parts + row * from_row + i * from.kh + j * from.kw, outputs ? oc : ic);
         }
     });
     return;
@@ -128,7 +130,7 @@ void store_weights(const A* parts, const GradStrides& from, int64_t ic, int64_t 
 }
 
 // The weight gradient of Winograd's convolution: the sum over tiles of its products' factors, the output's factor being the
-// gradient's.
+// gradient's. The channels of one factor are the rows of the products, those of the other run along their vectors.
 template <class A, int m, int r, int vectors>
 struct WinogradWeightGradient {
   static constexpr int n = m + r - 1, points = n * n;
@@ -141,75 +143,87 @@ struct WinogradWeightGradient {
   template <class S, class T>
   void run(const S* x, const S* grad, T* out, const GradStrides& strides, const ParallelFor& parallel) const {
     const int64_t across = ceil_div(columns.positions(), m), per_image = ceil_div(rows.positions(), m) * across;
-    const int64_t kh = r * rows.phases(), kw = r * columns.phases(), taps = kh * kw, step = ceil_div(oc, width) * width;
+    const int64_t kh = r * rows.phases(), kw = r * columns.phases(), taps = kh * kw;
     const int64_t phases = rows.phases() * columns.phases(), tiles = images * per_image;
+    const bool turned = strides.in == 1;  // the vectors run along the channels of x, as the gradient's memory does
+    const int64_t row_channels = turned ? oc : ic, channels = turned ? ic : oc, step = ceil_div(channels, width) * width;
     // Slabs of channels: a tile is transformed once a slab of the other factor, so large ones; with one phase, small ones for
     // more items.
-    const int64_t slab = phases > 1 ? 128 : 64, in_slab = std::min(slab, ceil_div(ic, size) * size),
-                  out_slab = std::min(slab, step);
-    const int64_t in_slabs = ceil_div(ic, in_slab), out_slabs = ceil_div(oc, out_slab), slabs = phases * in_slabs * out_slabs;
+    const int64_t slab = phases > 1 ? 128 : 64, row_slab = std::min(slab, ceil_div(row_channels, size) * size), vector_slab = std::min(slab, step);
+    const int64_t row_slabs = ceil_div(row_channels, row_slab), vector_slabs = ceil_div(channels, vector_slab),
+                  slabs = phases * row_slabs * vector_slabs;
     const int64_t chunks = std::clamp<int64_t>(ceil_div(tiles, 256), 1, ceil_div(32, slabs)),
                   at_once = std::min(kTiles, ceil_div(tiles, chunks));
-    auto parts = scratch<A>(chunks * taps * ic * step);
-    const int64_t v_step = at_once * in_slab + size, y_step = at_once * out_slab + size,
-                  u_step = in_slab * out_slab + size;  // no power of two
+    // Where the taps of a row's channel go: out itself if it can take whole vectors of them.
+    const bool whole = std::is_same_v<T, A> && chunks == 1 && (turned ? strides.in : strides.out) == 1 && channels % size == 0;
+    auto parts = scratch<A>(whole ? 0 : chunks * taps * row_channels * step);
+    const GradStrides in_parts = turned ? GradStrides{1, step, kw * oc * step, oc * step} : GradStrides{step, 1, kw * ic * step, ic * step};
+    const GradStrides& to_strides = whole ? strides : in_parts;
+    A* const sums = whole ? reinterpret_cast<A*>(out) : parts.get();
+    const int64_t v_step = at_once * row_slab + size, y_step = at_once * vector_slab + size,
+                  u_step = row_slab * vector_slab + size;  // no power of two
     parallel(chunks * slabs, [&](int64_t begin, int64_t end) {
       auto v = scratch<A>(points * v_step), y = scratch<A>(points * y_step), u = scratch<A>(points * u_step);
       auto zeros = scratch<S>(std::max(ic, oc)), edge = scratch<S>(points * size);
       std::fill_n(zeros.get(), std::max(ic, oc), S{});
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t first_in = item % in_slabs * in_slab, first_out = item / in_slabs % out_slabs * out_slab;
-        const int64_t phase = item / in_slabs / out_slabs % phases, chunk = item / slabs;
-        const int64_t inputs = std::min(in_slab, ic - first_in), outputs = std::min(out_slab, oc - first_out);
-        const int64_t row_phase = phase / columns.phases(), column_phase = phase % columns.phases();
-        const int64_t last = tiles * (chunk + 1) / chunks;
-        bool accumulate = false;
-        for (int64_t first = tiles * chunk / chunks; first < last; first += at_once, accumulate = true) {
-          const int64_t count = std::min(at_once, last - first);
-          for (int64_t t = 0; t < count; ++t) {
-            const int64_t image = (first + t) / per_image, top = (first + t) % per_image / across * m,
-                          left = (first + t) % across * m;
-            const S* from[points];
-            A* to[points];
-            for (int i = 0; i < n; ++i)
-              for (int j = 0; j < n; ++j) {
-                const int64_t row = rows.source[row_phase][top + i], column = columns.source[column_phase][left + j];
-                from[i * n + j] = row < 0 || column < 0 ? zeros.get() : x + ((image * ih + row) * iw + column) * ic + first_in;
-                to[i * n + j] = v.get() + (i * n + j) * v_step + t * in_slab;
-              }
-            sandwich_channels<A, m, r, &Minimal<m, r>::input>(from, inputs, edge.get(), to, size);
-            for (int i = 0; i < m; ++i)
-              for (int j = 0; j < m; ++j) {
-                const int64_t row = (top + i) * rows.out_step + row_phase % rows.out_step;
-                const int64_t column = (left + j) * columns.out_step + column_phase % columns.out_step;
-                from[i * m + j] = row < rows.out && column < columns.out
-                                      ? grad + ((image * rows.out + row) * columns.out + column) * oc + first_out
-                                      : zeros.get();
-              }
-            for (int point = 0; point < points; ++point) to[point] = y.get() + point * y_step + t * size;
-            sandwich_channels<A, m, r, &Minimal<m, r>::output_gradient>(from, outputs, edge.get(), to, at_once * size);
-          }
-          for (int point = 0; point < points; ++point)
-            outer_products<A, vectors>(v.get() + point * v_step, inputs, y.get() + point * y_step, outputs,
-                                       {1, 0, 0, 1, 0, 0, count, in_slab, size, at_once * size}, u.get() + point * u_step,
-                                       out_slab, accumulate);
+      const S* from[points];
+      A* to[points];
+      // `count` channels of a tile from `first` on: the point i at `at + i * point_step`, a vector of channels each vector_step.
+      const auto transform = [&](bool input, int64_t phase, int64_t tile, int64_t first, int64_t count, A* at, int64_t point_step,
+                                 int64_t vector_step) {
+        const int64_t row_phase = phase / columns.phases(), column_phase = phase % columns.phases(), image = tile / per_image;
+        const int64_t top = tile % per_image / across * m, left = tile % across * m;
+        for (int point = 0; point < points; ++point) to[point] = at + point * point_step;
+        if (input) {
+          for (int i = 0; i < n; ++i)
+            for (int j = 0; j < n; ++j) {
+              const int64_t row = rows.source[row_phase][top + i], column = columns.source[column_phase][left + j];
+              from[i * n + j] = row < 0 || column < 0 ? zeros.get() : x + ((image * ih + row) * iw + column) * ic + first;
+            }
+          return sandwich_channels<A, m, r, &Minimal<m, r>::input>(from, count, edge.get(), to, vector_step);
         }
-        const A* from[points];
-        A* to[r * r];
-        for (int64_t channel = 0; channel < inputs; ++channel) {
-          for (int point = 0; point < points; ++point) from[point] = u.get() + point * u_step + channel * out_slab;
+        for (int i = 0; i < m; ++i)
+          for (int j = 0; j < m; ++j) {
+            const int64_t row = (top + i) * rows.out_step + row_phase % rows.out_step;
+            const int64_t column = (left + j) * columns.out_step + column_phase % columns.out_step;
+            from[i * m + j] = row < rows.out && column < columns.out ? grad + ((image * rows.out + row) * columns.out + column) * oc + first
+                                                                     : zeros.get();
+          }
+        sandwich_channels<A, m, r, &Minimal<m, r>::output_gradient>(from, count, edge.get(), to, vector_step);
+      };
+      int64_t held = -1;  // the rows' factor that v is, of all tiles at once
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t of_rows = item / vector_slabs, phase = of_rows / row_slabs % phases, chunk = item / slabs;
+        const int64_t first_row = of_rows % row_slabs * row_slab, first_channel = item % vector_slabs * vector_slab;
+        const int64_t some_rows = std::min(row_slab, row_channels - first_row), some = std::min(vector_slab, channels - first_channel);
+        const int64_t start = tiles * chunk / chunks, last = tiles * (chunk + 1) / chunks;
+        for (int64_t first = start; first < last; first += at_once) {
+          const int64_t count = std::min(at_once, last - first);
+          for (int64_t t = 0; t < count && held != of_rows; ++t)
+            transform(!turned, phase, first + t, first_row, some_rows, v.get() + t * row_slab, v_step, size);
+          for (int64_t t = 0; t < count; ++t)
+            transform(turned, phase, first + t, first_channel, some, y.get() + t * size, y_step, at_once * size);
+          for (int point = 0; point < points; ++point)
+            outer_products<A, vectors>(v.get() + point * v_step, some_rows, y.get() + point * y_step, some,
+                                       {1, 0, 0, 1, 0, 0, count, row_slab, size, at_once * size}, u.get() + point * u_step,
+                                       vector_slab, first > start);
+        }
+        held = last - start <= at_once ? of_rows : -1;
+        const A* products[points];
+        A* tap_sums[r * r];
+        for (int64_t row = 0; row < some_rows; ++row) {
+          for (int point = 0; point < points; ++point) products[point] = u.get() + point * u_step + row * vector_slab;
           for (int tap = 0; tap < r * r; ++tap)
-            to[tap] = parts.get() +
-                      ((chunk * taps + rows.tap[row_phase][tap / r] * kw + columns.tap[column_phase][tap % r]) * ic + first_in +
-                       channel) *
-                          step +
-                      first_out;
-          for (int64_t k = 0; k < outputs; k += size) sandwich<A, m, r, &Minimal<m, r>::weight_gradient>(from, k, to, k);
+            tap_sums[tap] = sums + (whole ? 0 : chunk * taps * row_channels * step) + (first_row + row) * (turned ? to_strides.out : to_strides.in) +
+                            first_channel + rows.tap[phase / columns.phases()][tap / r] * to_strides.kh +
+                            columns.tap[phase % columns.phases()][tap % r] * to_strides.kw;
+          for (int64_t k = 0; k < some; k += size) sandwich<A, m, r, &Minimal<m, r>::weight_gradient>(products, k, tap_sums, k);
         }
       }
     });
-    sum_chunks(parts.get(), chunks, taps * ic * step, parallel);
-    store_weights(parts.get(), {step, 1, kw * ic * step, ic * step}, ic, oc, kh, kw, out, strides, parallel);
+    if (whole) return;
+    sum_chunks(parts.get(), chunks, taps * row_channels * step, parallel);
+    store_weights(parts.get(), in_parts, ic, oc, kh, kw, out, strides, parallel);
   }
 };
 

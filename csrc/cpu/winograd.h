@@ -184,6 +184,11 @@ void product(const A* v, int64_t step, const A* u, int64_t groups, A* out, bool 
     }
 }
 
+// All pixels of some rows of some images of the output.
+struct Band {
+  int64_t first_image, last_image, first_row, last_row;
+};
+
 // A convolution of (n, ih, iw, ic) pixels, by tiles of m x m outputs, in blocks of `vectors` vectors of output channels.
 template <class A, int m, int r, int vectors>
 struct Winograd {
@@ -203,8 +208,9 @@ struct Winograd {
   int64_t sums() const { return rows.in_step * columns.in_step; }       // phases of the input
   int64_t outputs() const { return rows.out_step * columns.out_step; }  // phases of the output
   int64_t groups() const { return sums() * ceil_div(ic, size); }        // vectors of depth
+  int64_t across() const { return ceil_div(columns.positions(), m); }  // tiles
   int64_t tiles_an_image(int64_t first_row, int64_t last_row) const {
-    return ceil_div(last_row - first_row, rows.out_step * m) * ceil_div(columns.positions(), m);
+    return ceil_div(last_row - first_row, rows.out_step * m) * across();
   }
   int64_t tiles_at_once(int64_t tiles) const {
     return expand ? tiles
@@ -214,9 +220,11 @@ struct Winograd {
   // From point to point. + 1: at a multiple of 4 KiB all points would fall into one set of the cache.
   static constexpr int64_t weight_step(int64_t groups) { return (groups * width + 1) * size; }
   int64_t point_step(int64_t tiles) const { return (groups() * tiles + 1) * size; }
+  int64_t transform_size(int64_t tiles) const { return points * point_step(tiles); }
+  int64_t edge_size() const { return ic + points * size; }
   int64_t scratch_size(int64_t tiles) const {
-    return points * (point_step(tiles_at_once(tiles)) + tiles_at_once(tiles) * width + (expand ? weight_step(kGroups) : 0)) +
-           (m * m + 2) * width + ic + (n * n) * size;
+    const int64_t at_once = tiles_at_once(tiles);
+    return transform_size(at_once) + points * (at_once * width + (expand ? weight_step(kGroups) : 0)) + width + edge_size();
   }
   int64_t parts() const { return ceil_div(groups(), kGroups); }
   int64_t packed_at(int64_t block, int64_t part) const {
@@ -238,15 +246,25 @@ struct Winograd {
         A* const at = packed + packed_at(phase * blocks() + block, part);
         A* const to = expand ? at : raw.get();
         const int64_t rest = ceil_div(ic, size);
-        for (int64_t group = 0; group < count; ++group) {
-          const int64_t sum = (first + group) / rest, channel = (first + group) % rest * size, depth = std::min(size, ic - channel);
-          const auto& kh = rows.tap[std::max(phase / columns.out_step, sum / columns.in_step)];
-          const auto& kw = columns.tap[std::max(phase % columns.out_step, sum % columns.in_step)];
-          const T* const from = weight + channel * stride[0] + block * width * stride[1];
-          for (int64_t tap = 0; tap < taps; ++tap)
-            copy_taps(from + kh[tap / r] * stride[2] + kw[tap % r] * stride[3], stride[0], stride[1], depth, valid, size, width,
-                      to + tap * weight_step(count) + group * size * width);
-        }
+        const auto of_tap = [&](int64_t tap, int64_t group) {
+          const int64_t sum = group / rest, kh = rows.tap[std::max(phase / columns.out_step, sum / columns.in_step)][tap / r],
+                        kw = columns.tap[std::max(phase % columns.out_step, sum % columns.in_step)][tap % r];
+          return weight + group % rest * size * stride[0] + block * width * stride[1] + kh * stride[2] + kw * stride[3];
+        };
+        for (int64_t tap = 0; tap < taps; ++tap)
+          for (int64_t group = first; group < first + count; ++group) {
+            const int64_t depth = std::min(size, ic - group % rest * size);
+            if (tap + 1 < taps) {  // the next tap's lines lie apart: they are fetched while this one is copied
+              const T* const next = of_tap(tap + 1, group);
+              if (stride[0] == 1)
+                for (int64_t k = 0; k < valid; ++k) __builtin_prefetch(next + k * stride[1]);
+              else
+                for (int64_t i = 0; i < depth; ++i)
+                  for (int64_t k = 0; k < valid; k += size) __builtin_prefetch(next + i * stride[0] + k * stride[1]);
+            }
+            copy_taps(of_tap(tap, group), stride[0], stride[1], depth, valid, size, width,
+                      to + tap * weight_step(count) + (group - first) * size * width);
+          }
         if (!expand) transform_weights(to, count, at);
       }
     });
@@ -260,31 +278,23 @@ struct Winograd {
     for (int64_t i = 0; i < count * size * width; i += size) sandwich<A, m, r, &Minimal<m, r>::weight>(from, i, to, i);
   }
 
-  // The band (block, image, row, column, width): all pixels of some rows of some images. first_row: a multiple of out_step * m.
-  // memory: scratch_size(tiles of the band). Several blocks at once share the input's transforms.
+  // The band (block, image, row, column, width); its first row a multiple of out_step * m. memory: scratch_size(tiles of the band).
+  // Several blocks at once share the input's transforms. transformed: those of all its tiles, or null.
   template <class S>
-  void multiply(const S* x, const A* packed, int64_t first_block, int64_t last_block, int64_t first_image, int64_t last_image,
-                int64_t first_row, int64_t last_row, A* band, A* memory) const {
-    const int64_t across = ceil_div(columns.positions(), m), per_image = tiles_an_image(first_row, last_row);
-    const int64_t tiles = (last_image - first_image) * per_image, at_once = tiles_at_once(tiles),
-                  pixels = (last_image - first_image) * (last_row - first_row) * columns.out;
-    A* const v = memory;
-    A* const products = v + points * point_step(at_once);
+  void multiply(const S* x, const A* transformed, const A* packed, int64_t first_block, int64_t last_block, const Band& band, A* out,
+                A* memory) const {
+    const int64_t per_image = tiles_an_image(band.first_row, band.last_row), tiles = (band.last_image - band.first_image) * per_image,
+                  at_once = tiles_at_once(tiles), pixels_an_image = (band.last_row - band.first_row) * columns.out,
+                  pixels = (band.last_image - band.first_image) * pixels_an_image;
+    A* const products = memory + transform_size(at_once);
     A* const spare = products + points * at_once * width;
-    S* const zeros = reinterpret_cast<S*>(spare + width);
-    S* const edge = zeros + ic;
-    A* const u = spare + width + ic + points * size;
-    std::fill_n(zeros, ic, S{});
+    A* const edge = spare + width;
+    A* const u = edge + edge_size();
     for (int64_t phase = 0; phase < outputs(); ++phase)
       for (int64_t first = 0; first < tiles; first += at_once) {
         const int64_t count = std::min(at_once, tiles - first);
-        for (int64_t t = 0; t < count; ++t) {
-          const int64_t image = first_image + (first + t) / per_image,
-                        top = first_row / rows.out_step + (first + t) % per_image / across * m;
-          for (int64_t sum = 0; sum < sums(); ++sum)
-            transform_input(x + image * ih * iw * ic, phase, sum, top, (first + t) % across * m, zeros, edge,
-                            v + (sum * ceil_div(ic, size) * count + t) * size, count);
-        }
+        if (!transformed) transform_tiles(x, phase, band, first, count, 0, count, edge, memory);
+        const A* const v = transformed ? transformed : memory;
         for (int64_t block = first_block; block < last_block; ++block) {
           for (int64_t part = 0; part < parts(); ++part) {
             const int64_t depth = std::min(kGroups, groups() - part * kGroups);
@@ -294,32 +304,39 @@ struct Winograd {
               multiply_tiles(v + point * point_step(count) + part * kGroups * count * size, count,
                              at + point * weight_step(depth), depth, products + point * count * width, part > 0);
           }
-          for (int64_t t = 0; t < count; ++t) {
-            const int64_t image = (first + t) / per_image,
-                          top = first_row / rows.out_step + (first + t) % per_image / across * m;
-            transform_output(products + t * width, count * width, phase, top, (first + t) % across * m, first_row, last_row,
-                             spare,
-                             band + ((block - first_block) * pixels + image * (last_row - first_row) * columns.out) * width);
-          }
+          for (int64_t t = 0; t < count; ++t)
+            transform_output(products + t * width, count * width, phase, band, (first + t) % per_image / across() * m,
+                             (first + t) % across() * m, spare,
+                             out + ((block - first_block) * pixels + (first + t) / per_image * pixels_an_image) * width);
         }
       }
   }
 
-  // The tile's (point, group of channels, tile, size).
+  // Of the band's `count` tiles from `first` on those from `begin` to `end`: (point, group of channels, tile, size). memory: edge_size.
   template <class S>
-  void transform_input(const S* image, int64_t phase, int64_t sum, int64_t top, int64_t left, const S* zeros, S* edge, A* v,
-                       int64_t tiles) const {
-    const auto& row = rows.source[std::max(phase / columns.out_step, sum / columns.in_step)];
-    const auto& column = columns.source[std::max(phase % columns.out_step, sum % columns.in_step)];
+  void transform_tiles(const S* x, int64_t phase, const Band& band, int64_t first, int64_t count, int64_t begin, int64_t end, A* memory,
+                       A* v) const {
+    const int64_t per_image = tiles_an_image(band.first_row, band.last_row);
+    S* const zeros = reinterpret_cast<S*>(memory);
+    S* const edge = zeros + ic;
+    std::fill_n(zeros, ic, S{});
     const S* from[points];
     A* to[points];
-    for (int i = 0; i < n; ++i)
-      for (int j = 0; j < n; ++j) {
-        const int64_t y = row[top + i], x = column[left + j];
-        from[i * n + j] = y < 0 || x < 0 ? zeros : image + (y * iw + x) * ic;
-        to[i * n + j] = v + (i * n + j) * point_step(tiles);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t tile = (first + t) % per_image, top = band.first_row / rows.out_step + tile / across() * m, left = tile % across() * m;
+      const S* const image = x + (band.first_image + (first + t) / per_image) * ih * iw * ic;
+      for (int64_t sum = 0; sum < sums(); ++sum) {
+        const auto& row = rows.source[std::max(phase / columns.out_step, sum / columns.in_step)];
+        const auto& column = columns.source[std::max(phase % columns.out_step, sum % columns.in_step)];
+        for (int i = 0; i < n; ++i)
+          for (int j = 0; j < n; ++j) {
+            const int64_t y = row[top + i], at = column[left + j];
+            from[i * n + j] = y < 0 || at < 0 ? zeros : image + (y * iw + at) * ic;
+            to[i * n + j] = v + (i * n + j) * point_step(count) + (sum * ceil_div(ic, size) * count + t) * size;
+          }
+        sandwich_channels<A, m, r, &Minimal<m, r>::input>(from, ic, edge, to, count * size);
       }
-    sandwich_channels<A, m, r, &Minimal<m, r>::input>(from, ic, edge, to, tiles * size);
+    }
   }
 
   static void multiply_tiles(const A* v, int64_t tiles, const A* u, int64_t depth, A* out, bool accumulate) {
@@ -334,17 +351,17 @@ struct Winograd {
     for (; t < tiles; ++t) product<A, vectors, 1>(v + t * size, tiles * size, u, depth, out + t * width, accumulate);
   }
 
-  // The tile's pixels of one block of channels; those outside the band go to `spare`.
-  void transform_output(const A* products, int64_t step, int64_t phase, int64_t top, int64_t left, int64_t first_row,
-                        int64_t last_row, A* spare, A* band) const {
+  // The pixels, of one block of channels, of the tile `down` positions below the band's first row; those outside the band go to `spare`.
+  void transform_output(const A* products, int64_t step, int64_t phase, const Band& band, int64_t down, int64_t left, A* spare,
+                        A* out) const {
     const A* from[points];
     A* to[m * m];
     for (int point = 0; point < points; ++point) from[point] = products + point * step;
     for (int i = 0; i < m; ++i)
       for (int j = 0; j < m; ++j) {
-        const int64_t y = (top + i) * rows.out_step + phase / columns.out_step,
+        const int64_t y = (down + i) * rows.out_step + phase / columns.out_step,
                       x = (left + j) * columns.out_step + phase % columns.out_step;
-        to[i * m + j] = y < last_row && x < columns.out ? band + ((y - first_row) * columns.out + x) * width : spare;
+        to[i * m + j] = y < band.last_row - band.first_row && x < columns.out ? out + (y * columns.out + x) * width : spare;
       }
     for (int64_t k = 0; k < width; k += size) sandwich<A, m, r, &Minimal<m, r>::output>(from, k, to, k);
   }

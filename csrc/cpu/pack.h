@@ -1,0 +1,167 @@
+// Tensors and weights in the order in which kernels read them. Included once per instruction set (see isa.h), after tile.h.
+namespace fastgen::cpu::FASTGEN_ISA {
+
+// Values of a and b (its first has the number `size`).
+template <class V, int... i>
+inline __attribute__((always_inline)) V shuffled(V a, V b, std::integer_sequence<int, i...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, i...);
+#else
+  typedef std::conditional_t<sizeof(a[0]) == 4, int32_t, int64_t> Number;
+  typedef Number Numbers __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, Numbers{Number(i)...});
+#endif
+}
+
+// Two vectors' values in turns, from the first one's value `from` on.
+template <class V, int size, int from, int... i>
+inline __attribute__((always_inline)) V in_turns(V a, V b, std::integer_sequence<int, i...>) {
+  return shuffled(a, b, std::integer_sequence<int, (from + i / 2 + i % 2 * size)...>());
+}
+
+// to[i][j] = from[j][i], both a vector's size.
+template <class A>
+inline void transpose(const A* from, int64_t from_step, A* to, int64_t to_step) {
+  using V = typename Vector<A>::type;
+  constexpr int size = Vector<A>::size;
+  constexpr std::make_integer_sequence<int, size> all;
+  V row[size], next[size];
+#pragma GCC unroll 16
+  for (int i = 0; i < size; ++i) row[i] = *reinterpret_cast<const V*>(from + i * from_step);
+#pragma GCC unroll 4
+  for (int round = 1; round < size; round *= 2) {  // each rotates the bits of (i, j) by one
+#pragma GCC unroll 8
+    for (int i = 0; i < size / 2; ++i) {
+      next[2 * i] = in_turns<V, size, 0>(row[i], row[i + size / 2], all);
+      next[2 * i + 1] = in_turns<V, size, size / 2>(row[i], row[i + size / 2], all);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < size; ++i) row[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < size; ++i) *reinterpret_cast<V*>(to + i * to_step) = row[i];
+}
+
+// to (size, width): the weights of one tap, of `depth` input channels in_step apart and `valid` output channels out_step apart, zeros
+// beyond. Channels that lie together are read together. pairs: of bfloat16, those of input channels 2 i and 2 i + 1 in one float.
+template <bool pairs = false, class T>
+void copy_taps(const T* from, int64_t in_step, int64_t out_step, int64_t depth, int64_t valid, int64_t size, int64_t width, Acc<T>* to) {
+  if (depth < size || valid < width) std::fill_n(to, size * width, Acc<T>(0));
+  const auto value = [](const T* at, [[maybe_unused]] int64_t step) {
+    if constexpr (pairs) {
+      const uint32_t both = at[0].bits | static_cast<uint32_t>(at[step].bits) << 16;
+      float result;
+      memcpy(&result, &both, sizeof(result));
+      return result;
+    } else {
+      return load(at);
+    }
+  };
+  const int64_t step = (pairs ? 2 : 1) * in_step;
+  if (out_step == 1) {  // a constant: SIMD code
+    for (int64_t i = 0; i < depth; ++i)
+      for (int64_t k = 0; k < valid; ++k) to[i * width + k] = value(from + i * step + k, in_step);
+  } else if (out_step <= in_step) {
+    for (int64_t i = 0; i < depth; ++i)
+      for (int64_t k = 0; k < valid; ++k) to[i * width + k] = value(from + i * step + k * out_step, in_step);
+  } else {
+    int64_t k = 0;
+    if constexpr (std::is_same_v<T, Acc<T>>)
+      if (in_step == 1)
+        for (; k + Vector<T>::size <= valid && depth % Vector<T>::size == 0; k += Vector<T>::size)
+          for (int64_t i = 0; i < depth; i += Vector<T>::size) transpose(from + k * out_step + i, out_step, to + i * width + k, width);
+    for (; k < valid; ++k)
+      for (int64_t i = 0; i < depth; ++i) to[i * width + k] = value(from + i * step + k * out_step, in_step);
+  }
+}
+
+// A tensor as a kernel reads it: the caller's, or a copy.
+template <class S>
+struct Pixels {
+  const S* x;
+  Buffer<S> copy;
+  const S* get() const { return x; }
+};
+
+// x (n, c, s) of any order as (n, s, c) of the type S: itself where it is that already.
+template <class S, class T>
+Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channels_last, const ParallelFor& parallel) {
+  if constexpr (std::is_same_v<T, S>)
+    if (channels_last) return {x, nullptr};
+  auto copy = scratch<S>(n * c * s);
+  S* out = copy.get();
+  const auto convert = [](const T* value) -> S {
+    if constexpr (std::is_same_v<T, S>)
+      return *value;
+    else
+      return load(value);
+  };
+  parallel(n * ceil_div(s, 16), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t sample = block / ceil_div(s, 16), first = (block % ceil_div(s, 16)) * 16, last = std::min(s, first + 16);
+      const int64_t base = sample * c * s;
+      if (channels_last)
+        for (int64_t i = base + first * c; i < base + last * c; ++i) out[i] = convert(x + i);
+      else
+        for (int64_t channel = 0; channel < c; ++channel)
+          for (int64_t pixel = first; pixel < last; ++pixel) out[base + pixel * c + channel] = convert(x + base + channel * s + pixel);
+    }
+  });
+  return {out, std::move(copy)};
+}
+
+// x (rows, columns, c) with `edge` columns more at either end, zeros or x mirrored.
+template <class S>
+Buffer<S> with_edges(const S* x, int64_t rows, int64_t columns, int64_t c, int64_t edge, bool reflect, const ParallelFor& parallel) {
+  const int64_t wide = columns + 2 * edge;
+  auto copy = scratch<S>(rows * wide * c);
+  parallel(rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const S* const from = x + row * columns * c;
+      S* const to = copy.get() + row * wide * c;
+      std::copy_n(from, columns * c, to + edge * c);
+      for (int64_t i = 1; i <= edge; ++i)
+        for (int64_t channel = 0; channel < c; ++channel) {
+          to[(edge - i) * c + channel] = reflect ? from[i * c + channel] : S(0);
+          to[(edge + columns - 1 + i) * c + channel] = reflect ? from[(columns - 1 - i) * c + channel] : S(0);
+        }
+    }
+  });
+  return copy;
+}
+
+// Where the weights of a group lie: from + ic * depth + oc * channel + kh * row + kw * column.
+struct WeightStrides {
+  int64_t group, depth, channel, row, column;
+};
+
+inline WeightStrides weight_strides(const Convolution& conv, int64_t c, bool transposed) {
+  const int64_t* s = conv.weight_strides;
+  if (transposed) return {conv.ic / conv.groups * s[0], s[0], s[1], s[2], s[3]};
+  return {c / conv.groups * s[0], s[1], s[0], s[2], s[3]};
+}
+
+// The weights as (group, block, tap, ic / groups, width), zero where a block is wider than the group's channels. pairs: of bfloat16,
+// those of channels 2 i and 2 i + 1 in one float.
+template <bool pairs = false, class T>
+Buffer<Acc<T>> pack_weights(const Convolution& conv, int64_t c, int64_t width, bool transposed, const T* weight,
+                            const ParallelFor& parallel) {
+  constexpr int64_t together = pairs ? 2 : 1, most = 16;
+  const int64_t depth = conv.ic / conv.groups / together, channels = c / conv.groups, blocks = ceil_div(channels, width);
+  const int64_t taps = conv.kh * conv.kw, parts = ceil_div(depth, most);
+  const WeightStrides stride = weight_strides(conv, c, transposed);
+  auto packed = scratch<Acc<T>>(conv.groups * blocks * taps * depth * width);
+  parallel(conv.groups * blocks * parts, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first = item % parts * most, block = item / parts % blocks, group = item / parts / blocks;
+      const int64_t count = std::min(most, depth - first), valid = std::min(width, channels - block * width);
+      const T* const from = weight + group * stride.group + first * together * stride.depth + block * width * stride.channel;
+      for (int64_t tap = 0; tap < taps; ++tap)
+        copy_taps<pairs>(from + tap / conv.kw * stride.row + tap % conv.kw * stride.column, stride.depth, stride.channel, count, valid,
+                         count, width, packed.get() + (((group * blocks + block) * taps + tap) * depth + first) * width);
+    }
+  });
+  return packed;
+}
+
+}  // namespace fastgen::cpu::FASTGEN_ISA
