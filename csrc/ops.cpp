@@ -2,6 +2,9 @@
 //
 // The C++ kernels become fastgen::<op> for the CPU. Compiled with FASTGEN_CUDA, the same file makes the CUDA kernels
 // fastgen_cuda::<op> for the dispatch key that it names: fastgen/ops/_dispatch.py chooses between them and Triton's.
+#if !defined(FASTGEN_CUDA)
+#include "ops/allocator.h"
+#endif
 #include "ops/convolution.h"
 #include "ops/norm_act.h"
 #include "ops/reparameterize.h"
@@ -14,7 +17,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastgen_cuda, CompositeExplicitAutograd, m) { m.impl("
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen_cuda, FASTGEN_CUDA, m) {
 #else
-STABLE_TORCH_LIBRARY_IMPL(fastgen, CompositeExplicitAutograd, m) { m.impl("multiplies_bf16", TORCH_BOX(&cpu::can_dot_bf16)); }
+STABLE_TORCH_LIBRARY_IMPL(fastgen, CompositeExplicitAutograd, m) {
+  m.impl("multiplies_bf16", TORCH_BOX(&cpu::can_dot_bf16));
+  m.impl("keep_freed_memory", TORCH_BOX(&keep_freed_memory));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
   m.impl("convolution_weight_grad", TORCH_BOX(&convolution_weight_grad));

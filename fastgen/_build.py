@@ -181,7 +181,7 @@ def status() -> Status:
 
 def sources() -> list[Path]:
     """The C++ files of the native ops."""
-    return [*CSRC.glob("ops.cpp"), *sorted((CSRC / "cpu").glob("*.cpp"))]
+    return [*CSRC.glob("ops.cpp"), *sorted((CSRC / "ops").glob("*.cpp")), *sorted((CSRC / "cpu").glob("*.cpp"))]
 
 
 def cuda_sources() -> list[Path]:
