@@ -165,6 +165,9 @@ T* thread_scratch(int64_t count) {
   return buffer.get();
 }
 
+// Whether what a call reads and writes, of so many bytes, leaves the last cache before it is used again: half of a common one.
+inline bool leaves_cache(int64_t bytes) { return bytes > (16 << 20); }
+
 // Whether this processor multiplies pairs of bfloat16 by one instruction.
 bool can_dot_bf16();
 

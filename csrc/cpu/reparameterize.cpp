@@ -10,6 +10,7 @@
 #include "cpu/isa.h"
 
 #include "cpu/noise.h"
+#include "cpu/stream.h"
 
 namespace fastgen::cpu::FASTGEN_ISA {
 
@@ -131,10 +132,10 @@ struct Divergence {
   }
 };
 
-// The lines of the block after this one, fetched while its noise is computed.
-template <int write, class T>
+// The lines of the block after this one, fetched while its noise is computed. (Those that are written are not worth it.)
+template <class T>
 inline void prefetch_next(const T* p) {
-  for (int64_t i = kElements; i < 2 * kElements; i += 64 / sizeof(T)) __builtin_prefetch(p + i, write);
+  for (int64_t i = kElements; i < 2 * kElements; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
 }
 
 template <class T>
@@ -170,7 +171,7 @@ inline void zero_outside(const T* logvar, Acc<T> low, Acc<T> high, Acc<T>* grad,
 
 // The most frequent case, one sample and the standard normal as prior, in one loop: z, and the sum of the divergences.
 template <class T>
-inline Acc<T> sample_and_diverge(const T* mu, const T* logvar, const Acc<T>* eps, Acc<T> low, Acc<T> high, Acc<T> least, T* z, int64_t count) {
+inline Acc<T> sample_and_diverge(const T* mu, const T* logvar, const Acc<T>* eps, Acc<T> low, Acc<T> high, Acc<T> least, Acc<T>* z, int64_t count) {
   using A = Acc<T>;
   A sum = 0;  // of up to 512 elements
 #pragma omp simd reduction(+ : sum)
@@ -180,7 +181,7 @@ inline Acc<T> sample_and_diverge(const T* mu, const T* logvar, const Acc<T>* eps
     l = l < low ? low : l;  // NaN stays NaN
     l = l > high ? high : l;
     const A sd = exp_(A(0.5) * l);
-    store(z + i, m + sd * eps[i]);
+    z[i] = m + sd * eps[i];
     const A d = A(0.5) * (m * m + (sd * sd - A(1) - l));
     sum += d < least ? least : d;
   }
@@ -189,8 +190,8 @@ inline Acc<T> sample_and_diverge(const T* mu, const T* logvar, const Acc<T>* eps
 
 // Its gradients, where free_bits mask none; grad_kl is the row's.
 template <bool with_kl, class T>
-inline void differentiate(const T* mu, const T* logvar, const Acc<T>* eps, const T* grad_z, Acc<T> grad_kl, Acc<T> low, Acc<T> high, T* for_mu,
-                          T* for_logvar, int64_t count) {
+inline void differentiate(const T* mu, const T* logvar, const Acc<T>* eps, const T* grad_z, Acc<T> grad_kl, Acc<T> low, Acc<T> high, Acc<T>* for_mu,
+                          Acc<T>* for_logvar, int64_t count) {
   using A = Acc<T>;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
@@ -205,8 +206,8 @@ inline void differentiate(const T* mu, const T* logvar, const Acc<T>* eps, const
       of_logvar += A(0.5) * grad_kl * (sd * sd - A(1));
     }
     const bool outside = (given < low) | (given > high);
-    store(for_mu + i, of_mu);
-    store(for_logvar + i, outside ? A(0) : of_logvar);
+    for_mu[i] = of_mu;
+    for_logvar[i] = outside ? A(0) : of_logvar;
   }
 }
 
@@ -229,7 +230,7 @@ void forward(const Reparameterize& op, const ReparameterizeTensors& given, void*
   const Units units(op);
   const int64_t size = op.rows * op.size;
   const A low = static_cast<A>(op.logvar_min), high = static_cast<A>(op.logvar_max), least = static_cast<A>(op.free_bits);
-  const bool plain = op.samples == 1 && !given.prior_mean && kl;
+  const bool plain = op.samples == 1 && !given.prior_mean && kl, streams = leaves_cache(3 * op.keys * size * int64_t(sizeof(T)));
   std::vector<double> sums(static_cast<size_t>(kl ? op.keys * op.rows * units.pieces : 0));
   parallel(op.keys * units.units, [&](int64_t begin, int64_t end) {
     Gaussian<A> q;
@@ -246,10 +247,12 @@ void forward(const Reparameterize& op, const ReparameterizeTensors& given, void*
       units.for_each_block(unit, [&](int64_t at, int64_t count) {
         if (plain) {
           const A* eps = normals(op.key[2 * k], op.key[2 * k + 1], at, count, buffer);
+          A* const drawn = place(z + at, nats, streams);
           units.for_each_row(at, count, [&](int64_t row, int64_t from, int64_t to) {
             const int64_t j = at + from;
-            sum_of(row) += sample_and_diverge(mu + j, logvar + j, eps + from, low, high, least, z + j, to - from);
+            sum_of(row) += sample_and_diverge(mu + j, logvar + j, eps + from, low, high, least, drawn + from, to - from);
           });
+          settle(z + at, drawn, count, streams);
           return;
         }
         q.load_block(op, mu + at, logvar + at, count);
@@ -268,6 +271,7 @@ void forward(const Reparameterize& op, const ReparameterizeTensors& given, void*
         });
       });
     }
+    finish_streams(plain && streams);
   });
   for (int64_t row = 0; kl && row < op.keys * op.rows; ++row) {
     double sum = 0;
@@ -285,6 +289,7 @@ void backward(const Reparameterize& op, const void* grad_z_, const void* grad_kl
   const A* grad_kl = static_cast<const A*>(grad_kl_);
   const A low = static_cast<A>(op.logvar_min), high = static_cast<A>(op.logvar_max);
   const bool plain = op.samples == 1 && !given.prior_mean && grad_z_ && !(grad_kl && op.free_bits > 0);
+  const bool streams = leaves_cache(5 * op.keys * size * int64_t(sizeof(T)));
   parallel(op.keys * units.units, [&](int64_t begin, int64_t end) {
     Gaussian<A> q;
     Divergence<A> divergence;
@@ -296,25 +301,27 @@ void backward(const Reparameterize& op, const void* grad_z_, const void* grad_kl
       const T* grad_z = static_cast<const T*>(grad_z_) + k * op.samples * size;
       units.for_each_block(unit, [&](int64_t at, int64_t count) {
         const int64_t to = k * size + at;
-        for (const T* p : {mu + at, logvar + at}) prefetch_next<0>(p);
-        for (void* p : {grads.mu, grads.logvar}) prefetch_next<1>(static_cast<T*>(p) + to);
+        for (const T* p : {mu + at, logvar + at}) prefetch_next(p);
         if (plain) {
-          prefetch_next<0>(grad_z + at);
+          prefetch_next(grad_z + at);
           const A* eps = normals(op.key[2 * k], op.key[2 * k + 1], at, count, buffer);
+          T *const to_mu = static_cast<T*>(grads.mu) + to, *const to_logvar = static_cast<T*>(grads.logvar) + to;
+          A *const of_mu = place(to_mu, sum, streams), *const of_logvar = place(to_logvar, along, streams);
           units.for_each_row(at, count, [&](int64_t row, int64_t from, int64_t end_of_row) {
-            const int64_t j = at + from, out = to + from;
+            const int64_t j = at + from;
             const A of_kl = grad_kl ? static_cast<A>(op.beta) * grad_kl[k * op.rows + row] : A(0);
             (grad_kl ? differentiate<true, T> : differentiate<false, T>)(mu + j, logvar + j, eps + from, grad_z + j, of_kl, low, high,
-                                                                        static_cast<T*>(grads.mu) + out,
-                                                                        static_cast<T*>(grads.logvar) + out, end_of_row - from);
+                                                                        of_mu + from, of_logvar + from, end_of_row - from);
           });
+          settle(to_mu, of_mu, count, streams);
+          settle(to_logvar, of_logvar, count, streams);
           return;
         }
         q.load_block(op, mu + at, logvar + at, count);
         std::fill_n(sum, count, A(0));    // of grad_z over the samples
         std::fill_n(along, count, A(0));  // of grad_z * noise
         for (int64_t s = 0; grad_z_ && s < op.samples; ++s) {
-          prefetch_next<0>(grad_z + s * size + at);
+          prefetch_next(grad_z + s * size + at);
           const A* eps = normals(op.key[2 * k], op.key[2 * k + 1], s * size + at, count, buffer);
           accumulate_block(grad_z + s * size + at, eps, sum, along, count);
         }
@@ -340,6 +347,7 @@ void backward(const Reparameterize& op, const void* grad_z_, const void* grad_kl
         store_block(static_cast<T*>(grads.prior_logvar) + to, along, count);
       });
     }
+    finish_streams(plain && streams);
   });
 }
 

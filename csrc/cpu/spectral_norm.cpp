@@ -6,6 +6,8 @@
 #define FASTGEN_FILE "cpu/spectral_norm.cpp"
 #include "cpu/isa.h"
 
+#include "cpu/stream.h"
+
 namespace fastgen::cpu::FASTGEN_ISA {
 
 constexpr int64_t kPartElements = 1 << 15, kPartRows = 64, kMostParts = 16;  // of a weight; none depends on the thread count
@@ -177,15 +179,23 @@ double dot(const A* x, const A* y, int64_t size) {
 // What the parts of one weight leave: their sums (parts, summed_size), or sums of gradients.
 template <class T>
 struct Scratch {
-  std::vector<Acc<T>> sums, product;  // product: the second of an iteration, before it is normalized
+  Buffer<Acc<T>> sums, product;  // product: the second of an iteration, before it is normalized
 };
 
 template <class T>
-void add_parts(const SpectralMatrix& m, const std::vector<Acc<T>>& sums, Acc<T>* out) {
+void add_parts(const SpectralMatrix& m, const Acc<T>* sums, Acc<T>* out) {
   const int64_t size = summed_size(m), parts = part_count(m);
-  std::copy_n(sums.data(), size, out);
+  std::copy_n(sums, size, out);
   for (int64_t part = 1; part < parts; ++part)
     for (int64_t i = 0; i < size; ++i) out[i] += sums[part * size + i];
+}
+
+constexpr int64_t kBlock = 1024;  // that stays in the first-level cache
+
+// body(at, size) for the blocks of a range
+template <class Body>
+inline void in_blocks(int64_t begin, int64_t end, const Body& body) {
+  for (int64_t at = begin; at < end; at += kBlock) body(at, std::min(kBlock, end - at));
 }
 
 // The weights of one dtype.
@@ -194,12 +204,12 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
   using A = Acc<T>;
   const std::vector<Part> parts = parts_of(matrices);
   const int64_t count = static_cast<int64_t>(matrices.size()), part_total = static_cast<int64_t>(parts.size());
-  std::vector<Scratch<T>> scratch(matrices.size());
+  std::vector<Scratch<T>> of(matrices.size());
   for (int64_t k = 0; k < count; ++k) {
-    scratch[k].sums.resize(part_count(matrices[k]) * summed_size(matrices[k]));
-    scratch[k].product.resize(std::max(matrices[k].d, matrices[k].a * matrices[k].b));
+    of[k].sums = scratch<A>(part_count(matrices[k]) * summed_size(matrices[k]));
+    of[k].product = scratch<A>(std::max(matrices[k].d, matrices[k].a * matrices[k].b));
   }
-  const auto sum_at = [&](const Part& part) { return scratch[part.matrix].sums.data() + part.index * summed_size(matrices[part.matrix]); };
+  const auto sum_at = [&](const Part& part) { return of[part.matrix].sums.get() + part.index * summed_size(matrices[part.matrix]); };
 
   for (int64_t step = 0; step < iterations; ++step) {
     const bool last = step == iterations - 1;
@@ -218,13 +228,13 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
       A* second = v_first ? u : v;
       const int64_t first_size = v_first ? m.a * m.b : m.d, second_size = v_first ? m.d : m.a * m.b;
       if (!one_pass(m)) {
-        add_parts<T>(m, scratch[k].sums, first);
+        add_parts<T>(m, of[k].sums.get(), first);
         normalize(first, first_size, eps);
         return;
       }
       const double divisor = normalize(first, first_size, eps);
-      A* product = scratch[k].product.data();
-      add_parts<T>(m, scratch[k].sums, product);
+      A* product = of[k].product.get();
+      add_parts<T>(m, of[k].sums.get(), product);
       for (int64_t i = 0; i < second_size; ++i) product[i] = static_cast<A>(product[i] / divisor);
       std::copy_n(product, second_size, second);
       finish(m, second, second_size, product);
@@ -232,33 +242,41 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
     if (std::all_of(matrices.begin(), matrices.end(), one_pass)) continue;
     for_each(part_total, parallel, [&](int64_t i) {
       const SpectralMatrix& m = matrices[parts[i].matrix];
-      if (!one_pass(m)) direct_part<T>(m, parts[i], scratch[parts[i].matrix].product.data());
+      if (!one_pass(m)) direct_part<T>(m, parts[i], of[parts[i].matrix].product.get());
     });
     for_each(count, parallel, [&](int64_t k) {
       const SpectralMatrix& m = matrices[k];
       if (one_pass(m)) return;
       A* second = static_cast<A*>(v_first ? m.u : m.v);
       const int64_t size = v_first ? m.d : m.a * m.b;
-      std::copy_n(scratch[k].product.data(), size, second);
-      finish(m, second, size, scratch[k].product.data());
+      std::copy_n(of[k].product.get(), size, second);
+      finish(m, second, size, of[k].product.get());
     });
   }
   if (iterations == 0) {  // sigma = u^T W v, from W v or W^T u as the layout has it
     for_each(part_total, parallel, [&](int64_t i) {
-      direct_part<T>(matrices[parts[i].matrix], parts[i], scratch[parts[i].matrix].product.data());
+      direct_part<T>(matrices[parts[i].matrix], parts[i], of[parts[i].matrix].product.get());
     });
     for (int64_t k = 0; k < count; ++k) {
       const SpectralMatrix& m = matrices[k];
       const A* other = static_cast<const A*>(m.a == 1 ? m.u : m.v);
-      *static_cast<A*>(m.sigma) = static_cast<A>(dot<A>(scratch[k].product.data(), other, m.a == 1 ? m.d : m.a * m.b));
+      *static_cast<A*>(m.sigma) = static_cast<A>(dot<A>(of[k].product.get(), other, m.a == 1 ? m.d : m.a * m.b));
     }
   }
-  for_each(part_total, parallel, [&](int64_t i) {
+  for_each(part_total, parallel, [&](int64_t reversed) {  // what was read last is still in the cache
+    const int64_t i = part_total - 1 - reversed;
     const SpectralMatrix& m = matrices[parts[i].matrix];
     const T* w = static_cast<const T*>(m.weight);
     T* out = static_cast<T*>(m.out);
     const A factor = static_cast<A>(1.0 / *static_cast<const A*>(m.sigma));
-    for (int64_t j = parts[i].begin * inner(m); j < parts[i].end * inner(m); ++j) store(out + j, load(w + j) * factor);
+    const bool streams = leaves_cache(2 * m.size() * int64_t(sizeof(T)));
+    in_blocks(parts[i].begin * inner(m), parts[i].end * inner(m), [&](int64_t at, int64_t size) {
+      A buffer[kBlock];
+      A* const block = place(out + at, buffer, streams);
+      for (int64_t j = 0; j < size; ++j) block[j] = load(w + at + j) * factor;
+      settle(out + at, block, size, streams);
+    });
+    finish_streams(streams);
   });
 }
 
@@ -283,7 +301,8 @@ void backward_all(const std::vector<SpectralMatrix>& matrices, const std::vector
     sums[i] = total;
   });
   for (size_t i = 0; i < parts.size(); ++i) along[parts[i].matrix] += sums[i];
-  for_each(static_cast<int64_t>(parts.size()), parallel, [&](int64_t i) {
+  for_each(static_cast<int64_t>(parts.size()), parallel, [&](int64_t reversed) {
+    const int64_t i = static_cast<int64_t>(parts.size()) - 1 - reversed;
     const SpectralMatrix& m = matrices[parts[i].matrix];
     const SpectralMatrixGrad& grad = grads[parts[i].matrix];
     const T* g = static_cast<const T*>(grad.grad_out);
@@ -292,29 +311,65 @@ void backward_all(const std::vector<SpectralMatrix>& matrices, const std::vector
     const double sigma = *static_cast<const A*>(m.sigma);
     const A scale = static_cast<A>(1 / sigma);
     const A slope = static_cast<A>(*static_cast<const A*>(grad.grad_sigma) - along[parts[i].matrix] / (sigma * sigma));
+    const bool streams = leaves_cache(3 * m.size() * int64_t(sizeof(T)));
+    const auto long_row = [&](int64_t at, int64_t width, A factor, const A* vector) {
+      in_blocks(0, width, [&](int64_t first, int64_t size) {
+        A buffer[kBlock];
+        A* const block = place(out + at + first, buffer, streams);
+        for (int64_t q = 0; q < size; ++q) block[q] = load(g + at + first + q) * scale + factor * vector[first + q];
+        settle(out + at + first, block, size, streams);
+      });
+    };
     const auto row = [&](int64_t at, auto width, A factor, const A* vector) {
       for (int64_t q = 0; q < width; ++q) store(out + at + q, load(g + at + q) * scale + factor * vector[q]);
     };
     for (int64_t k = parts[i].begin; k < parts[i].end; ++k) {
       if (m.a == 1) {
-        row(k * m.b, m.b, slope * u[k], v);
+        long_row(k * m.b, m.b, slope * u[k], v);
       } else if (m.b == 1) {
-        row(k * m.d, m.d, slope * v[k], u);
+        long_row(k * m.d, m.d, slope * v[k], u);
       } else {
         with_width(m.b, [&](auto width) {
           for (int64_t j = 0; j < m.d; ++j) row((k * m.d + j) * m.b, width, slope * u[j], v + k * m.b);
         });
       }
     }
+    finish_streams(streams);
+  });
+}
+
+// body(begin, end) for the weights a few at a time, so that a second pass over them finds them in the cache.
+template <class Body>
+void few_at_a_time(const std::vector<SpectralMatrix>& matrices, const Body& body) {
+  constexpr int64_t most = 12 << 20;
+  for (size_t begin = 0, end = 0; begin < matrices.size(); begin = end) {
+    int64_t bytes = 0;
+    do bytes += matrices[end++].size() * int64_t(sizeof(float));
+    while (end < matrices.size() && bytes + matrices[end].size() * int64_t(sizeof(float)) <= most);
+    body(static_cast<ptrdiff_t>(begin), static_cast<ptrdiff_t>(end));
+  }
+}
+
+template <class T>
+void normalize_few(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first, const ParallelFor& parallel) {
+  few_at_a_time(matrices, [&](ptrdiff_t begin, ptrdiff_t end) {
+    normalize_all<T>({matrices.begin() + begin, matrices.begin() + end}, iterations, eps, v_first, parallel);
+  });
+}
+
+template <class T>
+void backward_few(const std::vector<SpectralMatrix>& matrices, const std::vector<SpectralMatrixGrad>& grads, const ParallelFor& parallel) {
+  few_at_a_time(matrices, [&](ptrdiff_t begin, ptrdiff_t end) {
+    backward_all<T>({matrices.begin() + begin, matrices.begin() + end}, {grads.begin() + begin, grads.begin() + end}, parallel);
   });
 }
 
 inline void spectral_norm(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first, const ParallelFor& parallel) {
-  FASTGEN_FOR_DTYPE(matrices[0].dtype, normalize_all, matrices, iterations, eps, v_first, parallel)
+  FASTGEN_FOR_DTYPE(matrices[0].dtype, normalize_few, matrices, iterations, eps, v_first, parallel)
 }
 
 inline void spectral_norm_backward(const std::vector<SpectralMatrix>& matrices, const std::vector<SpectralMatrixGrad>& grads, const ParallelFor& parallel) {
-  FASTGEN_FOR_DTYPE(matrices[0].dtype, backward_all, matrices, grads, parallel)
+  FASTGEN_FOR_DTYPE(matrices[0].dtype, backward_few, matrices, grads, parallel)
 }
 
 }  // namespace fastgen::cpu::FASTGEN_ISA

@@ -1,0 +1,41 @@
+// Writes past the caches, of what nobody reads before it would have left them. Included once per instruction set (see isa.h).
+namespace fastgen::cpu::FASTGEN_ISA {
+
+// Where a block is computed: in the tensor that it goes to if that has the type and is not streamed, else in a buffer.
+template <class T>
+inline Acc<T>* place(T* p, Acc<T>* buffer, bool streams) {
+  if constexpr (std::is_same_v<T, Acc<T>>)
+    if (!streams) return p;
+  return buffer;
+}
+
+// Moves a block that was computed in its place to the tensor: past the caches if `streams`.
+template <class T>
+inline void settle(T* p, const Acc<T>* in, int64_t count, [[maybe_unused]] bool streams) {
+  if (static_cast<const void*>(p) == in) return;
+  int64_t i = 0;
+#if defined(__x86_64__) && FASTGEN_VECTOR_BYTES >= 32
+  if constexpr (std::is_same_v<T, float>)
+    if (streams) {
+      constexpr int64_t size = FASTGEN_VECTOR_BYTES / sizeof(float);
+      for (; i < count && reinterpret_cast<uintptr_t>(p + i) % FASTGEN_VECTOR_BYTES; ++i) p[i] = in[i];
+      for (; i + size <= count; i += size) {
+#if FASTGEN_VECTOR_BYTES == 64
+        _mm512_stream_ps(p + i, _mm512_loadu_ps(in + i));
+#else
+        _mm256_stream_ps(p + i, _mm256_loadu_ps(in + i));
+#endif
+      }
+    }
+#endif
+  for (; i < count; ++i) store(p + i, in[i]);
+}
+
+// After a task's streams, so that the thread that waits for it sees them.
+inline void finish_streams([[maybe_unused]] bool streams) {
+#if defined(__x86_64__)
+  if (streams) _mm_sfence();
+#endif
+}
+
+}  // namespace fastgen::cpu::FASTGEN_ISA
