@@ -10,9 +10,17 @@ import torch.nn.functional as F
 
 from fastgen.training import keep_freed_memory
 
-keep_freed_memory()  # for all columns: page faults are most of the noise
 WARM, TURN = 0.02, 0.05  # seconds of a turn: not counted, and counted
 torch._dynamo.config.recompile_limit = 64  # one function, compiled for several networks, layouts and precisions
+
+
+def pytest_addoption(parser):
+    parser.addoption("--stock-memory", action="store_true", help="leave freed memory to the C library, in all columns")
+
+
+def pytest_configure(config):
+    if not config.getoption("--stock-memory"):
+        keep_freed_memory()  # for all columns: page faults are most of the noise
 
 
 def peak_gflops() -> float:
@@ -56,7 +64,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 @pytest.fixture
-def measure(benchmark) -> Callable[..., None]:
+def measure(benchmark, pytestconfig) -> Callable[..., None]:
     """measure(calls, facts, table=, row=) times a line of a table of the report: column -> call, and column -> its facts.
 
     The columns take turns, so that what the machine does meanwhile falls on all alike; a turn is some calls in a row, after a
@@ -91,6 +99,8 @@ def measure(benchmark) -> Callable[..., None]:
                     turns()
             else:
                 benchmark.pedantic(turns, rounds=rounds, warmup_rounds=0, iterations=1)
+        if pytestconfig.getoption("--stock-memory"):
+            line["row"] = f"{line['row']}, stock memory"
         lines.append({**line, "cells": {column: facts[column] | spread(times) for column, times in seconds.items()}})
 
     return run

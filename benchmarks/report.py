@@ -21,7 +21,8 @@ def report(document: dict) -> str:
         f"Peak: {machine['peak_gflops']} GFLOP/s, the best of a float32 matrix product and a convolution, and "
         f"{machine['peak_bandwidth']} GB/s, a copy's.",
         "",
-        "Freed memory is kept by the process, for all columns (`fastgen.training.keep_freed_memory`). "
+        "Freed memory is kept by the process, for all columns (`fastgen.training.keep_freed_memory`), but in rows "
+        "of stock memory (`pytest --stock-memory`), where all have PyTorch's own allocator. "
         "Milliseconds: median (half the interquartile range); bold the fastest. A wrong result is no peer. "
         "Ratio: the best peer's median over the best of fastgen's; below 1 fastgen loses. "
         "GFLOP/s: fastgen's best, counted as the direct algorithm, of which Winograd's does a part; "

@@ -144,7 +144,7 @@ class Geometry(NamedTuple):
         kernel, (n, _, height, width) = tuple(weight.shape[2:]), self.sizes(x, weight.shape)
         if self.groups != 1 or self.dilation != (1, 1):
             return False
-        if kernel == (4, 4) and self.stride == (2, 2):
+        if self._four_by_two(weight):
             return n * height * width >= 1024
         return kernel == (3, 3) and self.stride == (1, 1) and height >= 8 and n * height * width >= least
 

@@ -278,6 +278,20 @@ def test_keys():
         assert torch.equal(first, again) and torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.skipif(OWN != "cpp", reason="what the C++ kernels write past the caches")
+def test_sizes_that_leave_the_caches():
+    """Rows that begin within a line of the cache."""
+    mu, logvar = torch.randn(2, 7, 300_001, generator=torch.Generator().manual_seed(0)).requires_grad_().unbind()
+    upstream = (mu.detach().sin(), torch.ones(7))
+    results = {}
+    for impl in ("reference", OWN):
+        generator = torch.Generator().manual_seed(3)
+        outputs = ops.reparameterize_kl(mu, logvar, generator=generator, impl=impl)
+        results[impl] = *outputs, *torch.autograd.grad(outputs, (mu, logvar), upstream)
+    for ours, theirs in zip(results[OWN], results["reference"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-5)
+
+
 def test_thread_count_does_not_matter():
     case, threads, seen = SAMPLER[-1], torch.get_num_threads(), []
     try:

@@ -209,6 +209,21 @@ def test_group_is_the_single_op_for_each():
     assert ops.spectral_norm_group([], [], []) == ([], [], [], [])
 
 
+@pytest.mark.skipif(OWN != "cpp", reason="what the C++ kernels write past the caches")
+@pytest.mark.parametrize("shape", ((1500, 1501), (33, 257, 16, 17), (257, 33, 16, 17)))
+@pytest.mark.parametrize("dim", (0, 1))
+def test_weights_that_leave_the_caches(shape, dim):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    u = F.normalize(torch.ones(shape[dim]), dim=0)
+    v = F.normalize(torch.ones(weight.numel() // shape[dim]), dim=0)
+    results = {}
+    for impl in IMPLEMENTATIONS:
+        out, sigma, *_ = ops.spectral_norm(weight, u, v, dim=dim, impl=impl)
+        results[impl] = out, *torch.autograd.grad((out, sigma), weight, (weight.detach().sin(), torch.ones_like(sigma)))
+    for ours, theirs in zip(results["cpp"], results["reference"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_inputs_stay(impl):
     """u and v are new tensors, in eval too: writing to those that came in spoils no backward pass."""
