@@ -1,4 +1,4 @@
-// Loops over short blocks that stay in the first-level cache. Included once per instruction set (see isa.h).
+// Loops over short blocks that stay in the first-level cache. Included once per instruction set (see isa.h), after store.h.
 namespace fastgen::cpu::FASTGEN_ISA {
 
 constexpr int64_t kBlock = 512;
@@ -8,32 +8,12 @@ inline void load_block(const T* p, Acc<T>* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] = load(p + i);
 }
 
-template <class T>
-inline void store_block(T* p, const Acc<T>* in, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) store(p + i, in[i]);
-}
-
 // A block of a tensor in the accumulation type: the tensor's own memory if that has the type.
 template <class T>
 inline const Acc<T>* view(const T* p, Acc<T>* buffer, int64_t count) {
   if constexpr (std::is_same_v<T, Acc<T>>) return p;
   load_block(p, buffer, count);
   return buffer;
-}
-
-// Where a block is computed: in the tensor that it goes to if that has the type, else in a buffer.
-template <class T>
-inline Acc<T>* place(T* p, Acc<T>* buffer) {
-  if constexpr (std::is_same_v<T, Acc<T>>)
-    return p;
-  else
-    return buffer;
-}
-
-// Moves a block that was computed in its place to the tensor.
-template <class T>
-inline void settle(T* p, const Acc<T>* in, int64_t count) {
-  if constexpr (!std::is_same_v<T, Acc<T>>) store_block(p, in, count);
 }
 
 template <Activation act, class A>

@@ -4,6 +4,7 @@
 #define FASTGEN_FILE "cpu/conv_transpose2d_norm_act.cpp"
 #include "cpu/isa.h"
 
+#include "cpu/store.h"
 #include "cpu/block.h"
 #include "cpu/tile.h"
 #include "cpu/pack.h"

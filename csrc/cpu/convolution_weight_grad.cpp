@@ -4,6 +4,7 @@
 #define FASTGEN_FILE "cpu/convolution_weight_grad.cpp"
 #include "cpu/isa.h"
 
+#include "cpu/store.h"
 #include "cpu/block.h"
 #include "cpu/tile.h"
 #include "cpu/pack.h"

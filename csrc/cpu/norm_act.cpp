@@ -4,6 +4,7 @@
 #define FASTGEN_FILE "cpu/norm_act.cpp"
 #include "cpu/isa.h"
 
+#include "cpu/store.h"
 #include "cpu/block.h"
 
 namespace fastgen::cpu::FASTGEN_ISA {

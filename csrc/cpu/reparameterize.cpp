@@ -10,7 +10,7 @@
 #include "cpu/isa.h"
 
 #include "cpu/noise.h"
-#include "cpu/stream.h"
+#include "cpu/store.h"
 
 namespace fastgen::cpu::FASTGEN_ISA {
 
@@ -136,11 +136,6 @@ struct Divergence {
 template <class T>
 inline void prefetch_next(const T* p) {
   for (int64_t i = kElements; i < 2 * kElements; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
-}
-
-template <class T>
-inline void store_block(T* p, const Acc<T>* in, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) store(p + i, in[i]);
 }
 
 // z = mu + sd * eps

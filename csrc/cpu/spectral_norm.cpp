@@ -6,7 +6,7 @@
 #define FASTGEN_FILE "cpu/spectral_norm.cpp"
 #include "cpu/isa.h"
 
-#include "cpu/stream.h"
+#include "cpu/store.h"
 
 namespace fastgen::cpu::FASTGEN_ISA {
 

@@ -6,6 +6,7 @@
 #define FASTGEN_FILE "plan/packed_convolution.cpp"
 #include "cpu/isa.h"
 
+#include "cpu/store.h"
 #include "cpu/block.h"
 #include "cpu/tile.h"
 #include "cpu/pack.h"

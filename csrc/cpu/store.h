@@ -1,9 +1,15 @@
-// Writes past the caches, of what nobody reads before it would have left them. Included once per instruction set (see isa.h).
+// How a block gets from where it is computed into a tensor: past the caches if it leaves them before anybody reads it. Included once per
+// instruction set (see isa.h).
 namespace fastgen::cpu::FASTGEN_ISA {
+
+template <class T>
+inline void store_block(T* p, const Acc<T>* in, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) store(p + i, in[i]);
+}
 
 // Where a block is computed: in the tensor that it goes to if that has the type and is not streamed, else in a buffer.
 template <class T>
-inline Acc<T>* place(T* p, Acc<T>* buffer, bool streams) {
+inline Acc<T>* place(T* p, Acc<T>* buffer, bool streams = false) {
   if constexpr (std::is_same_v<T, Acc<T>>)
     if (!streams) return p;
   return buffer;
@@ -11,7 +17,7 @@ inline Acc<T>* place(T* p, Acc<T>* buffer, bool streams) {
 
 // Moves a block that was computed in its place to the tensor: past the caches if `streams`.
 template <class T>
-inline void settle(T* p, const Acc<T>* in, int64_t count, [[maybe_unused]] bool streams) {
+inline void settle(T* p, const Acc<T>* in, int64_t count, [[maybe_unused]] bool streams = false) {
   if (static_cast<const void*>(p) == in) return;
   int64_t i = 0;
 #if defined(__x86_64__) && FASTGEN_VECTOR_BYTES >= 32
@@ -28,7 +34,7 @@ inline void settle(T* p, const Acc<T>* in, int64_t count, [[maybe_unused]] bool 
       }
     }
 #endif
-  for (; i < count; ++i) store(p + i, in[i]);
+  store_block(p + i, in + i, count - i);
 }
 
 // After a task's streams, so that the thread that waits for it sees them.
