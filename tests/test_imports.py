@@ -26,7 +26,7 @@ LAYERS: dict[str, set[str] | None] = {
     "data": {"images"},
     "metrics": {"data"},
     "uses": {"data"},
-    "training": {"models", "losses", "data", "metrics", "inference"},
+    "training": {"_build", "models", "losses", "data", "metrics", "inference"},
     "runtime": {"_build"},
     "inference": {"nn", "ops", "runtime"},
     "cli": ANYTHING,
