@@ -341,35 +341,28 @@ void backward_all(const std::vector<SpectralMatrix>& matrices, const std::vector
 // body(begin, end) for the weights a few at a time, so that a second pass over them finds them in the cache.
 template <class Body>
 void few_at_a_time(const std::vector<SpectralMatrix>& matrices, const Body& body) {
-  constexpr int64_t most = 12 << 20;
+  constexpr int64_t most = (12 << 20) / sizeof(float);  // elements
   for (size_t begin = 0, end = 0; begin < matrices.size(); begin = end) {
-    int64_t bytes = 0;
-    do bytes += matrices[end++].size() * int64_t(sizeof(float));
-    while (end < matrices.size() && bytes + matrices[end].size() * int64_t(sizeof(float)) <= most);
+    int64_t size = 0;
+    do size += matrices[end++].size();
+    while (end < matrices.size() && size + matrices[end].size() <= most);
     body(static_cast<ptrdiff_t>(begin), static_cast<ptrdiff_t>(end));
   }
 }
 
-template <class T>
-void normalize_few(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first, const ParallelFor& parallel) {
-  few_at_a_time(matrices, [&](ptrdiff_t begin, ptrdiff_t end) {
-    normalize_all<T>({matrices.begin() + begin, matrices.begin() + end}, iterations, eps, v_first, parallel);
-  });
-}
-
-template <class T>
-void backward_few(const std::vector<SpectralMatrix>& matrices, const std::vector<SpectralMatrixGrad>& grads, const ParallelFor& parallel) {
-  few_at_a_time(matrices, [&](ptrdiff_t begin, ptrdiff_t end) {
-    backward_all<T>({matrices.begin() + begin, matrices.begin() + end}, {grads.begin() + begin, grads.begin() + end}, parallel);
-  });
-}
-
 inline void spectral_norm(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first, const ParallelFor& parallel) {
-  FASTGEN_FOR_DTYPE(matrices[0].dtype, normalize_few, matrices, iterations, eps, v_first, parallel)
+  few_at_a_time(matrices, [&](ptrdiff_t begin, ptrdiff_t end) {
+    const std::vector<SpectralMatrix> few(matrices.begin() + begin, matrices.begin() + end);
+    FASTGEN_FOR_DTYPE(few[0].dtype, normalize_all, few, iterations, eps, v_first, parallel)
+  });
 }
 
 inline void spectral_norm_backward(const std::vector<SpectralMatrix>& matrices, const std::vector<SpectralMatrixGrad>& grads, const ParallelFor& parallel) {
-  FASTGEN_FOR_DTYPE(matrices[0].dtype, backward_few, matrices, grads, parallel)
+  few_at_a_time(matrices, [&](ptrdiff_t begin, ptrdiff_t end) {
+    const std::vector<SpectralMatrix> few(matrices.begin() + begin, matrices.begin() + end);
+    const std::vector<SpectralMatrixGrad> of_few(grads.begin() + begin, grads.begin() + end);
+    FASTGEN_FOR_DTYPE(few[0].dtype, backward_all, few, of_few, parallel)
+  });
 }
 
 }  // namespace fastgen::cpu::FASTGEN_ISA

@@ -155,7 +155,7 @@ struct WinogradWeightGradient {
     const int64_t chunks = std::clamp<int64_t>(ceil_div(tiles, 256), 1, ceil_div(32, slabs)),
                   at_once = std::min(kTiles, ceil_div(tiles, chunks));
     // Where the taps of a row's channel go: out itself if it can take whole vectors of them.
-    const bool whole = std::is_same_v<T, A> && chunks == 1 && (turned ? strides.in : strides.out) == 1 && channels % size == 0;
+    const bool whole = std::is_same_v<T, A> && chunks == 1 && (turned || strides.out == 1) && channels % size == 0;
     auto parts = scratch<A>(whole ? 0 : chunks * taps * row_channels * step);
     const GradStrides in_parts = turned ? GradStrides{1, step, kw * oc * step, oc * step} : GradStrides{step, 1, kw * ic * step, ic * step};
     const GradStrides& to_strides = whole ? strides : in_parts;
