@@ -169,8 +169,11 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
 
-# All configurations there are, larger ones first. Not yet measured: chosen for registers and shared memory alone.
+
+# All configurations there are, larger ones first, made for registers and shared memory alone; fastgen.tune measures them.
 # "gathered": tensor cores, with loads of one value at a time (channels apart in memory, or no multiple of 16 of them).
 TILES = {
     "16 bits": (
@@ -185,12 +188,12 @@ TILES = {
         Tile(128, 128, 32, 8, 3),
         Tile(128, 64, 32, 8, 3),
         Tile(64, 64, 32, 4, 3),
-        Tile(128, 32, 32, 4, 3),
+        Tile(128, 32, 32, 8, 3),
         Tile(128, 16, 32, 4, 3),
         Tile(16, 64, 64, 4, 3),
     ),
-    "gathered": (Tile(64, 64, 32, 4, 3), Tile(64, 16, 32, 4, 3), Tile(16, 64, 32, 4, 3)),
-    "ieee": (Tile(64, 64, 16, 4, 2), Tile(64, 16, 16, 4, 2), Tile(16, 64, 32, 4, 2)),
+    "gathered": (Tile(64, 64, 32, 8, 3), Tile(64, 16, 32, 4, 3), Tile(16, 64, 32, 4, 3)),
+    "ieee": (Tile(64, 64, 16, 8, 2), Tile(64, 16, 16, 4, 2), Tile(16, 64, 16, 4, 2)),
 }
 
 
@@ -201,9 +204,23 @@ def precision_of(x: Tensor) -> str:
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
-def choose_tile(kind: str, rows: int, columns: int, products: int, programs: int) -> Tile:
-    """For `products` products of this size on a chip that runs so many programs at a time: the largest tile that fills it."""
+def kind_of(x: Tensor, channels_last: bool, channels: int) -> str:
+    """Which of TILES an input can have, of so many channels in a group."""
+    precision = precision_of(x)
+    return "gathered" if precision != "ieee" and _is_gathered(channels_last, channels) else precision
+
+
+def _is_gathered(channels_last: bool, channels: int) -> bool:
+    return not channels_last or channels % 16 != 0
+
+
+def choose_tile(kind: str, rows: int, columns: int, products: int, programs: int, measured: str = "") -> Tile:
+    """For `products` products of this size on a chip that runs so many programs at a time: the tile that was measured fastest,
+    by its str(), if it is of this kind, else the largest that fills the chip."""
     tiles = TILES[kind]
+    for tile in tiles:
+        if str(tile) == measured:
+            return tile
     width = min(
         (tile.columns for tile in tiles if tile.columns >= columns), default=max(tile.columns for tile in tiles)
     )
@@ -225,9 +242,12 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, mean: Tensor | None,
     var: Tensor | None, residual: Tensor | None, norm: str, num_groups: int, eps: float, activation: str, slope: float,
     stride: Sequence[int], padding: Sequence[int], output_padding: Sequence[int] | None, groups: int,
-    dilation: Sequence[int], reflect: bool, save: bool,
+    dilation: Sequence[int], reflect: bool, save: bool, measured: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The ops fastgen::conv_transpose2d_norm_act (with output_padding) and fastgen::conv2d_norm_act."""
+    """The ops fastgen::conv_transpose2d_norm_act (with output_padding) and fastgen::conv2d_norm_act.
+
+    measured: the fastest tile's str(), if it is known.
+    """
     transposed = output_padding is not None
     channels_last = is_channels_last(x) or is_channels_last(weight)
     x, weight = in_order(x, channels_last), in_order(weight, True)  # contiguous weights are packed: channels together
@@ -256,12 +276,11 @@ def forward(
     )
     precision = precision_of(x)
     chip = multiprocessors(x)
-    gathered = not channels_last or in_group % 16 != 0
-    kind = "gathered" if gathered and precision != "ieee" else precision
-    tile = choose_tile(kind, rows, out_group, phases * groups, chip)
+    kind = kind_of(x, channels_last, in_group)
+    tile = choose_tile(kind, rows, out_group, phases * groups, chip, measured)
     if tile.columns == 128 and not (save or batch_stats) and residual is None:
         tile = TILES[kind][1]  # the epilogue's own values do not fit into the registers beside 128 columns (sm_100)
-    flat = gathered and in_group < tile.depth
+    flat = _is_gathered(channels_last, in_group) and in_group < tile.depth
     row_tiles, column_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(out_group, tile.columns)
     taps = math.prod(triton.cdiv(k, s) if transposed else k for k, s in zip(kernel, stride, strict=True))
     steps = triton.cdiv(taps * in_group, tile.depth) if flat else taps * triton.cdiv(in_group, tile.depth)

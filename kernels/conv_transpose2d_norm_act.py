@@ -3,8 +3,9 @@
 from fastgen.kernels import _convolution
 
 
-def forward(x, weight, bias, norm_weight, norm_bias, mean, var, residual, *rest):
+def forward(x, weight, bias, norm_weight, norm_bias, mean, var, residual, *rest, tile=""):
     """The op fastgen::conv_transpose2d_norm_act."""
     *options, stride, padding, output_padding, groups, dilation, save = rest
     geometry = (stride, padding, output_padding, groups, dilation, False)
-    return _convolution.forward(x, weight, bias, norm_weight, norm_bias, mean, var, residual, *options, *geometry, save)
+    tail = (norm_weight, norm_bias, mean, var, residual)
+    return _convolution.forward(x, weight, bias, *tail, *options, *geometry, save, tile)

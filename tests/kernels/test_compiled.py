@@ -32,8 +32,8 @@ def vector(channels):
 
 
 def convolution(n, c, size, out, kernel, dtype, *, training=True, transposed=True, channels_last=True, bias=False,
-                residual=False, activation="relu", groups=1, reflect=False):  # fmt: skip
-    """The launches of a layer of stride 2, or 1 if it reflects."""
+                residual=False, activation="relu", groups=1, reflect=False, tile=""):  # fmt: skip
+    """The launches of a layer of stride 2, or 1 if it reflects; with a tile that was measured."""
     x = meta(n, c, size, size, dtype=dtype, channels_last=channels_last)
     weight = (c, out // groups) if transposed else (out, c // groups)
     w = meta(*weight, kernel, kernel, dtype=dtype, channels_last=channels_last)
@@ -44,17 +44,18 @@ def convolution(n, c, size, out, kernel, dtype, *, training=True, transposed=Tru
     tail = [x, w, vector(out) if bias else None, *norm, added, "batch", 0, 1e-5, activation, 0.2, stride, [1, 1]]
     name, rest = ("conv_transpose2d_norm_act", [0, 0]) if transposed else ("conv2d_norm_act", reflect)
     with _common.recorded() as launches:
-        kernels(name).forward(*tail, rest, groups, [1, 1], training)
+        kernels(name).forward(*tail, rest, groups, [1, 1], training, tile=tile)
     return launches
 
 
 @functools.cache
-def of_tile(precision, tile, dtype):
+def of_tile(precision, tile, dtype, **layer):
+    """The launch of a layer for which a table of measured choices names this tile."""
+    layer = {"c": 256, "size": 8, "out": 128, "kernel": 4, "channels_last": precision != "gathered"} | layer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_convolution, "choose_tile", lambda *_: tile)
         patch.setattr(_convolution, "precision_of", lambda x: "tf32" if precision == "gathered" else precision)
         patch.setattr(_convolution, "splits_of", lambda *_: 1)
-        return convolution(64, 256, 8, 128, 4, dtype, channels_last=precision != "gathered")[0]
+        return convolution(64, dtype=dtype, tile=str(tile), **layer)[0]
 
 
 def check(launch, capability):
@@ -65,12 +66,15 @@ def check(launch, capability):
     return found
 
 
-@pytest.mark.parametrize("capability", TARGETS)
-@pytest.mark.parametrize(
+every_tile = pytest.mark.parametrize(
     ("precision", "tile"),
     [(precision, tile) for precision, tiles in _convolution.TILES.items() for tile in tiles],
-    ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else v,
+    ids=str,
 )
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@every_tile
 def test_tiles(precision, tile, capability):
     """Each configuration of the convolutions, with the statistics in its epilogue; tensor cores by the newest instruction."""
     for dtype in PRECISIONS[precision]:
@@ -83,6 +87,28 @@ def test_tiles(precision, tile, capability):
         newest = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
         assert found.matrix_instructions == {newest if tile.rows >= 64 else "mma.sync"}
         assert precision == "gathered" or "cp.async" in found.ptx  # the loads run ahead of the products
+
+
+OTHER_LAYERS = {
+    "eval": {"training": False, "bias": True, "activation": "silu"},
+    "reflect": {"transposed": False, "reflect": True, "kernel": 3},
+    "few-channels": {"transposed": False, "c": 3},
+}
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("name", OTHER_LAYERS)
+@every_tile
+def test_tiles_of_other_layers(precision, tile, name, capability):
+    """A measured choice may give any layer any tile of its kind, but 128 columns none with norm and activation behind them."""
+    if name == "few-channels" and precision not in ("gathered", "ieee"):
+        return  # they are gathered
+    dtype = FP32 if precision == "gathered" else PRECISIONS[precision][0]
+    launch = of_tile(precision, tile, dtype, **OTHER_LAYERS[name])
+    if name == "eval" and tile.columns == 128:
+        tile = _convolution.TILES[precision][1]
+    assert (launch[2]["ROWS"], launch[2]["COLUMNS"], launch[2]["DEPTH"]) == tile[:3]
+    check(launch, capability)
 
 
 OTHER_CONVOLUTIONS = {
@@ -181,3 +207,11 @@ def test_every_tile_can_be_picked():
         for products in (1, 4)
     }
     assert picked == {(precision, tile) for precision, tiles in _convolution.TILES.items() for tile in tiles}
+
+
+def test_a_measured_tile_is_picked_if_it_is_of_the_kind():
+    for kind, tiles in _convolution.TILES.items():
+        ours = _convolution.choose_tile(kind, 10**6, 128, 1, 132)
+        assert [_convolution.choose_tile(kind, 10**6, 128, 1, 132, str(tile)) for tile in tiles] == list(tiles)
+        for other in ("", "7x7x7x1x1", "128x128x32x8x9"):
+            assert _convolution.choose_tile(kind, 10**6, 128, 1, 132, other) == ours
