@@ -99,6 +99,9 @@ folders = {f"fastgen.{name}": name for name in ("csrc", "kernels") if Path(name)
 setup(
     packages=[*find_packages(include=["fastgen", "fastgen.*"]), *folders],
     package_dir=folders,
-    package_data={"fastgen.csrc": ["**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh"]},
+    package_data={
+        "fastgen.csrc": ["**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh"],
+        "fastgen.ops": ["choices/*.json"],
+    },
     **native(),
 )

@@ -118,7 +118,7 @@ def load_runtime(build: bool = False) -> ModuleType:
             key = f"runtime-{digest}-{suffixes[0].strip('.').removesuffix('.so')}"
             names = [f"_runtime_{digest}{suffix}" for suffix in suffixes]
             made = [PACKAGE / name for name in names if (PACKAGE / name).is_file()]
-            made += _cached(f"{key}.so")
+            made += cached(f"{key}.so")
             path = made[0] if made else _compile(key, _compile_runtime_into, asked=build)
             loader = importlib.machinery.ExtensionFileLoader("fastgen._runtime", str(path))
             spec = importlib.util.spec_from_file_location("fastgen._runtime", path, loader=loader)
@@ -300,7 +300,7 @@ def _libraries() -> Iterator[tuple[Path, str]]:
     if sources():
         yield from ((path, "ahead of time") for path in PACKAGE.glob(f"_native_{digest()}*.so"))
         if os.name == "posix" and compiler() is not None:
-            yield from ((path, "just in time") for path in _cached(f"{_key()}.so"))
+            yield from ((path, "just in time") for path in cached(f"{_key()}.so"))
 
 
 def _obstacle(asked: bool = False) -> str | None:
@@ -321,7 +321,7 @@ def _obstacle(asked: bool = False) -> str | None:
 
 
 def _remembered_failure(key: str) -> str | None:
-    failures = [file.read_text() for file in _cached(f"{key}.failed")]
+    failures = [file.read_text() for file in cached(f"{key}.failed")]
     return f"an earlier build failed (`fastgen build` tries again): {failures[0]}" if failures else None
 
 
@@ -333,7 +333,7 @@ def _compile(
 
     if obstacle := _obstacle(asked):
         raise FastgenError(obstacle)
-    with _locked_cache() as folder:
+    with locked_cache() as folder:
         library, failed = folder / f"{key}.so", folder / f"{key}.failed"
         if library.is_file() and not force:
             return library
@@ -443,7 +443,8 @@ def _cuda_key() -> str:
     return f"cuda-{cuda_digest()}-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}"
 
 
-def _cached(name: str) -> Iterator[Path]:
+def cached(name: str) -> Iterator[Path]:
+    """The files of this name in the cache folders."""
     return (folder / name for folder in _cache_folders() if os.path.isfile(folder / name))
 
 
@@ -466,8 +467,8 @@ def _cache_folders() -> list[Path]:
 
 
 @contextlib.contextmanager
-def _locked_cache() -> Iterator[Path]:
-    """The cache folder to build in, locked against other builders; a lock dies with the process that holds it."""
+def locked_cache() -> Iterator[Path]:
+    """The cache folder to write in, locked against other writers; a lock dies with the process that holds it."""
     import fcntl
 
     folder = _cache_folders()[-1]
@@ -477,8 +478,8 @@ def _locked_cache() -> Iterator[Path]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.warning("waiting for another process that builds the native ops")
+                logger.warning("waiting for another process that builds or tunes")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield folder
     except OSError as error:
-        raise FastgenError(f"cannot build in {folder}: {error}") from error
+        raise FastgenError(f"cannot write in {folder}: {error}") from error

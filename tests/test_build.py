@@ -225,7 +225,7 @@ def test_unwritable_cache_falls_back_to_a_private_temporary_folder(env, tmp_path
 
     own.chmod(0o777)  # as a folder is that somebody else laid there for us to load from
     out, _ = run(LOAD, env)
-    assert out[0].startswith(f"cannot build in {env['FASTGEN_CACHE_DIR']}: ")
+    assert out[0].startswith(f"cannot write in {env['FASTGEN_CACHE_DIR']}: ")
 
 
 def test_read_only_cache_serves_what_it_has(env, tmp_path):

@@ -60,12 +60,14 @@ def _composed(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None
     return convolve(geometry, x, weight, bias)
 
 
-def _plain(geometry: Geometry, x: Tensor, weight: Tensor) -> Tensor:
-    """The convolution alone, by the kernel that wins; differentiable."""
-    if not _has_kernels(x) or not geometry.wins(x.shape, like(weight)):
+def _plain(geometry: Geometry, x: Tensor, weight: Tensor, own: str | None = None) -> Tensor:
+    """The convolution alone, differentiable: by `own`, an implementation of fastgen's, else by the one that wins."""
+    own = own or (geometry.wins(x.shape, like(weight)) if _has_kernels(x) else None)
+    if own is None:
         return convolve(geometry, x, weight, None)
     op, arguments = geometry.fused()
-    return _autograd.call(op, x, weight, None, *_NO_TAIL, *arguments, False)[0]
+    own = own if _dispatch.asked() == "auto" else "own"
+    return _dispatch.call(op, own, x, weight, None, *_NO_TAIL, *arguments, False)[0]
 
 
 _NO_TAIL = (None, None, None, None, None, "none", 0, 0.0, "identity", 0.0)
@@ -78,16 +80,16 @@ def _grads(geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, wanted: 
     """
     of_x, of_weight = wanted
     own, kind = _has_kernels(x), like(weight)
-    own_x = of_x and own and geometry.wins_input_grad(x.shape, kind)
+    own_x = geometry.wins_input_grad(x.shape, kind) if of_x and own else None
     more = x if x.shape[1] > grad.shape[1] else grad
     own_weight = of_weight and own and geometry.wins_weight_grad(x.shape, kind, is_channels_last(more))
     grad_x = grad_weight = None
     if own_weight:
         grad_weight = _autograd.call("convolution_weight_grad", grad, x, weight, *geometry.arguments())
-    if own_x:
+    if own_x is not None:
         inner, sizes = geometry.inner(x.shape)
-        grad_x = _unmirrored(geometry, _plain(inner.opposite(sizes, weight.shape), grad, weight), x)
-    rest = (of_x and not own_x, of_weight and not own_weight)
+        grad_x = _unmirrored(geometry, _plain(inner.opposite(sizes, weight.shape), grad, weight, own_x), x)
+    rest = (of_x and own_x is None, of_weight and not own_weight)
     if any(rest):
         found = _aten_grads(geometry, grad, x, weight, rest)
         grad_x, grad_weight = (found[0] if rest[0] else grad_x), (found[1] if rest[1] else grad_weight)

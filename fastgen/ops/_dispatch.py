@@ -26,13 +26,13 @@ IMPLEMENTATIONS = ("reference", "cpp", "cuda", "triton")
 _WRITTEN: dict[str, tuple[str, ...]] = {}  # op -> the implementations it has
 _override = "auto"  # set by use_impl
 _used: Counter[tuple[str, str]] = Counter()
-_asked = threading.local()  # .tier: of a GPU's, what the call under way asked for
+_asked = threading.local()  # .tier: of a GPU's, what the call under way asked for; Triton's may be followed by a tile
 _log = logging.getLogger("fastgen")
 # Triton's interpreter runs its kernels on the CPU: with TRITON_INTERPRET=1 they take the place of the C++ kernels.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The CUDA kernels as a host compiler builds them (tests/cuda), to run on the CPU in the C++ kernels' place.
 CUDA_ON_CPU = os.environ.get("FASTGEN_CUDA_ON_CPU", "")
-GPU_TIERS = ("triton", "cuda")  # in auto's order: cuda has not been measured yet
+GPU_TIERS = ("triton", "cuda")  # in auto's order, where no measured choice says otherwise
 OLDEST_GPU = (8, 0)
 
 
@@ -59,6 +59,11 @@ def use_impl(impl: str) -> Iterator[None]:
         yield
     finally:
         _override = before
+
+
+def asked() -> str:
+    """The implementation that use_impl or the environment asks for, or "auto"."""
+    return os.environ.get("FASTGEN_IMPL", "auto") if _override == "auto" else _override
 
 
 def why_not(op: str, impl: str, device: str, dtype: torch.dtype | None = None) -> str | None:
@@ -129,9 +134,10 @@ def kernel(op: str, launcher: str = "", leading: int = 0, dtype: int | None = No
         def run(*args):
             like = args[leading]
             like = like[0] if isinstance(like, list | tuple) else like
-            match _tier(str(like.device), like.dtype if dtype is None else args[dtype]):
+            tier, tile = _tier(str(like.device), like.dtype if dtype is None else args[dtype])
+            match tier:
                 case "triton" if launcher:
-                    return getattr(kernels(module), function)(*args)
+                    return getattr(kernels(module), function)(*args, **({"tile": tile} if tile else {}))
                 case "cuda":
                     return _cuda_kernel(op)(*args)
             return default(*args)
@@ -143,12 +149,11 @@ def kernel(op: str, launcher: str = "", leading: int = 0, dtype: int | None = No
     return registered
 
 
-def _tier(device: str, dtype: torch.dtype) -> str | None:
-    """The GPU's tier that runs a registered op: the one asked for, else the first in auto's order."""
-    wanted = getattr(_asked, "tier", None) or _override
-    wanted = os.environ.get("FASTGEN_IMPL", "auto") if wanted == "auto" else wanted
+def _tier(device: str, dtype: torch.dtype) -> tuple[str | None, str]:
+    """The GPU's tier that runs a registered op, the one asked for, else the first in auto's order; and the tile asked for."""
+    wanted, _, tile = (getattr(_asked, "tier", None) or asked()).partition(" ")
     order = (wanted, *GPU_TIERS) if wanted in GPU_TIERS else GPU_TIERS
-    return next((tier for tier in order if _why_no_gpu(tier, device, dtype) is None), None)
+    return next((tier for tier in order if _why_no_gpu(tier, device, dtype) is None), None), tile
 
 
 @functools.cache
@@ -173,9 +178,9 @@ def _cuda_kernel(op: str) -> Callable:
 def call(op: str, impl: str, *args):
     """torch.ops.fastgen.<op>(*args) by the implementation that `choose` gave.
 
-    Of a GPU's two tiers the backward pass, and a compiled graph, take the one of use_impl or FASTGEN_IMPL, or auto's.
+    Of a GPU's two tiers a compiled graph takes the one of use_impl or FASTGEN_IMPL, or the first in auto's order.
     """
-    if impl not in GPU_TIERS or torch.compiler.is_compiling():
+    if impl.partition(" ")[0] not in GPU_TIERS or torch.compiler.is_compiling():
         return _autograd.call(op, *args)
     before, _asked.tier = getattr(_asked, "tier", None), impl
     try:
@@ -197,7 +202,7 @@ def _choose(op: str, impl: str, device: str, dtype: torch.dtype, best: str) -> s
         impl = "reference" if own is None or reason else own if best == "own" else best
     elif reason := why_not(op, _checked(impl, source), device, dtype):
         raise FastgenError(f"{source}={impl!r} cannot run {op}: {reason}")
-    count(op, impl)
+    count(op, impl.partition(" ")[0])
     return impl
 
 
@@ -215,18 +220,17 @@ def _say_once(tier: str, reason: str) -> None:
 
 def runs_auto() -> bool:
     """Whether no implementation is asked for by use_impl or the environment: auto chooses, among those for a CPU."""
-    return (
-        _override == "auto" and not INTERPRETED and not CUDA_ON_CPU and os.environ.get("FASTGEN_IMPL", "auto") == "auto"
-    )
+    return asked() == "auto" and not INTERPRETED and not CUDA_ON_CPU
 
 
-def choose(op: str, impl: str, x: torch.Tensor, wins: bool = True) -> str:
+def choose(op: str, impl: str, x: torch.Tensor, wins: str | None = "own") -> str:
     """The implementation that runs op on a tensor like x. Raises if one was asked for that cannot.
 
-    Where the whole op's kernel does not win, auto is "composed": PyTorch's convolution and fastgen's norm_act.
+    auto is the one that `wins`, for Triton's kernels with a tile if one was measured; where None does, "composed": PyTorch's
+    convolution and fastgen's norm_act.
     """
     device = x.device.type if x.device.index is None else f"{x.device.type}:{x.device.index}"
-    best = "own" if wins else "composed"  # under torch.compile with dynamic sizes, `wins` becomes a guard here
+    best = wins or "composed"  # under torch.compile with dynamic sizes, `wins` becomes a guard here
     return _choose(op, _override if impl == "auto" else impl, device, x.dtype, best)
 
 

@@ -1,4 +1,4 @@
-"""The geometry of a convolution: its sizes, its opposite, and for which tensors fastgen's kernels are faster."""
+"""The geometry of a convolution: its sizes, its opposite, and which implementation is the fastest for which tensors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastgen import _build
+from fastgen.ops import _choices
 from fastgen.ops._layout import Like
 from fastgen.ops._memory import remembered
 
@@ -80,8 +81,34 @@ class Geometry(NamedTuple):
         return self._replace(output_padding=output_padding)
 
     @remembered
-    def wins(self, x: Sequence[int], weight: Like, batch_stats: bool = False) -> bool:
-        """Whether fastgen's own kernel is faster than PyTorch's on the CPU, as measured (benchmarks/NOTES.md), for x's shape.
+    def wins(self, x: Sequence[int], weight: Like, batch_stats: bool = False) -> str | None:
+        """Which of fastgen's implementations is faster than PyTorch's convolution for x's shape, None if none is.
+
+        As measured on this chip (`_choices`), else by the rule of `_wins`, where "own" is the one that auto takes.
+        """
+        return _choices.best("forward", self, x, weight, batch_stats, self._wins(x, weight, batch_stats))
+
+    @remembered
+    def wins_weight_grad(self, x: Sequence[int], weight: Like, channels_last: bool) -> str | None:
+        """The same of the weight's gradient, where the images with more channels are `channels_last`. A GPU's is PyTorch's."""
+        if weight.device.type == "cuda":
+            return None
+        guess = self._wins_weight_grad(x, weight, channels_last)
+        return _choices.best("weight_grad", self, x, weight, channels_last, guess)
+
+    @remembered
+    def wins_input_grad(self, x: Sequence[int], weight: Like) -> str | None:
+        """The same of x's gradient, which is the opposite convolution; by rule where that one's does."""
+        inner, read = self.inner(x)
+        grad, opposite = self.sizes(x, weight.shape), inner.opposite(read, weight.shape)
+        if (
+            opposite.sizes(grad, weight.shape)[2:] != read[2:]
+        ):  # an output_padding of a stride or more gives other sizes
+            return None
+        return _choices.best("input_grad", self, x, weight, False, opposite._wins(grad, weight, False))
+
+    def _wins(self, x: Sequence[int], weight: Like, batch_stats: bool) -> bool:
+        """Whether fastgen's own kernel is faster than PyTorch's on the CPU, by what was measured there (benchmarks/NOTES.md).
 
         It is where Winograd's algorithm pays, in transposed convolutions with four 2x2 phases, for images of one pixel, and to
         few output channels without statistics. In bfloat16 and float16, in which oneDNN multiplies, the last two alone; and in
@@ -102,13 +129,12 @@ class Geometry(NamedTuple):
         four_by_two = self.transposed and self._four_by_two(weight)
         return exact and wide and (four_by_two or self._winograd(x, weight, 256))
 
-    @remembered
-    def wins_weight_grad(self, x: Sequence[int], weight: Like, channels_last: bool) -> bool:
+    def _wins_weight_grad(self, x: Sequence[int], weight: Like, channels_last: bool) -> bool:
         """The same of the weight's gradient: for Winograd's algorithm and for images of one pixel, in all dtypes; to few output
         channels with a stride of 1, and in float32 and float64 for 4x4 kernels from or to few channels in large batches, where
-        the images with more channels are `channels_last`."""
+        the images with more channels are channels_last."""
         fewer, more = sorted(self.channels(weight.shape))
-        if weight.device.type == "cuda" or more < 16 * self.groups:
+        if more < 16 * self.groups:
             return False
         exact = weight.dtype in (torch.float32, torch.float64)
         if fewer <= 4:
@@ -120,16 +146,9 @@ class Geometry(NamedTuple):
             return False
         return self._winograd(x, weight, 1024) or (self._one_pixel(x, weight) and x[0] >= 32)
 
-    def wins_input_grad(self, x: Sequence[int], weight: Like) -> bool:
-        """The same of x's gradient: where the opposite convolution does."""
-        inner, read = self.inner(x)
-        grad, opposite = self.sizes(x, weight.shape), inner.opposite(read, weight.shape)
-        # An output_padding of a stride or more gives other sizes.
-        return opposite.wins(grad, weight) and opposite.sizes(grad, weight.shape)[2:] == read[2:]
-
     def _wins_on_gpu(self, weight: Like) -> bool:
-        """A guess, nothing is measured yet: cuDNN for strided convolutions, weight gradients and true float32; transposed
-        convolutions, the input gradients of strided ones among them, by output phase on tensor cores."""
+        """A guess, where nothing was measured: cuDNN for strided convolutions and true float32; transposed convolutions, the
+        input gradients of strided ones among them, by output phase on tensor cores."""
         return self.transposed and weight.dtype in (torch.bfloat16, torch.float16)
 
     def _one_pixel(self, x: Sequence[int], weight: Like) -> bool:

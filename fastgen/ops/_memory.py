@@ -10,15 +10,17 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 _LARGEST = 4096  # entries; more kinds of calls than a process has, unless its sizes never repeat
+_memories: list[dict[tuple, Any]] = []
 
 
 def remembered(function: F) -> F:
     """The function with a memory for what it returned for the arguments of each call.
 
-    Its results must depend on nothing else. torch.compile sees the function alone, and so does a call whose arguments have no
-    hash, as lists and the symbolic sizes of a traced graph.
+    Its results must depend on nothing else; when that changes, `forget`. torch.compile sees the function alone, and so does a
+    call whose arguments have no hash, as lists and the symbolic sizes of a traced graph.
     """
     known: dict[tuple, Any] = {}
+    _memories.append(known)
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
@@ -38,3 +40,9 @@ def remembered(function: F) -> F:
         return found
 
     return run  # type: ignore[return-value]
+
+
+def forget() -> None:
+    """Empties the memory of every function."""
+    for known in _memories:
+        known.clear()
