@@ -16,6 +16,7 @@ _EXPORTS = {
     "fuse": "fastgen.inference",
     "fusion_report": "fastgen.inference",
     "Engine": "fastgen.inference",
+    "tune": "fastgen.inference",
 }
 _SUBMODULES = {
     "cli",

@@ -23,6 +23,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "export": commands.export,
     "evaluate": commands.evaluate,
     "bench": commands.bench,
+    "tune": commands.tune,
     "info": commands.info,
     "build": commands.build,
 }

@@ -2,5 +2,17 @@
 
 from fastgen.inference.engine import Engine, Part
 from fastgen.inference.fuse import FusedRun, FusionReport, Unfused, fuse, fusion_report
+from fastgen.inference.tune import Tuned, TuningReport, tune
 
-__all__ = ["Engine", "FusedRun", "FusionReport", "Part", "Unfused", "fuse", "fusion_report"]
+__all__ = [
+    "Engine",
+    "FusedRun",
+    "FusionReport",
+    "Part",
+    "Tuned",
+    "TuningReport",
+    "Unfused",
+    "fuse",
+    "fusion_report",
+    "tune",
+]

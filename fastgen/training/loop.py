@@ -55,7 +55,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False) -> Trai
     folder = Path(out)
     if resume:
         _check_same_run(run.read_config(folder), config)
-    device = _device(config.device)
+    device = choose_device(config.device)
     data = load_dataset(config.data, config.image_size, strict=config.strict)
     with run.claim(folder, new=not resume):
         try:
@@ -128,7 +128,8 @@ def _trace(config: TrainConfig, folder: Path, data: ImageDataset | DomainPair, d
     return f"{trace(recipe, first, step)}; the checkpoint of step {first} is kept"
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device "auto", "cpu" or "cuda". Raises UsageError if there is no GPU and one is asked for."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("device is cuda, but PyTorch finds no GPU")
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))

@@ -10,6 +10,7 @@ pytest.importorskip("sklearn")
 
 import torch
 
+from fastgen import _build
 from fastgen.cli import main
 
 TINY = ["--batch-size", "4", "--nz", "4", "--ngf", "2", "--ndf", "2", "--log-every", "2", "--save-every", "3"]
@@ -55,6 +56,23 @@ def test_evaluate_and_info(run, capsys):
     assert "of 20 samples" in capsys.readouterr().out
     assert main(["info"]) == 0
     assert "conv_transpose2d_norm_act" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", ([], ["--dtype", "bf16", "--no-channels-last", "--no-training", "--device", "cpu"]))
+def test_tune_a_run(run, tmp_path, capsys, monkeypatch, options):
+    assert _build.load() is None  # from the real cache
+    monkeypatch.setenv("FASTGEN_CACHE_DIR", str(tmp_path))
+    assert main(["tune", str(run), "--batch", "2", *options]) == 0
+    output = capsys.readouterr()
+    (file,) = (tmp_path / "choices").iterdir()
+    assert "generator, batch 2, " in output.out and "discriminator, batch 2, " in output.out and str(file) in output.out
+    assert output.err.startswith("1 of ") and ("weight_grad" in output.err) == (not options)
+
+
+def test_tune_names_what_it_does_not_know(run, capsys):
+    assert "batch must be at least 1, not 0" in fails(capsys, 2, "tune", run, "--batch", 0)
+    assert "unknown model 'dcgn': did you mean dcgan" in fails(capsys, 2, "tune", "dcgn")
+    assert "seconds must be positive" in fails(capsys, 2, "tune", "lsgan", "--batch", 1, "--seconds", 0)
 
 
 def test_resume_takes_the_stored_settings(run, tmp_path, capsys):
