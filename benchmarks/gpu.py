@@ -1,5 +1,7 @@
 """Fastgen's ops on a GPU: parity, then time beside PyTorch's. python -m benchmarks.gpu FOLDER writes FOLDER/<gpu>.json and .md.
 
+Before the times it measures what `auto` is to choose, into the file of this chip that fastgen brings: commit that too.
+
 Times are medians over CUDA events with a cold L2 cache, in one process; every row says whether its result was right. Without a
 GPU it says what it skips.
 """
@@ -13,17 +15,20 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.traffic import H200, Work, work
 from fastgen import nn, ops
-from fastgen.ops import _dispatch
+from fastgen.inference.tune import tune_call
+from fastgen.ops import _choices, _dispatch
 from tests.cases import BIGGAN_128, LARGE, SAMPLER, SMALL, SPECTRAL, OpCase
 from tests.ops.test_cases import differentiable, error, observe
 
-SECONDS = 420  # for the measurements; what is left out then is said
+SECONDS = 420  # for parity, auto's choices and the measurements; what is left out then is said
+TUNING = 90  # of them, for auto's choices
 BATCHES = (64, 512)
 NOISE = 1 << 24  # elements of the sampler's row
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -104,6 +109,35 @@ def peers(case: OpCase):
     for tier, reason in tiers().items():
         if reason is None:
             yield f"fastgen {tier}", True, functools.partial(case.call, impl=tier)
+    yield "fastgen auto", True, functools.partial(case.call, impl="auto")
+
+
+def large() -> list[OpCase]:
+    """The layers that are measured, at each batch size; those of one image as they are."""
+    cases = []
+    for batch in BATCHES:
+        for case in LARGE:
+            n, *size = case.shapes["x"]
+            if n > 1 or batch == BATCHES[0]:
+                cases.append(replace(case, shapes=case.shapes | {"x": (1 if n == 1 else batch, *size)}))
+    return cases
+
+
+def tune(device: str = "cuda") -> list[str]:
+    """Measures auto's choices for the layers in bfloat16 and channels_last, and says what the time did not suffice for.
+
+    What was chosen lies among the files that fastgen brings.
+    """
+
+    def call():
+        for case in large():
+            inputs = differentiable({name: t.to(device) for name, t in case.tensors(torch.bfloat16, True).items()})
+            out = case.call(inputs)
+            torch.autograd.grad(out, [t for t in inputs.values() if t.requires_grad], torch.ones_like(out))
+
+    report = tune_call(call, seconds=TUNING, progress=print, folder=_choices.SHIPPED)
+    print(report)
+    return [f"auto's choice of {question}" for question in report.left_out]
 
 
 def others(scratch: torch.Tensor):
@@ -273,17 +307,13 @@ def main(folder: Path) -> int:
     start, wrong = time.monotonic(), parity()
     torch.backends.cudnn.benchmark = True
     scratch = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    rows, left_out = list(others(scratch)), []
-    for batch in BATCHES:
-        for case in LARGE:
-            if case.shapes["x"][0] == 1 and batch != BATCHES[0]:
-                continue
-            n = 1 if case.shapes["x"][0] == 1 else batch
-            of_batch = OpCase(case.op, case.name, case.shapes | {"x": (n, *case.shapes["x"][1:])}, case.options, True)
-            if time.monotonic() - start > SECONDS:
-                left_out.append(f"{case.id} at batch {n}")
-            else:
-                rows += measure(of_batch, torch.bfloat16, scratch)
+    left_out = tune()
+    rows = list(others(scratch))
+    for case in large():
+        if time.monotonic() - start > SECONDS:
+            left_out.append(f"{case.id} at batch {case.shapes['x'][0]}")
+        else:
+            rows += measure(case, torch.bfloat16, scratch)
     unable = {tier: reason or "runs" for tier, reason in tiers().items()}
     document = {
         "environment": environment(),
