@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections import defaultdict
@@ -25,6 +26,7 @@ NOISE = 0.03  # less than this faster is not faster
 NEAR = 1.5  # Triton's other tiles are tried where it takes at most so many times the fastest candidate's time
 SCRATCH = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes, more than the caches hold
 Progress = Callable[[str], None]
+_log = logging.getLogger("fastgen")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class TuningReport:
     """What was measured. str() of it is a table."""
 
     tuned: tuple[Tuned, ...]
-    left_out: tuple[str, ...]  # questions that the time did not suffice for
+    left_out: tuple[str, ...]  # questions that the time did not suffice for, or whose candidates failed
     files: tuple[Path, ...]  # where the choices are kept
 
     def __str__(self) -> str:
@@ -54,7 +56,7 @@ class TuningReport:
             rows.append((row.question, times, row.chosen, "the same" if row.chosen == row.rule else row.rule))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += [f"left out for time: {question}" for question in self.left_out]
+        lines += [f"not measured: {question}" for question in self.left_out]
         return "\n".join(lines + [f"kept in {file}" for file in self.files])
 
 
@@ -180,8 +182,8 @@ def _times(question: Question, names: list[str], deadline: float) -> dict[str, l
                 for _ in range(2):
                     call()
                 times[name] = []
-            except Exception:  # whatever a compiler or a driver raises for what does not fit this chip
-                continue
+            except Exception as error:  # whatever a compiler or a driver raises for what does not fit this chip
+                _log.warning("tune: %s cannot compute %s: %s", name, question, error)
         for i in range(ROUNDS):
             if i >= LEAST_ROUNDS and time.monotonic() > deadline:
                 break

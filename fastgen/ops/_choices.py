@@ -92,9 +92,9 @@ def _measured(guess: bool, *parts: Any) -> str | None:
     question = Question(*parts)
     if _recorder is not None:
         _recorder[question] = guess
-    if question.device not in _tables:
-        _tables[question.device] = _read_all(question.device)
-    table = _tables[question.device]
+    table = _tables.get(question.device)
+    if table is None:
+        table = _tables[question.device] = _read_all(question.device)
     found = table.get(str(question)) if table else None
     able = found and _dispatch.why_not("conv2d_norm_act", found.split()[0], question.device, question.dtype) is None
     return found if able else None

@@ -118,10 +118,11 @@ def test_gradcheck(case, impl, own_kernels):
 @pytest.mark.parametrize("grads", ("aten", "cpp"))
 def test_composed(case, grads, monkeypatch):
     """What auto runs where the convolution's own kernel does not win: PyTorch's, and fastgen's norm and activation."""
-    monkeypatch.setattr(_convolution.Geometry, "wins", lambda *_: False)
-    monkeypatch.setattr(_convolution.Geometry, "wins_weight_grad", lambda *_: grads == "cpp")
-    opposite_has_sizes = grads == "cpp" and "output_padding" not in case.options
-    monkeypatch.setattr(_convolution.Geometry, "wins_input_grad", lambda *_: opposite_has_sizes)
+    own = "cpp" if grads == "cpp" else None
+    opposite_has_sizes = "output_padding" not in case.options
+    monkeypatch.setattr(_convolution.Geometry, "wins", lambda *_: None)
+    monkeypatch.setattr(_convolution.Geometry, "wins_weight_grad", lambda *_: own)
+    monkeypatch.setattr(_convolution.Geometry, "wins_input_grad", lambda *_: own if opposite_has_sizes else None)
     tensors = case.tensors(torch.float64)
     upstream = torch.randn_like(case.call({name: t.clone() for name, t in tensors.items()}, impl="reference"))
     before = ops.implementations_used().get(case.op, {}).get("composed", 0)
