@@ -21,7 +21,8 @@ from fastgen.ops import _candidates, _choices, _dispatch
 from fastgen.ops._choices import Question
 
 ROUNDS = 11  # of which one candidate after the other takes its turn
-LEAST_ROUNDS = 3  # where the time ends
+LEAST_ROUNDS = 3  # where the time ends, and of what takes FAR times the fastest candidate's time
+FAR = 2
 NOISE = 0.03  # less than this faster is not faster
 NEAR = 1.5  # Triton's other tiles are tried where it takes at most so many times the fastest candidate's time
 SCRATCH = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes, more than the caches hold
@@ -187,8 +188,9 @@ def _times(question: Question, names: list[str], deadline: float) -> dict[str, l
         for i in range(ROUNDS):
             if i >= LEAST_ROUNDS and time.monotonic() > deadline:
                 break
-            for name in times:
-                times[name].append(milliseconds(calls[name], scratch))
+            for name, taken in times.items():
+                if i < LEAST_ROUNDS or min(taken) < FAR * min(map(min, times.values())):
+                    taken.append(milliseconds(calls[name], scratch))
     return times
 
 
