@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import ops
+from fastgen.nn.spectral_norm import undivided
+from fastgen.ops import _convolution
 from fastgen.ops._dispatch import count, runs_auto
+from fastgen.ops._geometry import Geometry
+from fastgen.ops.norm_act import Tail
 
 SMALL = {True: 100_000_000, False: 20_000_000}  # multiplications of a convolution, with gradients and without
 _BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -98,11 +102,32 @@ def run(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activa
     for name in ("stride", "padding", "groups", "dilation"):
         arguments[name] = getattr(convolution, name)
     arguments["memory_efficient"] = getattr(convolution, "memory_efficient", False)
+    y = None if arguments["memory_efficient"] or norm is not None else _over_sigma(x, convolution, arguments)
+    if y is not None:
+        return y
     if isinstance(convolution, nn.Conv2d):
         arguments["padding_mode"] = convolution.padding_mode
         return ops.conv2d_norm_act(x, convolution.weight, convolution.bias, **arguments)
     arguments["output_padding"] = convolution.output_padding
     return ops.conv_transpose2d_norm_act(x, convolution.weight, convolution.bias, **arguments)
+
+
+def _over_sigma(x: Tensor, convolution: nn.Conv2d | nn.ConvTranspose2d, arguments: dict[str, Any]) -> Tensor | None:
+    """The run of a convolution under spectral norm that divides by sigma what its kernel computes; None if none does."""
+    found = undivided(convolution)
+    if found is None:
+        return None
+    norm, weight = found
+    output_padding = convolution.output_padding if isinstance(convolution, nn.ConvTranspose2d) else ()
+    geometry = Geometry.of(
+        convolution.stride, convolution.padding, output_padding, convolution.groups, convolution.dilation,
+        convolution.padding_mode == "reflect",
+    )  # fmt: skip
+    slope, inplace = arguments.get("negative_slope", 0.01), arguments.get("inplace", False)
+    tail = Tail("none", *(None,) * 4, False, 0.0, 0.0, None, None, arguments["activation"], slope, inplace)
+    if not _convolution.takes_sigma(x, weight, geometry, tail):
+        return None
+    return _convolution.over_sigma(x, *norm.parts(weight), convolution.bias, geometry, tail)
 
 
 def _is_small(x: Tensor, convolution: Any) -> bool:

@@ -60,10 +60,12 @@ def _composed(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None
     return convolve(geometry, x, weight, bias)
 
 
-def _plain(geometry: Geometry, x: Tensor, weight: Tensor) -> Tensor:
-    """The convolution alone, by the kernel that wins; differentiable."""
+def _plain(geometry: Geometry, x: Tensor, weight: Tensor, sigma: Tensor | None = None) -> Tensor:
+    """The convolution alone, by the kernel that wins; differentiable. sigma: see over_sigma."""
     if not _has_kernels(x) or not geometry.wins(x.shape, like(weight)):
-        return convolve(geometry, x, weight, None)
+        return convolve(geometry, x, _divided(weight, sigma), None)
+    if sigma is not None:
+        return _autograd.call("convolution_over_sigma", x, weight, sigma, None, "identity", 0.0, *geometry.arguments())
     op, arguments = geometry.fused()
     return _autograd.call(op, x, weight, None, *_NO_TAIL, *arguments, False)[0]
 
@@ -71,7 +73,9 @@ def _plain(geometry: Geometry, x: Tensor, weight: Tensor) -> Tensor:
 _NO_TAIL = (None, None, None, None, None, "none", 0, 0.0, "identity", 0.0)
 
 
-def _grads(geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]):
+def _grads(
+    geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool], sigma: Tensor | None = None
+):
     """Gradients of x and weight, those that are wanted, by ops that are themselves differentiable.
 
     x's is the opposite convolution of grad. What PyTorch's kernels do better they do in one call.
@@ -86,10 +90,10 @@ def _grads(geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, wanted: 
         grad_weight = _autograd.call("convolution_weight_grad", grad, x, weight, *geometry.arguments())
     if own_x:
         inner, sizes = geometry.inner(x.shape)
-        grad_x = _unmirrored(geometry, _plain(inner.opposite(sizes, weight.shape), grad, weight), x)
+        grad_x = _unmirrored(geometry, _plain(inner.opposite(sizes, weight.shape), grad, weight, sigma), x)
     rest = (of_x and not own_x, of_weight and not own_weight)
     if any(rest):
-        found = _aten_grads(geometry, grad, x, weight, rest)
+        found = _aten_grads(geometry, grad, x, _divided(weight, sigma) if rest[0] else weight, rest)
         grad_x, grad_weight = (found[0] if rest[0] else grad_x), (found[1] if rest[1] else grad_weight)
     return grad_x, grad_weight
 
@@ -190,6 +194,95 @@ def _weight_grad_backward(ctx, direction):
 
 
 _autograd.register("fastgen::convolution_weight_grad", _weight_grad_backward, _setup_weight_grad)
+
+
+# activation(conv(x, weight) / sigma + bias): the kernels' normalization with given statistics, sigma in the gain's place.
+torch.library.define(
+    "fastgen::convolution_over_sigma",
+    f"(Tensor x, Tensor weight, Tensor sigma, Tensor? bias, str activation, float negative_slope, {_ARGUMENTS}) -> Tensor",
+)
+
+
+@torch.library.impl("fastgen::convolution_over_sigma", "CompositeExplicitAutograd")
+def _over_sigma(x, weight, sigma, bias, activation, negative_slope, *geometry):
+    op, arguments = Geometry.of(*geometry).fused()
+    gain = sigma.reciprocal().expand(Geometry.of(*geometry).channels(weight.shape)[1])
+    tail = (
+        gain,
+        bias,
+        torch.zeros_like(gain),
+        torch.ones_like(gain),
+        None,
+        "batch",
+        0,
+        0.0,
+        activation,
+        negative_slope,
+    )
+    return getattr(torch.ops.fastgen, op).default(x, weight, None, *tail, *arguments, False)[0]
+
+
+@torch.library.register_fake("fastgen::convolution_over_sigma")
+def _over_sigma_fake(x, weight, sigma, bias, activation, negative_slope, *geometry):
+    sizes, last = Geometry.of(*geometry).sizes(x.shape, weight.shape), is_channels_last(x) or is_channels_last(weight)
+    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=memory_format(last))
+
+
+def _setup_over_sigma(ctx, inputs, output):
+    x, weight, sigma, _, activation, slope, *geometry = inputs
+    ctx.options, ctx.geometry = ("none", 0, 0.0, activation, slope), Geometry.of(*geometry)
+    ctx.save_for_backward(x, weight, sigma, None if activation == "identity" else output)
+
+
+def _over_sigma_backward(ctx, grad):
+    x, weight, sigma, out = ctx.saved_tensors
+    if out is not None:
+        grad = tails.norm_act_grads(grad, out, None, None, None, None, None, False, *ctx.options)[0]
+    of_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[3] and _weight_grads else None
+    grads = _grads(ctx.geometry, grad, x, weight, _wanted(ctx), sigma)
+    return *grads, None, of_bias, *(None,) * 8
+
+
+_autograd.register("fastgen::convolution_over_sigma", _over_sigma_backward, _setup_over_sigma)
+
+
+class _Divided(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, sigma: Tensor) -> Tensor:
+        return (weight / sigma).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None
+
+
+def _divided(weight: Tensor, sigma: Tensor | None) -> Tensor:
+    """weight / sigma for what cannot divide its sums; its gradient is that of over_sigma."""
+    return weight if sigma is None else _Divided.apply(weight, sigma)
+
+
+def takes_sigma(x: Tensor, weight: Tensor, geometry: Geometry, tail: tails.Tail) -> bool:
+    """Whether over_sigma serves: by a kernel of fastgen's, and with a gradient that follows from the output."""
+    identity = tail.norm == "none" and tail.activation == "identity"
+    if x.dim() != 4 or tail.residual is not None or not (identity or tails.needs_output_alone(tail.options())):
+        return False
+    if _autocasts(x) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    wins = geometry.wins(x.shape, like(weight))
+    return _dispatch.choose(geometry.fused()[0], "auto", x, wins, counted=False) not in ("reference", "composed")
+
+
+def over_sigma(
+    x: Tensor, weight: Tensor, sigma: Tensor, bias: Tensor | None, geometry: Geometry, tail: tails.Tail
+) -> Tensor:
+    """activation(convolution by weight / sigma + bias), divided after the sums: nothing of weight's size is written.
+
+    The weight's gradient is that of weight / sigma: it stands for the quotient, of which sigma is a part (nn.spectral_norm).
+    """
+    _check_tensors(x, weight, bias, geometry)
+    op, options = "convolution_over_sigma", tail.options()[3:]
+    chosen = _dispatch.choose(geometry.fused()[0], "auto", x)
+    return _dispatch.call(op, chosen, x, weight, sigma, bias, *options, *geometry.arguments())
 
 
 def call(

@@ -185,7 +185,7 @@ def call(op: str, impl: str, *args):
 
 
 @torch.compiler.assume_constant_result
-def _choose(op: str, impl: str, device: str, dtype: torch.dtype, best: str) -> str:
+def _choose(op: str, impl: str, device: str, dtype: torch.dtype, best: str, counted: bool) -> str:
     source = "impl"
     if impl == "auto":
         impl, source = _checked(os.environ.get("FASTGEN_IMPL", "auto"), "FASTGEN_IMPL"), "FASTGEN_IMPL"
@@ -197,7 +197,8 @@ def _choose(op: str, impl: str, device: str, dtype: torch.dtype, best: str) -> s
         impl = "reference" if own is None or reason else own if best == "own" else best
     elif reason := why_not(op, _checked(impl, source), device, dtype):
         raise FastgenError(f"{source}={impl!r} cannot run {op}: {reason}")
-    count(op, impl)
+    if counted:
+        count(op, impl)
     return impl
 
 
@@ -220,14 +221,15 @@ def runs_auto() -> bool:
     )
 
 
-def choose(op: str, impl: str, x: torch.Tensor, wins: bool = True) -> str:
+def choose(op: str, impl: str, x: torch.Tensor, wins: bool = True, counted: bool = True) -> str:
     """The implementation that runs op on a tensor like x. Raises if one was asked for that cannot.
 
-    Where the whole op's kernel does not win, auto is "composed": PyTorch's convolution and fastgen's norm_act.
+    Where the whole op's kernel does not win, auto is "composed": PyTorch's convolution and fastgen's norm_act. counted:
+    whether implementations_used is to know.
     """
     device = x.device.type if x.device.index is None else f"{x.device.type}:{x.device.index}"
     best = "own" if wins else "composed"  # under torch.compile with dynamic sizes, `wins` becomes a guard here
-    return _choose(op, _override if impl == "auto" else impl, device, x.dtype, best)
+    return _choose(op, _override if impl == "auto" else impl, device, x.dtype, best, counted)
 
 
 def count(op: str, impl: str) -> None:
