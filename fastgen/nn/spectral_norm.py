@@ -25,8 +25,8 @@ def spectral_norm(
     access in training, none in eval, gradients through sigma, of any order. A state_dict of torch.nn.utils.spectral_norm
     (weight_orig, weight_u, weight_v) loads too. u and v are new tensors at each access, so that one graph may hold many.
 
-    A fused convolution without a norm (fastgen.nn.Sequential, fastgen.fuse) divides by sigma what its kernel sums, where that is
-    fastgen's own; weight / sigma is then never written.
+    A fused convolution without a norm (fastgen.nn.Sequential, fastgen.fuse) divides by sigma what its kernel sums, where that
+    is fastgen's own; weight / sigma is then never written.
 
     Args:
         module: any with a parameter of this name: Linear, Embedding, a convolution, transposed or not. A parameter of one

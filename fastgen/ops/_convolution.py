@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastgen.ops import _autograd, _check, _dispatch
+from fastgen.ops import _autograd, _check, _dispatch, _synchronized
 from fastgen.ops import norm_act as tails
 from fastgen.ops._geometry import Geometry, Pair
 from fastgen.ops._layout import is_channels_last, like, memory_format
@@ -308,6 +308,10 @@ def call(
             f"{tuple(x.shape)} and weight of shape {tuple(weight.shape)}; both must be at least 1"
         )
     batch_stats = _check.tail(x, sizes, *tail)
+    if batch_stats and tail.process_group is not None:
+        alone = tails.Tail("none", *(None,) * 4, False, 0.0, 0.0, None, None, "identity", 0.0, False)
+        pre = call(x, weight, bias, geometry, alone, memory_efficient, impl)
+        return _synchronized.norm_act(pre, tail, _dispatch.choose("norm_act", impl, pre))
     op, arguments = geometry.fused()
     chosen = _dispatch.choose(op, impl, x, geometry.wins(x.shape, like(weight), batch_stats))
     if chosen == "reference":
