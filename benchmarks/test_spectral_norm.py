@@ -70,23 +70,36 @@ def test_access(row, what, measure):
     measure(calls, facts, table="spectral_norm, access in training", row=f"{row}, {what}", bytes=size)
 
 
-def test_discriminator_step(measure):
-    """D(real) and D(fake), backward and Adam, DCGAN-64, batch 64: what spectral norm adds to the step without it."""
+@pytest.mark.parametrize("fused", (False, True), ids=("plain", "fused"))
+def test_discriminator_step(fused, measure):
+    """D(real) and D(fake), backward and Adam, DCGAN-64, batch 64: what spectral norm adds to the step without it.
+
+    Fused: in SNGAN's form, without BatchNorm, where sigma is a factor in the convolutions' epilogues.
+    """
     real, fake = torch.randn(2, 64, 3, 64, 64)
     calls, facts = {}, {}
-    for peer in ("without", "eager", "fastgen", "fastgen group"):
+    for peer in ("without", *(() if fused else ("eager",)), "fastgen", "fastgen group"):
         torch.manual_seed(0)
         model = fastgen.create_model("dcgan").discriminator
+        if fused:
+            model = nn.Sequential(*(layer for layer in model.main if not isinstance(layer, nn.BatchNorm2d)))
         if peer != "without":
             for module in model.modules():
                 if isinstance(module, nn.Conv2d):
                     NORMS[peer.split()[0]](module)
+        if fused:
+            model = fastgen.fuse(model)
         if peer == "fastgen group":
             fastgen.nn.SpectralNormGroup(model)
         optimizer = torch.optim.Adam(model.parameters(), 2e-4)
         calls[peer] = functools.partial(discriminator_step, model, optimizer, real, fake)
         facts[peer] = {"error": 0.0, "correct": True}
-    measure(calls, facts, table="DCGAN-64 discriminator, training step", row="batch 64")
+    measure(
+        calls,
+        facts,
+        table="DCGAN-64 discriminator, training step",
+        row="batch 64, no BatchNorm, fused" if fused else "batch 64",
+    )
 
 
 def discriminator_step(model, optimizer, real, fake):

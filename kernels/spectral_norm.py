@@ -124,9 +124,9 @@ def add_up(values, count):
 @triton.jit
 def finish(
     weights, outs, us, vs, sigmas, table, blocks, t, s, t_norms, s_norms, eps, COUNT: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ITERATE: tl.constexpr, SCALE: tl.constexpr, CHUNK: tl.constexpr,
+    ITERATE: tl.constexpr, LAST: tl.constexpr, DIVIDE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """ITERATE: u and v from t and s. SCALE: sigma, and weight / sigma."""
+    """ITERATE: u and v from t and s. LAST: sigma. DIVIDE: weight / sigma."""
     index, number, rows, _, columns, spread = part_of(table, blocks)
     at = number * CHUNK + tl.arange(0, CHUNK)
     sigma = add_up(t_norms + field(table, index, 7), field(table, index, 8))
@@ -147,9 +147,9 @@ def finish(
         else:
             tl.store(u + at, first, at < lines)
             tl.store(v + place, second, at < length)
-    if SCALE:
-        if number == 0:
-            tl.store(pick(sigmas, index, COUNT), sigma)
+    if LAST:
+        tl.store(pick(sigmas, index, COUNT), sigma, number == 0)
+    if DIVIDE:
         inside = at < rows * columns
         weight = pick(weights, index, COUNT)
         out = pick(outs, index, COUNT)
@@ -200,7 +200,7 @@ class Plan:
     """The programs of each launch for weights of these shapes, and where they find their part."""
 
     def __init__(self, matrices: Sequence[tuple[int, int, int, int]], transposed: bool, device: torch.device) -> None:
-        lines, sums, elements, fields = [], [], [], []
+        lines, sums, vectors, elements, fields = [], [], [], [], []
         self.t = self.parts = self.s = 0  # sizes of the work space
         for index, (rows, inner, columns, spread) in enumerate(matrices):
             of_t, of_s = (columns, rows) if transposed else (rows, columns)
@@ -210,12 +210,13 @@ class Plan:
             ]  # fmt: skip
             lines += [(index, tile) for tile in range(tiles)]
             sums += [(index, chunk) for chunk in range(chunks)]
+            vectors += [(index, chunk) for chunk in range(triton.cdiv(max(rows, columns), CHUNK))]
             elements += [(index, chunk) for chunk in range(triton.cdiv(rows * columns, CHUNK))]
             self.t, self.parts, self.s = self.t + of_t, self.parts + tiles * of_s, self.s + of_s
         self.count = len(matrices)
         self.table = torch.tensor(fields, dtype=torch.int32, device=device)
-        self.lines, self.sums, self.elements = (
-            torch.tensor(of, dtype=torch.int32, device=device) for of in (lines, sums, elements)
+        self.lines, self.sums, self.vectors, self.elements = (
+            torch.tensor(of, dtype=torch.int32, device=device) for of in (lines, sums, vectors, elements)
         )
 
     @staticmethod
@@ -237,22 +238,22 @@ def _grouped(weights: Sequence[Tensor]) -> list[list[int]]:
     return [of[i : i + MOST_WEIGHTS] for of in by_dtype.values() for i in range(0, len(of), MOST_WEIGHTS)]
 
 
-def forward(weights, us, vs, dims, n_power_iterations, eps, v_first):
+def forward(weights, us, vs, dims, n_power_iterations, eps, v_first, divide):
     """The op fastgen::spectral_norm."""
     outs, sigmas, new_us, new_vs = ([None] * len(weights) for _ in range(4))
     for of in _grouped(weights):
         results = _forward([weights[i] for i in of], [us[i] for i in of], [vs[i] for i in of], [dims[i] for i in of],
-                           n_power_iterations, eps, v_first)  # fmt: skip
+                           n_power_iterations, eps, v_first, divide)  # fmt: skip
         for i, *result in zip(of, *results, strict=True):
             outs[i], sigmas[i], new_us[i], new_vs[i] = result
     return outs, sigmas, new_us, new_vs
 
 
-def _forward(weights, us, vs, dims, n_power_iterations, eps, v_first):
+def _forward(weights, us, vs, dims, n_power_iterations, eps, v_first, divide):
     dense = [_dense(weight, dim) for weight, dim in zip(weights, dims, strict=True)]
     like = dense[0]
     plan = Plan.of(tuple(matrix(w, dim) for w, dim in zip(dense, dims, strict=True)), v_first, like.device)
-    outs = [torch.empty_like(weight) for weight in dense]
+    outs = [torch.empty_like(weight) if divide else weight.new_empty(0) for weight in dense]
     sigmas = [weight.new_empty((), dtype=torch.float32) for weight in dense]
     given = [[t.to(torch.float32, copy=True).contiguous() for t in of] for of in (us, vs)]
     t, parts, s, t_norms, s_norms = (
@@ -273,12 +274,15 @@ def _forward(weights, us, vs, dims, n_power_iterations, eps, v_first):
                 add_parts, (len(plan.sums),), like, table=plan.table, blocks=plan.sums, parts=parts, s=s, norms=s_norms,
                 TRANSPOSED=v_first, CHUNK=CHUNK,
             )  # fmt: skip
+        divides = divide and left == 1
+        blocks = plan.elements if divides else plan.vectors
         launch(
-            finish, (len(plan.elements),), like, weights=tuple(dense), outs=tuple(outs), us=of_u, vs=of_v,
-            sigmas=tuple(sigmas), blocks=plan.elements, t=t, s=s, t_norms=t_norms, s_norms=s_norms, eps=eps, ITERATE=iterates,
-            SCALE=left == 1, CHUNK=CHUNK, **shared,
+            finish, (len(blocks),), like, weights=tuple(dense), outs=tuple(outs), us=of_u, vs=of_v,
+            sigmas=tuple(sigmas), blocks=blocks, t=t, s=s, t_norms=t_norms, s_norms=s_norms, eps=eps, ITERATE=iterates,
+            LAST=left == 1, DIVIDE=divides, CHUNK=CHUNK, **shared,
         )  # fmt: skip
-    outs = [in_order(out, is_channels_last(weight)) for out, weight in zip(outs, weights, strict=True)]
+    if divide:
+        outs = [in_order(out, is_channels_last(weight)) for out, weight in zip(outs, weights, strict=True)]
     return (
         outs,
         sigmas,

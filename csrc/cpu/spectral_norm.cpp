@@ -263,7 +263,8 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
       *static_cast<A*>(m.sigma) = static_cast<A>(dot<A>(of[k].product.get(), other, m.a == 1 ? m.d : m.a * m.b));
     }
   }
-  for_each(part_total, parallel, [&](int64_t reversed) {  // what was read last is still in the cache
+  const bool divides = std::any_of(matrices.begin(), matrices.end(), [](const SpectralMatrix& m) { return m.out != nullptr; });
+  for_each(divides ? part_total : 0, parallel, [&](int64_t reversed) {  // what was read last is still in the cache
     const int64_t i = part_total - 1 - reversed;
     const SpectralMatrix& m = matrices[parts[i].matrix];
     const T* w = static_cast<const T*>(m.weight);

@@ -411,7 +411,7 @@ template <class T, int access>
 __device__ void finish_chunk(const Weight& m, const Place& place, double eps, bool iterate, bool scale) {
   const Elements<access> elements{place.number * kChunk, m.size()};
   float held[kHeld];
-  if (scale) elements.load_all(static_cast<const T*>(m.weight), held);  // under way while the norms are added
+  if (scale && m.out) elements.load_all(static_cast<const T*>(m.weight), held);  // under way while the norms are added
   const Divisors divisors(m, eps, iterate);
   if (iterate)
     for (int64_t i = elements.start + threadIdx.x; i < elements.start + kChunk; i += kThreads) {
@@ -420,12 +420,13 @@ __device__ void finish_chunk(const Weight& m, const Place& place, double eps, bo
     }
   if (!scale) return;
   if (place.number == 0 && threadIdx.x == 0) *m.sigma = divisors.sigma;
+  if (!m.out) return;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) held[i] /= divisors.sigma;
   elements.store_all(static_cast<T*>(m.out), held);
 }
 
-// iterate: u and v from the products. scale: sigma, and weight / sigma. Grid: a block for kChunk elements of each weight, or of
+// iterate: u and v from the products. scale: sigma, and weight / sigma where it is wanted. Grid: a block for kChunk elements of each weight, or of
 // its longer vector.
 template <class T>
 __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Group<Weight> group, double eps, bool iterate,
@@ -579,7 +580,7 @@ void normalize(const std::vector<SpectralMatrix>& matrices, int64_t iterations, 
     };
     const auto run_finish = [&](bool iterate, bool scale) {
       const dim3 blocks = group.grid([&](const Weight& m) {
-        return std::max<int64_t>(1, ceil_div(std::max({scale ? m.size() : 0, m.outer_size(), m.inner_size()}), kChunk));
+        return std::max<int64_t>(1, ceil_div(std::max({scale && m.out ? m.size() : 0, m.outer_size(), m.inner_size()}), kChunk));
       });
       launch(queue, finish<T>, blocks, kThreads, kShared, group, eps, iterate, scale);
     };

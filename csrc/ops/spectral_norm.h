@@ -52,13 +52,13 @@ const DType all_dtypes[] = {DType::float32, DType::float64, DType::bfloat16, DTy
 using Tensors = std::vector<Tensor>;
 
 std::tuple<Tensors, Tensors, Tensors, Tensors> spectral_norm(Tensors weights, Tensors us, Tensors vs, std::vector<int64_t> dims,
-                                                             int64_t iterations, double eps, bool v_first) {
+                                                             int64_t iterations, double eps, bool v_first, bool divide) {
   std::vector<SpectralWeight> items;
   Tensors outs, sigmas, new_us, new_vs;
   for (size_t i = 0; i < weights.size(); ++i) {
     items.emplace_back(weights[i], us[i], vs[i], dims[i]);
-    outs.push_back(torch::stable::empty_like(items[i].weight));
-    items[i].matrix.out = outs[i].mutable_data_ptr();
+    outs.push_back(divide ? torch::stable::empty_like(items[i].weight) : new_tensor(items[i].weight, {0}, weights[i].scalar_type()));
+    if (divide) items[i].matrix.out = outs[i].mutable_data_ptr();
   }
   for (DType dtype : all_dtypes) {
     std::vector<SpectralMatrix> matrices;

@@ -92,7 +92,7 @@ struct SpectralMatrix {
   void* u;      // (d), updated by the iterations
   void* v;      // (a, b), the same
   void* sigma;  // one value
-  void* out;    // like weight
+  void* out;    // like weight; null: weight / sigma is not wanted
 
   int64_t size() const { return a * d * b; }
 };

@@ -6,13 +6,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgen import ops
+from fastgen.nn.spectral_norm import undivided
+from fastgen.ops import _convolution
 from fastgen.ops._dispatch import count, runs_auto
+from fastgen.ops._geometry import Geometry
+from fastgen.ops.norm_act import Tail
 
 SMALL = {True: 100_000_000, False: 20_000_000}  # multiplications of a convolution, with gradients and without
-_BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _ACTIVATIONS = {
     nn.Identity: "identity",
@@ -42,7 +47,8 @@ def fusable(
         return None
 
     convolution = take(nn.ConvTranspose2d, nn.Conv2d)
-    norm = take(nn.GroupNorm, *(_BATCH + _INSTANCE if convolution is None else (nn.BatchNorm2d, nn.InstanceNorm2d)))
+    of_images = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)
+    norm = take(nn.GroupNorm, *(_BATCH + _INSTANCE if convolution is None else of_images))
     activation = take(*_ACTIVATIONS)
     return convolution, norm, activation, at if at - start > 1 else start
 
@@ -83,7 +89,7 @@ def steps(sequential: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn
 
 def run(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activation: nn.Module | None) -> Tensor:
     """What calling the three modules in turn computes, in one op, unless their own are faster."""
-    if convolution is not None and _is_small(x, convolution):
+    if convolution is not None and _synchronizes(norm) is None and _is_small(x, convolution):
         count("conv2d_norm_act" if kind(convolution) is nn.Conv2d else "conv_transpose2d_norm_act", "reference")
         for module in (convolution, norm, activation):
             x = x if module is None else kind(module).forward(module, x)
@@ -98,11 +104,32 @@ def run(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activa
     for name in ("stride", "padding", "groups", "dilation"):
         arguments[name] = getattr(convolution, name)
     arguments["memory_efficient"] = getattr(convolution, "memory_efficient", False)
+    y = None if arguments["memory_efficient"] or norm is not None else _over_sigma(x, convolution, arguments)
+    if y is not None:
+        return y
     if isinstance(convolution, nn.Conv2d):
         arguments["padding_mode"] = convolution.padding_mode
         return ops.conv2d_norm_act(x, convolution.weight, convolution.bias, **arguments)
     arguments["output_padding"] = convolution.output_padding
     return ops.conv_transpose2d_norm_act(x, convolution.weight, convolution.bias, **arguments)
+
+
+def _over_sigma(x: Tensor, convolution: nn.Conv2d | nn.ConvTranspose2d, arguments: dict[str, Any]) -> Tensor | None:
+    """The run of a convolution under spectral norm that divides by sigma what its kernel computes; None if none does."""
+    found = undivided(convolution)
+    if found is None:
+        return None
+    norm, weight = found
+    output_padding = convolution.output_padding if isinstance(convolution, nn.ConvTranspose2d) else ()
+    geometry = Geometry.of(
+        convolution.stride, convolution.padding, output_padding, convolution.groups, convolution.dilation,
+        convolution.padding_mode == "reflect",
+    )  # fmt: skip
+    slope, inplace = arguments.get("negative_slope", 0.01), arguments.get("inplace", False)
+    tail = Tail("none", *(None,) * 4, False, 0.0, 0.0, None, None, arguments["activation"], slope, inplace)
+    if not _convolution.takes_sigma(x, weight, geometry, tail):
+        return None
+    return _convolution.over_sigma(x, *norm.parts(weight), convolution.bias, geometry, tail)
 
 
 def _is_small(x: Tensor, convolution: Any) -> bool:
@@ -133,7 +160,7 @@ def _norm_arguments(norm: nn.Module | None, x: Tensor) -> dict[str, Any]:
     tracks = norm.track_running_stats
     if isinstance(norm, _BATCH):
         dims: dict[type, tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
-        if x.dim() not in dims[kind(norm)]:
+        if x.dim() not in dims.get(kind(norm), (2, 3, 4, 5)):
             raise ValueError(f"{type(norm).__name__} does not take an input of shape {tuple(x.shape)}")
         if norm.training and tracks and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
@@ -150,7 +177,18 @@ def _norm_arguments(norm: nn.Module | None, x: Tensor) -> dict[str, Any]:
         "training": training,
         "momentum": momentum,
         "eps": norm.eps,
+        "process_group": _synchronizes(norm),
     }
+
+
+def _synchronizes(norm: nn.Module | None) -> Any:
+    """The process group over whose ranks a SyncBatchNorm takes its statistics, if it does."""
+    if norm is None or kind(norm) is not nn.SyncBatchNorm or not norm.training:
+        return None
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    group: Any = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def norm_module(

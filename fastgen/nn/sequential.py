@@ -6,9 +6,9 @@ from fastgen.nn import _modules
 class Sequential(nn.Sequential):
     """nn.Sequential, with the same children and state_dict, that runs what fuses as one op.
 
-    Fused are Conv2d or ConvTranspose2d -> [BatchNorm2d, InstanceNorm2d or GroupNorm] -> [activation] and norm -> activation;
-    activations are ReLU, LeakyReLU, Tanh, Sigmoid, SiLU and Identity. Every other child, and any with hooks or of a subclass,
-    is called as it is.
+    Fused are Conv2d or ConvTranspose2d -> [BatchNorm2d, SyncBatchNorm, InstanceNorm2d or GroupNorm] -> [activation] and
+    norm -> activation; activations are ReLU, LeakyReLU, Tanh, Sigmoid, SiLU and Identity. Every other child, and any with
+    hooks or of a subclass, is called as it is.
     A plain nn.Sequential among the children counts as its children. An in-place activation of a fused run does not write to
     its input: nobody else sees that.
     """

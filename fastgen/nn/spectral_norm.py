@@ -25,6 +25,9 @@ def spectral_norm(
     access in training, none in eval, gradients through sigma, of any order. A state_dict of torch.nn.utils.spectral_norm
     (weight_orig, weight_u, weight_v) loads too. u and v are new tensors at each access, so that one graph may hold many.
 
+    A fused convolution without a norm (fastgen.nn.Sequential, fastgen.fuse) divides by sigma what its kernel sums, where that
+    is fastgen's own; weight / sigma is then never written.
+
     Args:
         module: any with a parameter of this name: Linear, Embedding, a convolution, transposed or not. A parameter of one
             dimension is divided by its length.
@@ -72,15 +75,35 @@ class SpectralNorm(nn.Module):
         if weight.dim() == 1:
             return F.normalize(weight, dim=0, eps=self.eps)
         if self._group is not None and not torch.compiler.is_compiling():
-            found = self._group.normalized(self, weight)
-            if found is not None:
-                return found
+            step = self._group.step(self, weight)
+            if step is not None and step.out is not None:
+                wanted = torch.is_grad_enabled() and weight.requires_grad
+                return _Normalized.apply(weight, step.out, step, self.dim) if wanted else step.out
         out, _, u, v = ops.spectral_norm(
             weight, self._u, self._v, dim=self.dim, n_power_iterations=self.n_power_iterations, eps=self.eps,
             training=self.training,
         )  # fmt: skip
         self._keep(u, v)
         return out
+
+    def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """weight / sigma as what stands for it, with sigma: for a kernel that divides what it computes.
+
+        The first shares weight's memory, so that nothing of its size is written; its gradient is that of weight / sigma, and
+        goes on to weight through sigma too.
+        """
+        step = self._group.step(self, weight, divide=False) if self._group is not None else None
+        if step is None:
+            with torch.no_grad():
+                _, *rest = ops.spectral_norm(
+                    weight, self._u, self._v, dim=self.dim, n_power_iterations=self.n_power_iterations, eps=self.eps,
+                    training=self.training, divide=False,
+                )  # fmt: skip
+            step = _Step((), None, *rest)
+            self._keep(step.u, step.v)
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return _Normalized.apply(weight, None, step, self.dim), step.sigma
+        return weight, step.sigma
 
     def _keep(self, u: Tensor, v: Tensor) -> None:
         if self.training:
@@ -120,26 +143,26 @@ class _Step(NamedTuple):
     """One weight's results, and what they are the results of."""
 
     stamp: tuple
-    out: Tensor
+    out: Tensor | None  # None: nobody has asked for it yet
     sigma: Tensor
     u: Tensor
     v: Tensor
 
 
 class _Normalized(torch.autograd.Function):
-    """out, computed before, as the function weight / sigma(weight) that it is: each access has a graph of its own."""
+    """out, computed before, or weight in its place, as the function weight / sigma(weight): each access has its own graph."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, step: _Step, dim: int) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, out: Tensor | None, step: _Step, dim: int) -> Tensor:
         ctx.dim = dim
         ctx.save_for_backward(weight, step.sigma, step.u, step.v)
-        return step.out.detach()
+        return (weight if out is None else out).detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         weight, sigma, u, v = ctx.saved_tensors
         arguments = ([grads[0]], [torch.zeros_like(sigma)], [weight], [sigma], [u], [v], [ctx.dim])
-        return torch.ops.fastgen.spectral_norm_backward(*arguments)[0], None, None
+        return torch.ops.fastgen.spectral_norm_backward(*arguments)[0], None, None, None
 
 
 class SpectralNormGroup:
@@ -163,6 +186,7 @@ class SpectralNormGroup:
     def __init__(self, model: nn.Module):
         self._members: list[tuple[SpectralNorm, parametrize.ParametrizationList]] = []
         self._steps: dict[SpectralNorm, _Step] = {}
+        self._undivided: set[SpectralNorm] = set()  # those whose convolutions divide
         for module in model.modules():
             for name, form in list(forms(module)):
                 if isinstance(form, _Hook):
@@ -184,29 +208,32 @@ class SpectralNormGroup:
         """Computes all the weights now, with a power iteration for those in training."""
         alike: dict[tuple, list] = defaultdict(list)
         for norm, parametrized in self._members:
-            weight = parametrized.original
-            alike[norm.n_power_iterations, norm.eps, norm.training, weight.device].append((norm, weight))
-        for (iterations, eps, training, _), members in alike.items():
+            weight, divided = parametrized.original, norm not in self._undivided
+            alike[norm.n_power_iterations, norm.eps, norm.training, divided, weight.device].append((norm, weight))
+        for (iterations, eps, training, divided, _), members in alike.items():
             norms, weights = zip(*members, strict=True)
             results = ops.spectral_norm_group(
                 weights, [norm._u for norm in norms], [norm._v for norm in norms], dims=[norm.dim for norm in norms],
-                n_power_iterations=iterations, eps=eps, training=training,
+                n_power_iterations=iterations, eps=eps, training=training, divide=divided,
             )  # fmt: skip
-            for norm, weight, *result in zip(norms, weights, *results, strict=True):
-                norm._keep(*result[2:])
-                self._steps[norm] = _Step(_stamp(norm, weight), *result)
+            for norm, weight, out, *rest in zip(norms, weights, *results, strict=True):
+                norm._keep(*rest[1:])
+                self._steps[norm] = _Step(_stamp(norm, weight), out if divided else None, *rest)
 
-    def normalized(self, norm: SpectralNorm, weight: Tensor) -> Tensor | None:
-        """The weight of this parametrization as of this step; None if it is not the group's own, as in a replica."""
+    def step(self, norm: SpectralNorm, weight: Tensor, divide: bool = True) -> _Step | None:
+        """The results of this parametrization as of this step of the optimizer, with weight / sigma if `divide`; None if it is
+        not the group's own, as in a replica."""
         if not any(norm is member and weight is parametrized.original for member, parametrized in self._members):
             return None
+        (self._undivided.discard if divide else self._undivided.add)(norm)  # what the next update leaves out
         step = self._steps.get(norm)
         if step is None or step.stamp != _stamp(norm, weight):
             self.update()
             step = self._steps[norm]
-        if not (torch.is_grad_enabled() and weight.requires_grad):
-            return step.out
-        return _Normalized.apply(weight, step, norm.dim)
+        if divide and step.out is None:
+            with torch.no_grad():
+                step = self._steps[norm] = step._replace(out=(weight / step.sigma).to(weight.dtype))
+        return step
 
     def sigmas(self) -> list[Tensor]:
         """The largest singular value of each weight, as of the last computation."""
@@ -250,6 +277,15 @@ def forms(module: Any) -> Iterator[tuple[str, Any]]:
     for hook in module._forward_pre_hooks.values():
         if type(hook) in (_Hook, OldSpectralNorm):
             yield hook.name, hook
+
+
+def undivided(module: Any) -> tuple[SpectralNorm, Tensor] | None:
+    """A module's SpectralNorm and its parameter, where its weight is under that alone and parts() can stand for it."""
+    parametrized = getattr(module, "parametrizations", {})
+    if "weight" not in parametrized or parametrize._cache_enabled:
+        return None
+    norms, weight = parametrized["weight"], parametrized["weight"].original
+    return (norms[0], weight) if len(norms) == 1 and type(norms[0]) is SpectralNorm and weight.dim() > 1 else None
 
 
 def adopt(module: Any, name: str, theirs: Any) -> None:

@@ -81,7 +81,7 @@ def _composed(geometry: Geometry, x: Tensor, weight: Tensor, norm: str) -> objec
 def _input_grad(geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, impl: str) -> object:
     inner, read = geometry.inner(x.shape)
     return _convolution._unmirrored(
-        geometry, _convolution._plain(inner.opposite(read, weight.shape), grad, weight, impl), x
+        geometry, _convolution._plain(inner.opposite(read, weight.shape), grad, weight, own=impl), x
     )
 
 

@@ -68,6 +68,7 @@ def tail(
     activation: str,
     negative_slope: float,
     inplace: bool,
+    process_group: object,
 ) -> bool:
     """Checks what norm_act and the fused convolutions share, for values of these sizes before the norm.
 
@@ -85,6 +86,8 @@ def tail(
         raise ValueError(f"num_groups goes with norm='group', got num_groups={num_groups} and norm={norm!r}")
     if num_groups is not None and (num_groups < 1 or sizes[1] % num_groups):
         raise ValueError(f"num_groups must divide the {sizes[1]} channels, got {num_groups}")
+    if process_group is not None and norm != "batch":
+        raise ValueError(f"process_group goes with norm='batch', got norm={norm!r}")
     if norm == "none":
         return False
     if not eps >= 0:

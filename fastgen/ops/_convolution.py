@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastgen.ops import _autograd, _check, _dispatch
+from fastgen.ops import _autograd, _check, _dispatch, _synchronized
 from fastgen.ops import norm_act as tails
 from fastgen.ops._geometry import Geometry, Pair
 from fastgen.ops._layout import is_channels_last, like, memory_format
@@ -60,20 +60,30 @@ def _composed(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None
     return convolve(geometry, x, weight, bias)
 
 
-def _plain(geometry: Geometry, x: Tensor, weight: Tensor, own: str | None = None) -> Tensor:
-    """The convolution alone, differentiable: by `own`, an implementation of fastgen's, else by the one that wins."""
+def _plain(
+    geometry: Geometry, x: Tensor, weight: Tensor, sigma: Tensor | None = None, own: str | None = None
+) -> Tensor:
+    """The convolution alone, differentiable: by `own`, an implementation of fastgen's, else by the one that wins.
+
+    sigma: see over_sigma.
+    """
     own = own or (geometry.wins(x.shape, like(weight)) if _has_kernels(x) else None)
     if own is None:
-        return convolve(geometry, x, weight, None)
-    op, arguments = geometry.fused()
+        return convolve(geometry, x, _divided(weight, sigma), None)
     own = own if _dispatch.asked() == "auto" else "own"
+    if sigma is not None:
+        options = ("identity", 0.0, *geometry.arguments())
+        return _dispatch.call("convolution_over_sigma", own, x, weight, sigma, None, *options)
+    op, arguments = geometry.fused()
     return _dispatch.call(op, own, x, weight, None, *_NO_TAIL, *arguments, False)[0]
 
 
 _NO_TAIL = (None, None, None, None, None, "none", 0, 0.0, "identity", 0.0)
 
 
-def _grads(geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]):
+def _grads(
+    geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool], sigma: Tensor | None = None
+):
     """Gradients of x and weight, those that are wanted, by ops that are themselves differentiable.
 
     x's is the opposite convolution of grad. What PyTorch's kernels do better they do in one call.
@@ -88,10 +98,10 @@ def _grads(geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, wanted: 
         grad_weight = _autograd.call("convolution_weight_grad", grad, x, weight, *geometry.arguments())
     if own_x is not None:
         inner, sizes = geometry.inner(x.shape)
-        grad_x = _unmirrored(geometry, _plain(inner.opposite(sizes, weight.shape), grad, weight, own_x), x)
+        grad_x = _unmirrored(geometry, _plain(inner.opposite(sizes, weight.shape), grad, weight, sigma, own_x), x)
     rest = (of_x and own_x is None, of_weight and not own_weight)
     if any(rest):
-        found = _aten_grads(geometry, grad, x, weight, rest)
+        found = _aten_grads(geometry, grad, x, _divided(weight, sigma) if rest[0] else weight, rest)
         grad_x, grad_weight = (found[0] if rest[0] else grad_x), (found[1] if rest[1] else grad_weight)
     return grad_x, grad_weight
 
@@ -194,6 +204,95 @@ def _weight_grad_backward(ctx, direction):
 _autograd.register("fastgen::convolution_weight_grad", _weight_grad_backward, _setup_weight_grad)
 
 
+# activation(conv(x, weight) / sigma + bias): the kernels' normalization with given statistics, sigma in the gain's place.
+torch.library.define(
+    "fastgen::convolution_over_sigma",
+    f"(Tensor x, Tensor weight, Tensor sigma, Tensor? bias, str activation, float negative_slope, {_ARGUMENTS}) -> Tensor",
+)
+
+
+@torch.library.impl("fastgen::convolution_over_sigma", "CompositeExplicitAutograd")
+def _over_sigma(x, weight, sigma, bias, activation, negative_slope, *geometry):
+    op, arguments = Geometry.of(*geometry).fused()
+    gain = sigma.reciprocal().expand(Geometry.of(*geometry).channels(weight.shape)[1])
+    tail = (
+        gain,
+        bias,
+        torch.zeros_like(gain),
+        torch.ones_like(gain),
+        None,
+        "batch",
+        0,
+        0.0,
+        activation,
+        negative_slope,
+    )
+    return getattr(torch.ops.fastgen, op).default(x, weight, None, *tail, *arguments, False)[0]
+
+
+@torch.library.register_fake("fastgen::convolution_over_sigma")
+def _over_sigma_fake(x, weight, sigma, bias, activation, negative_slope, *geometry):
+    sizes, last = Geometry.of(*geometry).sizes(x.shape, weight.shape), is_channels_last(x) or is_channels_last(weight)
+    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=memory_format(last))
+
+
+def _setup_over_sigma(ctx, inputs, output):
+    x, weight, sigma, _, activation, slope, *geometry = inputs
+    ctx.options, ctx.geometry = ("none", 0, 0.0, activation, slope), Geometry.of(*geometry)
+    ctx.save_for_backward(x, weight, sigma, None if activation == "identity" else output)
+
+
+def _over_sigma_backward(ctx, grad):
+    x, weight, sigma, out = ctx.saved_tensors
+    if out is not None:
+        grad = tails.norm_act_grads(grad, out, None, None, None, None, None, False, *ctx.options)[0]
+    of_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[3] and _weight_grads else None
+    grads = _grads(ctx.geometry, grad, x, weight, _wanted(ctx), sigma)
+    return *grads, None, of_bias, *(None,) * 8
+
+
+_autograd.register("fastgen::convolution_over_sigma", _over_sigma_backward, _setup_over_sigma)
+
+
+class _Divided(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, sigma: Tensor) -> Tensor:
+        return (weight / sigma).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None
+
+
+def _divided(weight: Tensor, sigma: Tensor | None) -> Tensor:
+    """weight / sigma for what cannot divide its sums; its gradient is that of over_sigma."""
+    return weight if sigma is None else _Divided.apply(weight, sigma)
+
+
+def takes_sigma(x: Tensor, weight: Tensor, geometry: Geometry, tail: tails.Tail) -> bool:
+    """Whether over_sigma serves: by a kernel of fastgen's, and with a gradient that follows from the output."""
+    identity = tail.norm == "none" and tail.activation == "identity"
+    if x.dim() != 4 or tail.residual is not None or not (identity or tails.needs_output_alone(tail.options())):
+        return False
+    if _autocasts(x) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    wins = geometry.wins(x.shape, like(weight))
+    return _dispatch.choose(geometry.fused()[0], "auto", x, wins, counted=False) not in ("reference", "composed")
+
+
+def over_sigma(
+    x: Tensor, weight: Tensor, sigma: Tensor, bias: Tensor | None, geometry: Geometry, tail: tails.Tail
+) -> Tensor:
+    """activation(convolution by weight / sigma + bias), divided after the sums: nothing of weight's size is written.
+
+    The weight's gradient is that of weight / sigma: it stands for the quotient, of which sigma is a part (nn.spectral_norm).
+    """
+    _check_tensors(x, weight, bias, geometry)
+    op, options = "convolution_over_sigma", tail.options()[3:]
+    chosen = _dispatch.choose(geometry.fused()[0], "auto", x, geometry.wins(x.shape, like(weight)) or "own")
+    return _dispatch.call(op, chosen, x, weight, sigma, bias, *options, *geometry.arguments())
+
+
 def call(
     x: Tensor,
     weight: Tensor,
@@ -217,6 +316,10 @@ def call(
             f"{tuple(x.shape)} and weight of shape {tuple(weight.shape)}; both must be at least 1"
         )
     batch_stats = _check.tail(x, sizes, *tail)
+    if batch_stats and tail.process_group is not None:
+        alone = tails.Tail("none", *(None,) * 4, False, 0.0, 0.0, None, None, "identity", 0.0, False)
+        pre = call(x, weight, bias, geometry, alone, memory_efficient, impl)
+        return _synchronized.norm_act(pre, tail, _dispatch.choose("norm_act", impl, pre))
     op, arguments = geometry.fused()
     chosen = _dispatch.choose(op, impl, x, geometry.wins(x.shape, like(weight), batch_stats))
     if chosen == "reference":

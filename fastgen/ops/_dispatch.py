@@ -190,7 +190,7 @@ def call(op: str, impl: str, *args):
 
 
 @torch.compiler.assume_constant_result
-def _choose(op: str, impl: str, device: str, dtype: torch.dtype, best: str) -> str:
+def _choose(op: str, impl: str, device: str, dtype: torch.dtype, best: str, counted: bool) -> str:
     source = "impl"
     if impl == "auto":
         impl, source = _checked(os.environ.get("FASTGEN_IMPL", "auto"), "FASTGEN_IMPL"), "FASTGEN_IMPL"
@@ -202,7 +202,8 @@ def _choose(op: str, impl: str, device: str, dtype: torch.dtype, best: str) -> s
         impl = "reference" if own is None or reason else own if best == "own" else best
     elif reason := why_not(op, _checked(impl, source), device, dtype):
         raise FastgenError(f"{source}={impl!r} cannot run {op}: {reason}")
-    count(op, impl.partition(" ")[0])
+    if counted:
+        count(op, impl.partition(" ")[0])
     return impl
 
 
@@ -223,15 +224,15 @@ def runs_auto() -> bool:
     return asked() == "auto" and not INTERPRETED and not CUDA_ON_CPU
 
 
-def choose(op: str, impl: str, x: torch.Tensor, wins: str | None = "own") -> str:
+def choose(op: str, impl: str, x: torch.Tensor, wins: str | None = "own", counted: bool = True) -> str:
     """The implementation that runs op on a tensor like x. Raises if one was asked for that cannot.
 
     auto is the one that `wins`, for Triton's kernels with a tile if one was measured; where None does, "composed": PyTorch's
-    convolution and fastgen's norm_act.
+    convolution and fastgen's norm_act. counted: whether implementations_used is to know.
     """
     device = x.device.type if x.device.index is None else f"{x.device.type}:{x.device.index}"
     best = wins or "composed"  # under torch.compile with dynamic sizes, `wins` becomes a guard here
-    return _choose(op, _override if impl == "auto" else impl, device, x.dtype, best)
+    return _choose(op, _override if impl == "auto" else impl, device, x.dtype, best, counted)
 
 
 def count(op: str, impl: str) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fastgen.ops import _check, _convolution
 from fastgen.ops._geometry import Geometry
 from fastgen.ops.norm_act import Tail
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def _geometry(stride, padding, reflect, groups, dilation) -> Geometry:
@@ -38,6 +42,7 @@ def conv2d_norm_act(
     activation: str = "leaky_relu",
     negative_slope: float = 0.01,
     inplace: bool = False,
+    process_group: ProcessGroup | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 0,
     padding_mode: str = "zeros",
@@ -52,7 +57,7 @@ def conv2d_norm_act(
         x: (N, C_in, H, W), float32, float64, bfloat16 or float16; any strides. (C_in, H, W) too, unless norm is "batch".
         weight: (C_out, C_in / groups, kernel height, kernel width), x's dtype.
         bias: (C_out,), x's dtype, or None.
-        norm ... inplace: as in norm_act, with C = C_out; residual has the output's shape.
+        norm ... process_group: as in norm_act, with C = C_out; residual has the output's shape.
         stride, padding, groups, dilation: as in torch.nn.functional.conv2d; an int or two ints.
         padding_mode: "zeros" or "reflect" (mirrored at the border's pixel; padding must be smaller than H and W).
         memory_efficient: keep x for the backward pass and not t, which is computed again then ("reference" keeps both).
@@ -82,6 +87,6 @@ def conv2d_norm_act(
     x, weight, bias = _convolution.autocast(x, weight, bias)
     tail = Tail(
         norm or "none", running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, num_groups, residual,
-        activation, negative_slope, inplace,
+        activation, negative_slope, inplace, process_group,
     )  # fmt: skip
     return _convolution.call(x, weight, bias, geometry, tail, memory_efficient, impl)

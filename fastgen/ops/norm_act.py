@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from fastgen.ops import _autograd, _check, _dispatch
 from fastgen.ops._layout import accumulation_dtype, is_channels_last, memory_format
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # What every op's schema ends with: the norm and the activation.
 OPTIONS = "str norm, int num_groups, float eps, str activation, float negative_slope"
@@ -45,6 +48,7 @@ def norm_act(
     activation: str = "leaky_relu",
     negative_slope: float = 0.01,
     inplace: bool = False,
+    process_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """y = activation((x - mean) / sqrt(var + eps) * norm_weight + norm_bias + residual).
@@ -63,6 +67,8 @@ def norm_act(
         activation: "identity", "relu", "leaky_relu" (slope negative_slope below 0), "tanh", "sigmoid" or "silu".
         inplace: as of torch.nn's activations: y must not be changed before the backward pass, which may then use y and keep
             nothing else. Without a norm "leaky_relu" does; "relu" always does, as PyTorch's. No input is written to.
+        process_group: for "batch" in training: the statistics are those of all its ranks' x, which may differ in N, as in
+            nn.SyncBatchNorm. Every rank must make the call, and its backward pass. First derivatives alone.
         impl: "auto", "reference", "cpp", "cuda" or "triton".
 
     Returns:
@@ -81,10 +87,14 @@ def norm_act(
         raise ValueError(f"x must have at least 2 dimensions (N, C, *), got shape {tuple(x.shape)}")
     tail = Tail(
         norm or "none", running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, num_groups, residual,
-        activation, negative_slope, inplace,
+        activation, negative_slope, inplace, process_group,
     )  # fmt: skip
     batch_stats = _check.tail(x, x.shape, *tail)
     chosen = _dispatch.choose("norm_act", impl, x)
+    if batch_stats and process_group is not None:
+        from fastgen.ops import _synchronized
+
+        return _synchronized.norm_act(x, tail, chosen)
     if chosen == "reference":
         return reference(x, tail)
     out, mean, var = _dispatch.call("norm_act", chosen, x, *tail.tensors(batch_stats), *tail.options())
@@ -109,6 +119,7 @@ class Tail(NamedTuple):
     activation: str
     negative_slope: float
     inplace: bool
+    process_group: ProcessGroup | None = None
 
     def tensors(self, batch_stats: bool) -> tuple[Tensor | None, ...]:
         """weight, bias, mean, var and residual of the schemas."""
@@ -122,12 +133,12 @@ class Tail(NamedTuple):
             activation = "leaky_relu_"
         return self.norm, self.num_groups or 0, float(self.eps), activation, float(self.negative_slope)
 
-    def update_running(self, mean: Tensor, var: Tensor, count: int) -> None:
+    def update_running(self, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
         """Moves the running statistics, if any, towards mean and biased var, (C,) or (N, C), of `count` values each."""
-        if self.running_mean is None or self.running_var is None or count == 0:
+        if self.running_mean is None or self.running_var is None or (isinstance(count, int) and count == 0):
             return
         with torch.no_grad():
-            unbiased = var * (count / max(1, count - 1))
+            unbiased = var * (count / ((count - 1).clamp(min=1) if isinstance(count, Tensor) else max(1, count - 1)))
             for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
                 new = new.mean(0) if new.dim() == 2 else new
                 if running.dtype == new.dtype:
@@ -209,6 +220,11 @@ def _moments(x: Tensor, norm: str, num_groups: int) -> tuple[Tensor, Tensor]:
     else:
         var, mean = torch.var_mean(x.reshape(x.shape[0], _sets(x, norm, num_groups), -1), 2, correction=0)
     return mean, var
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """mean and biased var (C,) of x (N, C, *)."""
+    return _moments(x, "batch", 0)
 
 
 def _set_mean(x: Tensor, norm: str, num_groups: int) -> Tensor:

@@ -14,8 +14,8 @@ from fastgen.ops._layout import accumulation_dtype, is_channels_last, memory_for
 
 torch.library.define(
     "fastgen::spectral_norm",
-    "(Tensor[] weights, Tensor[] us, Tensor[] vs, int[] dims, int n_power_iterations, float eps, bool v_first) "
-    "-> (Tensor[] outs, Tensor[] sigmas, Tensor[] us, Tensor[] vs)",
+    "(Tensor[] weights, Tensor[] us, Tensor[] vs, int[] dims, int n_power_iterations, float eps, bool v_first, "
+    "bool divide) -> (Tensor[] outs, Tensor[] sigmas, Tensor[] us, Tensor[] vs)",
 )
 torch.library.define(
     "fastgen::spectral_norm_backward",
@@ -36,6 +36,7 @@ def spectral_norm(
     eps: float = 1e-12,
     training: bool = True,
     v_first: bool = False,
+    divide: bool = True,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """weight / sigma with sigma = u^T W v, where W is the matrix (weight.shape[dim], the rest) of the weight.
@@ -47,6 +48,7 @@ def spectral_norm(
         n_power_iterations: steps u = W v / max(|W v|, eps), then v = W^T u / max(|W^T u|, eps), if training.
         training: False: u and v are taken as they are.
         v_first: a step is v, then u, as in torch.nn.utils.spectral_norm.
+        divide: False: leave weight / sigma out, an empty tensor comes in its place; for what divides by sigma later.
         impl: "auto", "reference", "cpp", "cuda" or "triton".
 
     Returns:
@@ -60,7 +62,7 @@ def spectral_norm(
 
     Miyato et al., Spectral Normalization for Generative Adversarial Networks, 2018.
     """
-    options = (n_power_iterations, eps, training, v_first)
+    options = (n_power_iterations, eps, training, v_first, divide)
     outs, sigmas, us, vs = _run("spectral_norm", [weight], [u], [v], [dim], *options, impl)
     return outs[0], sigmas[0], us[0], vs[0]
 
@@ -75,6 +77,7 @@ def spectral_norm_group(
     eps: float = 1e-12,
     training: bool = True,
     v_first: bool = False,
+    divide: bool = True,
     impl: str = "auto",
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """spectral_norm of each weight, with its u, v and dimension, in one launch.
@@ -90,14 +93,14 @@ def spectral_norm_group(
         )
     if not weights:
         return [], [], [], []
-    return _run("spectral_norm_group", weights, us, vs, dims, n_power_iterations, eps, training, v_first, impl)
+    return _run("spectral_norm_group", weights, us, vs, dims, n_power_iterations, eps, training, v_first, divide, impl)
 
 
-def _run(op, weights, us, vs, dims, n_power_iterations, eps, training, v_first, impl):
+def _run(op, weights, us, vs, dims, n_power_iterations, eps, training, v_first, divide, impl):
     if not isinstance(n_power_iterations, int) or n_power_iterations < 1:
         raise ValueError(f"n_power_iterations must be a positive int, got {n_power_iterations!r}")
     dims = [_checked_dim(weight, u, v, dim) for weight, u, v, dim in zip(weights, us, vs, dims, strict=True)]
-    options = (dims, n_power_iterations if training else 0, float(eps), v_first)
+    options = (dims, n_power_iterations if training else 0, float(eps), v_first, divide)
     if any(weight.device != weights[0].device for weight in weights):
         raise ValueError("weights must be on one device: move them")
     chosen = _dispatch.choose(op, impl, weights[0])
@@ -130,14 +133,12 @@ def _matrix(weight: Tensor, dim: int) -> Tensor:
     return weight.to(accumulation_dtype(weight)).movedim(dim, 0).flatten(1)
 
 
-def _formula(weights, us, vs, dims, n_power_iterations, eps, v_first):
-    results = [
-        _one(*arguments, n_power_iterations, eps, v_first) for arguments in zip(weights, us, vs, dims, strict=True)
-    ]
+def _formula(weights, us, vs, dims, *options):
+    results = [_one(*arguments, *options) for arguments in zip(weights, us, vs, dims, strict=True)]
     return tuple(list(of) for of in zip(*results, strict=True))
 
 
-def _one(weight, u, v, dim, n_power_iterations, eps, v_first):
+def _one(weight, u, v, dim, n_power_iterations, eps, v_first, divide):
     matrix = _matrix(weight, dim)
     new_u, new_v = u.to(matrix.dtype, copy=True), v.to(matrix.dtype, copy=True)  # the caller may write to its own
     with torch.no_grad():
@@ -148,13 +149,13 @@ def _one(weight, u, v, dim, n_power_iterations, eps, v_first):
             if not v_first:
                 new_v = F.normalize(matrix.mT.mv(new_u), dim=0, eps=eps)
     sigma = torch.dot(new_u, matrix.mv(new_v))
-    return (weight / sigma).to(weight.dtype), sigma, new_u.to(u.dtype), new_v.to(v.dtype)
+    out = _like((weight / sigma).to(weight.dtype), weight) if divide else weight.new_empty(0)
+    return out, sigma, new_u.to(u.dtype), new_v.to(v.dtype)
 
 
 @_dispatch.kernel("spectral_norm", "spectral_norm.forward")
 def _forward(weights, us, vs, *options):
-    outs, *rest = _formula(weights, us, vs, *options)
-    return [_like(out, weight) for out, weight in zip(outs, weights, strict=True)], *rest
+    return _formula(weights, us, vs, *options)
 
 
 def _like(value: Tensor, weight: Tensor) -> Tensor:
@@ -162,9 +163,9 @@ def _like(value: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fastgen::spectral_norm")
-def _forward_fake(weights, us, vs, *options):
+def _forward_fake(weights, us, vs, dims, n_power_iterations, eps, v_first, divide):
     return (
-        [torch.empty_like(_like(weight, weight)) for weight in weights],
+        [torch.empty_like(_like(weight, weight)) if divide else weight.new_empty(0) for weight in weights],
         [weight.new_empty((), dtype=accumulation_dtype(weight)) for weight in weights],
         *([torch.empty_like(t, memory_format=torch.contiguous_format) for t in of] for of in (us, vs)),
     )
@@ -195,7 +196,7 @@ def _backward_fake(grad_outs, grad_sigmas, weights, *rest):
 
 
 def _setup_forward(ctx, inputs, output):
-    weights, _, _, ctx.dims, *_ = inputs
+    weights, _, _, ctx.dims, *_, ctx.divide = inputs
     _, sigmas, us, vs = output
     ctx.save_for_backward(*weights, *sigmas, *us, *vs)
     ctx.mark_non_differentiable(*us, *vs)
@@ -204,7 +205,9 @@ def _setup_forward(ctx, inputs, output):
 
 def _forward_backward(ctx, grad_outs, grad_sigmas, grad_us, grad_vs):
     weights, sigmas, us, vs = split(ctx.saved_tensors, 4)
-    grad_outs = [torch.zeros_like(w) if g is None else g for g, w in zip(grad_outs, weights, strict=True)]
+    grad_outs = [
+        g if g is not None and ctx.divide else torch.zeros_like(w) for g, w in zip(grad_outs, weights, strict=True)
+    ]
     grad_sigmas = [torch.zeros_like(s) if g is None else g for g, s in zip(grad_sigmas, sigmas, strict=True)]
     grads = _autograd.call("spectral_norm_backward", grad_outs, grad_sigmas, weights, sigmas, us, vs, ctx.dims)
     none = [None] * len(weights)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fastgen.nn
+from fastgen.ops import _convolution
 
 LAYERS = {
     "Linear": (lambda: nn.Linear(5, 7), (3, 5)),
@@ -193,6 +194,77 @@ def test_group_copies_casts_and_loads():
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
     with pytest.raises(ValueError, match="there are none"):
         fastgen.nn.SpectralNormGroup(nn.Linear(2, 2))
+
+
+CONVOLUTIONS = {
+    "strided": lambda: nn.Conv2d(16, 32, 4, 2, 1),
+    "transposed": lambda: nn.ConvTranspose2d(16, 32, 4, 2, 1, bias=False),
+    "reflect": lambda: nn.Conv2d(16, 32, 3, 1, 1, padding_mode="reflect"),
+    "grouped": lambda: nn.ConvTranspose2d(32, 32, 3, 2, 1, groups=2),
+}
+
+
+def penalized(model, group, x):
+    """Two calls, the second with a gradient penalty: outputs, gradients and vectors."""
+    if group:
+        group = fastgen.nn.SpectralNormGroup(model)
+    x = x.detach().requires_grad_()
+    y = model(x)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    (model(x * 2).mean() + grad.square().sum()).backward()
+    with torch.no_grad():
+        evaluated = copy.deepcopy(model).eval()(x)
+    return [y, grad, x.grad, *(p.grad for p in model.parameters()), *model.buffers(), evaluated]
+
+
+@pytest.mark.parametrize("grouped", (False, True))
+@pytest.mark.parametrize("activation", (None, nn.ReLU(), nn.LeakyReLU(0.2, inplace=True)), ids=str)
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_sigma_in_the_epilogue(kind, activation, grouped, monkeypatch):
+    """A fused run divides what its kernel sums, of which the parametrization's own quotient is the oracle; up to second
+    derivatives."""
+    torch.manual_seed(0)
+    norm = fastgen.nn.spectral_norm(CONVOLUTIONS[kind]().double())
+    last = nn.Identity() if activation is None else activation
+    model, x = fastgen.nn.Sequential(norm, last), torch.randn(8, norm.in_channels, 8, 8, dtype=torch.float64)
+    seen = []
+    over_sigma = _convolution.over_sigma
+    monkeypatch.setattr(_convolution, "over_sigma", lambda *inputs: seen.append(1) or over_sigma(*inputs))
+    with fastgen.ops.use_impl("cpp"):
+        ours = penalized(copy.deepcopy(model), grouped, x)
+    assert len(seen) == 3
+    theirs = penalized(nn.Sequential(*model), grouped, x)
+    assert len(seen) == 3
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_the_quotient_is_not_written(monkeypatch):
+    """By auto too, where the fused kernel wins; and whoever asks for the weight gets it."""
+    torch.manual_seed(0)
+    layer = fastgen.nn.spectral_norm(nn.Conv2d(64, 128, 4, 2, 1))
+    model, x = fastgen.nn.Sequential(layer, nn.ReLU()), torch.randn(16, 64, 16, 16)
+    group = fastgen.nn.SpectralNormGroup(model)
+    asked = []
+    update = fastgen.ops.spectral_norm_group
+    monkeypatch.setattr(
+        fastgen.ops, "spectral_norm_group", lambda *a, **b: asked.append(b["divide"]) or update(*a, **b)
+    )
+    y = model(x)
+    assert asked == [False]
+    torch.testing.assert_close(y, F.relu(F.conv2d(x, layer.weight, layer.bias, 2, 1)), rtol=1e-4, atol=1e-4)
+    group.update()
+    assert asked == [False, True]
+    layer.register_forward_hook(lambda *_: None)  # now its own forward runs, on weight
+    model(x)
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize("output_padding", ((), (1, 1)))
+def test_opcheck_of_the_epilogue(output_padding):
+    x, weight = torch.randn(2, 16, 4, 4, requires_grad=True), torch.randn(16, 16, 3, 3, requires_grad=True)
+    geometry = ((2, 2), (1, 1), output_padding, 1, (1, 1), False)
+    arguments = (x, weight, torch.tensor(2.0), torch.randn(16, requires_grad=True), "relu", 0.0, *geometry)
+    torch.library.opcheck(torch.ops.fastgen.convolution_over_sigma.default, arguments)
 
 
 DISTRIBUTED = """

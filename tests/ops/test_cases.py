@@ -257,6 +257,11 @@ def recorded_calls(case: OpCase, dtype: torch.dtype, channels_last: bool):
 )
 def test_opcheck(case, dtype, channels_last, own_kernels):
     """Schema, fake kernel and autograd registration of each registered op, forward and backward, agree with what it does."""
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if (
+        dtype == torch.float32
+    ):  # a graph with symbolic sizes takes nine tenths of the time, and its dtype changes nothing
+        checks.append("test_aot_dispatch_dynamic")
     calls = recorded_calls(case, dtype, channels_last)
     assert calls
     for func, args in calls:
@@ -264,7 +269,7 @@ def test_opcheck(case, dtype, channels_last, own_kernels):
         args = tuple(
             a.requires_grad_(i not in given_statistics) if isinstance(a, Tensor) else a for i, a in enumerate(args)
         )
-        torch.library.opcheck(func, args, rtol=1e-2, atol=1e-2)
+        torch.library.opcheck(func, args, test_utils=checks, rtol=1e-2, atol=1e-2)
 
 
 @by_id(SMALL)

@@ -222,12 +222,15 @@ def test_a_gpus_tiers(monkeypatch):
         _choices.save("gpu", {str(question): (named, {})})
         found = GEOMETRY.wins(X.shape, kind)
         assert found == (None if named == "reference" else named)
-        chosen = _dispatch._choose("conv2d_norm_act", "auto", "cuda:0", torch.bfloat16, found or "composed")
+        chosen = _dispatch._choose("conv2d_norm_act", "auto", "cuda:0", torch.bfloat16, found or "composed", False)
         assert chosen == ("composed" if named == "reference" else named)
         if found is not None:
             assert _dispatch.call("conv2d_norm_act", chosen) == tuple(named.partition(" ")[::2])
         with ops.use_impl("cuda"):
-            assert _dispatch._choose("conv2d_norm_act", "cuda", "cuda:0", torch.bfloat16, found or "composed") == "cuda"
+            assert (
+                _dispatch._choose("conv2d_norm_act", "cuda", "cuda:0", torch.bfloat16, found or "composed", False)
+                == "cuda"
+            )
             assert _dispatch.call("conv2d_norm_act", "own") == ("cuda", "")
     assert _dispatch.call("conv2d_norm_act", "own") == ("triton", "")
     monkeypatch.setattr(_dispatch, "_why_no_gpu", lambda tier, *_: None if tier == "triton" else "no nvcc")

@@ -56,6 +56,9 @@ def test_parity(case, dtype, channels_last, poisoned):
         assert error(ours[name], exact[name]) <= allowed, name
     for name in ("out", "grad of weight"):
         assert ours[name].stride() == tensors["weight"].stride()
+    quotient, *others = ops.spectral_norm(*tensors.values(), **case.options, divide=False, impl=OWN)
+    assert quotient.numel() == 0
+    assert all(torch.equal(ours[name], other) for name, other in zip(OUTPUTS[1:], others, strict=True))
 
 
 @by_id(SHORT)
@@ -72,6 +75,17 @@ def test_gradcheck(case, impl):
     weight = tensors["weight"].requires_grad_()
     assert torch.autograd.gradcheck(call, weight, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, weight, fast_mode=True)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_sigma_alone(impl):
+    """Without weight / sigma, sigma's gradient is u v^T."""
+    weight, u, v = torch.randn(6, 5, 3, 3, requires_grad=True), torch.randn(6), torch.randn(45)
+    quotients, sigmas, us, vs = ops.spectral_norm_group([weight], [u], [v], divide=False, impl=impl)
+    (grad,) = torch.autograd.grad(sigmas, weight)
+    torch.testing.assert_close(grad, torch.outer(us[0], vs[0]).view_as(weight))
+    assert quotients[0].shape == (0,) and quotients[0].dtype == weight.dtype
+    torch.library.opcheck(torch.ops.fastgen.spectral_norm.default, ([weight], [u], [v], [0], 1, 1e-12, False, False))
 
 
 @by_id(SHORT)
@@ -101,6 +115,7 @@ def test_opcheck(case, dtype):
         1,
         1e-12,
         case.options.get("v_first", False),
+        True,
     )
     torch.library.opcheck(torch.ops.fastgen.spectral_norm.default, arguments, rtol=1e-2, atol=1e-2)
     out, sigma, u, v = (t.detach() for t in case.call(tensors, impl=OWN))
