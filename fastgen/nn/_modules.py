@@ -13,7 +13,7 @@ from fastgen import ops
 from fastgen.nn.spectral_norm import undivided
 from fastgen.ops import _convolution
 from fastgen.ops._dispatch import count, runs_auto
-from fastgen.ops._geometry import Geometry
+from fastgen.ops._geometry import Geometry, torch_multiplies
 from fastgen.ops.norm_act import Tail
 
 SMALL = {True: 100_000_000, False: 20_000_000}  # multiplications of a convolution, with gradients and without
@@ -138,6 +138,8 @@ def _is_small(x: Tensor, convolution: Any) -> bool:
     Not where another implementation is asked for, nor where memory is to be saved, nor in a graph that is compiled.
     """
     if x.device.type != "cpu" or x.dim() != 4 or torch.compiler.is_compiling() or not runs_auto():
+        return False
+    if not torch_multiplies(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype):
         return False
     n, _, height, width = x.shape
     pixels = n * height * width

@@ -101,9 +101,7 @@ class Geometry(NamedTuple):
         """The same of x's gradient, which is the opposite convolution; by rule where that one's does."""
         inner, read = self.inner(x)
         grad, opposite = self.sizes(x, weight.shape), inner.opposite(read, weight.shape)
-        if (
-            opposite.sizes(grad, weight.shape)[2:] != read[2:]
-        ):  # an output_padding of a stride or more gives other sizes
+        if opposite.sizes(grad, weight.shape)[2:] != read[2:]:  # as with an output_padding of a stride or more
             return None
         return _choices.best("input_grad", self, x, weight, False, opposite._wins(grad, weight, False))
 
@@ -112,10 +110,13 @@ class Geometry(NamedTuple):
 
         It is where Winograd's algorithm pays, in transposed convolutions with four 2x2 phases, for images of one pixel, and to
         few output channels without statistics. In bfloat16 and float16, in which oneDNN multiplies, the last two alone; and in
-        bfloat16 for strides of 2 between many channels, where the processor multiplies pairs.
+        bfloat16 for strides of 2 between many channels, where the processor multiplies pairs. Everywhere, where PyTorch has no
+        instructions for the dtype.
         """
         if weight.device.type == "cuda":
             return self._wins_on_gpu(weight)
+        if not torch_multiplies(weight.dtype):
+            return True
         channels, out_channels = self.channels(weight.shape)
         wide = min(channels, out_channels) >= 16 * self.groups
         exact = weight.dtype in (torch.float32, torch.float64)
@@ -134,6 +135,8 @@ class Geometry(NamedTuple):
         channels with a stride of 1, and in float32 and float64 for 4x4 kernels from or to few channels in large batches, where
         the images with more channels are channels_last."""
         fewer, more = sorted(self.channels(weight.shape))
+        if not torch_multiplies(weight.dtype):
+            return True
         if more < 16 * self.groups:
             return False
         exact = weight.dtype in (torch.float32, torch.float64)
@@ -166,6 +169,15 @@ class Geometry(NamedTuple):
         if self._four_by_two(weight):
             return n * height * width >= 1024
         return kernel == (3, 3) and self.stride == (1, 1) and height >= 8 and n * height * width >= least
+
+
+@torch.compiler.assume_constant_result
+def torch_multiplies(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's convolutions have instructions for a dtype on this CPU. Without, they take up to a hundred times as
+    long as fastgen's, which multiply in float32."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype != torch.float16 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 # Whether this processor has an instruction for pairs of bfloat16.

@@ -15,7 +15,8 @@ from torch import nn
 import fastgen
 from fastgen import _build, ops
 from fastgen.errors import UsageError
-from fastgen.ops import _autograd, _choices, _convolution, _dispatch
+from fastgen.nn import _modules
+from fastgen.ops import _autograd, _choices, _convolution, _dispatch, _geometry
 from fastgen.ops._geometry import Geometry
 from fastgen.ops._layout import Like, like
 from tests.cases import SMALL
@@ -314,11 +315,30 @@ def test_tune(faster, monkeypatch, folder):
 
 def test_tune_without_gradients(monkeypatch):
     monkeypatch.setattr(tuning, "milliseconds", clock(cpp=1.0, reference=2.0))
+    monkeypatch.setattr(_geometry, "torch_multiplies", lambda dtype: True)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(True))
     with torch.autocast("cpu", torch.bfloat16):
         (row,) = fastgen.tune(model, torch.randn(2, 3, 8, 8), training=False).tuned
     assert row.question.startswith("forward conv2d 2x3x8x8 by 4x3x3x3 bfloat16 stride")
     assert (row.chosen, row.rule) == ("cpp", "reference")
+
+
+@pytest.mark.parametrize("multiplies", (False, True))
+def test_dtypes_that_pytorch_does_not_multiply(multiplies, monkeypatch):
+    """There even a small convolution that otherwise PyTorch computes is the op's, and gives the same."""
+    monkeypatch.setattr(_geometry, "torch_multiplies", lambda dtype: multiplies or dtype == torch.float32)
+    monkeypatch.setattr(_modules, "torch_multiplies", _geometry.torch_multiplies)
+    _choices.forget()
+    model = fastgen.nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    before = ops.implementations_used().get("conv2d_norm_act", {}).get("cpp", 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    y.float().sum().backward()
+    assert ops.implementations_used()["conv2d_norm_act"].get("cpp", 0) == before + (not multiplies)
+    torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)
+    _choices.forget()
 
 
 def test_every_candidate_computes_the_same():
