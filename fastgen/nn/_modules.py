@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastgen import ops
 from fastgen.nn.spectral_norm import undivided
-from fastgen.ops import _convolution
+from fastgen.ops import _over_sigma
 from fastgen.ops._dispatch import count, runs_auto
 from fastgen.ops._geometry import Geometry, torch_multiplies
 from fastgen.ops.norm_act import Tail
@@ -104,7 +104,7 @@ def run(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activa
     for name in ("stride", "padding", "groups", "dilation"):
         arguments[name] = getattr(convolution, name)
     arguments["memory_efficient"] = getattr(convolution, "memory_efficient", False)
-    y = None if arguments["memory_efficient"] or norm is not None else _over_sigma(x, convolution, arguments)
+    y = None if arguments["memory_efficient"] or norm is not None else _run_over_sigma(x, convolution, arguments)
     if y is not None:
         return y
     if isinstance(convolution, nn.Conv2d):
@@ -114,7 +114,7 @@ def run(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activa
     return ops.conv_transpose2d_norm_act(x, convolution.weight, convolution.bias, **arguments)
 
 
-def _over_sigma(x: Tensor, convolution: nn.Conv2d | nn.ConvTranspose2d, arguments: dict[str, Any]) -> Tensor | None:
+def _run_over_sigma(x: Tensor, convolution: nn.Conv2d | nn.ConvTranspose2d, arguments: dict[str, Any]) -> Tensor | None:
     """The run of a convolution under spectral norm that divides by sigma what its kernel computes; None if none does."""
     found = undivided(convolution)
     if found is None:
@@ -127,9 +127,9 @@ def _over_sigma(x: Tensor, convolution: nn.Conv2d | nn.ConvTranspose2d, argument
     )  # fmt: skip
     slope, inplace = arguments.get("negative_slope", 0.01), arguments.get("inplace", False)
     tail = Tail("none", *(None,) * 4, False, 0.0, 0.0, None, None, arguments["activation"], slope, inplace)
-    if not _convolution.takes_sigma(x, weight, geometry, tail):
+    if not _over_sigma.serves(x, weight, geometry, tail):
         return None
-    return _convolution.over_sigma(x, *norm.parts(weight), convolution.bias, geometry, tail)
+    return _over_sigma.convolution(x, *norm.parts(weight), convolution.bias, geometry, tail)
 
 
 def _is_small(x: Tensor, convolution: Any) -> bool:

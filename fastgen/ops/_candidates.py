@@ -44,10 +44,10 @@ def calls(question: Question, names: list[str]) -> dict[str, Callable[[], object
             theirs = partial(_composed, geometry, x, weight, norm)
         case "input_grad":
             own = partial(_input_grad, geometry, grad, x, weight)
-            theirs = partial(_convolution._aten_grads, geometry, grad, x, weight, (True, False))
+            theirs = partial(_convolution.aten_gradients, geometry, grad, x, weight, (True, False))
         case _:
             own = partial(_weight_grad, geometry, grad, x, weight)
-            theirs = partial(_convolution._aten_grads, geometry, grad, x, weight, (False, True))
+            theirs = partial(_convolution.aten_gradients, geometry, grad, x, weight, (False, True))
     return {name: theirs if name == "reference" else partial(own, name) for name in names}
 
 
@@ -80,8 +80,8 @@ def _composed(geometry: Geometry, x: Tensor, weight: Tensor, norm: str) -> objec
 
 def _input_grad(geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, impl: str) -> object:
     inner, read = geometry.inner(x.shape)
-    return _convolution._unmirrored(
-        geometry, _convolution._plain(inner.opposite(read, weight.shape), grad, weight, own=impl), x
+    return _convolution.unmirrored(
+        geometry, _convolution.plain(inner.opposite(read, weight.shape), grad, weight, own=impl), x
     )
 
 

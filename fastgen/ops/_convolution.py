@@ -60,12 +60,10 @@ def _composed(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None
     return convolve(geometry, x, weight, bias)
 
 
-def _plain(
-    geometry: Geometry, x: Tensor, weight: Tensor, sigma: Tensor | None = None, own: str | None = None
-) -> Tensor:
+def plain(geometry: Geometry, x: Tensor, weight: Tensor, sigma: Tensor | None = None, own: str | None = None) -> Tensor:
     """The convolution alone, differentiable: by `own`, an implementation of fastgen's, else by the one that wins.
 
-    sigma: see over_sigma.
+    sigma: see _over_sigma.
     """
     own = own or (geometry.wins(x.shape, like(weight)) if _has_kernels(x) else None)
     if own is None:
@@ -81,7 +79,7 @@ def _plain(
 _NO_TAIL = (None, None, None, None, None, "none", 0, 0.0, "identity", 0.0)
 
 
-def _grads(
+def gradients(
     geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool], sigma: Tensor | None = None
 ):
     """Gradients of x and weight, those that are wanted, by ops that are themselves differentiable.
@@ -98,15 +96,15 @@ def _grads(
         grad_weight = _autograd.call("convolution_weight_grad", grad, x, weight, *geometry.arguments())
     if own_x is not None:
         inner, sizes = geometry.inner(x.shape)
-        grad_x = _unmirrored(geometry, _plain(inner.opposite(sizes, weight.shape), grad, weight, sigma, own_x), x)
+        grad_x = unmirrored(geometry, plain(inner.opposite(sizes, weight.shape), grad, weight, sigma, own_x), x)
     rest = (of_x and own_x is None, of_weight and not own_weight)
     if any(rest):
-        found = _aten_grads(geometry, grad, x, _divided(weight, sigma) if rest[0] else weight, rest)
+        found = aten_gradients(geometry, grad, x, _divided(weight, sigma) if rest[0] else weight, rest)
         grad_x, grad_weight = (found[0] if rest[0] else grad_x), (found[1] if rest[1] else grad_weight)
     return grad_x, grad_weight
 
 
-def _unmirrored(geometry: Geometry, grad: Tensor, x: Tensor) -> Tensor:
+def unmirrored(geometry: Geometry, grad: Tensor, x: Tensor) -> Tensor:
     """x's gradient, from that of what its convolution reads."""
     if not geometry.reflect:
         return grad
@@ -115,14 +113,14 @@ def _unmirrored(geometry: Geometry, grad: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.reflection_pad2d_backward.default(grad, x, [width, width, height, height])
 
 
-def _aten_grads(geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]):
+def aten_gradients(geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]):
     inner, _ = geometry.inner(x.shape)
     stride, padding, output_padding, groups, dilation, _ = inner
     of_x, of_weight, _ = torch.ops.aten.convolution_backward.default(
         grad, _mirrored(x, geometry.padding) if geometry.reflect else x, weight, None, stride, padding, dilation,
         geometry.transposed, output_padding or (0, 0), groups, [*wanted, False],
     )  # fmt: skip
-    return _unmirrored(geometry, of_x, x) if wanted[0] else None, of_weight
+    return unmirrored(geometry, of_x, x) if wanted[0] else None, of_weight
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -130,18 +128,19 @@ def _has_kernels(x: Tensor) -> bool:
     return own is not None and _dispatch.why_not("conv2d_norm_act", own, str(x.device), x.dtype) is None
 
 
-_ARGUMENTS = (
+ARGUMENTS = (
     "int[2] stride, int[2] padding, int[] output_padding, int groups, int[2] dilation, bool reflect"  # see Geometry.of
 )
 
 
-def _wanted(ctx) -> tuple[bool, bool]:
-    """Whether gradients of x and weight are, the first two inputs."""
-    return ctx.needs_input_grad[0], ctx.needs_input_grad[1] and _weight_grads
+def wanted(ctx, bias: int) -> tuple[tuple[bool, bool], bool]:
+    """Whether gradients of x and weight are, the first two inputs, and of the bias, by its place among them."""
+    of_x, of_weight = ctx.needs_input_grad[:2]
+    return (of_x, of_weight and _weight_grads), ctx.needs_input_grad[bias] and _weight_grads
 
 
 # PyTorch's convolution, so that its gradients can be chosen.
-torch.library.define("fastgen::convolution", f"(Tensor x, Tensor weight, Tensor? bias, {_ARGUMENTS}) -> Tensor")
+torch.library.define("fastgen::convolution", f"(Tensor x, Tensor weight, Tensor? bias, {ARGUMENTS}) -> Tensor")
 
 
 @torch.library.impl("fastgen::convolution", "CompositeExplicitAutograd")
@@ -161,21 +160,22 @@ def _setup_forward(ctx, inputs, output):
 
 
 def _forward_backward(ctx, grad):
-    of_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] and _weight_grads else None
-    return *_grads(ctx.geometry, grad, *ctx.saved_tensors, _wanted(ctx)), of_bias, *(None,) * 6
+    of_both, of_bias = wanted(ctx, bias=2)
+    found = gradients(ctx.geometry, grad, *ctx.saved_tensors, of_both)
+    return *found, grad.sum((0, 2, 3)) if of_bias else None, *(None,) * 6
 
 
 _autograd.register("fastgen::convolution", _forward_backward, _setup_forward)
 
 # The weight's gradient; weight gives its sizes and strides.
 torch.library.define(
-    "fastgen::convolution_weight_grad", f"(Tensor grad, Tensor x, Tensor weight, {_ARGUMENTS}) -> Tensor"
+    "fastgen::convolution_weight_grad", f"(Tensor grad, Tensor x, Tensor weight, {ARGUMENTS}) -> Tensor"
 )
 
 
 @torch.library.impl("fastgen::convolution_weight_grad", "CompositeExplicitAutograd")
 def _default_weight_grad(grad, x, weight, *geometry):
-    found = _aten_grads(Geometry.of(*geometry), grad, x, weight, (False, True))[1]
+    found = aten_gradients(Geometry.of(*geometry), grad, x, weight, (False, True))[1]
     return torch.empty_like(weight).copy_(found)
 
 
@@ -195,63 +195,13 @@ def _weight_grad_backward(ctx, direction):
     grad, x = ctx.saved_tensors
     of_grad, of_x = ctx.needs_input_grad[:2]
     return (
-        _plain(ctx.geometry, x, direction) if of_grad else None,
-        _grads(ctx.geometry, grad, x, direction, (True, False))[0] if of_x else None,
+        plain(ctx.geometry, x, direction) if of_grad else None,
+        gradients(ctx.geometry, grad, x, direction, (True, False))[0] if of_x else None,
         *(None,) * 7,
     )
 
 
 _autograd.register("fastgen::convolution_weight_grad", _weight_grad_backward, _setup_weight_grad)
-
-
-# activation(conv(x, weight) / sigma + bias): the kernels' normalization with given statistics, sigma in the gain's place.
-torch.library.define(
-    "fastgen::convolution_over_sigma",
-    f"(Tensor x, Tensor weight, Tensor sigma, Tensor? bias, str activation, float negative_slope, {_ARGUMENTS}) -> Tensor",
-)
-
-
-@torch.library.impl("fastgen::convolution_over_sigma", "CompositeExplicitAutograd")
-def _over_sigma(x, weight, sigma, bias, activation, negative_slope, *geometry):
-    op, arguments = Geometry.of(*geometry).fused()
-    gain = sigma.reciprocal().expand(Geometry.of(*geometry).channels(weight.shape)[1])
-    tail = (
-        gain,
-        bias,
-        torch.zeros_like(gain),
-        torch.ones_like(gain),
-        None,
-        "batch",
-        0,
-        0.0,
-        activation,
-        negative_slope,
-    )
-    return getattr(torch.ops.fastgen, op).default(x, weight, None, *tail, *arguments, False)[0]
-
-
-@torch.library.register_fake("fastgen::convolution_over_sigma")
-def _over_sigma_fake(x, weight, sigma, bias, activation, negative_slope, *geometry):
-    sizes, last = Geometry.of(*geometry).sizes(x.shape, weight.shape), is_channels_last(x) or is_channels_last(weight)
-    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=memory_format(last))
-
-
-def _setup_over_sigma(ctx, inputs, output):
-    x, weight, sigma, _, activation, slope, *geometry = inputs
-    ctx.options, ctx.geometry = ("none", 0, 0.0, activation, slope), Geometry.of(*geometry)
-    ctx.save_for_backward(x, weight, sigma, None if activation == "identity" else output)
-
-
-def _over_sigma_backward(ctx, grad):
-    x, weight, sigma, out = ctx.saved_tensors
-    if out is not None:
-        grad = tails.norm_act_grads(grad, out, None, None, None, None, None, False, *ctx.options)[0]
-    of_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[3] and _weight_grads else None
-    grads = _grads(ctx.geometry, grad, x, weight, _wanted(ctx), sigma)
-    return *grads, None, of_bias, *(None,) * 8
-
-
-_autograd.register("fastgen::convolution_over_sigma", _over_sigma_backward, _setup_over_sigma)
 
 
 class _Divided(torch.autograd.Function):
@@ -265,32 +215,8 @@ class _Divided(torch.autograd.Function):
 
 
 def _divided(weight: Tensor, sigma: Tensor | None) -> Tensor:
-    """weight / sigma for what cannot divide its sums; its gradient is that of over_sigma."""
+    """weight / sigma for what cannot divide its sums; its gradient is as in _over_sigma."""
     return weight if sigma is None else _Divided.apply(weight, sigma)
-
-
-def takes_sigma(x: Tensor, weight: Tensor, geometry: Geometry, tail: tails.Tail) -> bool:
-    """Whether over_sigma serves: by a kernel of fastgen's, and with a gradient that follows from the output."""
-    identity = tail.norm == "none" and tail.activation == "identity"
-    if x.dim() != 4 or tail.residual is not None or not (identity or tails.needs_output_alone(tail.options())):
-        return False
-    if _autocasts(x) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    wins = geometry.wins(x.shape, like(weight))
-    return _dispatch.choose(geometry.fused()[0], "auto", x, wins, counted=False) not in ("reference", "composed")
-
-
-def over_sigma(
-    x: Tensor, weight: Tensor, sigma: Tensor, bias: Tensor | None, geometry: Geometry, tail: tails.Tail
-) -> Tensor:
-    """activation(convolution by weight / sigma + bias), divided after the sums: nothing of weight's size is written.
-
-    The weight's gradient is that of weight / sigma: it stands for the quotient, of which sigma is a part (nn.spectral_norm).
-    """
-    _check_tensors(x, weight, bias, geometry)
-    op, options = "convolution_over_sigma", tail.options()[3:]
-    chosen = _dispatch.choose(geometry.fused()[0], "auto", x, geometry.wins(x.shape, like(weight)) or "own")
-    return _dispatch.call(op, chosen, x, weight, sigma, bias, *options, *geometry.arguments())
 
 
 def call(
@@ -303,12 +229,12 @@ def call(
     impl: str,
 ) -> Tensor:
     """A public convolution after its geometry is checked."""
-    if tail.residual is not None and _autocasts(x):
+    if tail.residual is not None and autocasts(x):
         tail = tail._replace(residual=tail.residual.to(x.dtype))
     if x.dim() == 3 and tail.norm != "batch":
         tail = tail._replace(residual=None if tail.residual is None else tail.residual.unsqueeze(0))
         return call(x.unsqueeze(0), weight, bias, geometry, tail, memory_efficient, impl).squeeze(0)
-    _check_tensors(x, weight, bias, geometry)
+    check_tensors(x, weight, bias, geometry)
     sizes = geometry.sizes(x.shape, weight.shape)
     if min(sizes[2:]) < 1:
         raise ValueError(
@@ -349,7 +275,7 @@ def call(
     return out
 
 
-def _autocasts(x: Tensor) -> bool:
+def autocasts(x: Tensor) -> bool:
     kind = x.device.type
     return (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(
         kind
@@ -358,13 +284,13 @@ def _autocasts(x: Tensor) -> bool:
 
 def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The three in autocast's dtype where that is on, as PyTorch's convolutions have it: all but float64."""
-    if not _autocasts(x) or torch.float64 in (x.dtype, weight.dtype):
+    if not autocasts(x) or torch.float64 in (x.dtype, weight.dtype):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
 
 
-def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
+def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
     if x.dim() != 4:
         raise ValueError(f"x must have 4 dimensions (N, C_in, H, W), got shape {tuple(x.shape)}")
     if weight.dim() != 4:
@@ -457,10 +383,11 @@ def define(op: str, geometry_schema: str, geometry_of: Callable[..., Geometry]) 
         count = len(ctx.needs_input_grad)
         if grad is None:
             return (None,) * count
-        grads = _grads(ctx.geometry, grad, x, weight, _wanted(ctx))
-        of_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] and _weight_grads else None
+        of_both, of_bias = wanted(ctx, bias=2)
+        grads = gradients(ctx.geometry, grad, x, weight, of_both)
+        grad_bias = grad.sum((0, 2, 3)) if of_bias else None
         *of_norm, grad_residual = of_tail
-        return *grads, of_bias, *of_norm, None, None, grad_residual, *(None,) * (count - 8)
+        return *grads, grad_bias, *of_norm, None, None, grad_residual, *(None,) * (count - 8)
 
     _dispatch.kernel(op, f"{op}.forward")(forward)
     torch.library.register_fake(name)(fake)

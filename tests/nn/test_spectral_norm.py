@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fastgen.nn
-from fastgen.ops import _convolution
+from fastgen.ops import _over_sigma
 
 LAYERS = {
     "Linear": (lambda: nn.Linear(5, 7), (3, 5)),
@@ -228,8 +228,8 @@ def test_sigma_in_the_epilogue(kind, activation, grouped, monkeypatch):
     last = nn.Identity() if activation is None else activation
     model, x = fastgen.nn.Sequential(norm, last), torch.randn(8, norm.in_channels, 8, 8, dtype=torch.float64)
     seen = []
-    over_sigma = _convolution.over_sigma
-    monkeypatch.setattr(_convolution, "over_sigma", lambda *inputs: seen.append(1) or over_sigma(*inputs))
+    convolution = _over_sigma.convolution
+    monkeypatch.setattr(_over_sigma, "convolution", lambda *inputs: seen.append(1) or convolution(*inputs))
     with fastgen.ops.use_impl("cpp"):
         ours = penalized(copy.deepcopy(model), grouped, x)
     assert len(seen) == 3

@@ -86,9 +86,9 @@ def test_the_table_decides(case, forward, backward, monkeypatch):
     keep(questions, backward)
     keep([question for question in questions if question.what == "forward"], forward)
     called, by_aten = [], []
-    call, grads = _autograd.call, _convolution._aten_grads
+    call, grads = _autograd.call, _convolution.aten_gradients
     monkeypatch.setattr(_autograd, "call", lambda op, *inputs: called.append(op) or call(op, *inputs))
-    monkeypatch.setattr(_convolution, "_aten_grads", lambda *given: by_aten.append(given[-1]) or grads(*given))
+    monkeypatch.setattr(_convolution, "aten_gradients", lambda *given: by_aten.append(given[-1]) or grads(*given))
     seen, ran = run(case)
     assert ran == {"cpp" if forward == "cpp" else "composed"}
     assert ("convolution_weight_grad" in called) == (backward == "cpp")
