@@ -255,7 +255,9 @@ def _forward(weights, us, vs, dims, n_power_iterations, eps, v_first, divide):
     plan = Plan.of(tuple(matrix(w, dim) for w, dim in zip(dense, dims, strict=True)), v_first, like.device)
     outs = [torch.empty_like(weight) if divide else weight.new_empty(0) for weight in dense]
     sigmas = [weight.new_empty((), dtype=torch.float32) for weight in dense]
-    given = [[t.to(torch.float32, copy=True).contiguous() for t in of] for of in (us, vs)]
+    # Copies of u and v, which change, in one launch.
+    given = torch._foreach_mul([t.float().contiguous() for of in (us, vs) for t in of], 1.0)
+    given = [given[: len(us)], given[len(us) :]]
     t, parts, s, t_norms, s_norms = (
         like.new_empty(max(1, size), dtype=torch.float32)
         for size in (plan.t, plan.parts, plan.s, len(plan.lines), len(plan.sums))

@@ -216,8 +216,10 @@ class SpectralNormGroup:
                 weights, [norm._u for norm in norms], [norm._v for norm in norms], dims=[norm.dim for norm in norms],
                 n_power_iterations=iterations, eps=eps, training=training, divide=divided,
             )  # fmt: skip
+            if training:  # in place, and in one launch: DataParallel's replicas share the buffers
+                vectors = [t for norm in norms for t in (norm._u, norm._v)]
+                torch._foreach_copy_(vectors, [t for of in zip(*results[2:], strict=True) for t in of])
             for norm, weight, out, *rest in zip(norms, weights, *results, strict=True):
-                norm._keep(*rest[1:])
                 self._steps[norm] = _Step(_stamp(norm, weight), out if divided else None, *rest)
 
     def step(self, norm: SpectralNorm, weight: Tensor, divide: bool = True) -> _Step | None:
