@@ -51,11 +51,11 @@ class TuningReport:
     def __str__(self) -> str:
         if not self.tuned and not self.left_out:
             return "nothing to choose: the model asks for no convolution that several implementations can compute here"
-        rows = [("question", "milliseconds", "chosen", "by rule")]
+        rows = [("question", "milliseconds", "chosen", "by rule")] if self.tuned else []
         for row in self.tuned:
             times = ", ".join(f"{name} {ms:.3g}" for name, ms in row.milliseconds.items())
             rows.append((row.question, times, row.chosen, "the same" if row.chosen == row.rule else row.rule))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
         lines = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += [f"not measured: {question}" for question in self.left_out]
         return "\n".join(lines + [f"kept in {file}" for file in self.files])
@@ -118,11 +118,11 @@ def tune_call(
         raise UsageError(
             f"tune measures what auto may choose, and {asked!r} is asked for: end use_impl, unset FASTGEN_IMPL"
         )
-    deadline = time.monotonic() + seconds
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices):
         with _choices.recorded() as guesses:
             call()
+        deadline = time.monotonic() + seconds  # from here on: what was to be compiled is
         found, left_out = _measured(guesses, deadline, progress or (lambda line: None))
     by_chip: dict[str, dict] = defaultdict(dict)
     for question, row in found.items():
