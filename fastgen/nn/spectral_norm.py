@@ -166,7 +166,7 @@ class _Normalized(torch.autograd.Function):
 
 
 class SpectralNormGroup:
-    """All spectrally normalized weights of a model, computed in one launch a step however often the model is called.
+    """All spectrally normalized weights of a model, computed in one op a step however often the model is called.
 
     From then on the first access to such a weight after its parameter changed computes all of them, and others until the next
     change take what is there: one power iteration a step of the optimizer, as in the paper's Algorithm 1, where PyTorch makes

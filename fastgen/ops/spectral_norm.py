@@ -1,4 +1,4 @@
-"""weight / sigma, sigma the weight's largest singular value by power iteration: for one weight or for many in one launch."""
+"""weight / sigma, sigma the weight's largest singular value by power iteration: for one weight or for many in one call."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def spectral_norm_group(
     divide: bool = True,
     impl: str = "auto",
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """spectral_norm of each weight, with its u, v and dimension, in one launch.
+    """spectral_norm of each weight, with its u, v and dimension, in one call.
 
     Arguments, gradients and errors are those of spectral_norm, with lists for tensors; dims: one for each weight, or one for
     all. Returns the four results as lists.
