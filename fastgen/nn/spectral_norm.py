@@ -79,12 +79,7 @@ class SpectralNorm(nn.Module):
             if step is not None and step.out is not None:
                 wanted = torch.is_grad_enabled() and weight.requires_grad
                 return _Normalized.apply(weight, step.out, step, self.dim) if wanted else step.out
-        out, _, u, v = ops.spectral_norm(
-            weight, self._u, self._v, dim=self.dim, n_power_iterations=self.n_power_iterations, eps=self.eps,
-            training=self.training,
-        )  # fmt: skip
-        self._keep(u, v)
-        return out
+        return self._computed(weight)[0]
 
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """weight / sigma as what stands for it, with sigma: for a kernel that divides what it computes.
@@ -95,21 +90,22 @@ class SpectralNorm(nn.Module):
         step = self._group.step(self, weight, divide=False) if self._group is not None else None
         if step is None:
             with torch.no_grad():
-                _, *rest = ops.spectral_norm(
-                    weight, self._u, self._v, dim=self.dim, n_power_iterations=self.n_power_iterations, eps=self.eps,
-                    training=self.training, divide=False,
-                )  # fmt: skip
-            step = _Step((), None, *rest)
-            self._keep(step.u, step.v)
+                step = _Step((), None, *self._computed(weight, divide=False)[1:])
         if torch.is_grad_enabled() and weight.requires_grad:
             return _Normalized.apply(weight, None, step, self.dim), step.sigma
         return weight, step.sigma
 
-    def _keep(self, u: Tensor, v: Tensor) -> None:
+    def _computed(self, weight: Tensor, divide: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The op's results; u and v are kept in training."""
+        results = ops.spectral_norm(
+            weight, self._u, self._v, dim=self.dim, n_power_iterations=self.n_power_iterations, eps=self.eps,
+            training=self.training, divide=divide,
+        )  # fmt: skip
         if self.training:
             with torch.no_grad():  # in place: DataParallel's replicas share the buffers
-                self._u.copy_(u)
-                self._v.copy_(v)
+                self._u.copy_(results[2])
+                self._v.copy_(results[3])
+        return results
 
     def right_inverse(self, value: Tensor) -> Tensor:
         return value

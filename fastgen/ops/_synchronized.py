@@ -63,7 +63,7 @@ def merged(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]
     Chan et al., Updating formulae and a pairwise algorithm for computing sample variances, 1979.
     """
     n, z = x.numel() // max(1, x.shape[1]), x.to(accumulation_dtype(x))
-    own = torch.cat([*(z.new_zeros(2, x.shape[1]) if n == 0 else tails.moments(z)), z.new_full((1,), n)])
+    own = torch.cat([*(z.new_zeros(2, x.shape[1]) if n == 0 else tails._moments(z, "batch", 0)), z.new_full((1,), n)])
     all_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(all_ranks, own, group)
     means, variances, counts = torch.stack(all_ranks).split([x.shape[1], x.shape[1], 1], 1)

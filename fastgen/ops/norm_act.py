@@ -222,11 +222,6 @@ def _moments(x: Tensor, norm: str, num_groups: int) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """mean and biased var (C,) of x (N, C, *)."""
-    return _moments(x, "batch", 0)
-
-
 def _set_mean(x: Tensor, norm: str, num_groups: int) -> Tensor:
     """The mean over each set of values that share statistics, broadcastable against x."""
     if norm == "batch":
