@@ -70,6 +70,7 @@ def test_as_the_parametrization(kind, options):
 def test_loads_the_older_form(kind):
     """weight_orig, weight_u and weight_v, also within a model, and without weight_v as very old files have it."""
     make, shape = LAYERS[kind]
+    torch.manual_seed(0)  # one of 120 weights has singular values too near each other for 30 iterations
     old = nn.ModuleDict({"layer": nn.utils.spectral_norm(make().double())})
     for _ in range(30):
         old["layer"](data(shape))
