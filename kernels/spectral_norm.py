@@ -1,12 +1,16 @@
-"""weight / sigma for many weights: a fixed number of launches, however many weights there are.
+"""weight / sigma for many weights: one launch for a power iteration, however many weights there are.
 
 A weight is a matrix W of rows along its `dim` and columns along the rest. One pass over W gives t = W v of some rows and what
-they add to s = W^T t, while they are in the cache; a second launch adds those parts; then u = t / |t|, v = s / |s| and, with
-W^T u = s / |t|, sigma = u^T W v = (s / |t|) . v need no further pass, and a third launch writes them and weight / sigma. With
+they add to s = W^T t, while they are in the cache; then those parts are added; then u = t / |t|, v = s / |s| and, with
+W^T u = s / |t|, sigma = u^T W v = (s / |t|) . v need no further pass, and a last one writes them and weight / sigma. With
 v_first the same holds of the transposed matrix, u and v in each other's place.
 
-Sums are float32, in a fixed order. Every program finds its weight and its part of it in a table on the device, which is made
-once for the shapes; the tensors' addresses come as arguments.
+The three steps' programs are one launch. Each draws a ticket, all of a step before those of the next, and waits until those of
+its weight have arrived whose results it reads. They drew before it, so they run or are done, whatever the order in which a GPU
+starts programs: none waits for ever.
+
+Sums are float32, in a fixed order. A ticket's weight and its part of it stand in a table on the device, which is made once for
+the shapes; the tensors' addresses come as arguments.
 """
 
 from __future__ import annotations
@@ -18,10 +22,12 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from fastgen.kernels._common import in_order, is_channels_last, launch
+from fastgen.kernels._common import in_order, is_channels_last, launch, wide
 from torch import Tensor
 
-ROWS, COLUMNS, CHUNK = 16, 128, 2048  # a tile of the products; elements of a program of the other passes
+ROWS, COLUMNS = 16, 128  # a tile of the products
+PARTS, WIDTH = 16, 128  # a tile of the parts that are added
+CHUNK = 2048  # elements of a program of the passes over elements
 MOST_WEIGHTS = 32  # of a launch
 FIELDS = tl.constexpr(12)  # of a weight in the table
 
@@ -41,25 +47,46 @@ def field(table, weight, FIELD: tl.constexpr):
 
 
 @triton.jit
-def part_of(table, blocks):
-    """The program's weight, its number among that weight's; rows, inner and columns of the matrix, and spread.
+def part_of(table, blocks, ticket, WIDE: tl.constexpr):
+    """The ticket's weight, its number among that weight's; rows, inner and columns of the matrix, and spread.
 
     Element (r, m) lies at m / inner * rows * inner + r * inner + m % inner, where m counts columns in memory's order: column
-    m % spread * (columns / spread) + m / spread of the matrix.
+    m % spread * (columns / spread) + m / spread of the matrix. WIDE: what is computed from them has 64 bits.
     """
-    at = blocks + 2 * tl.program_id(0)
-    weight = tl.load(at)
-    rows, inner = field(table, weight, 0), field(table, weight, 1)
-    return weight, tl.load(at + 1), rows, inner, field(table, weight, 2), field(table, weight, 3)
+    at = blocks + 2 * ticket
+    weight, number = tl.load(at), tl.load(at + 1)
+    rows, inner, columns = field(table, weight, 0), field(table, weight, 1), field(table, weight, 2)
+    if WIDE:
+        number, rows, inner, columns = number.to(tl.int64), rows.to(tl.int64), inner.to(tl.int64), columns.to(tl.int64)
+    return weight, number, rows, inner, columns, field(table, weight, 3)
+
+
+@triton.jit
+def arrive(counter):
+    tl.debug_barrier()  # after the stores of all threads
+    tl.atomic_add(counter, 1, sem="release")
+
+
+@triton.jit
+def wait(counter, count):
+    """Until so many have arrived. What they stored is to be read past the multiprocessor's own cache."""
+    while tl.atomic_add(counter, 0, sem="acquire") < count:
+        pass
+
+
+@triton.jit
+def load_shared(pointer, mask, other):
+    return tl.load(pointer, mask, other, cache_modifier=".cg")
 
 
 @triton.jit
 def products(
-    weights, vectors, others, table, blocks, t, parts, norms, COUNT: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ITERATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    weights, vectors, others, table, blocks, ticket, t, parts, norms, COUNT: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ITERATE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Some lines (rows, or columns if TRANSPOSED) of t = W vector. ITERATE: their part of W^T t, and |t|^2; else other . t."""
-    index, number, rows, inner, columns, spread = part_of(table, blocks)
+    """Some lines (rows, or columns if TRANSPOSED) of t = W vector. ITERATE: their part of W^T t, and |t|^2; else other . t.
+    Returns the weight."""
+    index, number, rows, inner, columns, spread = part_of(table, blocks, ticket, WIDE)
     lines = columns if TRANSPOSED else rows
     length = rows if TRANSPOSED else columns
     line = number * ROWS + tl.arange(0, ROWS)
@@ -82,7 +109,7 @@ def products(
     product = tl.sum(total, 1)
     if ITERATE:
         tl.store(t + field(table, index, 4) + line, product, valid)
-        tl.store(norms + tl.program_id(0), tl.sum(product * product, 0))
+        tl.store(norms + ticket, tl.sum(product * product, 0))
         to = parts + field(table, index, 5) + number * length
         for first in range(0, length, COLUMNS):
             m = first + tl.arange(0, COLUMNS)
@@ -93,23 +120,30 @@ def products(
     else:
         place = line % spread * (columns // spread) + line // spread if TRANSPOSED else line
         other = tl.load(pick(others, index, COUNT) + place, valid, 0.0)
-        tl.store(norms + tl.program_id(0), tl.sum(product * other, 0))
+        tl.store(norms + ticket, tl.sum(product * other, 0))
+    return index
 
 
 @triton.jit
-def add_parts(table, blocks, parts, s, norms, TRANSPOSED: tl.constexpr, CHUNK: tl.constexpr):
-    """Some elements of s = W^T t, and |s|^2 of them."""
-    index, number, rows, _, columns, _ = part_of(table, blocks)
+def add_parts(
+    table, blocks, ticket, arrived, parts, s, norms, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Some elements of s = W^T t, and |s|^2 of them. Returns the weight."""
+    index, number, rows, _, columns, _ = part_of(table, blocks, ticket, WIDE)
     length = rows if TRANSPOSED else columns
-    m = number * CHUNK + tl.arange(0, CHUNK)
-    inside = m < length
-    source = parts + field(table, index, 5) + m
-    total = tl.zeros((CHUNK,), tl.float32)
-    for _ in range(0, field(table, index, 8)):
-        total += tl.load(source, inside, 0.0)
-        source += length
-    tl.store(s + field(table, index, 6) + m, total, inside)
-    tl.store(norms + tl.program_id(0), tl.sum(total * total, 0))
+    count = field(table, index, 8)
+    wait(arrived + index, count)
+    m = number * WIDTH + tl.arange(0, WIDTH)
+    source = parts + field(table, index, 5) + m[None, :]
+    total = tl.zeros((PARTS, WIDTH), tl.float32)
+    for first in range(0, count, PARTS):
+        i = (first + tl.arange(0, PARTS))[:, None]
+        total += load_shared(source + i * length, (i < count) & (m < length)[None, :], 0.0)
+    of_all = tl.sum(total, 0)
+    tl.store(s + field(table, index, 6) + m, of_all, m < length)
+    tl.store(norms + ticket, tl.sum(of_all * of_all, 0))
+    return index
 
 
 @triton.jit
@@ -117,50 +151,85 @@ def add_up(values, count):
     total = tl.zeros((256,), tl.float32)
     for first in range(0, count, 256):
         i = first + tl.arange(0, 256)
-        total += tl.load(values + i, i < count, 0.0)
+        total += load_shared(values + i, i < count, 0.0)
     return tl.sum(total, 0)
 
 
 @triton.jit
 def finish(
-    weights, outs, us, vs, sigmas, table, blocks, t, s, t_norms, s_norms, eps, COUNT: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ITERATE: tl.constexpr, LAST: tl.constexpr, DIVIDE: tl.constexpr, CHUNK: tl.constexpr,
+    weights, outs, us, vs, new_us, new_vs, sigmas, table, blocks, ticket, arrived, t, s, t_norms, s_norms, eps,
+    COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, ITERATE: tl.constexpr, LAST: tl.constexpr, DIVIDE: tl.constexpr,
+    WIDE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """ITERATE: u and v from t and s. LAST: sigma. DIVIDE: weight / sigma."""
-    index, number, rows, _, columns, spread = part_of(table, blocks)
+    """u and v, from t and s if they ITERATE. LAST: sigma. DIVIDE: weight / sigma."""
+    index, number, rows, _, columns, spread = part_of(table, blocks, ticket, WIDE)
     at = number * CHUNK + tl.arange(0, CHUNK)
-    sigma = add_up(t_norms + field(table, index, 7), field(table, index, 8))
+    inside = at < rows * columns
+    if DIVIDE:  # on its way while others work
+        value = tl.load(pick(weights, index, COUNT) + at, inside, 0.0).to(tl.float32)
+    tiles = field(table, index, 8)
+    sums = field(table, index, 10)
+    if ITERATE:  # who adds the parts has waited for all the products
+        wait(arrived + COUNT + index, sums)
+    else:
+        wait(arrived + index, tiles)
+    sigma = add_up(t_norms + field(table, index, 7), tiles)
+    new_u = pick(new_us, index, COUNT)
+    new_v = pick(new_vs, index, COUNT)
     if ITERATE:
         of_t = tl.maximum(tl.sqrt(sigma), eps)
-        of_s = tl.sqrt(add_up(s_norms + field(table, index, 9), field(table, index, 10))) / of_t
+        of_s = tl.sqrt(add_up(s_norms + field(table, index, 9), sums)) / of_t
         sigma = of_s * (of_s / tl.maximum(of_s, eps))
         lines = columns if TRANSPOSED else rows
         length = rows if TRANSPOSED else columns
-        first = tl.load(t + field(table, index, 4) + at, at < lines, 0.0) / of_t
-        second = tl.load(s + field(table, index, 6) + at, at < length, 0.0) / of_t / tl.maximum(of_s, eps)
+        first = load_shared(t + field(table, index, 4) + at, at < lines, 0.0) / of_t
+        second = load_shared(s + field(table, index, 6) + at, at < length, 0.0) / of_t / tl.maximum(of_s, eps)
         place = at % spread * (columns // spread) + at // spread
-        u = pick(us, index, COUNT)
-        v = pick(vs, index, COUNT)
         if TRANSPOSED:
-            tl.store(v + place, first, at < lines)
-            tl.store(u + at, second, at < length)
+            tl.store(new_v + place, first, at < lines)
+            tl.store(new_u + at, second, at < length)
         else:
-            tl.store(u + at, first, at < lines)
-            tl.store(v + place, second, at < length)
+            tl.store(new_u + at, first, at < lines)
+            tl.store(new_v + place, second, at < length)
+    else:
+        tl.store(new_u + at, tl.load(pick(us, index, COUNT) + at, at < rows), at < rows)
+        tl.store(new_v + at, tl.load(pick(vs, index, COUNT) + at, at < columns), at < columns)
     if LAST:
         tl.store(pick(sigmas, index, COUNT), sigma, number == 0)
     if DIVIDE:
-        inside = at < rows * columns
-        weight = pick(weights, index, COUNT)
         out = pick(outs, index, COUNT)
-        value = tl.load(weight + at, inside, 0.0).to(tl.float32) / sigma
-        tl.store(out + at, value.to(out.dtype.element_ty), inside)
+        tl.store(out + at, (value / sigma).to(out.dtype.element_ty), inside)
 
 
 @triton.jit
-def grad_dots(grads, weights, table, blocks, dots, COUNT: tl.constexpr, CHUNK: tl.constexpr):
+def iterate(
+    weights, outs, us, vs, new_us, new_vs, sigmas, table, lines, sums, elements, line_count, sum_count, counters, t, parts, s,
+    t_norms, s_norms, eps, COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, ITERATE: tl.constexpr, LAST: tl.constexpr,
+    DIVIDE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The ticket's part of one of the three steps; counters: tickets drawn, then who has arrived from the first step and from
+    the second, a weight each. ITERATE: else sigma of the given u and v."""
+    ticket = tl.atomic_add(counters, 1, sem="relaxed")
+    arrived = counters + 1
+    if ticket < line_count:
+        vectors = us if TRANSPOSED else vs
+        others = vs if TRANSPOSED else us
+        index = products(weights, vectors, others, table, lines, ticket, t, parts, t_norms, COUNT, TRANSPOSED, ITERATE,
+                         WIDE, ROWS, COLUMNS)  # fmt: skip
+        arrive(arrived + index)
+    elif ticket < line_count + sum_count:
+        index = add_parts(table, sums, ticket - line_count, arrived, parts, s, s_norms, TRANSPOSED, WIDE, PARTS, WIDTH)
+        arrive(arrived + COUNT + index)
+    else:
+        finish(weights, outs, us, vs, new_us, new_vs, sigmas, table, elements, ticket - line_count - sum_count, arrived, t, s,
+               t_norms, s_norms, eps, COUNT, TRANSPOSED, ITERATE, LAST, DIVIDE, WIDE, CHUNK)  # fmt: skip
+
+
+@triton.jit
+def grad_dots(grads, weights, table, blocks, dots, COUNT: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr):
     """Parts of grad . weight."""
-    index, number, rows, _, columns, _ = part_of(table, blocks)
+    index, number, rows, _, columns, _ = part_of(table, blocks, tl.program_id(0), WIDE)
     at = number * CHUNK + tl.arange(0, CHUNK)
     inside = at < rows * columns
     g = tl.load(pick(grads, index, COUNT) + at, inside, 0.0).to(tl.float32)
@@ -170,10 +239,11 @@ def grad_dots(grads, weights, table, blocks, dots, COUNT: tl.constexpr, CHUNK: t
 
 @triton.jit
 def grad_weights(
-    grads, sigmas, grad_sigmas, us, vs, outs, table, blocks, dots, COUNT: tl.constexpr, CHUNK: tl.constexpr
-):
+    grads, sigmas, grad_sigmas, us, vs, outs, table, blocks, dots, COUNT: tl.constexpr, WIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
     """grad / sigma + (grad_sigma - grad . weight / sigma^2) u v^T."""
-    index, number, rows, inner, columns, spread = part_of(table, blocks)
+    index, number, rows, inner, columns, spread = part_of(table, blocks, tl.program_id(0), WIDE)
     at = number * CHUNK + tl.arange(0, CHUNK)
     inside = at < rows * columns
     sigma = tl.load(pick(sigmas, index, COUNT))
@@ -197,21 +267,21 @@ def matrix(weight: Tensor, dim: int) -> tuple[int, int, int, int]:
 
 
 class Plan:
-    """The programs of each launch for weights of these shapes, and where they find their part."""
+    """The programs of each step for weights of these shapes, and where they find their part."""
 
     def __init__(self, matrices: Sequence[tuple[int, int, int, int]], transposed: bool, device: torch.device) -> None:
         lines, sums, vectors, elements, fields = [], [], [], [], []
         self.t = self.parts = self.s = 0  # sizes of the work space
         for index, (rows, inner, columns, spread) in enumerate(matrices):
             of_t, of_s = (columns, rows) if transposed else (rows, columns)
-            tiles, chunks = triton.cdiv(of_t, ROWS), triton.cdiv(of_s, CHUNK)
+            tiles, chunks = triton.cdiv(of_t, ROWS), triton.cdiv(of_s, WIDTH)
             fields += [
                 rows, inner, columns, spread, self.t, self.parts, self.s, len(lines), tiles, len(sums), chunks, len(elements),
             ]  # fmt: skip
             lines += [(index, tile) for tile in range(tiles)]
             sums += [(index, chunk) for chunk in range(chunks)]
             vectors += [(index, chunk) for chunk in range(triton.cdiv(max(rows, columns), CHUNK))]
-            elements += [(index, chunk) for chunk in range(triton.cdiv(rows * columns, CHUNK))]
+            elements += [(index, chunk) for chunk in range(triton.cdiv(max(rows * columns, rows, columns), CHUNK))]
             self.t, self.parts, self.s = self.t + of_t, self.parts + tiles * of_s, self.s + of_s
         self.count = len(matrices)
         self.table = torch.tensor(fields, dtype=torch.int32, device=device)
@@ -255,40 +325,34 @@ def _forward(weights, us, vs, dims, n_power_iterations, eps, v_first, divide):
     plan = Plan.of(tuple(matrix(w, dim) for w, dim in zip(dense, dims, strict=True)), v_first, like.device)
     outs = [torch.empty_like(weight) if divide else weight.new_empty(0) for weight in dense]
     sigmas = [weight.new_empty((), dtype=torch.float32) for weight in dense]
-    # Copies of u and v, which change, in one launch.
-    given = torch._foreach_mul([t.float().contiguous() for of in (us, vs) for t in of], 1.0)
-    given = [given[: len(us)], given[len(us) :]]
+    given = [[t.float().contiguous() for t in of] for of in (us, vs)]
+    news = [[torch.empty_like(t) for t in of] for of in given]
     t, parts, s, t_norms, s_norms = (
         like.new_empty(max(1, size), dtype=torch.float32)
         for size in (plan.t, plan.parts, plan.s, len(plan.lines), len(plan.sums))
     )
-    shared = {"table": plan.table, "COUNT": plan.count, "TRANSPOSED": v_first}
     iterates = n_power_iterations > 0
-    for left in range(max(1, n_power_iterations), 0, -1):
-        of_u, of_v = map(tuple, given)
+    launches = max(1, n_power_iterations)
+    counters = like.new_zeros((launches, 1 + 2 * plan.count), dtype=torch.int32)
+    for i in range(launches):
+        last = i == launches - 1
+        divides = divide and last
+        elements, sums = plan.elements if divides else plan.vectors, len(plan.sums) if iterates else 0
         launch(
-            products, (len(plan.lines),), like, weights=tuple(dense), vectors=of_u if v_first else of_v,
-            others=of_v if v_first else of_u, blocks=plan.lines, t=t, parts=parts, norms=t_norms, ITERATE=iterates, ROWS=ROWS,
-            COLUMNS=COLUMNS, **shared,
+            iterate, (len(plan.lines) + sums + len(elements),), like, weights=tuple(dense), outs=tuple(outs),
+            us=tuple(given[0]), vs=tuple(given[1]), new_us=tuple(news[0]), new_vs=tuple(news[1]), sigmas=tuple(sigmas),
+            table=plan.table, lines=plan.lines, sums=plan.sums, elements=elements, line_count=len(plan.lines), sum_count=sums,
+            counters=counters[i], t=t, parts=parts, s=s, t_norms=t_norms, s_norms=s_norms, eps=eps, COUNT=plan.count,
+            TRANSPOSED=v_first, ITERATE=iterates, LAST=last, DIVIDE=divides, ROWS=ROWS, COLUMNS=COLUMNS, PARTS=PARTS,
+            WIDTH=WIDTH, CHUNK=CHUNK, WIDE=wide(*dense), warps=8,
         )  # fmt: skip
-        if iterates:
-            launch(
-                add_parts, (len(plan.sums),), like, table=plan.table, blocks=plan.sums, parts=parts, s=s, norms=s_norms,
-                TRANSPOSED=v_first, CHUNK=CHUNK,
-            )  # fmt: skip
-        divides = divide and left == 1
-        blocks = plan.elements if divides else plan.vectors
-        launch(
-            finish, (len(blocks),), like, weights=tuple(dense), outs=tuple(outs), us=of_u, vs=of_v,
-            sigmas=tuple(sigmas), blocks=blocks, t=t, s=s, t_norms=t_norms, s_norms=s_norms, eps=eps, ITERATE=iterates,
-            LAST=left == 1, DIVIDE=divides, CHUNK=CHUNK, **shared,
-        )  # fmt: skip
+        given = news  # a weight's are written when all its products are done
     if divide:
         outs = [in_order(out, is_channels_last(weight)) for out, weight in zip(outs, weights, strict=True)]
     return (
         outs,
         sigmas,
-        *([new.to(t.dtype) for new, t in zip(*of, strict=True)] for of in zip(given, (us, vs), strict=True)),
+        *([new.to(t.dtype) for new, t in zip(*of, strict=True)] for of in zip(news, (us, vs), strict=True)),
     )
 
 
@@ -309,7 +373,8 @@ def _backward(grad_outs, grad_sigmas, weights, sigmas, us, vs, dims):
     plan = Plan.of(tuple(matrix(w, dim) for w, dim in zip(dense, dims, strict=True)), False, like.device)
     outs = [torch.empty_like(weight) for weight in dense]
     dots = like.new_empty(len(plan.elements), dtype=torch.float32)
-    shared = {"grads": tuple(grads), "table": plan.table, "blocks": plan.elements, "COUNT": plan.count, "CHUNK": CHUNK}
+    shared = {"grads": tuple(grads), "table": plan.table, "blocks": plan.elements, "COUNT": plan.count, "CHUNK": CHUNK,
+              "WIDE": wide(*dense)}  # fmt: skip
     grid = (len(plan.elements),)
     launch(grad_dots, grid, like, weights=tuple(dense), dots=dots, **shared)
     vectors = {

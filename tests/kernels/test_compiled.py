@@ -164,9 +164,9 @@ def sampler_launches(dtype, batch, length, samples, prior):
     return launches
 
 
-def spectral_launches(dtype, count, v_first, iterations, divide=True):
-    weights = [meta(96, 96, 3, 3, dtype=dtype, channels_last=False)] * count
-    us, vs, scalars = [vector(96)] * count, [vector(864)] * count, [meta(dtype=FP32)] * count
+def spectral_launches(dtype, count, v_first, iterations, divide=True, rows=96):
+    weights = [meta(rows, 96, 3, 3, dtype=dtype, channels_last=False)] * count
+    us, vs, scalars = [vector(rows)] * count, [vector(864)] * count, [meta(dtype=FP32)] * count
     with _common.recorded() as launches:
         kernels("spectral_norm").forward(weights, us, vs, [0] * count, iterations, 1e-12, v_first, divide)
         kernels("spectral_norm").backward(weights, scalars, weights, scalars, us, vs, [0] * count)
@@ -185,6 +185,7 @@ OTHERS = {
     "spectral_norm-group": lambda: spectral_launches(FP32, 13, False, 1),
     "spectral_norm-sigma": lambda: spectral_launches(FP32, 5, False, 1, divide=False),
     "spectral_norm-v_first": lambda: spectral_launches(BF16, 2, True, 1),
+    "spectral_norm-wide": lambda: spectral_launches(FP32, 1, False, 1, rows=2**22),
     "spectral_norm-eval": lambda: spectral_launches(FP32, 2, False, 0),
 }
 

@@ -1,0 +1,51 @@
+"""The one launch of a power iteration: who waits, waits for programs with earlier tickets, and for all that it reads."""
+
+import os
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from fastgen.ops._dispatch import kernels
+
+_spectral = kernels("spectral_norm")
+SHAPES = ((96, 40, 3, 3), (1, 1), (700, 3), (5, 3000))
+
+
+@pytest.mark.parametrize("v_first", (False, True))
+def test_what_is_waited_for_is_what_arrives(v_first):
+    """The table's counts are those of a weight's programs; their order is that of the steps."""
+    matrices = tuple(_spectral.matrix(torch.empty(shape), 0) for shape in SHAPES)
+    plan = _spectral.Plan.of(matrices, v_first, torch.device("cpu"))
+    fields = plan.table.view(len(SHAPES), _spectral.FIELDS.value).tolist()
+    for i, (rows, _, columns, *_, first_line, lines, first_sum, sums, _) in enumerate(fields):
+        of_t, of_s = (columns, rows) if v_first else (rows, columns)
+        assert plan.lines[first_line : first_line + lines].tolist() == [[i, k] for k in range(lines)]
+        assert plan.sums[first_sum : first_sum + sums].tolist() == [[i, k] for k in range(sums)]
+        assert lines * _spectral.ROWS >= of_t and sums * _spectral.WIDTH >= of_s
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled")
+@pytest.mark.parametrize("capability", (80, 90, 100))
+def test_the_counters_order_memory(capability):
+    """A counter is raised after the stores before it and read before the loads after it, for the whole GPU."""
+    from tests.kernels.compiled import compiled
+    from tests.kernels.test_compiled import OTHERS
+
+    launch, *_ = OTHERS["spectral_norm"]()
+    ptx = compiled(launch, capability).ptx
+    assert len(re.findall(r"\b(?:ld|atom)\.\S*acquire\S* ", ptx)) == 2
+    assert len(re.findall(r"\b(?:red|atom)\.\S*release\S* ", ptx)) == 2
+    assert "ld.global.cg" in ptx
+
+
+@pytest.mark.parametrize("iterations", (0, 1, 3))
+def test_one_launch_an_iteration(iterations):
+    weights = [torch.empty(shape, device="meta") for shape in SHAPES]
+    us = [torch.empty(w.shape[0], device="meta") for w in weights]
+    vs = [torch.empty(w[0].numel(), device="meta") for w in weights]
+    with kernels("_common").recorded() as launches:
+        _spectral.forward(weights, us, vs, [0] * len(weights), iterations, 1e-12, False, True)
+    assert [kernel.__name__ for kernel, *_ in launches] == ["iterate"] * max(1, iterations)
