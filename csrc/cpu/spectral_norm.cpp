@@ -208,6 +208,8 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
   for (int64_t k = 0; k < count; ++k) {
     of[k].sums = scratch<A>(part_count(matrices[k]) * summed_size(matrices[k]));
     of[k].product = scratch<A>(std::max(matrices[k].d, matrices[k].a * matrices[k].b));
+    std::copy_n(static_cast<const A*>(matrices[k].given_u), matrices[k].d, static_cast<A*>(matrices[k].u));
+    std::copy_n(static_cast<const A*>(matrices[k].given_v), matrices[k].a * matrices[k].b, static_cast<A*>(matrices[k].v));
   }
   const auto sum_at = [&](const Part& part) { return of[part.matrix].sums.get() + part.index * summed_size(matrices[part.matrix]); };
 
@@ -308,7 +310,7 @@ void backward_all(const std::vector<SpectralMatrix>& matrices, const std::vector
     const SpectralMatrixGrad& grad = grads[parts[i].matrix];
     const T* g = static_cast<const T*>(grad.grad_out);
     T* out = static_cast<T*>(grad.grad_weight);
-    const A *u = static_cast<const A*>(m.u), *v = static_cast<const A*>(m.v);
+    const A *u = static_cast<const A*>(m.given_u), *v = static_cast<const A*>(m.given_v);
     const double sigma = *static_cast<const A*>(m.sigma);
     const A scale = static_cast<A>(1 / sigma);
     const A slope = static_cast<A>(*static_cast<const A*>(grad.grad_sigma) - along[parts[i].matrix] / (sigma * sigma));

@@ -31,13 +31,14 @@ FASTGEN_HD int64_t some_parts(int64_t blocks) { return blocks < 1 ? 1 : blocks >
 struct Weight {
   const void* weight;
   void* out;
-  float *outer, *inner, *sigma;
-  float *outer_product, *inner_product;  // W inner and W^T outer, not normalized
-  float* parts;                          // of W^T outer: (chunks, length / width)
-  double *outer_sums, *inner_sums;       // each block's part of the squared norms, or of sigma
+  const float *outer, *inner;  // as they are before the step
+  float *new_outer, *new_inner, *sigma;
+  float* products;  // W inner and W^T outer, not normalized
+  float* parts;     // of W^T outer: (chunks, length / width)
+  double* sums;     // each block's part of the squared norms, or of sigma
   int64_t lines, length;
-  int width, chunk;                      // chunk: lines of a block
-  int lanes_log2;                        // threads that share a line
+  int width, chunk;  // chunk: lines of a block
+  int lanes_log2;    // threads that share a line
   bool fused, aligned;
 
   FASTGEN_HD int64_t size() const { return lines * length; }
@@ -45,6 +46,11 @@ struct Weight {
   FASTGEN_HD int64_t inner_size() const { return length / width; }
   FASTGEN_HD int64_t chunks() const { return ceil_div(lines, chunk); }
   FASTGEN_HD int64_t inner_blocks() const { return some_parts(ceil_div(inner_size(), kWarp)); }
+  FASTGEN_HD float* outer_product() const { return products; }
+  FASTGEN_HD int64_t inner_offset() const { return ceil_div(outer_size(), 4) * 4; }  // aligned to 16 bytes
+  FASTGEN_HD float* inner_product() const { return products + inner_offset(); }
+  FASTGEN_HD double* outer_sums() const { return sums; }
+  FASTGEN_HD double* inner_sums() const { return sums + chunks(); }
 };
 
 // A weight's gradient.
@@ -152,7 +158,7 @@ struct Chunk {
 
   // Writes an element of W inner and returns what it adds to the block's sum.
   __device__ double put(const Weight& m, int64_t at, float value) const {
-    m.outer_product[first * m.width + at] = value;
+    m.outer_product()[first * m.width + at] = value;
     return static_cast<double>(value) * (evaluate ? m.outer[first * m.width + at] : value);
   }
 };
@@ -305,16 +311,16 @@ __global__ void __launch_bounds__(kThreads) multiply(const __grid_constant__ Gro
   const int64_t first = place.number * m.chunk;
   const Chunk chunk{place.number, first, min(static_cast<int64_t>(m.chunk), m.lines - first), pass == Pass::evaluate};
   if (m.fused || pass != Pass::first) {
-    const float* const inner = pass == Pass::second ? m.inner_product : m.inner;
+    const float* const inner = pass == Pass::second ? m.inner_product() : m.inner;
     double total = m.width > 1 ? multiply_columns<T>(m, chunk, inner)
                    : m.aligned ? multiply_lines<T, widest>(m, chunk, inner)
                                : multiply_lines<T, 1>(m, chunk, inner);
     total = block_total(total);
-    if (threadIdx.x == 0) m.outer_sums[place.number] = total;
+    if (threadIdx.x == 0) m.outer_sums()[place.number] = total;
     __syncthreads();
   }
   if (pass != Pass::first) return;
-  const float* const outer = m.fused ? m.outer_product : m.outer;
+  const float* const outer = m.fused ? m.outer_product() : m.outer;
   if (m.width > 1)
     add_columns<T>(m, chunk, outer);
   else if (m.aligned)
@@ -343,13 +349,13 @@ __global__ void __launch_bounds__(kThreads) add_parts(const __grid_constant__ Gr
     __syncthreads();
     if (warp == 0 && at < size) {
       for (int i = 1; i < warps; ++i) sum += scratch[i * kWarp + lane];
-      m.inner_product[at] = sum;
+      m.inner_product()[at] = sum;
       total += static_cast<double>(sum) * sum;
     }
     __syncthreads();
   }
   total = block_total(total);
-  if (threadIdx.x == 0) m.inner_sums[place.number] = total;
+  if (threadIdx.x == 0) m.inner_sums()[place.number] = total;
 }
 
 // A block's kChunk elements, kHeld a thread, in accesses: element i of the thread's is at(i - i % access) + i % access.
@@ -389,8 +395,8 @@ struct Divisors {
 
   __device__ Divisors(const Weight& m, double eps, bool iterate) {
     Divisors* const shared = reinterpret_cast<Divisors*>(shared_memory<double>() + kThreads / kWarp);
-    const double of_outer = total_of(m.outer_sums, m.chunks());
-    const double of_inner = iterate ? total_of(m.inner_sums, m.inner_blocks()) : 0;
+    const double of_outer = total_of(m.outer_sums(), m.chunks());
+    const double of_inner = iterate ? total_of(m.inner_sums(), m.inner_blocks()) : 0;
     if (threadIdx.x == 0) {
       if (iterate) {
         const double length = sqrt(m.fused ? of_outer : of_inner), first = length < eps ? eps : length;  // NaN stays NaN
@@ -413,11 +419,10 @@ __device__ void finish_chunk(const Weight& m, const Place& place, double eps, bo
   float held[kHeld];
   if (scale && m.out) elements.load_all(static_cast<const T*>(m.weight), held);  // under way while the norms are added
   const Divisors divisors(m, eps, iterate);
-  if (iterate)
-    for (int64_t i = elements.start + threadIdx.x; i < elements.start + kChunk; i += kThreads) {
-      if (i < m.outer_size()) m.outer[i] = static_cast<float>(m.outer_product[i] / divisors.outer);
-      if (i < m.inner_size()) m.inner[i] = static_cast<float>(m.inner_product[i] / divisors.inner);
-    }
+  for (int64_t i = elements.start + threadIdx.x; i < elements.start + kChunk; i += kThreads) {
+    if (i < m.outer_size()) m.new_outer[i] = iterate ? static_cast<float>(m.outer_product()[i] / divisors.outer) : m.outer[i];
+    if (i < m.inner_size()) m.new_inner[i] = iterate ? static_cast<float>(m.inner_product()[i] / divisors.inner) : m.inner[i];
+  }
   if (!scale) return;
   if (place.number == 0 && threadIdx.x == 0) *m.sigma = divisors.sigma;
   if (!m.out) return;
@@ -426,7 +431,7 @@ __device__ void finish_chunk(const Weight& m, const Place& place, double eps, bo
   elements.store_all(static_cast<T*>(m.out), held);
 }
 
-// iterate: u and v from the products. scale: sigma, and weight / sigma where it is wanted. Grid: a block for kChunk elements of each weight, or of
+// iterate: u and v from the products; else they stay. scale: sigma, and weight / sigma where it is wanted. Grid: a block for kChunk elements of each weight, or of
 // its longer vector.
 template <class T>
 __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Group<Weight> group, double eps, bool iterate,
@@ -535,15 +540,17 @@ Weight record_of(const SpectralMatrix& m, bool v_first) {
   Weight record{};
   record.weight = m.weight;
   record.out = m.out;
-  record.outer = static_cast<float*>(m.a == 1 ? m.u : m.v);
-  record.inner = static_cast<float*>(m.a == 1 ? m.v : m.u);
+  record.outer = static_cast<const float*>(m.a == 1 ? m.given_u : m.given_v);
+  record.inner = static_cast<const float*>(m.a == 1 ? m.given_v : m.given_u);
+  record.new_outer = static_cast<float*>(m.a == 1 ? m.u : m.v);
+  record.new_inner = static_cast<float*>(m.a == 1 ? m.v : m.u);
   record.sigma = static_cast<float*>(m.sigma);
   record.lines = lines_of(m);
   record.length = length_of(m);
   record.width = width_of(m);
   record.chunk = static_cast<int>(chunk_of(record));
   record.fused = (m.a == 1) != v_first;
-  const int access = access_of<T>(record.length, m.weight, m.out, record.inner);
+  const int access = access_of<T>(record.length, m.weight, m.out, record.inner, record.new_inner);
   record.aligned = access > 1;
   while ((1 << record.lanes_log2) < kThreads && (1 << record.lanes_log2) * access < record.length) ++record.lanes_log2;
   return record;
@@ -558,11 +565,9 @@ int64_t lay_out(Group<Weight>& group, void* base) {
   };
   for (int i = 0; i < group.count; ++i) {
     Weight& m = group.of[i];
-    take(m.outer_product, m.outer_size());
-    take(m.inner_product, m.inner_size());
+    take(m.products, m.inner_offset() + m.inner_size());
     take(m.parts, m.chunks() * m.inner_size());
-    take(m.outer_sums, m.chunks());
-    take(m.inner_sums, m.inner_blocks());
+    take(m.sums, m.chunks() + m.inner_blocks());
   }
   return bytes;
 }
@@ -589,6 +594,10 @@ void normalize(const std::vector<SpectralMatrix>& matrices, int64_t iterations, 
       launch(queue, add_parts, group.grid([](const Weight& m) { return m.inner_blocks(); }), kThreads, kShared, group);
       run_multiply(Pass::second);
       run_finish(true, step == iterations - 1);
+      for (int i = 0; i < group.count; ++i) {
+        group.of[i].outer = group.of[i].new_outer;
+        group.of[i].inner = group.of[i].new_inner;
+      }
     }
     if (iterations > 0) continue;
     run_multiply(Pass::evaluate);
@@ -606,7 +615,7 @@ void differentiate_all(const std::vector<SpectralMatrix>& matrices, const std::v
     for (int i = 0; i < group.count; ++i, sums += kMostParts) {
       const SpectralMatrix& m = matrices[begin + i];
       const SpectralMatrixGrad& grad = grads[begin + i];
-      const float *const u = static_cast<const float*>(m.u), *const v = static_cast<const float*>(m.v);
+      const float *const u = static_cast<const float*>(m.given_u), *const v = static_cast<const float*>(m.given_v);
       WeightGrad& record = group.of[i];
       record = {m.weight, grad.grad_out, grad.grad_weight, m.a == 1 ? u : v, m.a == 1 ? v : u,
                 static_cast<const float*>(m.sigma), static_cast<const float*>(grad.grad_sigma), sums,

@@ -8,21 +8,31 @@ namespace {
 
 // A weight as the matrix of its dimension `dim` against all others, in its own memory order, and the vectors in that order.
 struct SpectralWeight {
-  Tensor weight, u, v, sigma;
+  Tensor weight, given_u, given_v;
+  Tensor u, v, sigma;       // see `add_results`
   ScalarType vector_dtype;  // of the caller's u and v
   int64_t swapped = 0;      // channels of a channels_last weight whose v counts them first, and the matrix's last
 
-  SpectralWeight(const Tensor& given, const Tensor& given_u, const Tensor& given_v, int64_t dim)
-      : weight(in_format(given, channels_last(given, dim))), u(own(given_u, weight)), v(own(given_v, weight)),
-        sigma(new_tensor(weight, {}, accumulation(weight))), vector_dtype(given_u.scalar_type()) {
+  SpectralWeight(const Tensor& given, const Tensor& of_u, const Tensor& of_v, int64_t dim)
+      : weight(in_format(given, channels_last(given, dim))), given_u(*accumulated(of_u, accumulation(weight))),
+        given_v(*accumulated(of_v, accumulation(weight))), vector_dtype(of_u.scalar_type()) {
     if (channels_last(given, dim) && dim == 0) swapped = given.size(1);
-    if (swapped) v = transposed(v, swapped);
+    if (swapped) given_v = transposed(given_v, swapped);
     matrix.dtype = dtype_of(weight);
     matrix.d = weight.size(dim);
     matrix.a = matrix.b = 1;
     for (int64_t i = 0; i < weight.dim(); ++i)
       if (i != dim) (i < dim || (dim == 1 && channels_last(given, dim)) ? matrix.a : matrix.b) *= weight.size(i);
     matrix.weight = weight.const_data_ptr();
+    matrix.given_u = given_u.const_data_ptr();
+    matrix.given_v = given_v.const_data_ptr();
+  }
+
+  // Room for what the iterations give.
+  void add_results() {
+    u = torch::stable::empty_like(given_u);
+    v = torch::stable::empty_like(given_v);
+    sigma = new_tensor(weight, {}, accumulation(weight));
     matrix.u = u.mutable_data_ptr();
     matrix.v = v.mutable_data_ptr();
     matrix.sigma = sigma.mutable_data_ptr();
@@ -35,10 +45,6 @@ struct SpectralWeight {
 
  private:
   static bool channels_last(const Tensor& weight, int64_t dim) { return is_channels_last(weight) && dim < 2; }
-
-  static Tensor own(const Tensor& x, const Tensor& weight) {
-    return x.scalar_type() == accumulation(weight) ? torch::stable::contiguous(torch::stable::clone(x)) : torch::stable::to(x, accumulation(weight));
-  }
 
   static Tensor transposed(const Tensor& x, int64_t rows) {
     if (x.numel() == 0) return x;
@@ -57,6 +63,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> spectral_norm(Tensors weights, Te
   Tensors outs, sigmas, new_us, new_vs;
   for (size_t i = 0; i < weights.size(); ++i) {
     items.emplace_back(weights[i], us[i], vs[i], dims[i]);
+    items[i].add_results();
     outs.push_back(divide ? torch::stable::empty_like(items[i].weight) : new_tensor(items[i].weight, {0}, weights[i].scalar_type()));
     if (divide) items[i].matrix.out = outs[i].mutable_data_ptr();
   }

@@ -89,10 +89,10 @@ struct SpectralMatrix {
   DType dtype;  // of weight, out and their gradients
   int64_t a, d, b;
   const void* weight;
-  void* u;      // (d), updated by the iterations
-  void* v;      // (a, b), the same
-  void* sigma;  // one value
-  void* out;    // like weight; null: weight / sigma is not wanted
+  const void *given_u, *given_v;  // (d) and (a, b)
+  void *u, *v;                    // they after the iterations
+  void* sigma;                    // one value
+  void* out;                      // like weight; null: weight / sigma is not wanted
 
   int64_t size() const { return a * d * b; }
 };
