@@ -39,8 +39,7 @@ bench: build ## measure against PyTorch's own ops
 quality: build ## train each system and measure what it draws; one row with ROW=name
 	$(BIN)/python -m benchmarks.quality $(if $(ROW),--row $(ROW)) $(if $(SEED),--seed $(SEED))
 
-gpu: $(INSTALLED) ## prove the Triton and CUDA kernels; where there is a GPU, also hold them against PyTorch on it and measure
-	$(BIN)/python -m pytest -p no:xdist tests/kernels tests/cuda
+gpu: $(INSTALLED) ## hold the Triton and CUDA kernels against PyTorch on a GPU and measure; where there is none, prove them
 	$(BIN)/python -m benchmarks.gpu benchmarks/results
 
 clean: ## remove what was built here (not .venv, not runs)

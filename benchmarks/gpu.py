@@ -1,9 +1,11 @@
 """Fastgen's ops on a GPU: parity, then time beside PyTorch's. python -m benchmarks.gpu FOLDER writes FOLDER/<gpu>.json and .md.
 
-Before the times it measures what `auto` is to choose, into the file of this chip that fastgen brings: commit that too.
+It does one stage after the other, writes after each, and stops in time for 9 minutes in all; of the same commit the next run
+does what this one left. Before the times it measures what `auto` is to choose, into the file of this chip that fastgen brings:
+commit that too.
 
 Times are medians over CUDA events with a cold L2 cache, in one process; every row says whether its result was right. Without a
-GPU it says what it skips.
+GPU it says what it skips and runs the kernels' proofs.
 """
 
 import copy
@@ -12,12 +14,15 @@ import functools
 import itertools
 import json
 import math
+import operator
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,69 +32,103 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.test_training import GAN, distance, prepared, stepper
 from benchmarks.traffic import H200, Work, work
 from fastgen import Engine, nn, ops
+from fastgen.inference.tune import milliseconds as once
 from fastgen.inference.tune import tune_call
 from fastgen.ops import _choices, _dispatch
 from tests.cases import BIGGAN_128, LARGE, SAMPLER, SMALL, SPECTRAL, OpCase
 from tests.ops.test_cases import differentiable, error, observe
 
-SECONDS = 420  # for parity, auto's choices and the measurements; what is left out then is said
-TUNING = 90  # of them, for auto's choices
+SECONDS = 450  # no stage starts later; what is left out then is said
+PARITY = 200  # no case of parity starts later than so many seconds after the first
+HANGS = 150  # seconds after which a case that has not ended counts as one that never would
+TUNING = 90  # seconds for auto's choices
 BATCHES = (64, 512)
+CASES = (*SMALL, *SAMPLER, *SPECTRAL)  # of parity
 NOISE = 1 << 24  # elements of the sampler's row
 Clock = Callable[[Callable[[], object]], float]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
-def tiers() -> dict[str, str | None]:
+def tiers(device: str = "cuda:0") -> dict[str, str | None]:
     """fastgen's two for a GPU, and why each cannot run here, or None."""
-    return {tier: _dispatch.why_not("norm_act", tier, "cuda:0", torch.float32) for tier in _dispatch.GPU_TIERS}
+    return {tier: _dispatch.why_not("norm_act", tier, device, torch.float32) for tier in _dispatch.GPU_TIERS}
 
 
-def parity() -> list[str]:
-    """Cases whose float32 or 16-bit results differ from the float64 reference by more than the table allows."""
+def parity(document: dict) -> None:
+    """What differs from the float64 reference by more than the table allows, and what compute-sanitizer says.
+
+    A case has a process of its own: most of the time is the compiler's, and a kernel that hangs or writes where it may not
+    takes its process with it.
+    """
+    tiers()  # builds the CUDA kernels, once
+    deadline = time.monotonic() + PARITY
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2)) as pool:
+        sanitizer = pool.submit(sanitized)
+        for lines in pool.map(functools.partial(case_apart, deadline=deadline), range(len(CASES))):
+            document["wrong"] += lines
+        document["sanitizer"] += sanitizer.result()
+
+
+def case_apart(index: int, deadline: float) -> list[str]:
+    """What `wrong_of` says, from another process."""
+    name = CASES[index].id
+    if time.monotonic() > deadline:
+        return [f"{name}: not looked at, for want of time"]
+    command = [sys.executable, "-c", f"from benchmarks import gpu; print(*gpu.wrong_of({index}), sep='\\n')"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
+    except subprocess.TimeoutExpired:
+        return [f"{name}: no result after {HANGS} seconds"]
+    if done.returncode:
+        return [f"{name}: {' '.join(done.stderr.split())[-300:]}"]
+    return [line for line in done.stdout.splitlines() if line]
+
+
+def wrong_of(index: int, device: str = "cuda") -> list[str]:
+    """The results of a case that differ, by tier, dtype and layout."""
     torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
-    able = [tier for tier, reason in tiers().items() if reason is None]
-    wrong = []
-    for case in SMALL:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for channels_last in (False, True):
-                tensors = case.tensors(dtype, channels_last)
-                exact_inputs = {name: t.double() for name, t in tensors.items()}
-                upstream = torch.ones_like(case.call({n: t.clone() for n, t in exact_inputs.items()}, impl="reference"))
-                exact = observe(case, exact_inputs, upstream, "reference")
+    case, wrong = CASES[index], []
+    able = [tier for tier, reason in tiers(device).items() if reason is None]
+    if case not in SMALL:
+        for tier in able:
+            try:
+                wrong += [] if agrees(case, tier, device) else [f"{tier}: {case.id}: differs"]
+            except Exception as failed:
+                wrong.append(f"{tier}: {case.id}: {' '.join(str(failed).split())}"[:300])
+        return wrong
+    for dtype, channels_last in itertools.product(TOLERANCE, (False, True)):
+        tensors = case.tensors(dtype, channels_last)
+        exact_inputs = {name: t.double() for name, t in tensors.items()}
+        upstream = torch.ones_like(case.call({n: t.clone() for n, t in exact_inputs.items()}, impl="reference"))
+        exact = observe(case, exact_inputs, upstream, "reference")
 
-                def on_gpu(impl, case=case, tensors=tensors, upstream=upstream):
-                    with ops.use_impl(impl):
-                        return observe(case, {n: t.cuda() for n, t in tensors.items()}, upstream.cuda(), impl)
+        def on_gpu(impl, tensors=tensors, upstream=upstream):
+            with ops.use_impl(impl):
+                return observe(case, {n: t.to(device) for n, t in tensors.items()}, upstream.to(device), impl)
 
-                theirs = on_gpu("reference")
-                for tier in able:
-                    try:
-                        ours = on_gpu(tier)
-                    except Exception as failed:  # a kernel that does not run is wrong, and the others are of interest
-                        wrong.append(f"{tier}: {case.id} {dtype} channels_last={channels_last}: {failed}"[:300])
-                        continue
-                    for name in exact:
-                        if name == "grad of bias" and case.batch_stats:
-                            continue
-                        allowed = case.allowed(error(theirs[name].cpu(), exact[name]), dtype, name)
-                        if not error(ours[name].cpu(), exact[name]) <= allowed:
-                            wrong.append(f"{tier}: {case.id} {dtype} channels_last={channels_last}: {name}")
-    for tier, case in itertools.product(able, (*SAMPLER, *SPECTRAL)):
-        try:
-            said = "" if agrees(case, tier) else "differs"
-        except Exception as failed:
-            said = str(failed)[:200]
-        wrong += [f"{tier}: {case.id}: {said}"] * bool(said)
+        theirs = on_gpu("reference")
+        for tier in able:
+            what = f"{tier}: {case.id} {dtype} channels_last={channels_last}"
+            try:
+                ours = on_gpu(tier)
+            except Exception as failed:  # a kernel that does not run is wrong, and the others are of interest
+                wrong.append(f"{what}: {' '.join(str(failed).split())}"[:300])
+                continue
+            for name in exact:
+                if name == "grad of bias" and case.batch_stats:
+                    continue
+                allowed = case.allowed(error(theirs[name].cpu(), exact[name]), dtype, name)
+                if not error(ours[name].cpu(), exact[name]) <= allowed:
+                    wrong.append(f"{what}: {name}")
     return wrong
 
 
-def agrees(case: OpCase, tier: str) -> bool:
+def agrees(case: OpCase, tier: str, device: str) -> bool:
     """Whether a sampler's or a spectral norm's results and gradients are the reference's, of the same key, in float32."""
     found = []
     for impl in ("reference", tier):
         torch.manual_seed(0)  # the CPU's for the inputs, the GPU's for the key
-        tensors = {name: t.cuda().requires_grad_() for name, t in case.tensors(torch.float32).items()}
+        tensors = {name: t.to(device).requires_grad_() for name, t in case.tensors(torch.float32).items()}
         with ops.use_impl(impl):
             outs = case.call(tensors, impl=impl)
             outs = [t for t in (outs if isinstance(outs, tuple) else (outs,)) if t.requires_grad]
@@ -103,16 +142,7 @@ def milliseconds(call, scratch: torch.Tensor, rounds: int = 20) -> float:
     """The median, each round after a write of more than the L2 cache holds."""
     for _ in range(5):
         call()
-    times = []
-    for _ in range(rounds):
-        scratch.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return statistics.median(once(call, scratch) for _ in range(rounds))
 
 
 def peers(case: OpCase):
@@ -276,18 +306,6 @@ def networks(clock: Clock, device: str = "cuda", batch: int = 512) -> Iterator[d
         yield facts | {"peer": name} | found | {"error": worst, "correct": worst < 3e-2}
 
 
-def all_of(rows: Iterator[dict], failed: list[str]) -> list[dict]:
-    """The rows, up to one that cannot be made: of that, why."""
-    found = []
-    try:
-        for row in rows:
-            found.append(row)
-    except Exception as error:  # a session on a GPU is rare: what else it can measure is measured
-        after = f"after {found[-1]['case']}, {found[-1]['peer']}" if found else "at the first row"
-        failed.append(f"{after}: {type(error).__name__}: {error}"[:300])
-    return found
-
-
 def sanitized() -> list[str]:
     """What compute-sanitizer says of the CUDA kernels over the smallest cases: a line for each tool that is not content."""
     tool = shutil.which("compute-sanitizer")
@@ -299,13 +317,13 @@ def sanitized() -> list[str]:
         command = [tool, f"--tool={check}", "--error-exitcode=3", sys.executable, "-c", smallest]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            said.append(f"{check}: {(done.stdout + done.stderr)[-300:]}")
+            said.append(f"{check}: {' '.join((done.stdout + done.stderr).split())[-300:]}")
     return said
 
 
 def smallest() -> None:
     """Runs each op's first case, forward and backward, by the CUDA kernels."""
-    firsts = {case.op: case for case in reversed((*SMALL, *SAMPLER, *SPECTRAL))}
+    firsts = {case.op: case for case in reversed(CASES)}
     with ops.use_impl("cuda"):
         for case in firsts.values():
             out = case.call({n: t.cuda().requires_grad_() for n, t in case.tensors(torch.float32).items()}, impl="cuda")
@@ -313,8 +331,8 @@ def smallest() -> None:
     torch.cuda.synchronize()
 
 
-def measure(case: OpCase, dtype: torch.dtype, scratch: torch.Tensor) -> list[dict]:
-    rows = []
+def measure(case: OpCase, dtype: torch.dtype, scratch: torch.Tensor) -> Iterator[dict]:
+    """A layer's rows."""
     tensors = {name: t.cuda() for name, t in case.tensors(dtype, True).items()}
     exact = case.call({n: t.double() for n, t in tensors.items()}, impl="reference")
     for name, channels_last, call in peers(case):
@@ -340,10 +358,9 @@ def measure(case: OpCase, dtype: torch.dtype, scratch: torch.Tensor) -> list[dic
             for what, run in (("forward", forward), ("forward + backward", both)):
                 floor = 1e3 * work(case, dtype, what != "forward").floor(H200, "16 bits")
                 found = {"what": what, "ms": milliseconds(run, scratch), "floor_ms_h200": floor}
-                rows.append(facts | found | {"error": worst, "correct": worst < TOLERANCE[dtype]})
+                yield facts | found | {"error": worst, "correct": worst < TOLERANCE[dtype]}
         except Exception as failed:  # a peer that cannot run is a row that says so
-            rows.append(facts | {"what": "forward", "ms": None, "failed": f"{type(failed).__name__}: {failed}"[:200]})
-    return rows
+            yield facts | {"what": "forward", "ms": None, "failed": f"{type(failed).__name__}: {failed}"[:200]}
 
 
 def environment() -> dict:
@@ -378,6 +395,51 @@ def table(document: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def stages(scratch: torch.Tensor) -> Iterator[tuple[str, Callable[[dict], None]]]:
+    """Each one's name, and what adds to the document that it is given what the stage found."""
+    yield "parity", parity
+    yield "auto's choices", lambda document: document["left_out"].extend(tune())
+    yield "sampler and spectral norm", functools.partial(add_rows, rows=others(scratch))
+    yield "networks", functools.partial(add_rows, rows=networks(functools.partial(milliseconds, scratch=scratch)))
+    for case in large():
+        rows = measure(case, torch.bfloat16, scratch)
+        yield f"{case.id} at batch {case.shapes['x'][0]}", functools.partial(add_rows, rows=rows)
+
+
+_KEY = operator.itemgetter("case", "batch", "dtype", "what", "peer")
+
+
+def add_rows(document: dict, rows: Iterator[dict]) -> None:
+    """Those that are made before one fails; a row that is there already is made anew."""
+    for row in rows:
+        document["rows"] = [old for old in document["rows"] if _KEY(old) != _KEY(row)] + [row]
+
+
+def started(file: Path, about: dict) -> dict:
+    """The document to go on with: what the file holds of the same commit and machine, else an empty one."""
+    before = json.loads(file.read_text()) if file.exists() else {}
+    same = before and before["environment"] | {"date": about["date"]} == about
+    kept = before if same else {"wrong": [], "sanitizer": [], "rows": [], "done": []}
+    return {**kept, "environment": about, "left_out": [], "failed": []}
+
+
+def run(document: dict, stages: Iterable[tuple[str, Callable[[dict], None]]], deadline: float, keep: Callable) -> None:
+    """The stages that are not done, as far as the time goes; keep(document) after each."""
+    for name, stage in stages:
+        if name in document["done"]:
+            continue
+        if time.monotonic() > deadline:
+            document["left_out"].append(name)
+            continue
+        try:
+            stage(document)
+            document["done"].append(name)
+        except Exception as error:  # a session on a GPU is rare: what else it can measure is measured
+            document["failed"].append(f"{name}: {type(error).__name__}: {error}"[:300])
+        keep(document)
+    keep(document)
+
+
 def main(folder: Path) -> int:
     if not torch.cuda.is_available():
         print("no GPU: parity on the GPU and the measurements are skipped; no speed of the GPU's kernels is "
@@ -385,39 +447,21 @@ def main(folder: Path) -> int:
         for case in LARGE:
             floors = (1e3 * work(case, torch.bfloat16, backward).floor(H200, "16 bits") for backward in (False, True))
             print(f"  {case.id:44}" + "".join(f"{floor:9.4f}" for floor in floors))
-        return 0
-    start, wrong = time.monotonic(), parity()
+        return subprocess.run([sys.executable, "-m", "pytest", "-n", "2", "tests/kernels", "tests/cuda"]).returncode
+    deadline = time.monotonic() + SECONDS
     torch.backends.cudnn.benchmark = True
-    scratch = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    failed: list[str] = []
-    left_out = []
-    try:
-        left_out += tune()
-    except Exception as error:
-        failed.append(f"auto's choices: {type(error).__name__}: {error}"[:300])
-    rows = all_of(others(scratch), failed)
-    rows += all_of(networks(functools.partial(milliseconds, scratch=scratch)), failed)
-    for case in large():
-        if time.monotonic() - start > SECONDS:
-            left_out.append(f"{case.id} at batch {case.shapes['x'][0]}")
-        else:
-            rows += measure(case, torch.bfloat16, scratch)
-    unable = {tier: reason or "runs" for tier, reason in tiers().items()}
-    document = {
-        "environment": environment(),
-        "tiers": unable,
-        "sanitizer": sanitized(),
-        "wrong": wrong,
-        "left_out": left_out,
-        "failed": failed,
-        "rows": rows,
-    }
+    about = environment()
+    file = folder / f"{about['gpu'].lower().replace(' ', '-')}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    name = document["environment"]["gpu"].lower().replace(" ", "-")
-    (folder / f"{name}.json").write_text(json.dumps(document, indent=1))
-    (folder / f"{name}.md").write_text(table(document))
+
+    def keep(document: dict) -> None:
+        file.write_text(json.dumps(document, indent=1))
+        file.with_suffix(".md").write_text(table(document))
+
+    document = started(file, about) | {"tiers": {tier: reason or "runs" for tier, reason in tiers().items()}}
+    run(document, stages(torch.empty(256 << 20, dtype=torch.uint8, device="cuda")), deadline, keep)
     print(table(document))
-    return 1 if wrong else 0
+    return 1 if document["wrong"] else 0
 
 
 if __name__ == "__main__":

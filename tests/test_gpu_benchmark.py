@@ -1,4 +1,9 @@
-"""What of `make gpu` runs without a GPU: its rows of whole networks, and that a failure leaves the other rows."""
+"""What of `make gpu` runs without a GPU: its rows of whole networks, its parity by the CPU's kernels, and how a run goes on."""
+
+import json
+import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,19 +24,63 @@ def clock(call):
 def test_rows_of_networks(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
     monkeypatch.setattr(nn.Module, "compile", lambda module, **_: None)
-    failed: list[str] = []
-    rows = gpu.all_of(gpu.networks(clock, "cpu", 2), failed)
-    assert failed == [] and len(rows) == 7 and all(row["correct"] for row in rows)
-    document = {name: [] for name in ("wrong", "sanitizer", "left_out")}
-    said = gpu.table(document | {"environment": {}, "tiers": {}, "failed": failed, "rows": rows})
+    document = gpu.started(Path("none"), {"date": "today"})
+    gpu.add_rows(document, gpu.networks(clock, "cpu", 2))
+    assert len(document["rows"]) == 7 and all(row["correct"] for row in document["rows"])
+    said = gpu.table(document | {"tiers": {}})
     assert "| DCGAN-64 training step | 2 | bfloat16 | step | fastgen auto | 1.500 |" in said
 
 
-def test_what_fails_is_said():
-    def rows():
-        yield {"case": "a layer", "peer": "eager"}
-        raise RuntimeError("out of memory")
+ROW = {"case": "a layer", "batch": 1, "dtype": "torch.bfloat16", "what": "forward", "peer": "eager"}
 
-    failed: list[str] = []
-    assert gpu.all_of(rows(), failed) == [{"case": "a layer", "peer": "eager"}]
-    assert failed == ["after a layer, eager: RuntimeError: out of memory"]
+
+def rows(ms, fails=False):
+    yield ROW | {"ms": ms}
+    if fails:
+        raise RuntimeError("out of memory")
+    yield ROW | {"peer": "fastgen", "ms": ms}
+
+
+def test_a_run_goes_on_where_the_last_one_ended(tmp_path):
+    """What failed or was left out for time is done next time, and no row stands twice; another commit starts anew."""
+    file, about = tmp_path / "gpu.json", {"commit": "a", "date": "today"}
+
+    def keep(document):
+        file.write_text(json.dumps(document))
+
+    def run(about, seconds, **stages):
+        document = gpu.started(file, about)
+        made = ((name, partial(gpu.add_rows, rows=rows)) for name, rows in stages.items())
+        gpu.run(document, made, time.monotonic() + seconds, keep)
+        return json.loads(file.read_text())
+
+    first = run(about, 60, layers=rows(1, fails=True))
+    assert first["failed"] == ["layers: RuntimeError: out of memory"] and first["done"] == []
+    assert [row["ms"] for row in first["rows"]] == [1]
+    assert run(about, -1, layers=rows(2))["left_out"] == ["layers"]
+    later = run(about | {"date": "tomorrow"}, 60, layers=rows(2))
+    assert [row["ms"] for row in later["rows"]] == [2, 2] and later["failed"] == later["left_out"] == []
+    assert run(about, 60, layers=rows(3))["rows"] == later["rows"]
+    assert run({"commit": "b", "date": "today"}, -1)["rows"] == []
+
+
+def test_parity_names_what_differs(monkeypatch):
+    """On the CPU, by the kernels for it: nothing differs, and what does is said."""
+    monkeypatch.setattr(gpu, "tiers", lambda device: {"cpp": None, "cuda": "no GPU"})
+    small = gpu.CASES.index(next(case for case in gpu.SMALL if case.op == "norm_act"))
+    sampler = gpu.CASES.index(gpu.SPECTRAL[0])
+    assert gpu.wrong_of(small, "cpu") == gpu.wrong_of(sampler, "cpu") == []
+    monkeypatch.setattr(gpu, "error", lambda ours, theirs: 1.0)
+    monkeypatch.setattr(gpu.OpCase, "allowed", lambda *_: 0.5)
+    assert any(gpu.CASES[small].id in line and "bfloat16" in line for line in gpu.wrong_of(small, "cpu"))
+    assert gpu.wrong_of(sampler, "cpu") == [f"cpp: {gpu.CASES[sampler].id}: differs"]
+
+
+def test_a_case_that_dies_or_hangs_is_said(monkeypatch):
+    late = float("inf")
+    monkeypatch.setattr(gpu, "HANGS", 0.01)
+    assert gpu.case_apart(0, late) == [f"{gpu.CASES[0].id}: no result after 0.01 seconds"]
+    monkeypatch.setattr(gpu, "HANGS", 60)
+    monkeypatch.setattr(gpu.sys, "executable", "false")
+    assert gpu.case_apart(0, late) == [f"{gpu.CASES[0].id}: "]
+    assert gpu.case_apart(0, 0.0) == [f"{gpu.CASES[0].id}: not looked at, for want of time"]
