@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fastgen.ops import _autograd, _check, _dispatch, _synchronized
 from fastgen.ops import norm_act as tails
 from fastgen.ops._geometry import Geometry, Pair
-from fastgen.ops._layout import is_channels_last, like, memory_format
+from fastgen.ops._layout import Like, is_channels_last, like, memory_format
 
 _weight_grads = True  # unset by without_weight_grads
 
@@ -89,19 +89,27 @@ def gradients(
     of_x, of_weight = wanted
     own, kind = _has_kernels(x), like(weight)
     own_x = geometry.wins_input_grad(x.shape, kind) if of_x and own else None
-    more = x if x.shape[1] > grad.shape[1] else grad
-    own_weight = of_weight and own and geometry.wins_weight_grad(x.shape, kind, is_channels_last(more))
+    own_weight = _own_weight_grad(geometry, grad, x, kind) if of_weight and own else None
     grad_x = grad_weight = None
-    if own_weight:
-        grad_weight = _autograd.call("convolution_weight_grad", grad, x, weight, *geometry.arguments())
+    if own_weight is not None:
+        grad_weight = _dispatch.call("convolution_weight_grad", own_weight, grad, x, weight, *geometry.arguments())
     if own_x is not None:
         inner, sizes = geometry.inner(x.shape)
         grad_x = unmirrored(geometry, plain(inner.opposite(sizes, weight.shape), grad, weight, sigma, own_x), x)
-    rest = (of_x and own_x is None, of_weight and not own_weight)
+    rest = (of_x and own_x is None, of_weight and own_weight is None)
     if any(rest):
         found = aten_gradients(geometry, grad, x, _divided(weight, sigma) if rest[0] else weight, rest)
         grad_x, grad_weight = (found[0] if rest[0] else grad_x), (found[1] if rest[1] else grad_weight)
     return grad_x, grad_weight
+
+
+def _own_weight_grad(geometry: Geometry, grad: Tensor, x: Tensor, kind: Like) -> str | None:
+    """Which of fastgen's implementations computes the weight's gradient: the one asked for on a GPU, else the winner."""
+    asked = _dispatch.asked()
+    if asked in _dispatch.GPU_TIERS:
+        return "own" if asked == "triton" else None  # there is no CUDA kernel
+    more = x if x.shape[1] > grad.shape[1] else grad
+    return geometry.wins_weight_grad(x.shape, kind, is_channels_last(more))
 
 
 def unmirrored(geometry: Geometry, grad: Tensor, x: Tensor) -> Tensor:
@@ -173,7 +181,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastgen::convolution_weight_grad", "CompositeExplicitAutograd")
+@_dispatch.kernel("convolution_weight_grad", "convolution_weight_grad.weight_grad", cuda=False)
 def _default_weight_grad(grad, x, weight, *geometry):
     found = aten_gradients(Geometry.of(*geometry), grad, x, weight, (False, True))[1]
     return torch.empty_like(weight).copy_(found)
