@@ -233,9 +233,9 @@ def choose_tile(kind: str, rows: int, columns: int, products: int, programs: int
     return fitting[-1]
 
 
-def splits_of(programs: int, steps: int, wanted: int) -> int:
+def splits_of(programs: int, steps: int, wanted: int, most: int = 32) -> int:
     """Into how many parts the sum goes: as many as fill the chip, of at least 4 steps each."""
-    return max(1, min(wanted // max(1, programs), steps // 4, 32))
+    return max(1, min(wanted // max(1, programs), steps // 4, most))
 
 
 def forward(

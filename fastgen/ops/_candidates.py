@@ -18,7 +18,7 @@ _TAIL = (0, 1e-5, "relu", 0.0)
 
 def names(question: Question) -> list[str]:
     """The implementations that can run here."""
-    written = ("reference", "cpp") if question.what == "weight_grad" else _dispatch.IMPLEMENTATIONS
+    written = ("reference", "cpp", "triton") if question.what == "weight_grad" else _dispatch.IMPLEMENTATIONS
     device, dtype = question.device, question.dtype
     return [impl for impl in written if _dispatch.why_not("conv2d_norm_act", impl, device, dtype) is None]
 
@@ -26,12 +26,17 @@ def names(question: Question) -> list[str]:
 def tiles(question: Question) -> list[str]:
     """The names of Triton's kernel with each of its tiles."""
     geometry, x, weight, grad = _operands(question)
-    if question.what == "input_grad":
-        inner, read = geometry.inner(x.shape)
-        geometry, x = inner.opposite(read, weight.shape), grad
     kernel = _dispatch.kernels("_convolution")
-    last = is_channels_last(x) or is_channels_last(weight)
-    return [f"triton {tile}" for tile in kernel.TILES[kernel.kind_of(x, last, x.shape[1] // geometry.groups)]]
+    if question.what == "weight_grad":
+        of_weight = _dispatch.kernels("convolution_weight_grad")
+        kind = of_weight.kind_of(*of_weight.operands(grad, x, geometry.transposed), geometry.groups)
+    else:
+        if question.what == "input_grad":
+            inner, read = geometry.inner(x.shape)
+            geometry, x = inner.opposite(read, weight.shape), grad
+        last = is_channels_last(x) or is_channels_last(weight)
+        kind = kernel.kind_of(x, last, x.shape[1] // geometry.groups)
+    return [f"triton {tile}" for tile in kernel.TILES[kind]]
 
 
 def calls(question: Question, names: list[str]) -> dict[str, Callable[[], object]]:
@@ -86,4 +91,4 @@ def _input_grad(geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, imp
 
 
 def _weight_grad(geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, impl: str) -> object:
-    return _autograd.call("convolution_weight_grad", grad, x, weight, *geometry.arguments())
+    return _dispatch.call("convolution_weight_grad", impl, grad, x, weight, *geometry.arguments())

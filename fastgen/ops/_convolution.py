@@ -65,7 +65,7 @@ def plain(geometry: Geometry, x: Tensor, weight: Tensor, sigma: Tensor | None = 
 
     sigma: see _over_sigma.
     """
-    own = own or (geometry.wins(x.shape, like(weight)) if _has_kernels(x) else None)
+    own = own or (_asked() or geometry.wins(x.shape, like(weight)) if _has_kernels(x) else None)
     if own is None:
         return convolve(geometry, x, _divided(weight, sigma), None)
     own = own if _dispatch.asked() == "auto" else "own"
@@ -74,6 +74,11 @@ def plain(geometry: Geometry, x: Tensor, weight: Tensor, sigma: Tensor | None = 
         return _dispatch.call("convolution_over_sigma", own, x, weight, sigma, None, *options)
     op, arguments = geometry.fused()
     return _dispatch.call(op, own, x, weight, None, *_NO_TAIL, *arguments, False)[0]
+
+
+def _asked() -> str | None:
+    """A GPU's own kernels, whatever wins, where one of its implementations is asked for."""
+    return "own" if _dispatch.asked() in _dispatch.GPU_TIERS else None
 
 
 _NO_TAIL = (None, None, None, None, None, "none", 0, 0.0, "identity", 0.0)
@@ -88,16 +93,18 @@ def gradients(
     """
     of_x, of_weight = wanted
     own, kind = _has_kernels(x), like(weight)
-    own_x = geometry.wins_input_grad(x.shape, kind) if of_x and own else None
     more = x if x.shape[1] > grad.shape[1] else grad
-    own_weight = of_weight and own and geometry.wins_weight_grad(x.shape, kind, is_channels_last(more))
+    own_x = _asked() or geometry.wins_input_grad(x.shape, kind) if of_x and own else None
+    own_weight = (
+        _asked() or geometry.wins_weight_grad(x.shape, kind, is_channels_last(more)) if of_weight and own else None
+    )
     grad_x = grad_weight = None
-    if own_weight:
-        grad_weight = _autograd.call("convolution_weight_grad", grad, x, weight, *geometry.arguments())
+    if own_weight is not None:
+        grad_weight = _dispatch.call("convolution_weight_grad", own_weight, grad, x, weight, *geometry.arguments())
     if own_x is not None:
         inner, sizes = geometry.inner(x.shape)
         grad_x = unmirrored(geometry, plain(inner.opposite(sizes, weight.shape), grad, weight, sigma, own_x), x)
-    rest = (of_x and own_x is None, of_weight and not own_weight)
+    rest = (of_x and own_x is None, of_weight and own_weight is None)
     if any(rest):
         found = aten_gradients(geometry, grad, x, _divided(weight, sigma) if rest[0] else weight, rest)
         grad_x, grad_weight = (found[0] if rest[0] else grad_x), (found[1] if rest[1] else grad_weight)
@@ -173,7 +180,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastgen::convolution_weight_grad", "CompositeExplicitAutograd")
+@_dispatch.kernel("convolution_weight_grad", "convolution_weight_grad.weight_grad", cuda=False)
 def _default_weight_grad(grad, x, weight, *geometry):
     found = aten_gradients(Geometry.of(*geometry), grad, x, weight, (False, True))[1]
     return torch.empty_like(weight).copy_(found)

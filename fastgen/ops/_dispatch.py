@@ -120,11 +120,13 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(f"fastgen.kernels.{name}")
 
 
-def kernel(op: str, launcher: str = "", leading: int = 0, dtype: int | None = None) -> Callable[[Callable], Callable]:
+def kernel(
+    op: str, launcher: str = "", leading: int = 0, dtype: int | None = None, cuda: bool = True
+) -> Callable[[Callable], Callable]:
     """Registers a function as an op's default kernel, and for a GPU's tensors fastgen.kernels' launcher, "module.function",
-    and the CUDA kernel fastgen_cuda::<op>.
+    and the CUDA kernel fastgen_cuda::<op>, if there is one.
 
-    Where neither can run, or Triton would and has no launcher, the default does. leading: which argument's device and dtype
+    Where neither can run, or the tier that would has none, the default does. leading: which argument's device and dtype
     say so, a tensor or a list; dtype: which argument is the dtype instead.
     """
     module, _, function = launcher.partition(".")
@@ -138,7 +140,7 @@ def kernel(op: str, launcher: str = "", leading: int = 0, dtype: int | None = No
             match tier:
                 case "triton" if launcher:
                     return getattr(kernels(module), function)(*args, **({"tile": tile} if tile else {}))
-                case "cuda":
+                case "cuda" if cuda:
                     return _cuda_kernel(op)(*args)
             return default(*args)
 

@@ -90,9 +90,7 @@ class Geometry(NamedTuple):
 
     @remembered
     def wins_weight_grad(self, x: Sequence[int], weight: Like, channels_last: bool) -> str | None:
-        """The same of the weight's gradient, where the images with more channels are `channels_last`. A GPU's is PyTorch's."""
-        if weight.device.type == "cuda":
-            return None
+        """The same of the weight's gradient, where the images with more channels are `channels_last`."""
         guess = self._wins_weight_grad(x, weight, channels_last)
         return _choices.best("weight_grad", self, x, weight, channels_last, guess)
 
@@ -133,7 +131,9 @@ class Geometry(NamedTuple):
     def _wins_weight_grad(self, x: Sequence[int], weight: Like, channels_last: bool) -> bool:
         """The same of the weight's gradient: for Winograd's algorithm and for images of one pixel, in all dtypes; to few output
         channels with a stride of 1, and in float32 and float64 for 4x4 kernels from or to few channels in large batches, where
-        the images with more channels are channels_last."""
+        the images with more channels are channels_last. On a GPU, where nothing was measured, it is cuDNN's."""
+        if weight.device.type == "cuda":
+            return False
         fewer, more = sorted(self.channels(weight.shape))
         if not torch_multiplies(weight.dtype):
             return True

@@ -111,6 +111,65 @@ def test_tiles_of_other_layers(precision, tile, name, capability):
     check(launch, capability)
 
 
+def weight_gradient(n, rows, size, channels, dtype, *, transposed=True, channels_last=True, groups=1, reflect=False,
+                    tile=""):  # fmt: skip
+    """The launches of the gradient of a weight (rows, channels / groups, 4, 4), stride 2: of images of that size and of twice
+    that."""
+    inner = meta(n, rows, size, size, dtype=dtype, channels_last=channels_last)
+    outer = meta(n, channels, 2 * size, 2 * size, dtype=dtype, channels_last=channels_last)
+    weight = meta(rows, channels // groups, 4, 4, dtype=dtype, channels_last=channels_last)
+    images = (outer, inner) if transposed else (inner, outer)
+    geometry = ([2, 2], [1, 1], [0, 0] if transposed else [], groups, [1, 1], reflect)
+    with _common.recorded() as launches:
+        kernels("convolution_weight_grad").weight_grad(*images, weight, *geometry, tile=tile)
+    return launches
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("channels", (128, 3))
+@every_tile
+def test_tiles_of_weight_gradients(precision, tile, channels, capability, monkeypatch):
+    """With reflection, which takes the most registers. Both operands lie along channels, not along the sum: 16 bits are copied
+    16 bytes at a time all the same, TF32 is turned on its way where the newest instruction reads it."""
+    if channels == 3 and precision not in ("gathered", "ieee"):
+        return  # they are gathered
+    monkeypatch.setattr(_convolution, "precision_of", lambda x: "tf32" if precision == "gathered" else precision)
+    dtype = FP32 if precision == "gathered" else PRECISIONS[precision][0]
+    layer = {"transposed": False, "reflect": True, "channels_last": precision != "gathered"}
+    launch = weight_gradient(64, 256, 8, channels, dtype, **layer, tile=str(tile))[0]
+    assert (launch[2]["ROWS"], launch[2]["COLUMNS"], launch[2]["DEPTH"]) == tile[:3]
+    assert launch[2]["FLAT"] == (channels == 3)
+    found = check(launch, capability)
+    assert ("cp.async.cg" if precision == "16 bits" else "cp.async") in found.ptx
+    if precision == "ieee":
+        assert not found.matrix_instructions and "fma.rn.f32" in found.ptx
+    else:
+        newest = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
+        assert found.matrix_instructions == {newest if tile.rows >= 64 else "mma.sync"}
+
+
+OTHER_WEIGHT_GRADIENTS = {
+    "transposed": {"n": 512, "rows": 128},
+    "contiguous": {"channels_last": False},
+    "groups": {"groups": 2},
+    "float16": {"dtype": FP16, "transposed": False},
+    "one-part": {"n": 1, "size": 4},
+    "wide": {"n": 2**17},
+}
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("name", OTHER_WEIGHT_GRADIENTS)
+def test_other_weight_gradients(name, capability):
+    layer = {"n": 64, "rows": 64, "size": 16, "channels": 64, "dtype": BF16} | OTHER_WEIGHT_GRADIENTS[name]
+    launches = weight_gradient(**layer)
+    assert [launch[0].__name__ for launch in launches] == ["correlate", *["add"] * (name != "one-part")]
+    assert launches[0][2]["WIDE"] == (name == "wide")
+    for launch in launches:
+        found = check(launch, capability)
+        assert found.matrix_instructions or launch[0].__name__ == "add"
+
+
 OTHER_CONVOLUTIONS = {
     "eval": {"training": False, "bias": True, "activation": "silu", "c": 256, "out": 256, "n": 512},
     "contiguous": {"channels_last": False},

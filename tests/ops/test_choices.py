@@ -239,23 +239,51 @@ def test_a_gpus_tiers(monkeypatch):
     assert GEOMETRY.wins(X.shape, kind) == "own"  # transposed, in 16 bits
 
 
+def test_a_gpus_weight_gradient(monkeypatch):
+    """cuDNN's where nothing was measured; Triton's is a candidate, and the one that runs where it is asked for."""
+    monkeypatch.setattr(_dispatch, "_why_no_gpu", lambda *_: None)
+    monkeypatch.setattr(_choices, "chip", lambda device: "gpu")
+    kind = Like(WEIGHT.shape, torch.bfloat16, torch.device("cuda:0"), True)
+    with _choices.recorded() as questions:
+        assert GEOMETRY.wins_weight_grad(X.shape, kind, True) is None
+    ((question, guess),) = questions.items()
+    assert not guess and tuning._candidates.names(question) == ["reference", "triton"]
+    _choices.save("gpu", {str(question): ("triton 64x64x64x4x3", {})})
+    x = X.contiguous(memory_format=torch.channels_last)
+    for impl, expected in (("auto", "triton 64x64x64x4x3"), ("triton", "own"), ("cuda", None)):
+        with ops.use_impl(impl):
+            assert _convolution._own_weight_grad(GEOMETRY, x, x, kind) == expected
+
+
+@pytest.mark.parametrize("images_last", (False, True))
+def test_tiles_of_a_weight_gradient(images_last):
+    """Those of the kind of product that the images' memory order allows."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    question = _choices.Question(
+        "weight_grad", GEOMETRY, X.shape, WEIGHT.shape, torch.bfloat16, "cpu", True, images_last
+    )
+    kinds = _dispatch.kernels("_convolution").TILES
+    tiles = [f"triton {tile}" for tile in kinds["16 bits" if images_last else "gathered"]]
+    assert tuning._candidates.tiles(question) == tiles
+
+
 LAUNCHES = """
 import torch
 from fastgen import ops
 from fastgen.ops import _choices, _dispatch
 _choices.chip = lambda device: "interpreter"
-x, weight = torch.ones(1, 16, 8, 8).requires_grad_(), torch.ones(16, 16, 4, 4)
+x, weight = torch.ones(1, 16, 8, 8).requires_grad_(), torch.ones(16, 16, 4, 4).requires_grad_()
 def launches():
     with _dispatch.kernels("_common").recorded() as launches:
         out = ops.conv_transpose2d_norm_act(x, weight, norm="none", activation="relu", stride=2, padding=1)
-        torch.autograd.grad(out, x, torch.ones_like(out))
+        torch.autograd.grad(out, (x, weight), torch.ones_like(out))
     return [(of["ROWS"], of["COLUMNS"], of["DEPTH"]) for _, _, of, _ in launches if "COLUMNS" in of]
 with _choices.recorded() as questions:
     launches()
 torch.backends.cudnn.conv.fp32_precision = "ieee"
 for tile in _dispatch.kernels("_convolution").TILES["ieee"]:
-    _choices.save("interpreter", {str(q): (f"triton {tile}", {}) for q in questions if q.what != "weight_grad"})
-    assert launches() == [tile[:3]] * 2, launches()
+    _choices.save("interpreter", {str(q): (f"triton {tile}", {}) for q in questions})
+    assert launches() == [tile[:3]] * 3, launches()
     with ops.use_impl("reference"):
         assert launches() == []
 _choices.save("interpreter", {str(q): ("cuda", {}) for q in questions})  # cannot run: the rules
@@ -264,7 +292,7 @@ assert launches()
 
 
 def test_a_measured_tile_is_launched():
-    """Forward and input gradient."""
+    """Forward and both gradients."""
     pytest.importorskip("triton", reason="triton is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", LAUNCHES], capture_output=True, text=True, env=environment)
@@ -393,7 +421,7 @@ def test_triton_is_tried_with_its_tiles(monkeypatch):
             tuning, "_times", lambda question, names, deadline, ms=ms: {name: [ms[name]] for name in names}
         )
         report = fastgen.tune(tiny().generator, torch.randn(3, 8))
-        assert {row.chosen for row in report.tuned if not row.question.startswith("weight")} == {chosen}
+        assert {row.chosen for row in report.tuned} == {chosen}
 
 
 def test_what_tune_refuses(monkeypatch):

@@ -1,0 +1,156 @@
+"""The gradient of a convolution's weight, strided or transposed: a matrix product on tensor cores whose sum runs over pixels.
+
+Of x and the output's gradient one is read once at each of its own pixels (i, j), the inner one: x of a transposed convolution,
+the gradient of a strided one. The outer one is read at (i, j) * stride - padding + tap * dilation. Rows are channels of the
+inner one, columns taps and channels of the outer one: both kinds of weight have their dimensions in this order.
+
+There are few tiles and long sums: these are split (split-K) into float32 tensors, which are added in a fixed order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from fastgen.kernels import _convolution
+from fastgen.kernels._common import INTERPRETED, in_order, is_channels_last, launch, multiprocessors, power_of_2, wide
+from fastgen.kernels.norm_act import merge_sums
+from torch import Tensor
+
+MOST_SPLITS = 128
+FEW = 64  # fewer channels than this are flattened with the taps where their loads are of one value at a time anyway
+
+
+@triton.jit
+def correlate(
+    inner, outer, out, rows, channels, pixels, inner_height, inner_width, height, width, xn, xc, xh, xw, yn, yc, yh, yw, wr,
+    wc, wh, ww, chunk, split_size, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
+    PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, REFLECT: tl.constexpr, FLAT: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A tile of one group: ROWS channels of `inner` by COLUMNS of `outer`, over `chunk` of the pixels, DEPTH at a time.
+
+    rows, channels: of a group, of inner and outer. height, width: outer's. A tile has one tap; FLAT: taps and channels are one
+    dimension, for few channels.
+    """
+    if FLAT:
+        column_tiles = tl.cdiv(KH * KW * channels, COLUMNS)
+        column = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+        channel = column % channels
+        tap = (column // channels)[None, :]
+        in_columns = column < KH * KW * channels
+    else:
+        tiles = tl.cdiv(channels, COLUMNS)
+        column_tiles = KH * KW * tiles
+        column = tl.program_id(0) % column_tiles
+        channel = column % tiles * COLUMNS + tl.arange(0, COLUMNS)
+        tap = column // tiles
+        in_columns = channel < channels
+    a = tap // KW
+    b = tap % KW
+    row = tl.program_id(0) // column_tiles * ROWS + tl.arange(0, ROWS)
+    in_rows = row < rows
+    row = tl.program_id(1) * rows + row
+    from_channel = tl.program_id(1) * channels + channel
+    split = tl.program_id(2)
+    if WIDE:
+        row = row.to(tl.int64)
+        from_channel = from_channel.to(tl.int64)
+        split = split.to(tl.int64)
+    from_inner = inner + row * xc
+    from_outer = outer + from_channel * yc
+    start = split * chunk
+    stop = tl.minimum(start + chunk, pixels)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(start, stop, DEPTH):
+        pixel = first + tl.arange(0, DEPTH)
+        valid = pixel < stop
+        j = pixel % inner_width
+        i = pixel // inner_width % inner_height
+        sample = pixel // inner_width // inner_height
+        h = (i * SH - PH)[:, None] + a * DH
+        w = (j * SW - PW)[:, None] + b * DW
+        if REFLECT:
+            h = tl.abs(h)
+            w = tl.abs(w)
+            h = height - 1 - tl.abs(height - 1 - h)
+            w = width - 1 - tl.abs(width - 1 - w)
+        seen = valid[:, None] & in_columns[None, :] & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        at = (sample * xn + i * xh + j * xw)[None, :]
+        left = tl.load(from_inner[:, None] + at, in_rows[:, None] & valid[None, :], 0.0)
+        right = tl.load(from_outer[None, :] + (sample * yn)[:, None] + h * yh + w * yw, seen, 0.0)
+        if INTERPRETED:  # the interpreter multiplies the bits of bfloat16
+            left = left.to(tl.float32)
+            right = right.to(tl.float32)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    to = out + split * split_size + (row * wr)[:, None] + (channel * wc)[None, :] + a * wh + b * ww
+    tl.store(to, total.to(out.dtype.element_ty), in_rows[:, None] & in_columns[None, :])
+
+
+@triton.jit
+def add(parts, out, size, splits, SPLITS: tl.constexpr, VALUES: tl.constexpr):
+    """The sum of the parts (splits, size), in float32 and in a fixed order."""
+    at = tl.program_id(0) * VALUES + tl.arange(0, VALUES)
+    total = merge_sums(parts, at, at < size, size, splits, SPLITS)
+    tl.store(out + at, total.to(out.dtype.element_ty), at < size)
+
+
+def operands(grad: Tensor, x: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    """(inner, outer), in one memory order."""
+    channels_last = is_channels_last(x) or is_channels_last(grad)
+    x, grad = in_order(x, channels_last), in_order(grad, channels_last)
+    return (x, grad) if transposed else (grad, x)
+
+
+def kind_of(inner: Tensor, outer: Tensor, groups: int) -> str:
+    """Which of _convolution.TILES the product can have: loads of several values are along the channels of both."""
+    adjacent = inner.stride(1) == outer.stride(1) == 1
+    rows, channels = inner.shape[1] // groups, outer.shape[1] // groups
+    return _convolution.kind_of(inner, adjacent and rows % 16 == 0, channels)
+
+
+def weight_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], output_padding: Sequence[int],
+    groups: int, dilation: Sequence[int], reflect: bool, tile: str = "",
+) -> Tensor:  # fmt: skip
+    """The op fastgen::convolution_weight_grad. tile: the fastest one's str(), if it was measured."""
+    inner, outer = operands(grad, x, bool(output_padding))
+    out = torch.empty_like(weight)
+    if inner.numel() == 0:
+        return out.zero_()
+    n, _, inner_height, inner_width = inner.shape
+    rows, channels, kernel = weight.shape[0] // groups, weight.shape[1], weight.shape[2:]
+    taps, pixels = math.prod(kernel), n * inner_height * inner_width
+    kind, chip = kind_of(inner, outer, groups), multiprocessors(x)
+    flat = kind in ("gathered", "ieee") and channels < FEW
+    columns, products = (taps * channels, 1) if flat else (channels, taps)  # of a group
+    chosen = _convolution.choose_tile(kind, rows, columns, products * groups, chip, tile)
+    tiles = products * triton.cdiv(rows, chosen.rows) * triton.cdiv(columns, chosen.columns)
+    steps = triton.cdiv(pixels, chosen.depth)
+    chunk = triton.cdiv(steps, _convolution.splits_of(tiles * groups, steps, chip, MOST_SPLITS)) * chosen.depth
+    splits = triton.cdiv(pixels, chunk)
+    target = out if splits == 1 else x.new_empty((splits, out.numel()), dtype=torch.float32)
+    launch(
+        correlate, (tiles, groups, splits), x, warps=chosen.warps, stages=chosen.stages,
+        maxnreg=255,  # as in _convolution
+        inner=inner, outer=outer, out=target, rows=rows, channels=channels, pixels=pixels, inner_height=inner_height,
+        inner_width=inner_width, height=outer.shape[2], width=outer.shape[3],
+        **dict(zip(("xn", "xc", "xh", "xw"), inner.stride(), strict=True)),
+        **dict(zip(("yn", "yc", "yh", "yw"), outer.stride(), strict=True)),
+        **dict(zip(("wr", "wc", "wh", "ww"), out.stride(), strict=True)), chunk=chunk, split_size=out.numel(),
+        KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[1], DH=dilation[0], DW=dilation[1],
+        REFLECT=reflect, FLAT=flat, PRECISION="tf32" if _convolution.precision_of(x) == "tf32" else "ieee",
+        INTERPRETED=INTERPRETED, WIDE=wide(inner, outer, target), ROWS=chosen.rows, COLUMNS=chosen.columns, DEPTH=chosen.depth,
+    )  # fmt: skip
+    if splits > 1:
+        across = power_of_2(splits)
+        values = 4096 // across
+        launch(
+            add, (triton.cdiv(out.numel(), values),), x, parts=target, out=out, size=out.numel(), splits=splits,
+            SPLITS=across, VALUES=values,
+        )  # fmt: skip
+    return out
