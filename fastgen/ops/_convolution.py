@@ -94,11 +94,11 @@ def gradients(
     of_x, of_weight = wanted
     own, kind = _has_kernels(x), like(weight)
     more = x if x.shape[1] > grad.shape[1] else grad
-    own_x = _asked() or geometry.wins_input_grad(x.shape, kind) if of_x and own else None
-    own_weight = (
-        _asked() or geometry.wins_weight_grad(x.shape, kind, is_channels_last(more)) if of_weight and own else None
-    )
-    grad_x = grad_weight = None
+    own_x = own_weight = grad_x = grad_weight = None
+    if own and of_x and geometry.has_opposite(x.shape, weight.shape):
+        own_x = _asked() or geometry.wins_input_grad(x.shape, kind)
+    if own and of_weight:
+        own_weight = _asked() or geometry.wins_weight_grad(x.shape, kind, is_channels_last(more))
     if own_weight is not None:
         grad_weight = _dispatch.call("convolution_weight_grad", own_weight, grad, x, weight, *geometry.arguments())
     if own_x is not None:

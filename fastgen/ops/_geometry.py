@@ -97,11 +97,17 @@ class Geometry(NamedTuple):
     @remembered
     def wins_input_grad(self, x: Sequence[int], weight: Like) -> str | None:
         """The same of x's gradient, which is the opposite convolution; by rule where that one's does."""
-        inner, read = self.inner(x)
-        grad, opposite = self.sizes(x, weight.shape), inner.opposite(read, weight.shape)
-        if opposite.sizes(grad, weight.shape)[2:] != read[2:]:  # as with an output_padding of a stride or more
+        if not self.has_opposite(x, weight.shape):
             return None
-        return _choices.best("input_grad", self, x, weight, False, opposite._wins(grad, weight, False))
+        inner, read = self.inner(x)
+        guess = inner.opposite(read, weight.shape)._wins(self.sizes(x, weight.shape), weight, False)
+        return _choices.best("input_grad", self, x, weight, False, guess)
+
+    @remembered
+    def has_opposite(self, x: Sequence[int], weight: Sequence[int]) -> bool:
+        """Whether x's gradient is the opposite convolution: not with an output_padding of a stride or more."""
+        inner, read = self.inner(x)
+        return inner.opposite(read, weight).sizes(self.sizes(x, weight), weight)[2:] == read[2:]
 
     def _wins(self, x: Sequence[int], weight: Like, batch_stats: bool) -> bool:
         """Whether fastgen's own kernel is faster than PyTorch's on the CPU, by what was measured there (benchmarks/NOTES.md).

@@ -72,8 +72,8 @@ def _run(command: list) -> None:
 
 
 def environment(check: str) -> dict[str, str]:
-    """What a process needs in its environment to run the kernels."""
-    found = {"FASTGEN_CUDA_ON_CPU": str(library(check))}
+    """What a process needs in its environment to run the kernels, of the gradients too."""
+    found = {"FASTGEN_CUDA_ON_CPU": str(library(check)), "FASTGEN_IMPL": "cuda"}
     if check == "bounds":
         found["LD_PRELOAD"] = ":".join(
             map(_file_of_compiler, ("libasan.so", "libstdc++.so"))

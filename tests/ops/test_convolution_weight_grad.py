@@ -85,8 +85,9 @@ def test_no_images_and_strided_operands():
 
 
 @pytest.mark.skipif(not _dispatch.INTERPRETED, reason="TRITON_INTERPRET=1 lets Triton's kernels run here")
-def test_who_computes_it(launched):
+def test_who_computes_it(launched, monkeypatch):
     """Triton's kernel where it is asked for, else here, by the rules, PyTorch's."""
+    monkeypatch.delenv("FASTGEN_IMPL", raising=False)
     x, weight = torch.randn(1, 3, 6, 6), torch.randn(4, 3, 3, 3).requires_grad_()
     for impl, expected in (("auto", []), ("triton", ["correlate"])):
         with ops.use_impl(impl):
