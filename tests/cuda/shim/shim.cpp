@@ -8,6 +8,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -27,7 +28,9 @@ struct Copy {
 };
 
 struct Fibre {
-  ucontext_t context;
+  void* at[5];  // where it goes on: of __builtin_setjmp
+  bool begun = false;
+  ucontext_t context;  // where it begins
   std::unique_ptr<char[]> stack{new char[kStack]};
   Place place;
   int number;  // of the thread in its block
@@ -53,31 +56,42 @@ struct Shadow {
 };
 
 struct Block {
-  std::vector<Fibre> fibres;
+  std::span<Fibre> fibres;
   std::vector<Warp> warps;
   unsigned char* shared;
   std::vector<Shadow> shadow;
-  unsigned epoch = 1;  // barriers of the block so far
+  unsigned epoch = 0;  // barriers and blocks so far
   int at_barrier = 0, left = 0;
-  ucontext_t scheduler;
+  void* scheduler[5];
   Fibre* current = nullptr;
   const std::function<void()>* kernel = nullptr;
   std::string error;
 };
 
 thread_local Block* block = nullptr;
+thread_local std::vector<Fibre> fibres;  // of all launches
+
+// Not swapcontext: it makes system calls, and the address sanitizer cleans a whole stack at each.
+[[gnu::noinline]] void jump(void** to) { __builtin_longjmp(to, 1); }
+[[gnu::noinline]] void change(void** from, void** to) {
+  if (!__builtin_setjmp(from)) jump(to);
+}
+[[gnu::noinline]] void begin(void** from, const ucontext_t* to) {
+  if (!__builtin_setjmp(from)) setcontext(to);
+}
 
 void wait_as(decltype(Fibre::state) state) {
   Fibre& me = *block->current;
   me.state = state;
-  swapcontext(&me.context, &block->scheduler);
+  change(me.at, block->scheduler);
 }
 
 void run_fibre() {
-  (*block->kernel)();
-  block->current->state = Fibre::done;
-  --block->left;
-  swapcontext(&block->current->context, &block->scheduler);
+  for (;;) {  // of one block after the other
+    (*block->kernel)();
+    --block->left;
+    wait_as(Fibre::done);
+  }
 }
 
 Warp& my_warp() { return block->warps[block->current->number / kLanes]; }
@@ -104,10 +118,6 @@ void run_block(const Place& place, int threads) {
     fibre.number = t;
     fibre.state = Fibre::running;
     fibre.copies.assign(1, {});
-    getcontext(&fibre.context);
-    fibre.context.uc_stack = {fibre.stack.get(), 0, kStack};
-    fibre.context.uc_link = nullptr;
-    makecontext(&fibre.context, run_fibre, 0);
   }
   while (block->left) {
     bool ran = false;
@@ -115,7 +125,16 @@ void run_block(const Place& place, int threads) {
       if (fibre.state != Fibre::running) continue;
       ran = true;
       block->current = &fibre;
-      swapcontext(&block->scheduler, &fibre.context);
+      if (fibre.begun) {
+        change(block->scheduler, fibre.at);
+      } else {
+        fibre.begun = true;
+        getcontext(&fibre.context);
+        fibre.context.uc_stack = {fibre.stack.get(), 0, kStack};
+        fibre.context.uc_link = nullptr;
+        makecontext(&fibre.context, run_fibre, 0);
+        begin(block->scheduler, &fibre.context);
+      }
       if (!block->error.empty()) throw std::runtime_error(block->error);
     }
     if (block->at_barrier && block->at_barrier == block->left) {
@@ -136,8 +155,10 @@ void launch(dim3 grid, int threads, int shared_bytes, const std::function<void()
   if (threads % kLanes || threads > 1024 || shared_bytes > (163 << 10)) throw std::runtime_error("not every GPU from sm_80 on runs a block of this size");
   if (grid.x > 2147483647u || grid.y > 65535u || grid.z > 65535u) throw std::runtime_error("no GPU runs a grid of this size");
   Block state;
-  state.fibres = std::vector<Fibre>(threads);
+  if (static_cast<int>(fibres.size()) < threads) fibres.resize(threads);
+  state.fibres = {fibres.data(), static_cast<size_t>(threads)};
   state.warps.resize(threads / kLanes);
+  state.shadow.resize(shared_bytes);
   state.kernel = &kernel;
   struct Free {
     void operator()(void* p) const { free(p); }
@@ -151,13 +172,12 @@ void launch(dim3 grid, int threads, int shared_bytes, const std::function<void()
       for (unsigned y = 0; y < grid.y; ++y)
         for (unsigned x = 0; x < grid.x; ++x) {
           memset(state.shared, 0xff, bytes);  // NaN in every type
-          state.shadow.assign(shared_bytes, {});
-          for (Warp& warp : state.warps) warp = {};
-          state.epoch = 1;
+          ++state.epoch;
           run_block({dim3(0, 0, 0), dim3(x, y, z), dim3(threads)}, threads);
         }
   } catch (...) {
     block = nullptr;
+    fibres.clear();  // they stand in the midst of the kernel
     throw;
   }
   block = nullptr;
