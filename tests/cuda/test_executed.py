@@ -1,7 +1,7 @@
 """Every CUDA kernel, executed on the CPU from its own source, against the reference: the ops' own tests with cuda for cpp, in a
-process of its own; once looking for races in shared memory, once for accesses out of bounds.
+process of its own that looks for races in shared memory and for accesses out of bounds.
 
-All of them: env $(python -m tests.cuda.executed races) pytest tests/ops -k "parity and not float64"
+All of them: env $(python -m tests.cuda.executed) pytest tests/ops -k "parity and not float64"
 """
 
 import os
@@ -22,13 +22,12 @@ CHOSEN = {
 }
 
 
-@pytest.mark.parametrize("check", executed.CHECKS)
-def test_against_the_reference(check):
+def test_against_the_reference():
     if _build.compiler() is None:
         pytest.skip("no C++ compiler to build the CUDA kernels for the CPU with")
     chosen = " or ".join(f"({Path(file).name} and ({which}))" for file, which in CHOSEN.items())
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-rp", "-p", "no:xdist", *CHOSEN, "-k", chosen]
-    environment = os.environ | executed.environment(check)
+    environment = os.environ | executed.environment()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f"PASSED {file}::" in done.stdout for file in CHOSEN)

@@ -1,9 +1,11 @@
 // Runs CUDA kernels on the CPU. The threads of a block are fibres that take turns: one runs until it waits, for a barrier or for its
 // warp. Blocks run one after another.
 //
-// Where the kernels are compiled with -fsanitize=thread, their every access calls the functions at the end of this file (the
-// sanitizer's own library is not linked): they look for races in shared memory. Two accesses race if different threads make
-// them, one of them writes, and no barrier of the block (within a warp: of the warp) lies between.
+// The kernels are compiled with -fsanitize=thread, so that their every access calls the functions at the end of this file (that
+// sanitizer's own library is not linked). They look for races in shared memory: two accesses race if different threads make
+// them, one of them writes, and no barrier of the block (within a warp: of the warp) lies between. And for accesses out of
+// bounds: the address sanitizer's library, which is loaded, knows what is allocated.
+#include <sanitizer/asan_interface.h>
 #include <ucontext.h>
 
 #include <cstdlib>
@@ -218,16 +220,20 @@ void sync_warp() {
 }
 
 // A copy arrives when it is waited for: a kernel that does not wait reads what was there before.
+extern "C" void __tsan_write16(void*);
+extern "C" void __tsan_read16(void*);
+
 void copy_async(void* to, const void* from, bool valid) {
   Copy copy{static_cast<unsigned char*>(to), {}};
   if (reinterpret_cast<uintptr_t>(to) % 16 || (valid && reinterpret_cast<uintptr_t>(from) % 16)) block->error = "a copy is not aligned";
-  if (valid) memcpy(copy.from, from, sizeof(copy.from));
+  if (valid) {
+    __tsan_read16(const_cast<void*>(from));
+    memcpy(copy.from, from, sizeof(copy.from));
+  }
   block->current->copies.back().push_back(copy);
 }
 
 void commit_copies() { block->current->copies.emplace_back(); }
-
-extern "C" void __tsan_write16(void*);
 
 void wait_for_copies(int left) {
   auto& groups = block->current->copies;
@@ -239,8 +245,6 @@ void wait_for_copies(int left) {
     groups.erase(groups.begin());
   }
 }
-
-extern "C" void __tsan_read16(void*);
 
 void load_matrices(uint32_t (&to)[4], const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16) block->error = "a row of a matrix is not aligned to 16 bytes";
@@ -334,6 +338,10 @@ bool ordered(const Access& before, int thread) {
 }
 
 void note_access(void* address, size_t size, bool writes) {
+  if (__asan_region_is_poisoned(address, size)) {
+    void* const frame = __builtin_frame_address(0);
+    __asan_report_error(__builtin_return_address(0), frame, frame, address, writes, size);
+  }
   if (!block || !block->current) return;
   const auto offset = static_cast<size_t>(static_cast<unsigned char*>(address) - block->shared);
   if (offset >= block->shadow.size()) return;
