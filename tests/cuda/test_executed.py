@@ -26,7 +26,8 @@ def test_against_the_reference():
     if _build.compiler() is None:
         pytest.skip("no C++ compiler to build the CUDA kernels for the CPU with")
     chosen = " or ".join(f"({Path(file).name} and ({which}))" for file, which in CHOSEN.items())
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rp", "-p", "no:xdist", *CHOSEN, "-k", chosen]
+    options = ("-q", "-x", "-rp", "-p", "no:xdist", "--capture=sys")  # what the address sanitizer says is shown, too
+    command = [sys.executable, "-m", "pytest", *options, *CHOSEN, "-k", chosen]
     environment = os.environ | executed.environment()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
