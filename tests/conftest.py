@@ -1,3 +1,8 @@
+import os
+
+# A thread of torch that waits gives its core away, read when torch is loaded: else it spins where the other workers compute.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

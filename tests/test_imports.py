@@ -127,3 +127,14 @@ print(seconds, *(name for name in ("torch", "triton", "numpy", "fastgen._build")
         assert imported == [] and done.stderr == "" and done.stdout.count("\n") == 1
         best = min(best, float(seconds))
     assert best <= 0.050
+
+
+def test_all_of_it_imports_no_compiler():
+    """torch._dynamo takes as long to import as torch; torch.compile brings it when it is wanted."""
+    code = """
+import sys
+import fastgen.cli, fastgen.inference, fastgen.models, fastgen.nn, fastgen.ops, fastgen.training
+print(*(name for name in ("torch._dynamo", "torch._inductor", "triton") if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == done.stderr == ""

@@ -87,7 +87,7 @@ def _is_static(*sizes: int) -> bool:
     return all(has_static_value(size) for size in sizes)
 
 
-@torch.compiler.assume_constant_result
+@_memory.constant
 def _measured(guess: bool, *parts: Any) -> str | None:
     question = Question(*parts)
     if _recorder is not None:

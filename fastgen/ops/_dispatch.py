@@ -20,7 +20,7 @@ import torch
 
 from fastgen import _build
 from fastgen.errors import FastgenError, UsageError
-from fastgen.ops import _autograd
+from fastgen.ops import _autograd, _memory
 
 IMPLEMENTATIONS = ("reference", "cpp", "cuda", "triton")
 _WRITTEN: dict[str, tuple[str, ...]] = {}  # op -> the implementations it has
@@ -191,7 +191,7 @@ def call(op: str, impl: str, *args):
         _asked.tier = before
 
 
-@torch.compiler.assume_constant_result
+@_memory.constant
 def _choose(op: str, impl: str, device: str, dtype: torch.dtype, best: str, counted: bool) -> str:
     source = "impl"
     if impl == "auto":

@@ -10,7 +10,7 @@ import torch
 from fastgen import _build
 from fastgen.ops import _choices
 from fastgen.ops._layout import Like
-from fastgen.ops._memory import remembered
+from fastgen.ops._memory import constant, remembered
 
 Pair = tuple[int, int]  # height, width
 
@@ -177,7 +177,7 @@ class Geometry(NamedTuple):
         return kernel == (3, 3) and self.stride == (1, 1) and height >= 8 and n * height * width >= least
 
 
-@torch.compiler.assume_constant_result
+@constant
 def torch_multiplies(dtype: torch.dtype) -> bool:
     """Whether PyTorch's convolutions have instructions for a dtype on this CPU. Without, they take up to a hundred times as
     long as fastgen's, which multiply in float32."""
@@ -190,6 +190,6 @@ def torch_multiplies(dtype: torch.dtype) -> bool:
 torch.library.define("fastgen::multiplies_bf16", "() -> bool")
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _multiplies_bf16() -> bool:
     return _build.load() is None and torch.ops.fastgen.multiplies_bf16()

@@ -29,12 +29,14 @@ def resources(source: Path, architecture: str) -> dict[str, dict[str, int]]:
     """Each kernel of the file by its name: registers of a thread, bytes of its stack and spills, static shared memory of a
     block, threads of a block, and how many blocks the registers and threads let one multiprocessor run.
 
-    Raises RuntimeError with the compiler's words where it fails or warns.
+    Raises RuntimeError with the compiler's words where it fails or warns. The host's part of the file, which is the same for
+    all, is compiled with the first of the ARCHITECTURES alone.
     """
+    parts = "-c" if architecture == ARCHITECTURES[0] else "-cubin"
     chosen = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     with tempfile.TemporaryDirectory() as folder:
         kept = ("--keep", "--keep-dir", folder)
-        command = [nvcc(), "-c", *_FLAGS, *kept, chosen, f"-I{_build.CSRC}", source, "-o", f"{folder}/object.o"]
+        command = [nvcc(), parts, *_FLAGS, *kept, chosen, f"-I{_build.CSRC}", source, "-o", f"{folder}/object.o"]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if done.returncode or "warning" in done.stderr:
             raise RuntimeError(done.stderr or done.stdout)

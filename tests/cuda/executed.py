@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,32 +14,26 @@ from fastgen import _build
 
 SHIM = Path(__file__).parent / "shim"
 FLAGS = ("-O1", "-std=c++20", "-fPIC", "-DFASTGEN_CUDA=CPU", _build.STABLE_ABI, "-Wall", "-Wno-unknown-pragmas")
-# What the kernels are compiled with: every access to shared memory is checked for races, or every access to any for bounds.
-# A fibre's stack is none that the address sanitizer knows.
-CHECKS = {
-    "races": ("-fsanitize=thread",),
-    "bounds": ("-fsanitize=address,alignment", "-fsanitize-undefined-trap-on-error", "--param=asan-stack=0"),
-}
+# Every access of the kernels calls the shim, which looks for races in shared memory, and asks the address sanitizer, whose
+# library knows what is allocated, whether it is in bounds.
+CHECKED = ("-fsanitize=thread,alignment", "-fsanitize-undefined-trap-on-error")
 
 
-def library(check: str) -> Path:
-    """The library of all CUDA kernels with one of the CHECKS, built once."""
-    key = hashlib.sha256(
-        repr((_build.cuda_digest(), FLAGS, CHECKS[check], _build.compiler(), torch.__version__)).encode()
-    )
+def library() -> Path:
+    """The library of all CUDA kernels, built once."""
+    key = hashlib.sha256(repr((_build.cuda_digest(), FLAGS, CHECKED, _build.compiler(), torch.__version__)).encode())
     for file in sorted(SHIM.iterdir()):
         key.update(file.read_bytes())
-    name = f"executed-{check}-{key.hexdigest()[:16]}"
-    return _build._compile(name, lambda folder: _compile_into(folder, check), asked=True)
+    return _build._compile(f"executed-{key.hexdigest()[:16]}", _compile_into, asked=True)
 
 
-def _compile_into(folder: str, check: str) -> str:
+def _compile_into(folder: str) -> str:
     torch_folders = cpp_extension.include_paths()
     include = [f"-I{path}" for path in (SHIM, _build.CSRC, *torch_folders)]
 
     def compile_(source: Path) -> str:
         target = f"{folder}/{source.parent.name}-{source.stem}.o"
-        checked = CHECKS[check] if source.suffix == ".cu" else ()
+        checked = CHECKED if source.suffix == ".cu" else ()
         command = [*_build._compiler_command(), *FLAGS, *checked, *include, "-x", "c++", "-c", source, "-o", target]
         _run(command)
         return target
@@ -54,15 +47,14 @@ def _compile_into(folder: str, check: str) -> str:
     return f"{folder}/executed.so"
 
 
-def compile_program(source: str, check: str, target: Path) -> None:
+def compile_program(source: str, target: Path) -> None:
     """A program of one CUDA file and the shim."""
     command = [*_build._compiler_command(), *FLAGS, f"-I{SHIM}", f"-I{_build.CSRC}"]
     objects = []
-    for file, checked in ((source, CHECKS[check]), (SHIM / "shim.cpp", ())):
+    for file, checked in ((source, CHECKED), (SHIM / "shim.cpp", ())):
         objects.append(f"{target}-{Path(file).stem}.o")
         _run([*command, *checked, "-x", "c++", "-c", file, "-o", objects[-1]])
-    address = ["-fsanitize=address"] if check == "bounds" else []
-    _run([*_build._compiler_command(), *objects, *address, "-o", target])
+    _run([*_build._compiler_command(), *objects, "-fsanitize=address", "-o", target])
 
 
 def _run(command: list) -> None:
@@ -71,16 +63,16 @@ def _run(command: list) -> None:
         raise RuntimeError(done.stderr or f"{command[0]} failed with exit code {done.returncode}")
 
 
-def environment(check: str) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """What a process needs in its environment to run the kernels, of the gradients too."""
-    found = {"FASTGEN_CUDA_ON_CPU": str(library(check)), "FASTGEN_IMPL": "cuda"}
-    if check == "bounds":
-        found["LD_PRELOAD"] = ":".join(
-            map(_file_of_compiler, ("libasan.so", "libstdc++.so"))
-        )  # both, to see what is thrown
+    return {
+        "FASTGEN_CUDA_ON_CPU": str(library()),
+        "FASTGEN_IMPL": "cuda",
+        # Both, to see what is thrown.
+        "LD_PRELOAD": ":".join(map(_file_of_compiler, ("libasan.so", "libstdc++.so"))),
         # Python's own allocations are not looked at, and it does not free all of them at its end.
-        found["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
-    return found
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
 
 
 def _file_of_compiler(name: str) -> str:
@@ -88,5 +80,5 @@ def _file_of_compiler(name: str) -> str:
     return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
 
-if __name__ == "__main__":  # python -m tests.cuda.executed races: what to export
-    print(*(f"{name}={value}" for name, value in environment(sys.argv[1]).items()))
+if __name__ == "__main__":  # python -m tests.cuda.executed: what to export
+    print(*(f"{name}={value}" for name, value in environment().items()))

@@ -42,6 +42,8 @@ __global__ void copies(const int* from, int* to, bool wait) {
 
 __global__ void beyond(int* data, int size) { data[threadIdx.x + size] = 1; }
 
+__global__ void pairs(int* data, int from) { *reinterpret_cast<int64_t*>(data + 2 * threadIdx.x + from) = 1; }
+
 __global__ void product(const BFloat16* a, const BFloat16* b, float* out) {  // out (16, 8) = a (16, 16) b (8, 16)^T
   const int group = threadIdx.x / 4, place = threadIdx.x % 4;
   BFloat16* const shared = shared_memory<BFloat16>();
@@ -83,6 +85,9 @@ int main(int, char** arguments) {
     if (fault == "half a barrier") launch(queue, half_a_barrier, dim3(1), 64, 0, data.data());
     if (fault == "half a warp") launch(queue, half_a_warp, dim3(1), 32, 0, data.data());
     if (fault == "beyond the end") launch(queue, beyond, dim3(1), 32, 0, data.data(), 40);
+    if (fault == "a copy beyond the end")
+      launch(queue, copies, dim3(1), 32, 512, more.data() + 160, more.data(), true);
+    if (fault == "not aligned") launch(queue, pairs, dim3(1), 32, 0, more.data(), 1);
     if (fault == "too much shared memory") launch(queue, reverse, dim3(1), 64, 200 << 10, data.data(), true);
     if (fault == "no wait") {
       std::vector<int> out(128);
@@ -95,6 +100,7 @@ int main(int, char** arguments) {
       check(data[0] == 63 && data[63] == 0, "reverse");
       launch(queue, neighbours, dim3(1), 32, 128, data.data(), true);
       check(data[0] == 62 && data[1] == 63, "neighbours");
+      launch(queue, pairs, dim3(1), 32, 0, data.data(), 0);
       launch(queue, copies, dim3(1), 32, 512, more.data(), out.data(), true);
       check(out[0] == 1 && out[127] == 128, "copies");
       std::vector<float> a(256), b(128), products(128);

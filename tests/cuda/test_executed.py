@@ -1,12 +1,13 @@
 """Every CUDA kernel, executed on the CPU from its own source, against the reference: the ops' own tests with cuda for cpp, in a
-process of its own; once looking for races in shared memory, once for accesses out of bounds.
+process of its own that looks for races in shared memory and for accesses out of bounds.
 
-All of them: env $(python -m tests.cuda.executed races) pytest tests/ops -k "parity and not float64"
+All of them: env $(python -m tests.cuda.executed) pytest tests/ops -k "parity and not float64"
 """
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,20 +15,20 @@ from fastgen import _build
 from tests.cuda import executed
 
 CHOSEN = {
-    "tests/cuda/check_tf32.py": "",
+    "tests/cuda/check_tf32.py": "test_tf32",
     "tests/ops/test_cases.py": "test_parity and (float32 or (bfloat16 and channels_last)) and not winograd and not real_layers",
     "tests/ops/test_reparameterize.py": "(test_parity or test_noise or draw_the_same) and not float64",
     "tests/ops/test_spectral_norm.py": "test_parity and (float32 or (bfloat16 and channels_last)) and not (wide or parts)",
 }
 
 
-@pytest.mark.parametrize("check", executed.CHECKS)
-def test_against_the_reference(check):
+def test_against_the_reference():
     if _build.compiler() is None:
         pytest.skip("no C++ compiler to build the CUDA kernels for the CPU with")
-    environment = os.environ | executed.environment(check)
-    for file, chosen in CHOSEN.items():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", file, "-k", chosen]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert " passed" in done.stdout
+    chosen = " or ".join(f"({Path(file).name} and ({which}))" for file, which in CHOSEN.items())
+    options = ("-q", "-x", "-rp", "-p", "no:xdist", "--capture=sys")  # what the address sanitizer says is shown, too
+    command = [sys.executable, "-m", "pytest", *options, *CHOSEN, "-k", chosen]
+    environment = os.environ | executed.environment()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f"PASSED {file}::" in done.stdout for file in CHOSEN)

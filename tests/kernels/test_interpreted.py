@@ -9,8 +9,11 @@ import sys
 
 import pytest
 
+# The interpreter's time goes by programs, of which wide-rows has four times as many as any other case: it runs in one layout.
+# More than one tile of rows, with statistics of each, are in cyclegan-first, vae and patchgan-middle in all.
 CHOSEN = {
-    "test_cases.py": "test_parity and (float32 or (bfloat16 and channels_last)) and not winograd and not real_layers",
+    "test_cases.py": "test_parity and (float32 or (bfloat16 and channels_last)) and not winograd and not real_layers and not "
+    "(wide-rows and channels_last)",
     "test_convolution_weight_grad.py": "",
     "test_reparameterize.py": "test_parity and (float32 or bfloat16)",
     "test_spectral_norm.py": "test_parity and (float32 or (bfloat16 and channels_last)) and not (wide or parts or tall)",

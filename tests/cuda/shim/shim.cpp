@@ -1,13 +1,16 @@
 // Runs CUDA kernels on the CPU. The threads of a block are fibres that take turns: one runs until it waits, for a barrier or for its
 // warp. Blocks run one after another.
 //
-// Where the kernels are compiled with -fsanitize=thread, their every access calls the functions at the end of this file (the
-// sanitizer's own library is not linked): they look for races in shared memory. Two accesses race if different threads make
-// them, one of them writes, and no barrier of the block (within a warp: of the warp) lies between.
+// The kernels are compiled with -fsanitize=thread, so that their every access calls the functions at the end of this file (that
+// sanitizer's own library is not linked). They look for races in shared memory: two accesses race if different threads make
+// them, one of them writes, and no barrier of the block (within a warp: of the warp) lies between. And for accesses out of
+// bounds: the address sanitizer's library, which is loaded, knows what is allocated.
+#include <sanitizer/asan_interface.h>
 #include <ucontext.h>
 
 #include <cstdlib>
 #include <memory>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -27,7 +30,9 @@ struct Copy {
 };
 
 struct Fibre {
-  ucontext_t context;
+  void* at[5];  // where it goes on: of __builtin_setjmp
+  bool begun = false;
+  ucontext_t context;  // where it begins
   std::unique_ptr<char[]> stack{new char[kStack]};
   Place place;
   int number;  // of the thread in its block
@@ -53,31 +58,42 @@ struct Shadow {
 };
 
 struct Block {
-  std::vector<Fibre> fibres;
+  std::span<Fibre> fibres;
   std::vector<Warp> warps;
   unsigned char* shared;
   std::vector<Shadow> shadow;
-  unsigned epoch = 1;  // barriers of the block so far
+  unsigned epoch = 0;  // barriers and blocks so far
   int at_barrier = 0, left = 0;
-  ucontext_t scheduler;
+  void* scheduler[5];
   Fibre* current = nullptr;
   const std::function<void()>* kernel = nullptr;
   std::string error;
 };
 
 thread_local Block* block = nullptr;
+thread_local std::vector<Fibre> fibres;  // of all launches
+
+// Not swapcontext: it makes system calls, and the address sanitizer cleans a whole stack at each.
+[[gnu::noinline]] void jump(void** to) { __builtin_longjmp(to, 1); }
+[[gnu::noinline]] void change(void** from, void** to) {
+  if (!__builtin_setjmp(from)) jump(to);
+}
+[[gnu::noinline]] void begin(void** from, const ucontext_t* to) {
+  if (!__builtin_setjmp(from)) setcontext(to);
+}
 
 void wait_as(decltype(Fibre::state) state) {
   Fibre& me = *block->current;
   me.state = state;
-  swapcontext(&me.context, &block->scheduler);
+  change(me.at, block->scheduler);
 }
 
 void run_fibre() {
-  (*block->kernel)();
-  block->current->state = Fibre::done;
-  --block->left;
-  swapcontext(&block->current->context, &block->scheduler);
+  for (;;) {  // of one block after the other
+    (*block->kernel)();
+    --block->left;
+    wait_as(Fibre::done);
+  }
 }
 
 Warp& my_warp() { return block->warps[block->current->number / kLanes]; }
@@ -104,10 +120,6 @@ void run_block(const Place& place, int threads) {
     fibre.number = t;
     fibre.state = Fibre::running;
     fibre.copies.assign(1, {});
-    getcontext(&fibre.context);
-    fibre.context.uc_stack = {fibre.stack.get(), 0, kStack};
-    fibre.context.uc_link = nullptr;
-    makecontext(&fibre.context, run_fibre, 0);
   }
   while (block->left) {
     bool ran = false;
@@ -115,7 +127,16 @@ void run_block(const Place& place, int threads) {
       if (fibre.state != Fibre::running) continue;
       ran = true;
       block->current = &fibre;
-      swapcontext(&block->scheduler, &fibre.context);
+      if (fibre.begun) {
+        change(block->scheduler, fibre.at);
+      } else {
+        fibre.begun = true;
+        getcontext(&fibre.context);
+        fibre.context.uc_stack = {fibre.stack.get(), 0, kStack};
+        fibre.context.uc_link = nullptr;
+        makecontext(&fibre.context, run_fibre, 0);
+        begin(block->scheduler, &fibre.context);
+      }
       if (!block->error.empty()) throw std::runtime_error(block->error);
     }
     if (block->at_barrier && block->at_barrier == block->left) {
@@ -136,8 +157,10 @@ void launch(dim3 grid, int threads, int shared_bytes, const std::function<void()
   if (threads % kLanes || threads > 1024 || shared_bytes > (163 << 10)) throw std::runtime_error("not every GPU from sm_80 on runs a block of this size");
   if (grid.x > 2147483647u || grid.y > 65535u || grid.z > 65535u) throw std::runtime_error("no GPU runs a grid of this size");
   Block state;
-  state.fibres = std::vector<Fibre>(threads);
+  if (static_cast<int>(fibres.size()) < threads) fibres.resize(threads);
+  state.fibres = {fibres.data(), static_cast<size_t>(threads)};
   state.warps.resize(threads / kLanes);
+  state.shadow.resize(shared_bytes);
   state.kernel = &kernel;
   struct Free {
     void operator()(void* p) const { free(p); }
@@ -151,13 +174,12 @@ void launch(dim3 grid, int threads, int shared_bytes, const std::function<void()
       for (unsigned y = 0; y < grid.y; ++y)
         for (unsigned x = 0; x < grid.x; ++x) {
           memset(state.shared, 0xff, bytes);  // NaN in every type
-          state.shadow.assign(shared_bytes, {});
-          for (Warp& warp : state.warps) warp = {};
-          state.epoch = 1;
+          ++state.epoch;
           run_block({dim3(0, 0, 0), dim3(x, y, z), dim3(threads)}, threads);
         }
   } catch (...) {
     block = nullptr;
+    fibres.clear();  // they stand in the midst of the kernel
     throw;
   }
   block = nullptr;
@@ -198,16 +220,20 @@ void sync_warp() {
 }
 
 // A copy arrives when it is waited for: a kernel that does not wait reads what was there before.
+extern "C" void __tsan_write16(void*);
+extern "C" void __tsan_read16(void*);
+
 void copy_async(void* to, const void* from, bool valid) {
   Copy copy{static_cast<unsigned char*>(to), {}};
   if (reinterpret_cast<uintptr_t>(to) % 16 || (valid && reinterpret_cast<uintptr_t>(from) % 16)) block->error = "a copy is not aligned";
-  if (valid) memcpy(copy.from, from, sizeof(copy.from));
+  if (valid) {
+    __tsan_read16(const_cast<void*>(from));
+    memcpy(copy.from, from, sizeof(copy.from));
+  }
   block->current->copies.back().push_back(copy);
 }
 
 void commit_copies() { block->current->copies.emplace_back(); }
-
-extern "C" void __tsan_write16(void*);
 
 void wait_for_copies(int left) {
   auto& groups = block->current->copies;
@@ -219,8 +245,6 @@ void wait_for_copies(int left) {
     groups.erase(groups.begin());
   }
 }
-
-extern "C" void __tsan_read16(void*);
 
 void load_matrices(uint32_t (&to)[4], const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16) block->error = "a row of a matrix is not aligned to 16 bytes";
@@ -314,6 +338,10 @@ bool ordered(const Access& before, int thread) {
 }
 
 void note_access(void* address, size_t size, bool writes) {
+  if (__asan_region_is_poisoned(address, size)) {
+    void* const frame = __builtin_frame_address(0);
+    __asan_report_error(__builtin_return_address(0), frame, frame, address, writes, size);
+  }
   if (!block || !block->current) return;
   const auto offset = static_cast<size_t>(static_cast<unsigned char*>(address) - block->shared);
   if (offset >= block->shadow.size()) return;
