@@ -44,6 +44,15 @@ HANGS = 150  # seconds after which a case that has not ended counts as one that 
 TUNING = 90  # seconds for auto's choices
 BATCHES = (64, 512)
 CASES = (*SMALL, *SAMPLER, *SPECTRAL)  # of parity
+TAIL = OpCase(
+    "norm_act", "dcgan64-g2", {"x": (512, 128, 16, 16), "norm_weight": (128,), "norm_bias": (128,)},
+    {"training": True, "activation": "relu"},
+)  # fmt: skip
+MEMORY_BOUND = {
+    "norm_act": TAIL.id,
+    "reparameterize": "reparameterize_kl",
+    "spectral_norm": "spectral_norm BigGAN-128 D",
+}
 NOISE = 1 << 24  # elements of the sampler's row
 Clock = Callable[[Callable[[], object]], float]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -184,6 +193,19 @@ def tune(device: str = "cuda") -> list[str]:
     report = tune_call(call, seconds=TUNING, progress=print, folder=_choices.SHIPPED)
     print(report)
     return [f"auto's choice of {question}" for question in report.left_out]
+
+
+def prefer(document: dict) -> None:
+    """Of each op that memory bounds, lets `auto` take the tier that was faster in training by its rows."""
+    chosen = {}
+    for op, case in MEMORY_BOUND.items():
+        both = [row for row in document["rows"] if row["case"] == case and row["what"] == "forward + backward"]
+        ms = {row["peer"].removeprefix("fastgen "): row["ms"] for row in both if row["correct"]}
+        ms = {tier: ms[tier] for tier in _dispatch.GPU_TIERS if tier in ms}
+        if len(ms) == 2:
+            chosen[op] = (min(ms, key=ms.__getitem__), ms)
+    if chosen:
+        _choices.save(_choices.chip("cuda:0") or "", chosen, _choices.SHIPPED)
 
 
 def others(scratch: torch.Tensor):
@@ -400,6 +422,8 @@ def stages(scratch: torch.Tensor) -> Iterator[tuple[str, Callable[[dict], None]]
     yield "parity", parity
     yield "auto's choices", lambda document: document["left_out"].extend(tune())
     yield "sampler and spectral norm", functools.partial(add_rows, rows=others(scratch))
+    yield TAIL.id, functools.partial(add_rows, rows=measure(TAIL, torch.bfloat16, scratch))
+    yield "tiers of the ops that memory bounds", prefer
     yield "networks", functools.partial(add_rows, rows=networks(functools.partial(milliseconds, scratch=scratch)))
     for case in large():
         rows = measure(case, torch.bfloat16, scratch)

@@ -1,4 +1,5 @@
-"""Which implementation of a convolution was measured fastest (`fastgen.tune`), by shape, precision and chip.
+"""What was measured fastest: of a convolution which implementation, by shape, precision and chip (`fastgen.tune`), and of the
+ops that memory bounds which of a GPU's two, by chip (`make gpu`).
 
 A chip has a JSON file of such choices among those that fastgen brings, and one in the user's cache folder, whose choices come
 first. What no file holds is answered by the rules of `_geometry`.
@@ -29,7 +30,7 @@ SHIPPED = Path(__file__).parent / "choices"
 FOLDER = "choices"  # in the cache folder
 _FLAGS = {"forward": "batch_stats", "weight_grad": "channels_last_images"}
 _log = logging.getLogger("fastgen")
-_tables: dict[str, Mapping[str, str]] = {}  # device -> question -> implementation
+_tables: dict[str, Mapping[str, str]] = {}  # device -> question, or name of an op -> implementation
 _recorder: dict[Question, bool] | None = None
 
 
@@ -92,12 +93,22 @@ def _measured(guess: bool, *parts: Any) -> str | None:
     question = Question(*parts)
     if _recorder is not None:
         _recorder[question] = guess
-    table = _tables.get(question.device)
-    if table is None:
-        table = _tables[question.device] = _read_all(question.device)
+    table = _table(question.device)
     found = table.get(str(question)) if table else None
     able = found and _dispatch.why_not("conv2d_norm_act", found.split()[0], question.device, question.dtype) is None
     return found if able else None
+
+
+def faster_tier(op: str, device: str) -> str | None:
+    """Which of a GPU's two was measured faster for an op that memory bounds (`make gpu`); None where nothing was."""
+    return _table(device).get(op)
+
+
+def _table(device: str) -> Mapping[str, str]:
+    table = _tables.get(device)
+    if table is None:
+        table = _tables[device] = _read_all(device)
+    return table
 
 
 @contextlib.contextmanager

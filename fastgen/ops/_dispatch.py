@@ -32,7 +32,7 @@ _log = logging.getLogger("fastgen")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The CUDA kernels as a host compiler builds them (tests/cuda), to run on the CPU in the C++ kernels' place.
 CUDA_ON_CPU = os.environ.get("FASTGEN_CUDA_ON_CPU", "")
-GPU_TIERS = ("triton", "cuda")  # in auto's order, where no measured choice says otherwise
+GPU_TIERS = ("triton", "cuda")  # in auto's order where nothing was measured
 OLDEST_GPU = (8, 0)
 
 
@@ -136,7 +136,7 @@ def kernel(
         def run(*args):
             like = args[leading]
             like = like[0] if isinstance(like, list | tuple) else like
-            tier, tile = _tier(str(like.device), like.dtype if dtype is None else args[dtype])
+            tier, tile = _tier(op, str(like.device), like.dtype if dtype is None else args[dtype])
             match tier:
                 case "triton" if launcher:
                     return getattr(kernels(module), function)(*args, **({"tile": tile} if tile else {}))
@@ -151,11 +151,20 @@ def kernel(
     return registered
 
 
-def _tier(device: str, dtype: torch.dtype) -> tuple[str | None, str]:
+def _tier(op: str, device: str, dtype: torch.dtype) -> tuple[str | None, str]:
     """The GPU's tier that runs a registered op, the one asked for, else the first in auto's order; and the tile asked for."""
     wanted, _, tile = (getattr(_asked, "tier", None) or asked()).partition(" ")
-    order = (wanted, *GPU_TIERS) if wanted in GPU_TIERS else GPU_TIERS
+    order = _order(op, device)
+    order = (wanted, *order) if wanted in order else order
     return next((tier for tier in order if _why_no_gpu(tier, device, dtype) is None), None), tile
+
+
+def _order(op: str, device: str) -> tuple[str, ...]:
+    """A GPU's tiers, that first which was measured faster for an op and its gradient."""
+    from fastgen.ops import _choices  # here: it asks this module what can run
+
+    first = _choices.faster_tier(op.removesuffix("_backward").removesuffix("_group"), device)
+    return tuple(sorted(GPU_TIERS, key=lambda tier: tier != first))
 
 
 @functools.cache
@@ -197,7 +206,7 @@ def _choose(op: str, impl: str, device: str, dtype: torch.dtype, best: str, coun
     if impl == "auto":
         impl, source = _checked(os.environ.get("FASTGEN_IMPL", "auto"), "FASTGEN_IMPL"), "FASTGEN_IMPL"
     if impl == "auto":
-        own = own_kernels(device, dtype)
+        own = own_kernels(device, dtype, op)
         reason = "" if own is None else why_not(op, own, device, dtype)
         if own in GPU_TIERS and reason and dtype != torch.float64:
             _say_once(own, reason)
@@ -209,10 +218,11 @@ def _choose(op: str, impl: str, device: str, dtype: torch.dtype, best: str, coun
     return impl
 
 
-def own_kernels(device: str, dtype: torch.dtype | None = None) -> str | None:
+def own_kernels(device: str, dtype: torch.dtype | None = None, op: str = "") -> str | None:
     """The implementation that auto takes on a device, if it can run: cpp, one of a GPU's, or none."""
     if device.startswith("cuda") or (device == "cpu" and (INTERPRETED or CUDA_ON_CPU)):
-        return next((tier for tier in GPU_TIERS if _why_no_gpu(tier, device, dtype) is None), GPU_TIERS[0])
+        order = _order(op, device)
+        return next((tier for tier in order if _why_no_gpu(tier, device, dtype) is None), order[0])
     return "cpp" if device == "cpu" else None
 
 

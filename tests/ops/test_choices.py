@@ -218,7 +218,7 @@ def test_a_gpus_tiers(monkeypatch):
     monkeypatch.setattr(_choices, "chip", lambda device: "gpu")
     kind = Like(WEIGHT.shape, torch.bfloat16, torch.device("cuda:0"), True)
     question = _choices.Question("forward", GEOMETRY, X.shape, *kind[:2], "cuda:0", True, False)
-    monkeypatch.setattr(_autograd, "call", lambda op, *args: _dispatch._tier("cuda:0", torch.bfloat16))
+    monkeypatch.setattr(_autograd, "call", lambda op, *args: _dispatch._tier(op, "cuda:0", torch.bfloat16))
     for named in ("cuda", "triton", "triton 64x64x64x4x3", "reference"):
         _choices.save("gpu", {str(question): (named, {})})
         found = GEOMETRY.wins(X.shape, kind)
@@ -237,6 +237,31 @@ def test_a_gpus_tiers(monkeypatch):
     monkeypatch.setattr(_dispatch, "_why_no_gpu", lambda tier, *_: None if tier == "triton" else "no nvcc")
     _choices.save("gpu", {str(question): ("cuda", {})})
     assert GEOMETRY.wins(X.shape, kind) == "own"  # transposed, in 16 bits
+
+
+def test_the_tier_of_an_op_that_memory_bounds(monkeypatch):
+    """The measured one runs the op and its gradient, where it can and no other is asked for."""
+    from benchmarks import gpu
+
+    monkeypatch.setattr(_dispatch, "_why_no_gpu", lambda *_: None)
+    monkeypatch.setattr(_choices, "chip", lambda device: "gpu")
+
+    def taken(op):
+        chosen = _dispatch._choose(op, "auto", "cuda:0", torch.float32, "own", False)
+        return chosen, _dispatch._tier(f"{op}_backward", "cuda:0", torch.float32)[0]
+
+    rows = [
+        {"case": case, "what": "forward + backward", "peer": f"fastgen {tier}", "ms": ms, "correct": correct}
+        for case, times in (("spectral_norm BigGAN-128 D", (2.0, 1.0)), ("reparameterize_kl", (1.0, 2.0)))
+        for tier, ms, correct in (("triton", times[0], True), ("cuda", times[1], case != "reparameterize_kl"))
+    ]
+    gpu.prefer({"rows": rows})
+    assert taken("spectral_norm") == taken("spectral_norm_group") == ("cuda", "cuda")
+    assert taken("norm_act") == taken("reparameterize") == ("triton", "triton")
+    with ops.use_impl("triton"):
+        assert _dispatch._tier("spectral_norm", "cuda:0", torch.float32)[0] == "triton"
+    monkeypatch.setattr(_dispatch, "_why_no_gpu", lambda tier, *_: None if tier == "triton" else "no nvcc")
+    assert taken("spectral_norm") == ("triton", "triton")
 
 
 def test_a_gpus_weight_gradient(monkeypatch):
