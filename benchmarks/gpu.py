@@ -40,7 +40,7 @@ from tests.ops.test_cases import differentiable, error, observe
 
 SECONDS = 450  # no stage starts later; what is left out then is said
 PARITY = 200  # no case of parity starts later than so many seconds after the first
-HANGS = 150  # seconds after which a case that has not ended counts as one that never would
+HANGS = 200  # seconds after which a case that has not ended counts as one that never would
 TUNING = 90  # seconds for auto's choices
 BATCHES = (64, 512)
 CASES = (*SMALL, *SAMPLER, *SPECTRAL)  # of parity
