@@ -9,6 +9,7 @@ from torch.nn.utils import parametrizations
 
 import fastgen
 import fastgen.nn
+from fastgen.nn.spectral_norm import undivided
 from tests.cases import BIGGAN_128, SPECTRAL_LARGE
 from tests.ops.test_cases import error
 
@@ -32,6 +33,11 @@ def normalized(model):
     return [layer.weight for layer in model]
 
 
+def standing(model):
+    """What fused convolutions take, whose kernels divide by sigma: the weights themselves, with weight / sigma's gradient."""
+    return [norm.parts(weight)[0] for norm, weight in map(undivided, model)]
+
+
 @functools.cache
 def oracle(row):
     model = layers(MODELS[row], parametrizations.spectral_norm).double().eval()
@@ -49,12 +55,14 @@ def accesses(model, group, originals, upstream, normalized):
         torch.autograd.grad(normalized(model), originals, upstream)
 
 
+@pytest.mark.parametrize("fused", (False, True), ids=("plain", "fused"))
 @pytest.mark.parametrize("what", ("forward", "forward + backward"))
 @pytest.mark.parametrize("row", MODELS)
-def test_access(row, what, measure):
+def test_access(row, what, fused, measure):
+    """Fused: all that spectral norm does where the convolutions divide by sigma what they sum."""
     torch._dynamo.reset()
     calls, facts = {}, {}
-    for peer in ("eager", "compile", "fastgen", "fastgen group"):
+    for peer in ("eager", "compile", *(() if fused else ("fastgen",)), "fastgen group"):
         model = layers(MODELS[row], NORMS[peer.split()[0]])
         with torch.no_grad():
             worst = error(model.eval()[0].weight, oracle(row))
@@ -63,11 +71,13 @@ def test_access(row, what, measure):
         upstream = [torch.randn_like(weight) for weight in originals] if "backward" in what else None
         group = fastgen.nn.SpectralNormGroup(model) if peer == "fastgen group" else None
         access = torch.compile(normalized) if peer == "compile" else normalized
+        access = standing if fused and group is not None else access
         calls[peer] = functools.partial(accesses, model, group, originals, upstream, access)
         facts[peer] = {"error": worst, "correct": worst < 1e-5}
     # W for the iteration, W and its quotient; then the gradient and W for their product, the gradient again and the result.
-    size = (3 if what == "forward" else 7) * sum(w.numel() for w in originals) * 4
-    measure(calls, facts, table="spectral_norm, access in training", row=f"{row}, {what}", bytes=size)
+    passes = (1 if fused else 3) + (4 if what != "forward" else 0)
+    table = "spectral_norm, access of fused convolutions in training" if fused else "spectral_norm, access in training"
+    measure(calls, facts, table=table, row=f"{row}, {what}", bytes=passes * sum(w.numel() for w in originals) * 4)
 
 
 @pytest.mark.parametrize("fused", (False, True), ids=("plain", "fused"))
