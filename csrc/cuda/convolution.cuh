@@ -267,6 +267,7 @@ struct Tile {
   static constexpr int body = std::max(stages * stage * kAccess, rows * length * int(sizeof(float)));
   static constexpr int bytes = body + rows * int(sizeof(Row)) + (4 * columns + kThreads) * int(sizeof(float));
   static_assert(rows / Product::rows * (columns / Product::columns) == kThreads / kWarp);
+  static_assert(bytes <= (99 << 10));  // of a block on sm_86, sm_89 and sm_120; others have more
 };
 
 template <class T>

@@ -154,7 +154,7 @@ const Place& here() { return block->current->place; }
 void* shared_memory() { return block->shared; }
 
 void launch(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel) {
-  if (threads % kLanes || threads > 1024 || shared_bytes > (163 << 10)) throw std::runtime_error("not every GPU from sm_80 on runs a block of this size");
+  if (threads % kLanes || threads > 1024 || shared_bytes > (99 << 10)) throw std::runtime_error("not every GPU from sm_80 on runs a block of this size");
   if (grid.x > 2147483647u || grid.y > 65535u || grid.z > 65535u) throw std::runtime_error("no GPU runs a grid of this size");
   Block state;
   if (static_cast<int>(fibres.size()) < threads) fibres.resize(threads);
