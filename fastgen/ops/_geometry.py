@@ -136,8 +136,9 @@ class Geometry(NamedTuple):
 
     def _wins_weight_grad(self, x: Sequence[int], weight: Like, channels_last: bool) -> bool:
         """The same of the weight's gradient: for Winograd's algorithm and for images of one pixel, in all dtypes; to few output
-        channels with a stride of 1, and in float32 and float64 for 4x4 kernels from or to few channels in large batches, where
-        the images with more channels are channels_last. On a GPU, where nothing was measured, it is cuDNN's."""
+        channels with a stride of 1, and in float32 and float64, where the images with more channels are channels_last, for 4x4
+        kernels from or to few channels in large batches, and where oneDNN has no code for that order, on images of 32x32 and
+        larger with a stride of 2. On a GPU, where nothing was measured, it is cuDNN's."""
         if weight.device.type == "cuda":
             return False
         fewer, more = sorted(self.channels(weight.shape))
@@ -153,6 +154,10 @@ class Geometry(NamedTuple):
             return self.groups == 1 and (to_few or (exact and large and self._four_by_two(weight)))
         if fewer < 16 * self.groups:
             return False
+        smaller = x if self.transposed else self.sizes(x, weight.shape)
+        large = self.groups == 1 and min(weight.shape[2:]) >= 3 and min(smaller[2:]) >= 32
+        if large and exact and channels_last and self.stride == (2, 2) and _no_more_than_avx2():
+            return True
         return self._winograd(x, weight, 1024) or (self._one_pixel(x, weight) and x[0] >= 32)
 
     def _wins_on_gpu(self, weight: Like) -> bool:
@@ -184,6 +189,11 @@ def torch_multiplies(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype != torch.float16 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+@constant
+def _no_more_than_avx2() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 # Whether this processor has an instruction for pairs of bfloat16.

@@ -239,6 +239,20 @@ def test_a_gpus_tiers(monkeypatch):
     assert GEOMETRY.wins(X.shape, kind) == "own"  # transposed, in 16 bits
 
 
+@pytest.mark.parametrize(
+    ("side", "last", "avx2", "wins"),
+    ((128, True, True, True), (128, True, False, False), (128, False, True, False), (32, True, True, False)),
+)
+def test_weight_gradients_without_avx512(monkeypatch, side, last, avx2, wins):
+    """oneDNN's are slow there in channels_last, of large images with a stride of 2: measured."""
+    monkeypatch.setattr(_geometry, "_no_more_than_avx2", lambda: avx2)
+    geometry = Geometry((2, 2), (1, 1), None, 1, (1, 1))
+    weight = Like((64, 32, 3, 3), torch.float32, torch.device("cpu"), last)
+    assert geometry._wins_weight_grad((1, 32, side, side), weight, last) == wins
+    turned = geometry._replace(output_padding=(1, 1))
+    assert turned._wins_weight_grad((1, 64, side // 2, side // 2), weight, last) == wins
+
+
 def test_the_tier_of_an_op_that_memory_bounds(monkeypatch):
     """The measured one runs the op and its gradient, where it can and no other is asked for."""
     from benchmarks import gpu
