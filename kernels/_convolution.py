@@ -26,6 +26,7 @@ from fastgen.kernels._common import (
     launch,
     multiprocessors,
     pair,
+    program_id,
     wide,
 )
 from fastgen.kernels.norm_act import Parts, contiguous, empty_moments, name_of, normalize, per_channel, statistics
@@ -71,14 +72,14 @@ def convolve(
     dimension, for few channels.
     """
     column_tiles = tl.cdiv(out_channels, COLUMNS)
-    row_tile = tl.program_id(0) // column_tiles
-    column = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    row_tile = program_id(WIDE) // column_tiles
+    column = program_id(WIDE) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
     group = tl.program_id(1) % GROUPS
     q = tl.program_id(1) // GROUPS
+    group = group.to(tl.int64) if WIDE else group
     first_h, rows, origin_h, tap_h, taps_h = phase(q // SW, out_height, KH, SH, PH, DH, TH, TRANSPOSED)
     first_w, columns, origin_w, tap_w, taps_w = phase(q % SW, out_width, KW, SW, PW, DW, TW, TRANSPOSED)
     row = row_tile * ROWS + tl.arange(0, ROWS)
-    row = row.to(tl.int64) if WIDE else row
     sample = row // tl.maximum(rows * columns, 1)
     pixel = row % tl.maximum(rows * columns, 1)
     i = pixel // tl.maximum(columns, 1)
@@ -111,6 +112,7 @@ def convolve(
             channel = step % blocks * DEPTH + tl.arange(0, DEPTH)
             tap = step // blocks
             inside = channel < channels
+        channel = channel.to(tl.int64) if WIDE else channel
         a = tap // taps_w
         b = tap % taps_w
         if FLAT:
@@ -309,7 +311,7 @@ def forward(
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[1], DH=dilation[0], DW=dilation[1], TH=tap_step[0],
         TW=tap_step[1], GROUPS=groups, TRANSPOSED=transposed, REFLECT=reflect, FLAT=flat, NORM=in_epilogue and norm != "none",
         ACTIVATION=name_of(activation) if in_epilogue else "identity", SPLIT=splits > 1,
-        PRECISION="tf32" if precision == "tf32" else "ieee", INTERPRETED=INTERPRETED, WIDE=wide(x, out, target),
+        PRECISION="tf32" if precision == "tf32" else "ieee", INTERPRETED=INTERPRETED, WIDE=wide(x, weight, out, target),
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
     )  # fmt: skip
     if in_epilogue:

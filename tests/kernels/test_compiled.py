@@ -178,6 +178,9 @@ OTHER_CONVOLUTIONS = {
     "few-channels": {"transposed": False, "c": 3},
     "groups": {"c": 128, "groups": 2},
     "split": {"n": 1, "c": 512, "size": 4, "training": False, "bias": True},
+    "wide": {"n": 2**17},
+    "wide-eval": {"n": 2**17, "training": False, "bias": True, "activation": "silu"},
+    "wide-contiguous": {"n": 2**17, "channels_last": False},
 }
 
 
@@ -195,6 +198,7 @@ def test_other_convolutions(name, capability):
     } | OTHER_CONVOLUTIONS[name]
     launches = convolution(**layer)
     assert launches[0][2]["SPLIT"] == (name == "split") and launches[0][2]["FLAT"] == (name == "few-channels")
+    assert launches[0][2]["WIDE"] == name.startswith("wide")
     for launch in launches:
         found = check(launch, capability)
         assert found.matrix_instructions or launch[0].__name__ != "convolve"

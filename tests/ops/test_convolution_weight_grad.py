@@ -109,3 +109,18 @@ def test_its_own_gradients(name):
         found.append(torch.autograd.grad(out, factors, direction.to(dtype)))
     for exact, ours in zip(*found, strict=True):
         assert error(ours, exact) < 16 * UNIT_ROUNDOFF[torch.float32]
+
+
+@pytest.mark.skipif(not _dispatch.INTERPRETED, reason="TRITON_INTERPRET=1 lets Triton's kernels run here")
+def test_an_image_with_more_elements_than_32_bits_count():
+    """Of a contiguous one whose channels lie 2^30 elements apart a few are read; the others take no memory."""
+    width = 2**30
+    try:
+        x = torch.empty(1, 3, 1, width, dtype=torch.bfloat16)
+    except RuntimeError as error:
+        pytest.skip(f"no address space for it: {error}")
+    x[..., 0] = torch.tensor([1.0, 2.0, 4.0]).view(1, 3, 1)
+    geometry, weight = Geometry((1, width), (0, 0), None, 1, (1, 1)), torch.ones(2, 3, 1, 1, dtype=torch.bfloat16)
+    out = ops.conv2d_norm_act(x, weight, norm="none", activation="identity", stride=geometry.stride, impl="triton")
+    assert out.flatten().tolist() == [7.0, 7.0]
+    assert weight_grad(geometry, torch.ones_like(out), x, weight).flatten().tolist() == [1.0, 2.0, 4.0] * 2
