@@ -36,7 +36,8 @@ def record(call: Callable[[Tensor], Tensor], x: Tensor) -> Recorded:
             for _ in range(3):
                 call(given)
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
+        # PyTorch's own stream for it lies on the GPU of the process's first graph. What other threads do is their affair.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             result = call(given)
     return Recorded(given, result, graph.replay)
 

@@ -1,6 +1,8 @@
 """Engine on a GPU, by a recorder that needs none: it keeps what a CUDA graph keeps, the buffers, and runs the call anew."""
 
+import contextlib
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +79,35 @@ def test_few_graphs_are_kept(monkeypatch):
     for n in (1, 2, 1, 3, 1, 2):
         graphs(torch.randn(n, 3))
     assert [shape[0] for shape in recorder.shapes] == [1, 2, 3, 2]
+
+
+def test_a_graph_is_recorded_on_the_inputs_gpu(monkeypatch):
+    """On a stream that was made there: PyTorch's own one lies on the GPU of the process's first graph."""
+    current, made = [], []
+
+    @contextlib.contextmanager
+    def within(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    def stream():
+        made.append(SimpleNamespace(device=current[-1], wait_stream=lambda other: None))
+        return made[-1]
+
+    def graph(of, *, stream, **_):
+        assert stream is made[-1] and stream.device == current[-1]
+        return contextlib.nullcontext()
+
+    for name, stand_in in {
+        "device": within, "Stream": stream, "stream": contextlib.nullcontext, "graph": graph,
+        "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "CUDAGraph": lambda: SimpleNamespace(replay=None),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    x = torch.ones(2, 3)
+    assert torch.equal(_graphs.record(lambda given: 2 * given, x).result, 2 * x)
+    assert made[0].device == x.device
 
 
 def test_precision_and_implementation_hold_while_recording():
