@@ -202,8 +202,9 @@ def milliseconds(call: Callable[[], object], scratch: Tensor) -> float:
         call()
         return 1e3 * (time.perf_counter() - start)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()  # behind the write, during which the call is prepared
+    stream = torch.cuda.current_stream(scratch.device)  # the call's, whichever GPU is the current one
+    first.record(stream)  # behind the write, during which the call is prepared
     call()
-    last.record()
+    last.record(stream)
     last.synchronize()
     return first.elapsed_time(last)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -492,3 +493,19 @@ def test_the_gpus_benchmark_tunes_its_layers(monkeypatch, folder, capsys):
     (file,) = (folder / "shipped").iterdir()
     assert len(_choices._read(file)) == 9 and "bfloat16 channels_last" in file.read_text()
     assert str(file) in capsys.readouterr().out
+
+
+def test_a_gpus_time_is_taken_on_the_stream_of_the_call(monkeypatch):
+    """Of the tensors' GPU, which need not be the current one."""
+    said = []
+
+    def event(enable_timing):
+        return SimpleNamespace(
+            record=lambda stream=None: said.append(stream), synchronize=lambda: None, elapsed_time=lambda other: 1.5
+        )
+
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"the stream of {device}")
+    scratch = SimpleNamespace(zero_=lambda: None, is_cuda=True, device="cuda:1")
+    assert tuning.milliseconds(lambda: said.append("call"), scratch) == 1.5
+    assert said == ["the stream of cuda:1", "call", "the stream of cuda:1"]
