@@ -257,6 +257,13 @@ def _check(model: object, example_inputs: object, precision: str, impl: str) -> 
         if x.shape[0] != inputs[0].shape[0]:
             shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
             raise UsageError(f"example_inputs must be of one number of images, got shapes {shapes}")
+    devices = {x.device for x in inputs}
+    theirs = {t.device for t in (*model.parameters(), *model.buffers())} or devices
+    if len(devices) > 1 or not devices <= theirs:
+        found, place = (", ".join(sorted(map(str, places))) for places in (devices, theirs))
+        raise UsageError(
+            f"example_inputs must be where the model is, got {found} and a model on {place}: move one of them"
+        )
     if precision not in PRECISIONS:
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     on_gpu = inputs[0].is_cuda

@@ -265,6 +265,11 @@ def test_non_finite_values_come_out_as_pytorch_computes_them():
         ({"example_inputs": (torch.rand(1, 3), 7)}, TypeError, r"a tuple of tensors, got \['Tensor', 'int'\]"),
         ({"example_inputs": ()}, TypeError, "a tuple of tensors, got"),
         ({"example_inputs": torch.rand(3)}, UsageError, r"at least one, got shape \(3,\)"),
+        (
+            {"example_inputs": torch.rand(1, 3, 4, 4, device="meta")},
+            UsageError,
+            "got meta and a model on cpu: move one",
+        ),
         ({"precision": "fp8"}, UsageError, "fp32, tf32, bf16, fp16, got 'fp8'"),
         ({"precision": "fp16"}, UsageError, "no kernels on a CPU"),
         ({"impl": "cuda"}, UsageError, "'auto', 'cpp', 'reference', got 'cuda'"),
