@@ -17,6 +17,7 @@ import math
 import operator
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from tests.cases import BIGGAN_128, LARGE, SAMPLER, SMALL, SPECTRAL, OpCase
 from tests.ops.test_cases import differentiable, error, observe
 
 SECONDS = 450  # no stage starts later; what is left out then is said
+END = 525  # a stage that runs then ends, and keeps the rows that it made
 PARITY = 200  # no case of parity starts later than so many seconds after the first
 HANGS = 200  # seconds after which a case that has not ended counts as one that never would
 TUNING = 90  # seconds for auto's choices
@@ -56,6 +58,14 @@ MEMORY_BOUND = {
 NOISE = 1 << 24  # elements of the sampler's row
 Clock = Callable[[Callable[[], object]], float]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+class OutOfTimeError(BaseException):
+    """Raised by a clock in whatever runs then; no peer's failure, so that none takes it for its own."""
+
+
+def out_of_time(*_: object) -> None:
+    raise OutOfTimeError("the time was over")
 
 
 def tiers(device: str = "cuda:0") -> dict[str, str | None]:
@@ -337,7 +347,11 @@ def sanitized() -> list[str]:
     said = []
     for check in ("memcheck", "racecheck"):
         command = [tool, f"--tool={check}", "--error-exitcode=3", sys.executable, "-c", smallest]
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
+        except subprocess.TimeoutExpired:
+            said.append(f"{check}: no result after {HANGS} seconds")
+            continue
         if done.returncode:
             said.append(f"{check}: {' '.join((done.stdout + done.stderr).split())[-300:]}")
     return said
@@ -385,17 +399,23 @@ def measure(case: OpCase, dtype: torch.dtype, scratch: torch.Tensor) -> Iterator
             yield facts | {"what": "forward", "ms": None, "failed": f"{type(failed).__name__}: {failed}"[:200]}
 
 
+def said(*command: str) -> str:
+    """What a command prints; "unknown" where there is no such program, or it fails: a copy without git's folder, say."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return "unknown" if done.returncode else done.stdout.strip()
+
+
 def environment() -> dict:
     import triton
 
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     return {
-        "gpu": torch.cuda.get_device_name(), "driver": driver.stdout.strip(), "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda,
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__, "triton": triton.__version__, "cudnn": torch.backends.cudnn.version(),
-        "commit": commit.stdout.strip(), "date": datetime.date.today().isoformat(),
+        "commit": said("git", "rev-parse", "HEAD"), "date": datetime.date.today().isoformat(),
     }  # fmt: skip
 
 
@@ -440,9 +460,9 @@ def add_rows(document: dict, rows: Iterator[dict]) -> None:
 
 
 def started(file: Path, about: dict) -> dict:
-    """The document to go on with: what the file holds of the same commit and machine, else an empty one."""
+    """The document to go on with: what the file holds of the same commit, if it is known, and machine, else an empty one."""
     before = json.loads(file.read_text()) if file.exists() else {}
-    same = before and before["environment"] | {"date": about["date"]} == about
+    same = before and before["environment"] | {"date": about["date"]} == about and about["commit"] != "unknown"
     kept = before if same else {"wrong": [], "sanitizer": [], "rows": [], "done": []}
     return {**kept, "environment": about, "left_out": [], "failed": []}
 
@@ -458,7 +478,7 @@ def run(document: dict, stages: Iterable[tuple[str, Callable[[dict], None]]], de
         try:
             stage(document)
             document["done"].append(name)
-        except Exception as error:  # a session on a GPU is rare: what else it can measure is measured
+        except (Exception, OutOfTimeError) as error:  # a session on a GPU is rare: what else it can measure is measured
             document["failed"].append(f"{name}: {type(error).__name__}: {error}"[:300])
         keep(document)
     keep(document)
@@ -473,17 +493,22 @@ def main(folder: Path) -> int:
             print(f"  {case.id:44}" + "".join(f"{floor:9.4f}" for floor in floors))
         return subprocess.run([sys.executable, "-m", "pytest", "-n", "2", "tests/kernels", "tests/cuda"]).returncode
     deadline = time.monotonic() + SECONDS
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.alarm(END)
     torch.backends.cudnn.benchmark = True
     about = environment()
     file = folder / f"{about['gpu'].lower().replace(' ', '-')}.json"
     folder.mkdir(parents=True, exist_ok=True)
 
     def keep(document: dict) -> None:
-        file.write_text(json.dumps(document, indent=1))
-        file.with_suffix(".md").write_text(table(document))
+        for kept, text in ((file, json.dumps(document, indent=1)), (file.with_suffix(".md"), table(document))):
+            partial = kept.with_name(f"{kept.name}.partial")
+            partial.write_text(text)
+            os.replace(partial, kept)
 
     document = started(file, about) | {"tiers": {tier: reason or "runs" for tier, reason in tiers().items()}}
     run(document, stages(torch.empty(256 << 20, dtype=torch.uint8, device="cuda")), deadline, keep)
+    signal.alarm(0)
     print(table(document))
     return 1 if document["wrong"] else 0
 

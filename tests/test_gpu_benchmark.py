@@ -1,6 +1,9 @@
 """What of `make gpu` runs without a GPU: its rows of whole networks, its parity by the CPU's kernels, and how a run goes on."""
 
+import contextlib
 import json
+import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -62,6 +65,30 @@ def test_a_run_goes_on_where_the_last_one_ended(tmp_path):
     assert [row["ms"] for row in later["rows"]] == [2, 2] and later["failed"] == later["left_out"] == []
     assert run(about, 60, layers=rows(3))["rows"] == later["rows"]
     assert run({"commit": "b", "date": "today"}, -1)["rows"] == []
+    for _ in range(2):
+        assert [row["ms"] for row in run({"commit": "unknown", "date": "today"}, 60, layers=rows(4))["rows"]] == [4, 4]
+        assert run({"commit": "unknown", "date": "today"}, -1)["rows"] == []
+
+
+def test_a_stage_that_outlasts_the_time_keeps_its_rows():
+    """Though a peer's failures are caught where it is measured."""
+
+    def endless():
+        yield ROW | {"ms": 1}
+        with contextlib.suppress(Exception):
+            time.sleep(60)
+        yield ROW | {"ms": 2}
+
+    before, kept = signal.signal(signal.SIGALRM, gpu.out_of_time), []
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        stages = [("layers", partial(gpu.add_rows, rows=endless()))]
+        gpu.run(gpu.started(Path("none"), {}), stages, float("inf"), lambda document: kept.append(dict(document)))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert [row["ms"] for row in kept[-1]["rows"]] == [1] and kept[-1]["done"] == []
+    assert kept[-1]["failed"] == ["layers: OutOfTimeError: the time was over"]
 
 
 def test_parity_names_what_differs(monkeypatch):
@@ -74,6 +101,22 @@ def test_parity_names_what_differs(monkeypatch):
     monkeypatch.setattr(gpu.OpCase, "allowed", lambda *_: 0.5)
     assert any(gpu.CASES[small].id in line and "bfloat16" in line for line in gpu.wrong_of(small, "cpu"))
     assert gpu.wrong_of(sampler, "cpu") == [f"cpp: {gpu.CASES[sampler].id}: differs"]
+
+
+def test_what_a_machine_cannot_say_is_unknown():
+    assert gpu.said("echo", "595.1") == "595.1"
+    assert gpu.said("false") == gpu.said("no-such-program") == "unknown"
+
+
+def test_a_sanitizer_that_hangs_is_said(monkeypatch):
+    """It takes no other stage's time."""
+    monkeypatch.setattr(gpu.shutil, "which", lambda tool: sys.executable)
+    monkeypatch.setattr(gpu.subprocess, "run", partial(give_up, gpu.subprocess.TimeoutExpired))
+    assert gpu.sanitized() == [f"{tool}: no result after {gpu.HANGS} seconds" for tool in ("memcheck", "racecheck")]
+
+
+def give_up(error, command, *, timeout, **_):
+    raise error(command, timeout)
 
 
 def test_a_case_that_dies_or_hangs_is_said(monkeypatch):
