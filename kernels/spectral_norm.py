@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -284,15 +285,24 @@ class Plan:
             elements += [(index, chunk) for chunk in range(triton.cdiv(max(rows * columns, rows, columns), CHUNK))]
             self.t, self.parts, self.s = self.t + of_t, self.parts + tiles * of_s, self.s + of_s
         self.count = len(matrices)
-        self.table = torch.tensor(fields, dtype=torch.int32, device=device)
-        self.lines, self.sums, self.vectors, self.elements = (
-            torch.tensor(of, dtype=torch.int32, device=device) for of in (lines, sums, vectors, elements)
+        self.table, self.lines, self.sums, self.elements, self.vectors = _kept(
+            (fields, lines, sums, elements, vectors), device
         )
 
     @staticmethod
-    @functools.lru_cache(maxsize=256)
+    @functools.cache  # a CUDA graph reads its plan as long as it lives
     def of(matrices: tuple[tuple[int, int, int, int], ...], transposed: bool, device: torch.device) -> Plan:
         return Plan(matrices, transposed, device)
+
+
+def _kept(tables: Sequence[list], device: torch.device) -> list[Tensor]:
+    """int32 tensors of the tables, in memory of their own.
+
+    A thread that warms up or records a CUDA graph allocates from the graph's memory, where nothing may stay (torch.compile
+    looks): another one makes them.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return list(thread.map(lambda table: torch.tensor(table, dtype=torch.int32, device=device), tables))
 
 
 def _dense(weight: Tensor, dim: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 
 import pytest
 import torch
@@ -25,6 +26,15 @@ def test_what_is_waited_for_is_what_arrives(v_first):
         assert plan.lines[first_line : first_line + lines].tolist() == [[i, k] for k in range(lines)]
         assert plan.sums[first_sum : first_sum + sums].tolist() == [[i, k] for k in range(sums)]
         assert lines * _spectral.ROWS >= of_t and sums * _spectral.WIDTH >= of_s
+
+
+def test_what_is_kept_lies_outside_of_a_graphs_memory(monkeypatch):
+    """That is the memory of the thread that records; and a graph's plan is not forgotten for others."""
+    made, tensor = [], torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *a, **o: made.append(threading.get_ident()) or tensor(*a, **o))
+    plans = [_spectral.Plan.of(((k, 1, 1, 1),), False, torch.device("cpu")) for k in range(1, 300)]
+    assert len(made) == 5 * len(plans) and threading.get_ident() not in made
+    assert _spectral.Plan.of(((1, 1, 1, 1),), False, torch.device("cpu")) is plans[0]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled")
