@@ -103,7 +103,18 @@ def _why_no_gpu(tier: str, device: str, dtype: torch.dtype | None) -> str | None
         return "the kernels are written for NVIDIA GPUs"
     if (found := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
         return f"the GPU {device} has compute capability {found[0]}.{found[1]}, the kernels need 8.0 (Ampere) or newer"
-    return _build.load_cuda() if tier == "cuda" else None
+    return _build.load_cuda() if tier == "cuda" else _why_no_driver()
+
+
+def _why_no_driver() -> str | None:
+    """What keeps Triton from the GPU's driver, for which it compiles a file of C at its first use on a machine."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:  # no compiler, no Python.h, a library or a driver that does not fit
+        return f"triton cannot use the GPU's driver: {' '.join(str(error).split())}"
+    return None
 
 
 def kernels(name: str) -> ModuleType:

@@ -63,6 +63,11 @@ def test_missing_kernel_is_an_error_when_asked_for():
         ({"is_built": False}, torch.float32, "built without CUDA"),
         ({"is_available": False}, torch.float32, "no CUDA device or driver"),
         ({"get_device_capability": (7, 5)}, torch.float32, "has compute capability 7.5, the kernels need 8.0"),
+        (
+            {"_why_no_driver": "triton cannot use it"},
+            torch.float32,
+            {"triton": "triton cannot use it", "cuda": None},
+        ),
         ({}, torch.float64, "not float64"),
         ({}, torch.bfloat16, None),
     ],
@@ -76,9 +81,10 @@ def test_why_a_tier_cannot_run(tier, found, dtype, reason, monkeypatch):
         "is_available": True,
         "get_device_capability": (9, 0),
         "load_cuda": None,
+        "_why_no_driver": None,
     }
     there |= found
-    owners = (importlib.util, torch.backends.cuda, torch.cuda, torch.cuda, _build)
+    owners = (importlib.util, torch.backends.cuda, torch.cuda, torch.cuda, _build, _dispatch)
     reason = reason[tier] if isinstance(reason, dict) else reason
     for (name, value), owner in zip(there.items(), owners, strict=True):
         monkeypatch.setattr(owner, name, lambda *_, value=value: value)
@@ -88,6 +94,12 @@ def test_why_a_tier_cannot_run(tier, found, dtype, reason, monkeypatch):
     finally:
         _dispatch._why_no_gpu.cache_clear()
     assert said is None if reason is None else reason in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_without_a_driver_or_a_compiler_for_it_says_so():
+    pytest.importorskip("triton", reason="triton is not installed")
+    assert "triton cannot use the GPU's driver: " in (_dispatch._why_no_driver() or "")
 
 
 def test_cpp_on_another_device():
