@@ -88,15 +88,18 @@ def noise(key, start, column, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COUNTER
 
 @triton.jit
 def place(rows, length, WIDE: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr):
-    """The program's rows, where they start (ROWS, 1), its columns (1, 4 * COUNTERS), which of their elements there are, its
-    number along the rows, and the size of all rows."""
-    program = program_id(WIDE)
+    """The program's batch and how many there are, its rows, where they start (ROWS, 1), its columns (1, 4 * COUNTERS), which of
+    their elements there are, its number along the rows, and the size of all rows."""
     tiles = tl.cdiv(rows, ROWS)
+    programs = tiles * tl.cdiv(length, 4 * COUNTERS)  # of a batch
+    batch = program_id(WIDE) // programs
+    program = program_id(WIDE) % programs
     chunk = program // tiles
     row = program % tiles * ROWS + tl.arange(0, ROWS)
     column = chunk * (4 * COUNTERS) + tl.arange(0, 4 * COUNTERS)[None, :]
     size = tl.cast(rows, tl.int64) * length if WIDE else rows * length
-    return row, (row * length)[:, None], column, (row < rows)[:, None] & (column < length), chunk, size
+    inside = (row < rows)[:, None] & (column < length)
+    return batch, tl.num_programs(0) // programs, row, (row * length)[:, None], column, inside, chunk, size
 
 
 @triton.jit
@@ -130,8 +133,7 @@ def sample(
     WIDE: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
     """mu (batch, rows, length), z (batch, samples, rows, length); kl (chunks, batch, rows), parts of the rows' divergence."""
-    batch = tl.program_id(1)
-    row, start, column, inside, chunk, size = place(rows, length, WIDE, ROWS, COUNTERS)
+    batch, batches, row, start, column, inside, chunk, size = place(rows, length, WIDE, ROWS, COUNTERS)
     at = batch * size + start + column
     mean = tl.load(mu + at, inside, 0.0).to(tl.float32)
     log = clamp(tl.load(logvar + at, inside, 0.0).to(tl.float32), low, high)
@@ -145,7 +147,7 @@ def sample(
     if kl is not None:
         term, _, _, _ = divergence(mean, log, prior_mean, prior_logvar, at, inside)
         term = tl.where(inside, tl.where(term < free_bits, free_bits, term), 0.0)
-        tl.store(kl + (chunk * tl.num_programs(1) + batch) * rows + row, tl.sum(term, 1), row < rows)
+        tl.store(kl + (chunk * batches + batch) * rows + row, tl.sum(term, 1), row < rows)
 
 
 @triton.jit
@@ -154,8 +156,7 @@ def sample_backward(
     high, free_bits, beta, rows, length, samples, ALIGNED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     COUNTERS: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(1)
-    row, start, column, inside, _, size = place(rows, length, WIDE, ROWS, COUNTERS)
+    batch, _, row, start, column, inside, _, size = place(rows, length, WIDE, ROWS, COUNTERS)
     at = batch * size + start + column
     mean = tl.load(mu + at, inside, 0.0).to(tl.float32)
     unbounded = tl.load(logvar + at, inside, 0.0).to(tl.float32)
@@ -200,7 +201,7 @@ def _launch(kernel, mu: Tensor, key: Tensor, num_samples: int, by_row: bool, **a
     if arguments.get("kl", False) is True:
         arguments["kl"] = mu.new_empty((chunks, batch, rows), dtype=torch.float32)
     launch(
-        kernel, (triton.cdiv(rows, tile_rows) * chunks, batch), mu, mu=mu, key=key.contiguous(), rows=rows, length=length,
+        kernel, (triton.cdiv(rows, tile_rows) * chunks * batch,), mu, mu=mu, key=key.contiguous(), rows=rows, length=length,
         samples=max(1, num_samples), **arguments, ALIGNED=length % 4 == 0 or rows * max(1, num_samples) == 1,
         WIDE=mu.numel() * max(1, num_samples) >= 2**31 - 2**20, ROWS=tile_rows, COUNTERS=columns // 4,
     )  # fmt: skip

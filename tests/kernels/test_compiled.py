@@ -227,6 +227,15 @@ def sampler_launches(dtype, batch, length, samples, prior):
     return launches
 
 
+def test_a_batch_of_any_size_is_launched():
+    """A GPU takes 65535 programs along any but the first dimension of a grid; vmap makes batches of them."""
+    mu, key = meta(10**5, 2, 3, dtype=FP32), meta(10**5, 2, dtype=torch.int64)
+    with _common.recorded() as launches:
+        kernels("reparameterize").forward(mu, mu, key, None, None, 0, True, None, None, 0.0, 1.0)
+        kernels("reparameterize").backward(mu, None, mu, mu, key, None, None, 0, None, None, 0.0, 1.0)
+    assert [len(grid) for _, grid, *_ in launches] == [1, 1]
+
+
 def spectral_launches(dtype, count, v_first, iterations, divide=True, rows=96):
     weights = [meta(rows, 96, 3, 3, dtype=dtype, channels_last=False)] * count
     us, vs, scalars = [vector(rows)] * count, [vector(864)] * count, [meta(dtype=FP32)] * count
