@@ -71,7 +71,7 @@ class Graphs:
             if key not in self._recorded:
                 while len(self._recorded) >= MOST:
                     self._recorded.popitem(last=False)
-                with _multiplying(self._precision), use_impl(self._impl):
+                with multiplying(self._precision), use_impl(self._impl):
                     self._recorded[key] = self._record(self._call, x)
             self._recorded.move_to_end(key)
             recorded = self._recorded[key]
@@ -104,7 +104,7 @@ def _prepared(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _multiplying(precision: str) -> Iterator[None]:
+def multiplying(precision: str) -> Iterator[None]:
     """float32 is multiplied as "tf32" or, for other precisions, exactly, by PyTorch's kernels and fastgen's."""
     # That of cudnn.rnn too: PyTorch raises an error where it asks for both and they differ.
     switches: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)  # type: ignore[attr-defined]

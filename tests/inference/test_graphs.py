@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastgen
-from fastgen.inference import _graphs
+from fastgen.inference import _graphs, engine
 from fastgen.inference._graphs import Graphs, Recorded
 from fastgen.ops import implementations_used
 from tests.inference.networks import ResnetGenerator
@@ -128,6 +128,28 @@ def test_precision_and_implementation_hold_while_recording():
         graphs(torch.randn(2, 3, 4, 4))
         assert seen == ["tf32" if precision == "tf32" else "ieee"]
     assert implementations_used()["norm_act"]["reference"] > before
+
+
+def test_what_an_engine_is_compared_with_is_exact(monkeypatch):
+    """PyTorch's convolutions may use TF32 on a GPU unless told otherwise; what is recorded is as precise as asked for."""
+    seen = []
+
+    class Sees(nn.Conv2d):
+        def forward(self, x):
+            seen.append((self, torch.backends.cudnn.conv.fp32_precision))
+            return super().forward(x)
+
+    def record_only(call, x):
+        seen.clear()
+        return Recorded(x.clone(), call(x), lambda: None)
+
+    module = Sees(3, 4, 3).eval()
+    monkeypatch.setattr(engine, "Graphs", lambda *arguments: Graphs(*arguments, record_only))
+    made = object.__new__(engine.Engine)
+    made.precision, made._module, made._example = "tf32", module, (torch.randn(2, 3, 8, 8),)
+    made._make_graphs("reference")
+    assert [part.runs for part in made.parts] == ["CUDA graph"]
+    assert [(by is module, precision) for by, precision in seen] == [(False, "tf32"), (True, "ieee")]
 
 
 def test_engine_on_a_gpu():
