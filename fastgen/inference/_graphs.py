@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastgen.inference._record import tensors
 from fastgen.inference.fuse import fuse
 from fastgen.ops import use_impl
 
@@ -23,11 +24,11 @@ class Recorded(NamedTuple):
     """A call that was recorded: it reads `given`, replay() computes it anew, and it leaves its result in `result`."""
 
     given: Tensor
-    result: Tensor
+    result: Any
     replay: Callable[[], None]
 
 
-def record(call: Callable[[Tensor], Tensor], x: Tensor) -> Recorded:
+def record(call: Callable[[Tensor], Any], x: Tensor) -> Recorded:
     """call(x) as a CUDA graph on x's device."""
     with torch.cuda.device(x.device):
         given, graph, stream = x.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -54,7 +55,7 @@ class Graphs:
         module: nn.Module,
         precision: str,
         impl: str,
-        record: Callable[[Callable[[Tensor], Tensor], Tensor], Recorded] = record,
+        record: Callable[[Callable[[Tensor], Any], Tensor], Recorded] = record,
     ) -> None:
         self._dtype, self._precision, self._impl, self._record = DTYPES[precision], precision, impl, record
         self._module = _prepared(module, self._dtype)
@@ -62,8 +63,8 @@ class Graphs:
         self._lock = threading.Lock()
         self._idle: torch.cuda.Event | None = None  # when the last call has left the buffers
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The module's output, float32, for a float32 x."""
+    def __call__(self, x: Tensor) -> Any:
+        """The module's output for a float32 x: a new float32 tensor, or a tuple of such where the module returns several."""
         with self._lock, torch.no_grad():
             if self._idle is not None:
                 torch.cuda.current_stream(x.device).wait_event(self._idle)
@@ -77,12 +78,12 @@ class Graphs:
             recorded = self._recorded[key]
             recorded.given.copy_(x)
             recorded.replay()
-            out = recorded.result.to(torch.float32, copy=True)
+            out = tuple(t.to(torch.float32, copy=True) for t in tensors(recorded.result))
             if x.is_cuda:
                 self._idle = torch.cuda.current_stream(x.device).record_event()
-            return out
+            return out if len(out) > 1 else out[0]
 
-    def _call(self, x: Tensor) -> Tensor:
+    def _call(self, x: Tensor) -> Any:
         x = x.to(self._dtype)
         return self._module(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
 

@@ -72,6 +72,19 @@ def test_results_do_not_share_memory_and_threads_take_turns():
     assert not wrong
 
 
+def test_several_outputs():
+    class Two(nn.Linear):
+        def forward(self, x):
+            return [super().forward(x), x.abs()]
+
+    model, x = Two(3, 2).eval(), torch.randn(4, 3)
+    graphs = Graphs(model, "fp32", "auto", lambda call, x: Recorded(x.clone(), call(x), lambda: None))
+    found = graphs(x)
+    assert isinstance(found, tuple)
+    for ours, theirs in zip(found, model(x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_few_graphs_are_kept(monkeypatch):
     monkeypatch.setattr(_graphs, "MOST", 2)
     recorder = Recorder()
