@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastgen
+from fastgen.errors import FastgenError
 from fastgen.inference import _graphs, engine
 from fastgen.inference._graphs import Graphs, Recorded
 from fastgen.ops import implementations_used
@@ -157,12 +158,37 @@ def test_what_an_engine_is_compared_with_is_exact(monkeypatch):
         return Recorded(x.clone(), call(x), lambda: None)
 
     module = Sees(3, 4, 3).eval()
-    monkeypatch.setattr(engine, "Graphs", lambda *arguments: Graphs(*arguments, record_only))
-    made = object.__new__(engine.Engine)
-    made.precision, made._module, made._example = "tf32", module, (torch.randn(2, 3, 8, 8),)
+    made = engine_of(module, torch.randn(2, 3, 8, 8), "tf32", record_only, monkeypatch)
     made._make_graphs("reference")
     assert [part.runs for part in made.parts] == ["CUDA graph"]
     assert [(by is module, precision) for by, precision in seen] == [(False, "tf32"), (True, "ieee")]
+
+
+def engine_of(module, x, precision, record, monkeypatch):
+    """An Engine as on a GPU, before it has made graphs."""
+    monkeypatch.setattr(engine, "Graphs", lambda *arguments: Graphs(*arguments, record))
+    made = object.__new__(engine.Engine)
+    made.precision, made.plan, made.parts = precision, None, ()
+    made._module, made._example = module, (x,)
+    return made
+
+
+def test_what_no_graph_can_be_made_of_runs_through_pytorch(monkeypatch):
+    """Whatever the model's own code raises where it meets another dtype than its own."""
+
+    class Own(nn.Linear):
+        def forward(self, x):
+            if x.dtype != torch.float32:
+                raise TypeError("of float32 alone")
+            return super().forward(x)
+
+    model, x = Own(3, 2).eval(), torch.randn(2, 3)
+    made = engine_of(model, x, "bf16", Recorder(), monkeypatch)
+    made._make_graphs("auto")
+    assert made.parts == (engine.Part("", "PyTorch", "of float32 alone"),)
+    assert torch.equal(made(x), model(x))
+    with pytest.raises(FastgenError, match="impl='triton' cannot run the whole model: of float32 alone"):
+        engine_of(model, x, "bf16", Recorder(), monkeypatch)._make_graphs("triton")
 
 
 def test_engine_on_a_gpu():
