@@ -65,7 +65,8 @@ class Graphs:
 
     def __call__(self, x: Tensor) -> Any:
         """The module's output for a float32 x: a new float32 tensor, or a tuple of such where the module returns several."""
-        with self._lock, torch.no_grad():
+        # Buffers that inference_mode made could not be written outside of it.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             if self._idle is not None:
                 torch.cuda.current_stream(x.device).wait_event(self._idle)
             key = tuple(x.shape)

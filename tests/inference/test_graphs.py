@@ -73,6 +73,14 @@ def test_results_do_not_share_memory_and_threads_take_turns():
     assert not wrong
 
 
+def test_inference_mode_is_the_callers_affair():
+    model, x = nn.Linear(3, 2).eval(), torch.randn(4, 3)
+    graphs = Graphs(model, "fp32", "auto", Recorder())
+    with torch.inference_mode():
+        within = graphs(x.clone())
+    assert torch.equal(graphs(x), within)
+
+
 def test_several_outputs():
     class Two(nn.Linear):
         def forward(self, x):
