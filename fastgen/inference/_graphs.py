@@ -73,7 +73,8 @@ class Graphs:
             if key not in self._recorded:
                 while len(self._recorded) >= MOST:
                     self._recorded.popitem(last=False)
-                with multiplying(self._precision), use_impl(self._impl):
+                exact = torch.autocast(x.device.type, enabled=False)  # the caller's is no precision of this engine's
+                with multiplying(self._precision), use_impl(self._impl), exact:
                     self._recorded[key] = self._record(self._call, x)
             self._recorded.move_to_end(key)
             recorded = self._recorded[key]

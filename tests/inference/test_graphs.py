@@ -81,6 +81,14 @@ def test_inference_mode_is_the_callers_affair():
     assert torch.equal(graphs(x), within)
 
 
+def test_autocast_is_the_callers_affair():
+    model, x = nn.Linear(30, 20).eval(), torch.randn(4, 30)
+    graphs = Graphs(model, "fp32", "auto", lambda call, x: Recorded(x.clone(), call(x), lambda: None))
+    with torch.autocast("cpu"):
+        found = graphs(x)
+    torch.testing.assert_close(found, model(x))
+
+
 def test_several_outputs():
     class Two(nn.Linear):
         def forward(self, x):
