@@ -144,11 +144,14 @@ def _measured(
                 before = found[question].milliseconds if question in found else {}
                 if before.get("triton", float("inf")) > NEAR * min(before.values(), default=0.0):
                     continue
-                able = [*able, *_candidates.tiles(question)]
             if time.monotonic() > deadline:
                 break
             own = _dispatch.own_kernels(question.device, question.dtype) or "reference"
-            times = _times(question, able, deadline)
+            try:
+                times = _times(question, [*able, *_candidates.tiles(question)] if tiled else able, deadline)
+            except torch.OutOfMemoryError as error:  # of the operands: the others' may fit
+                _log.warning("tune: no memory for %s: %s", question, str(error).partition("\n")[0])
+                continue
             if len(times) < 2:
                 continue
             rule = own if guesses[question] and own in times else "reference"

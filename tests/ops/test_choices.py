@@ -495,6 +495,23 @@ def test_the_gpus_benchmark_tunes_its_layers(monkeypatch, folder, capsys):
     assert str(file) in capsys.readouterr().out
 
 
+def test_what_memory_does_not_suffice_for_is_left_out(monkeypatch, folder, caplog):
+    """The other questions are answered."""
+    operands = tuning._candidates._operands
+
+    def too_large(question):
+        if question.what == "weight_grad":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        return operands(question)
+
+    monkeypatch.setattr(tuning._candidates, "_operands", too_large)
+    monkeypatch.setattr(tuning, "milliseconds", clock(cpp=1.0, reference=2.0))
+    report = fastgen.tune(tiny().generator, torch.randn(3, 8))
+    assert report.tuned and all(question.startswith("weight_grad") for question in report.left_out)
+    assert not any(row.question.startswith("weight_grad") for row in report.tuned)
+    assert "tune: no memory for weight_grad conv_transpose2d" in caplog.text
+
+
 def test_a_gpus_time_is_taken_on_the_stream_of_the_call(monkeypatch):
     """Of the tensors' GPU, which need not be the current one."""
     said = []
