@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils import cpp_extension
 
 from benchmarks import gpu
 from fastgen.ops import _dispatch
@@ -74,6 +75,30 @@ def test_parity_names_what_differs(monkeypatch):
     monkeypatch.setattr(gpu.OpCase, "allowed", lambda *_: 0.5)
     assert any(gpu.CASES[small].id in line and "bfloat16" in line for line in gpu.wrong_of(small, "cpu"))
     assert gpu.wrong_of(sampler, "cpu") == [f"cpp: {gpu.CASES[sampler].id}: differs"]
+
+
+def test_the_sanitizer(monkeypatch, tmp_path):
+    """It is found in the toolkit, its process allocates each tensor apart, and one that hangs is said."""
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert gpu.sanitized() == ["compute-sanitizer is not installed: not run"]
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho caching $PYTORCH_NO_CUDA_MEMORY_CACHING; exit 3\n")
+    tool.chmod(0o755)
+    assert gpu.sanitized() == ["memcheck: caching 1", "racecheck: caching 1"]
+    tool.write_text("#!/bin/sh\nwhile :; do :; done\n")
+    monkeypatch.setattr(gpu, "HANGS", 0.1)
+    assert gpu.sanitized() == ["memcheck: no result after 0.1 seconds", "racecheck: no result after 0.1 seconds"]
+
+
+def test_the_smallest_cases(monkeypatch):
+    """By the CPU's kernels."""
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda x: x)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu.OpCase, "call", lambda self, x, call=gpu.OpCase.call, **_: call(self, x, impl="cpp"))
+    monkeypatch.setattr(gpu.ops, "use_impl", lambda _, use=gpu.ops.use_impl: use("cpp"))
+    gpu.smallest()
 
 
 def test_a_case_that_dies_or_hangs_is_said(monkeypatch):
