@@ -83,7 +83,12 @@ def why_not(op: str, impl: str, device: str, dtype: torch.dtype | None = None) -
 
 @functools.cache
 def _why_no_gpu(tier: str, device: str, dtype: torch.dtype | None) -> str | None:
-    """Why a GPU's tier cannot run on a device and a dtype."""
+    """Why a GPU's tier cannot run on a device and a dtype; builds the CUDA kernels where nothing else is in their way."""
+    return why_not_there(tier, device, dtype) or (_build.load_cuda() if tier == "cuda" else None)
+
+
+def why_not_there(tier: str, device: str, dtype: torch.dtype | None) -> str | None:
+    """The same, but for the build."""
     if tier == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if dtype == torch.float64:
@@ -91,7 +96,7 @@ def _why_no_gpu(tier: str, device: str, dtype: torch.dtype | None) -> str | None
     if CUDA_ON_CPU if tier == "cuda" else INTERPRETED:
         if device != "cpu":
             return f"the {tier} kernels run on the CPU here, the input is on {device}"
-        return _build.load_cuda() if tier == "cuda" else None
+        return None
     if not device.startswith("cuda"):
         hint = " (TRITON_INTERPRET=1 runs them on the CPU, slowly)" if tier == "triton" else ""
         return f"{tier} kernels run on a GPU, the input is on {device}{hint}"
@@ -103,7 +108,7 @@ def _why_no_gpu(tier: str, device: str, dtype: torch.dtype | None) -> str | None
         return "the kernels are written for NVIDIA GPUs"
     if (found := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
         return f"the GPU {device} has compute capability {found[0]}.{found[1]}, the kernels need 8.0 (Ampere) or newer"
-    return _build.load_cuda() if tier == "cuda" else None
+    return None
 
 
 def kernels(name: str) -> ModuleType:
@@ -291,9 +296,13 @@ def info() -> str:
         for impl in IMPLEMENTATIONS:
             if impl == "cpp" and impl in written:
                 reason = None if build.path else build.reason
+            elif impl in GPU_TIERS and impl in written:
+                on_cpu = CUDA_ON_CPU if impl == "cuda" else INTERPRETED
+                reason = why_not_there(impl, "cpu" if on_cpu else "cuda", None)
+                if impl == "cuda" and reason is None and not on_cpu and not (cuda := _build.cuda_status()).path:
+                    reason = cuda.reason
             else:
-                on_cpu = impl in ("reference", "cpp") or (CUDA_ON_CPU if impl == "cuda" else INTERPRETED)
-                reason = why_not(op, impl, "cpu" if on_cpu else "cuda")
+                reason = why_not(op, impl, "cpu")
             cells.append("yes" if reason is None else f"no [{notes.setdefault(reason, len(notes) + 1)}]")
         lines.append(f"{op:32}" + "".join(f"{cell:>11}" for cell in cells))
     return "\n".join(lines + [f"[{number}] {reason}" for reason, number in notes.items()])

@@ -108,6 +108,17 @@ def test_unknown_names(monkeypatch):
         ops.norm_act(X, norm="none")
 
 
+def test_info_builds_nothing(monkeypatch):
+    """Nor where there is a GPU for which the CUDA kernels are not built yet."""
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(_build, "load_cuda", lambda: pytest.fail("built"))
+    monkeypatch.setattr(_build, "cuda_status", lambda: _build.Status(False, "not built yet", None, None, None))
+    assert "not built yet" in ops.info()
+
+
 def test_info_names_every_op_and_each_reason():
     text = ops.info()
     for case in CASES:
