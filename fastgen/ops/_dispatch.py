@@ -27,6 +27,7 @@ _WRITTEN: dict[str, tuple[str, ...]] = {}  # op -> the implementations it has
 _override = "auto"  # set by use_impl
 _used: Counter[tuple[str, str]] = Counter()
 _asked = threading.local()  # .tier: of a GPU's, what the call under way asked for; Triton's may be followed by a tile
+_defining = threading.Lock()  # a thread that defines an op of fastgen_cuda: no op can be defined twice
 _log = logging.getLogger("fastgen")
 # Triton's interpreter runs its kernels on the CPU: with TRITON_INTERPRET=1 they take the place of the C++ kernels.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -173,22 +174,18 @@ def _order(op: str, device: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def _cuda_library() -> None:
-    torch.library.define("fastgen_cuda::allow_tf32", "(bool allowed) -> ()")
-
-
-@functools.cache
 def _cuda_op(op: str) -> Callable:
-    schema = str(getattr(torch.ops.fastgen, op).default._schema)
+    schema = "(bool allowed) -> ()" if op == "allow_tf32" else str(getattr(torch.ops.fastgen, op).default._schema)
     torch.library.define(f"fastgen_cuda::{op}", schema[schema.index("(") :])
     return getattr(torch.ops.fastgen_cuda, op).default
 
 
 def _cuda_kernel(op: str) -> Callable:
     """fastgen_cuda::<op>, which has the schema of fastgen::<op>; it multiplies float32 as PyTorch's convolutions do."""
-    _cuda_library()
-    torch.ops.fastgen_cuda.allow_tf32(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
-    return _cuda_op(op)
+    with _defining:
+        allow_tf32, kernel = _cuda_op("allow_tf32"), _cuda_op(op)
+    allow_tf32(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+    return kernel
 
 
 def call(op: str, impl: str, *args):
