@@ -42,6 +42,7 @@ from tests.ops.test_cases import differentiable, error, observe
 SECONDS = 450  # no stage starts later; what is left out then is said
 END = 525  # a stage that runs then ends, and keeps the rows that it made
 PARITY = 200  # no case of parity starts later than so many seconds after the first
+PRECISIONS = ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "tf32"))  # of a convolution's products
 HANGS = 200  # seconds after which a case that has not ended counts as one that never would
 TUNING = 90  # seconds for auto's choices
 BATCHES = (64, 512)
@@ -340,15 +341,18 @@ def networks(clock: Clock, device: str = "cuda", batch: int = 512) -> Iterator[d
 
 def sanitized() -> list[str]:
     """What compute-sanitizer says of the CUDA kernels over the smallest cases: a line for each tool that is not content."""
-    tool = shutil.which("compute-sanitizer")
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{CUDA_HOME}/bin")
     if tool is None:
         return ["compute-sanitizer is not installed: not run"]
+    apart = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else what lies beyond a tensor is mostly another's
     smallest = "from benchmarks import gpu; gpu.smallest()"
     said = []
     for check in ("memcheck", "racecheck"):
         command = [tool, f"--tool={check}", "--error-exitcode=3", sys.executable, "-c", smallest]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
+            done = subprocess.run(command, capture_output=True, text=True, env=apart, timeout=HANGS)
         except subprocess.TimeoutExpired:
             said.append(f"{check}: no result after {HANGS} seconds")
             continue
@@ -358,11 +362,13 @@ def sanitized() -> list[str]:
 
 
 def smallest() -> None:
-    """Runs each op's first case, forward and backward, by the CUDA kernels."""
+    """Runs each op's first case, forward and backward, by the CUDA kernels: by FMA, and by each kind of tensor core."""
     firsts = {case.op: case for case in reversed(CASES)}
-    with ops.use_impl("cuda"):
-        for case in firsts.values():
-            out = case.call({n: t.cuda().requires_grad_() for n, t in case.tensors(torch.float32).items()}, impl="cuda")
+    for case, (dtype, precision) in itertools.product(firsts.values(), PRECISIONS):
+        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+        tensors = {name: t.cuda() for name, t in case.tensors(dtype, channels_last=precision == "tf32").items()}
+        with ops.use_impl("cuda"):
+            out = case.call(differentiable(tensors), impl="cuda")
             sum(t.sum() for t in (out if isinstance(out, tuple) else (out,)) if t.requires_grad).backward()
     torch.cuda.synchronize()
 

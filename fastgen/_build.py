@@ -63,6 +63,7 @@ class Status:
     compiler: str | None
 
 
+Libraries = Callable[[], Iterator[tuple[Path, str]]]
 _lock = threading.Lock()
 _outcomes: dict[str, Status] = {}  # of the first load() and load_cuda() in this process: "native", "cuda"
 _runtime: ModuleType | None = None
@@ -70,7 +71,7 @@ _runtime: ModuleType | None = None
 
 def load() -> str | None:
     """Make the native ops available, once a process; return None, or in one line why they are not."""
-    return _load("native", _open_or_build)
+    return _load("native", lambda: _open_or_build(_libraries, _make))
 
 
 def load_cuda() -> str | None:
@@ -98,10 +99,20 @@ def build(force: bool = False, verbose: bool = False) -> Path:
     Raises FastgenError with the first compiler error.
     """
     with _lock:
-        found = None if force else next(_libraries(), None)
-        path, how = found or (_compile(_key(), _compile_into, True, force, verbose), "just in time")
-        if "native" not in _outcomes or not _outcomes["native"].loaded:
-            _outcomes["native"] = _open(path, how)
+        return _build("native", _libraries, _make, force, verbose)
+
+
+def build_cuda(force: bool = False, verbose: bool = False) -> Path:
+    """The same for the CUDA kernels."""
+    with _lock:
+        return _build("cuda", _cuda_libraries, _make_cuda, force, verbose)
+
+
+def _build(which: str, libraries: Libraries, make: Callable[..., Path], force: bool, verbose: bool) -> Path:
+    found = None if force else next(libraries(), None)
+    path, how = found or (make(asked=True, force=force, verbose=verbose), "just in time")
+    if which not in _outcomes or not _outcomes[which].loaded:
+        _outcomes[which] = _open(path, how)
     return path
 
 
@@ -135,10 +146,7 @@ def load_runtime(build: bool = False) -> ModuleType:
 def _open_or_build_cuda() -> Status:
     if on_cpu := os.environ.get("FASTGEN_CUDA_ON_CPU"):
         return _open(Path(on_cpu), "for the CPU")
-    if obstacle := cuda_obstacle():
-        raise FastgenError(obstacle)
-    ahead = next(PACKAGE.glob(f"_cuda_{cuda_digest()}*.so"), None)
-    return _open(ahead, "ahead of time") if ahead else _open(_compile(_cuda_key(), _compile_cuda_into), "just in time")
+    return _open_or_build(_cuda_libraries, _make_cuda)
 
 
 def cuda_obstacle() -> str | None:
@@ -157,6 +165,8 @@ def cuda_obstacle() -> str | None:
         version = f"is {release}" if release else "says no version"
         wanted = f"PyTorch was built with {torch.version.cuda}: install a toolkit of its major version"
         return f"the CUDA toolkit in {home} {version}, {wanted}"
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.device_count():
+        return "no GPU is here to build the CUDA kernels for, and TORCH_CUDA_ARCH_LIST names none"
     return None
 
 
@@ -164,18 +174,31 @@ def nvcc_release(nvcc: Path | str) -> str | None:
     """Of the CUDA toolkit, "13.0", as its compiler says, or None."""
     import subprocess
 
-    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, errors="replace").stdout
+    try:
+        said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, errors="replace").stdout
+    except OSError:  # found, but no program
+        return None
     found = re.search(r"release (\d+\.\d+)", said)
     return found[1] if found else None
 
 
 def status() -> Status:
     """Where the native ops stand; builds and loads nothing."""
-    if "native" in _outcomes:
-        return _outcomes["native"]
-    if found := next(_libraries(), None):
+    return _status("native", _libraries, _key, lambda: None)
+
+
+def cuda_status() -> Status:
+    """The same for the CUDA kernels."""
+    return _status("cuda", _cuda_libraries, _cuda_key, cuda_obstacle)
+
+
+def _status(which: str, libraries: Libraries, key: Callable[[], str], obstacle: Callable[[], str | None]) -> Status:
+    if which in _outcomes:
+        return _outcomes[which]
+    if found := next(libraries(), None):
         return Status(False, "not loaded yet", *found, compiler())
-    reason = _obstacle() or _remembered_failure(_key()) or "not built yet: built at first use, or by `fastgen build`"
+    reason = obstacle() or _obstacle() or _remembered_failure(key())
+    reason = reason or "not built yet: built at first use, or by `fastgen build`"
     return Status(False, reason, None, None, compiler())
 
 
@@ -268,15 +291,15 @@ def _search_path() -> str:
     return os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
 
 
-def _open_or_build() -> Status:
+def _open_or_build(libraries: Libraries, make: Callable[..., Path]) -> Status:
     damaged = False
-    for path, how in _libraries():
+    for path, how in libraries():
         try:
             return _open(path, how)
         except FastgenError as error:
             logger.warning("%s", error)
             damaged |= how == "just in time"
-    path = _compile(_key(), _compile_into, force=damaged)
+    path = make(force=damaged)
     try:
         return _open(path, "just in time")
     except FastgenError as error:  # a symbol is missing: the next process need not build it to learn that
@@ -301,6 +324,25 @@ def _libraries() -> Iterator[tuple[Path, str]]:
         yield from ((path, "ahead of time") for path in PACKAGE.glob(f"_native_{digest()}*.so"))
         if os.name == "posix" and compiler() is not None:
             yield from ((path, "just in time") for path in cached(f"{_key()}.so"))
+
+
+def _cuda_libraries() -> Iterator[tuple[Path, str]]:
+    """The same for the CUDA kernels; what is built needs no toolkit."""
+    import torch
+
+    if cuda_sources() and torch.version.cuda is not None:
+        yield from ((path, "ahead of time") for path in PACKAGE.glob(f"_cuda_{cuda_digest()}*.so"))
+        yield from ((path, "just in time") for path in cached(f"{_cuda_key()}.so"))
+
+
+def _make(**options: bool) -> Path:
+    return _compile(_key(), _compile_into, **options)
+
+
+def _make_cuda(**options: bool) -> Path:
+    if obstacle := cuda_obstacle():
+        raise FastgenError(obstacle)
+    return _compile(_cuda_key(), _compile_cuda_into, **options)
 
 
 def _obstacle(asked: bool = False) -> str | None:
@@ -348,7 +390,7 @@ def _compile(
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as private, environment():
             try:
                 os.replace(compile_into(private), library)
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:  # ValueError: of TORCH_CUDA_ARCH_LIST
                 if verbose:
                     logger.error("%s", error)
                 reason = _first_error(str(error))
@@ -422,7 +464,8 @@ def _compile_runtime_into(folder: str) -> str:
 
 def _first_error(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return next((line for line in lines if re.search(r"\berror:|undefined reference", line)), lines[-1])
+    telling = (line for line in lines if re.search(r"\berror:|undefined reference|cannot find -l|^nvcc fatal", line))
+    return next(telling, lines[-1])
 
 
 def _key() -> str:

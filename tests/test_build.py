@@ -256,6 +256,7 @@ def test_damaged_library_is_built_again(env, cxx):
 )
 def test_cuda_obstacle(cuda, release, reason, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     if release:
         nvcc = tmp_path / "bin" / "nvcc"
         nvcc.parent.mkdir()
@@ -264,6 +265,52 @@ def test_cuda_obstacle(cuda, release, reason, monkeypatch, tmp_path):
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path) if release else None)
     found = _build.cuda_obstacle()
     assert found == reason or (reason is not None and found.endswith(reason) and "\n" not in found)
+
+
+@pytest.fixture
+def with_cuda(env, tree, tmp_path):
+    """The start of a program that takes PyTorch for one built with CUDA; a toolkit without nvcc's compiler."""
+    (tree / "csrc" / "ops.cpp").write_text(f"{OPS}{KERNEL}")
+    toolkit = tmp_path / "toolkit"
+    for folder in ("bin", "lib64"):
+        (toolkit / folder).mkdir(parents=True)
+    (toolkit / "bin" / "nvcc").write_text("#!/bin/sh\necho release 13.0\n")
+    (toolkit / "bin" / "nvcc").chmod(0o755)
+    env |= {"TORCH_CUDA_ARCH_LIST": "9.0", "LIBRARY_PATH": f"{toolkit}/lib64", "LD_LIBRARY_PATH": f"{toolkit}/lib64"}
+    return f"""import torch
+from fastgen import _build
+from torch.utils import cpp_extension
+torch.version.cuda, cpp_extension.CUDA_HOME = "13.0", "{toolkit}"
+"""
+
+
+def test_cuda_kernels_that_cannot_be_built(env, cxx, with_cuda, tmp_path):
+    """One line says why, `fastgen build` tries again, and what is built needs no toolkit."""
+    load = f"{with_cuda}print(_build.load_cuda())"
+    assert run(load, env | {"TORCH_CUDA_ARCH_LIST": "sm_90"})[0] == ["Unknown CUDA arch (sm_90) or GPU not supported"]
+    none = run(load, {name: value for name, value in env.items() if name != "TORCH_CUDA_ARCH_LIST"})[0]
+    assert none == ["no GPU is here to build the CUDA kernels for, and TORCH_CUDA_ARCH_LIST names none"]
+    assert "cannot find -l" in run(load, env)[0][0]
+    assert run(load, env)[0][0].startswith("an earlier build failed") and compilations(cxx) == 1
+
+    for name in ("c10_cuda", "torch_cuda", "cudart"):
+        library = tmp_path / "toolkit" / "lib64" / f"lib{name}.so"
+        subprocess.run(["c++", "-shared", "-x", "c++", "/dev/null", "-o", library], check=True)
+    out, _ = run(f"{with_cuda}print(_build.cuda_status().reason); print(_build.build_cuda().suffix)", env)
+    assert out[0].startswith("an earlier build failed") and out[1] == ".so" and compilations(cxx) == 2
+    (tmp_path / "toolkit" / "bin" / "nvcc").unlink()
+    out, _ = run(f"{with_cuda}print(_build.cuda_status().how); print(_build.load_cuda())", env)
+    assert out == ["just in time", "None"] and compilations(cxx) == 2
+
+
+def test_what_nvcc_says_first():
+    said = "FAILED: a.cuda.o\nnvcc fatal   : Unsupported gpu architecture 'compute_70'\nninja: build stopped."
+    assert _build._first_error(said) == "nvcc fatal   : Unsupported gpu architecture 'compute_70'"
+
+
+def test_nvcc_that_is_no_program(tmp_path):
+    (tmp_path / "nvcc").touch(0o755)
+    assert _build.nvcc_release(tmp_path / "nvcc") is None
 
 
 def test_environment_is_put_back(monkeypatch):

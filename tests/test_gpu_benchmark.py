@@ -3,7 +3,6 @@
 import contextlib
 import json
 import signal
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils import cpp_extension
 
 from benchmarks import gpu
 from fastgen.ops import _dispatch
@@ -108,15 +108,28 @@ def test_what_a_machine_cannot_say_is_unknown():
     assert gpu.said("false") == gpu.said("no-such-program") == "unknown"
 
 
-def test_a_sanitizer_that_hangs_is_said(monkeypatch):
-    """It takes no other stage's time."""
-    monkeypatch.setattr(gpu.shutil, "which", lambda tool: sys.executable)
-    monkeypatch.setattr(gpu.subprocess, "run", partial(give_up, gpu.subprocess.TimeoutExpired))
-    assert gpu.sanitized() == [f"{tool}: no result after {gpu.HANGS} seconds" for tool in ("memcheck", "racecheck")]
+def test_the_sanitizer(monkeypatch, tmp_path):
+    """It is found in the toolkit, its process allocates each tensor apart, and one that hangs is said."""
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert gpu.sanitized() == ["compute-sanitizer is not installed: not run"]
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho caching $PYTORCH_NO_CUDA_MEMORY_CACHING; exit 3\n")
+    tool.chmod(0o755)
+    assert gpu.sanitized() == ["memcheck: caching 1", "racecheck: caching 1"]
+    tool.write_text("#!/bin/sh\nwhile :; do :; done\n")
+    monkeypatch.setattr(gpu, "HANGS", 0.1)
+    assert gpu.sanitized() == ["memcheck: no result after 0.1 seconds", "racecheck: no result after 0.1 seconds"]
 
 
-def give_up(error, command, *, timeout, **_):
-    raise error(command, timeout)
+def test_the_smallest_cases(monkeypatch):
+    """By the CPU's kernels."""
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda x: x)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu.OpCase, "call", lambda self, x, call=gpu.OpCase.call, **_: call(self, x, impl="cpp"))
+    monkeypatch.setattr(gpu.ops, "use_impl", lambda _, use=gpu.ops.use_impl: use("cpp"))
+    gpu.smallest()
 
 
 def test_a_case_that_dies_or_hangs_is_said(monkeypatch):

@@ -120,6 +120,14 @@ __device__ T* shared_memory() {
 #endif
 }
 
+// Says in the PTX, for tests/cuda/compiled.py, with how many bytes of shared memory a kernel is launched that takes much.
+template <int bytes>
+__device__ void takes_shared_memory() {
+#if defined(__CUDACC__)
+  asm volatile("// shared memory: %0" ::"n"(bytes));
+#endif
+}
+
 // Runs the kernel on the queue's stream. Raises std::runtime_error with CUDA's reason.
 template <class... Parameters, class... Arguments>
 void launch(const Queue& queue, void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes, Arguments... arguments) {

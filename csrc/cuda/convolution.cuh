@@ -291,6 +291,7 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
   using Product = typename Tile::Product;
   constexpr int values = kAccess / sizeof(T), chunks = Tile::chunks, length = Tile::length;
   const int thread = threadIdx.x, warp = thread / kWarp;
+  takes_shared_memory<Tile::bytes>();
   Chunk* const stages = shared_memory<Chunk>();
   float* const sums = shared_memory<float>();  // when the stages are done with
   Row* const rows = reinterpret_cast<Row*>(shared_memory<unsigned char>() + Tile::body);

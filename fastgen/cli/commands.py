@@ -404,9 +404,12 @@ def info() -> None:
 def build() -> None:
     """Compile the native code now instead of at first use."""
     from fastgen import _build
+    from fastgen.ops import _dispatch
 
     print(f"native ops: {_build.build(verbose=True)}")
     print(f"plans: {_build.load_runtime(build=True).__file__}")
+    obstacle = _dispatch.why_not_there("cuda", "cuda", None) or _build.cuda_obstacle()
+    print(f"CUDA kernels: {obstacle or _build.build_cuda(verbose=True)}")
 
 
 def print_evaluation(result: Evaluation) -> None:

@@ -27,6 +27,7 @@ _WRITTEN: dict[str, tuple[str, ...]] = {}  # op -> the implementations it has
 _override = "auto"  # set by use_impl
 _used: Counter[tuple[str, str]] = Counter()
 _asked = threading.local()  # .tier: of a GPU's, what the call under way asked for; Triton's may be followed by a tile
+_defining = threading.Lock()  # a thread that defines an op of fastgen_cuda: no op can be defined twice
 _log = logging.getLogger("fastgen")
 # Triton's interpreter runs its kernels on the CPU: with TRITON_INTERPRET=1 they take the place of the C++ kernels.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -83,7 +84,27 @@ def why_not(op: str, impl: str, device: str, dtype: torch.dtype | None = None) -
 
 @functools.cache
 def _why_no_gpu(tier: str, device: str, dtype: torch.dtype | None) -> str | None:
-    """Why a GPU's tier cannot run on a device and a dtype."""
+    """Why a GPU's tier cannot run on a device and a dtype; builds what it needs where nothing else is in its way."""
+    if reason := why_not_there(tier, device, dtype):
+        return reason
+    if tier == "cuda":
+        return _build.load_cuda()
+    return _why_no_driver() if device.startswith("cuda") else None
+
+
+def _why_no_driver() -> str | None:
+    """What keeps Triton from the GPU's driver, for which it compiles a file of C at its first use on a machine."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:  # no compiler, no Python.h, a library or a driver that does not fit
+        return f"triton cannot use the GPU's driver: {' '.join(str(error).split())}"
+    return None
+
+
+def why_not_there(tier: str, device: str, dtype: torch.dtype | None) -> str | None:
+    """The same, but for the build."""
     if tier == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if dtype == torch.float64:
@@ -91,7 +112,7 @@ def _why_no_gpu(tier: str, device: str, dtype: torch.dtype | None) -> str | None
     if CUDA_ON_CPU if tier == "cuda" else INTERPRETED:
         if device != "cpu":
             return f"the {tier} kernels run on the CPU here, the input is on {device}"
-        return _build.load_cuda() if tier == "cuda" else None
+        return None
     if not device.startswith("cuda"):
         hint = " (TRITON_INTERPRET=1 runs them on the CPU, slowly)" if tier == "triton" else ""
         return f"{tier} kernels run on a GPU, the input is on {device}{hint}"
@@ -103,17 +124,6 @@ def _why_no_gpu(tier: str, device: str, dtype: torch.dtype | None) -> str | None
         return "the kernels are written for NVIDIA GPUs"
     if (found := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
         return f"the GPU {device} has compute capability {found[0]}.{found[1]}, the kernels need 8.0 (Ampere) or newer"
-    return _build.load_cuda() if tier == "cuda" else _why_no_driver()
-
-
-def _why_no_driver() -> str | None:
-    """What keeps Triton from the GPU's driver, for which it compiles a file of C at its first use on a machine."""
-    try:
-        from triton.runtime import driver
-
-        driver.active.get_current_target()
-    except Exception as error:  # no compiler, no Python.h, a library or a driver that does not fit
-        return f"triton cannot use the GPU's driver: {' '.join(str(error).split())}"
     return None
 
 
@@ -179,22 +189,18 @@ def _order(op: str, device: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def _cuda_library() -> None:
-    torch.library.define("fastgen_cuda::allow_tf32", "(bool allowed) -> ()")
-
-
-@functools.cache
 def _cuda_op(op: str) -> Callable:
-    schema = str(getattr(torch.ops.fastgen, op).default._schema)
+    schema = "(bool allowed) -> ()" if op == "allow_tf32" else str(getattr(torch.ops.fastgen, op).default._schema)
     torch.library.define(f"fastgen_cuda::{op}", schema[schema.index("(") :])
     return getattr(torch.ops.fastgen_cuda, op).default
 
 
 def _cuda_kernel(op: str) -> Callable:
     """fastgen_cuda::<op>, which has the schema of fastgen::<op>; it multiplies float32 as PyTorch's convolutions do."""
-    _cuda_library()
-    torch.ops.fastgen_cuda.allow_tf32(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
-    return _cuda_op(op)
+    with _defining:
+        allow_tf32, kernel = _cuda_op("allow_tf32"), _cuda_op(op)
+    allow_tf32(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+    return kernel
 
 
 def call(op: str, impl: str, *args):
@@ -302,9 +308,13 @@ def info() -> str:
         for impl in IMPLEMENTATIONS:
             if impl == "cpp" and impl in written:
                 reason = None if build.path else build.reason
+            elif impl in GPU_TIERS and impl in written:
+                on_cpu = CUDA_ON_CPU if impl == "cuda" else INTERPRETED
+                reason = why_not_there(impl, "cpu" if on_cpu else "cuda", None)
+                if impl == "cuda" and reason is None and not on_cpu and not (cuda := _build.cuda_status()).path:
+                    reason = cuda.reason
             else:
-                on_cpu = impl in ("reference", "cpp") or (CUDA_ON_CPU if impl == "cuda" else INTERPRETED)
-                reason = why_not(op, impl, "cpu" if on_cpu else "cuda")
+                reason = why_not(op, impl, "cpu")
             cells.append("yes" if reason is None else f"no [{notes.setdefault(reason, len(notes) + 1)}]")
         lines.append(f"{op:32}" + "".join(f"{cell:>11}" for cell in cells))
     return "\n".join(lines + [f"[{number}] {reason}" for reason, number in notes.items()])

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from fastgen import _build
 
-ARCHITECTURES = ("80", "90a", "100")
+# And KiB of a multiprocessor's shared memory, of which a block takes 1 more than it asks for.
+ARCHITECTURES = {"80": 164, "90a": 228, "100": 228}
 RECORDED = Path(__file__).with_name("resources.json")
 _FLAGS = (*_build.NVCC_FLAGS, "-Werror", "all-warnings", "-Xptxas", "-v")
 
@@ -26,13 +27,13 @@ def nvcc() -> str | None:
 
 @functools.cache
 def resources(source: Path, architecture: str) -> dict[str, dict[str, int]]:
-    """Each kernel of the file by its name: registers of a thread, bytes of its stack and spills, static shared memory of a
-    block, threads of a block, and how many blocks the registers and threads let one multiprocessor run.
+    """Each kernel of the file by its name: registers of a thread, bytes of its stack and spills, shared memory of a
+    block (where it says so: takes_shared_memory), its threads, and how many blocks these let one multiprocessor run.
 
     Raises RuntimeError with the compiler's words where it fails or warns. The host's part of the file, which is the same for
     all, is compiled with the first of the ARCHITECTURES alone.
     """
-    parts = "-c" if architecture == ARCHITECTURES[0] else "-cubin"
+    parts = "-c" if architecture == next(iter(ARCHITECTURES)) else "-cubin"
     chosen = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     with tempfile.TemporaryDirectory() as folder:
         kept = ("--keep", "--keep-dir", folder)
@@ -49,15 +50,21 @@ def resources(source: Path, architecture: str) -> dict[str, dict[str, int]]:
             int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", block).groups()
         )
         registers = int(re.search(r"Used (\d+) registers", block)[1])
-        shared = re.search(r"(\d+) bytes smem", block)
+        body = ptx.split(f".entry {name}(")[1].split(".entry ")[0]
+        shared = sum(map(int, re.findall(r"(\d+) bytes smem", block) + re.findall(r"// shared memory: (\d+)", body)))
         bound = re.search(rf"\.entry {name}\(.*?\)\s*\.maxntid (\d+)", ptx, re.S)
         threads = int(bound[1]) if bound else 1024
         found[name] = {
             "registers": registers,
             "local": stack + stores + loads,
-            "shared": int(shared[1]) if shared else 0,
+            "shared": shared,
             "threads": threads,
-            "blocks": min(65536 // (-(-registers * 32 // 256) * 256) // (threads // 32), 2048 // threads, 32),
+            "blocks": min(
+                65536 // (-(-registers * 32 // 256) * 256) // (threads // 32),
+                (ARCHITECTURES[architecture] << 10) // (shared + 1024),
+                2048 // threads,
+                32,
+            ),
         }
     names = subprocess.run(["c++filt", *found], capture_output=True, text=True, check=True).stdout.splitlines()
     return dict(sorted(zip(map(_short, names), found.values(), strict=True)))

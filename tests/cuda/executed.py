@@ -70,8 +70,8 @@ def environment() -> dict[str, str]:
         "FASTGEN_IMPL": "cuda",
         # Both, to see what is thrown.
         "LD_PRELOAD": ":".join(map(_file_of_compiler, ("libasan.so", "libstdc++.so"))),
-        # Python's own allocations are not looked at, and it does not free all of them at its end.
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        # Python's own allocations are not looked at, and it does not free all of them at its end. New memory is NaN.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824",
     }
 
 

@@ -40,6 +40,22 @@ __global__ void copies(const int* from, int* to, bool wait) {
   for (int i = 0; i < 4; ++i) to[4 * threadIdx.x + i] = shared[4 * threadIdx.x + i];
 }
 
+__global__ void copies_twice(const int* from, int* to, bool wait) {  // the second copy over what a neighbour reads
+  int* const shared = shared_memory<int>();
+  copy_async(shared + 4 * threadIdx.x, from + 4 * threadIdx.x, true);
+  commit_copies();
+  wait_for_copies<0>();
+  __syncthreads();
+  to[threadIdx.x] = shared[4 * (threadIdx.x ^ 1)];
+  if (wait) __syncthreads();
+  copy_async(shared + 4 * threadIdx.x, from, true);
+  commit_copies();
+  __syncthreads();
+  wait_for_copies<0>();
+}
+
+__global__ void block_after_block(int* data) { data[blockIdx.x + 1] = data[blockIdx.x] + 1; }
+
 __global__ void beyond(int* data, int size) { data[threadIdx.x + size] = 1; }
 
 __global__ void pairs(int* data, int from) { *reinterpret_cast<int64_t*>(data + 2 * threadIdx.x + from) = 1; }
@@ -88,14 +104,22 @@ int main(int, char** arguments) {
     if (fault == "a copy beyond the end")
       launch(queue, copies, dim3(1), 32, 512, more.data() + 160, more.data(), true);
     if (fault == "not aligned") launch(queue, pairs, dim3(1), 32, 0, more.data(), 1);
-    if (fault == "too much shared memory") launch(queue, reverse, dim3(1), 64, 200 << 10, data.data(), true);
+    if (fault == "too much shared memory") launch(queue, reverse, dim3(1), 64, 100 << 10, data.data(), true);
     if (fault == "no wait") {
       std::vector<int> out(128);
       launch(queue, copies, dim3(1), 32, 512, more.data(), out.data(), false);
       check(out[0] == 1, "what was read had not arrived");
     }
+    if (fault == "a copy too early") launch(queue, copies_twice, dim3(1), 32, 512, more.data(), data.data(), false);
+    if (fault == "block after block") {
+      std::vector<int> out(4);
+      launch(queue, block_after_block, dim3(3), 32, 0, out.data());
+      check(out[3] == 3, "blocks run in any order");
+    }
     if (fault == "none") {
       std::vector<int> out(128);
+      launch(queue, copies_twice, dim3(1), 32, 512, more.data(), out.data(), true);
+      check(out[0] == 5 && out[1] == 1, "copies, twice");
       launch(queue, reverse, dim3(1), 64, 256, data.data(), true);
       check(data[0] == 63 && data[63] == 0, "reverse");
       launch(queue, neighbours, dim3(1), 32, 128, data.data(), true);

@@ -18,6 +18,8 @@ FAULTS = {
     "half a barrier": "ended where others of its block wait",
     "half a warp": "wait for ever",
     "no wait": "had not arrived",
+    "a copy too early": "race for byte",
+    "block after block": "in any order",
     "too much shared memory": "not every GPU",
     "beyond the end": "heap-buffer-overflow",
     "a copy beyond the end": "heap-buffer-overflow",

@@ -120,6 +120,37 @@ def test_unknown_names(monkeypatch):
         ops.norm_act(X, norm="none")
 
 
+def test_threads_that_call_first_together():
+    """The ops of the CUDA kernels are defined once: nn.DataParallel's replicas are threads."""
+    code = """
+import sys, threading
+from fastgen import ops
+from fastgen.ops import _dispatch
+sys.setswitchinterval(1e-6)
+start = threading.Barrier(8)
+def call():
+    start.wait()
+    try: _dispatch._cuda_kernel("norm_act")
+    except NotImplementedError: pass  # it has no kernel here
+threads = [threading.Thread(target=call) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
+
+
+def test_info_builds_nothing(monkeypatch):
+    """Nor where there is a GPU for which the CUDA kernels are not built yet."""
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(_build, "load_cuda", lambda: pytest.fail("built"))
+    monkeypatch.setattr(_build, "cuda_status", lambda: _build.Status(False, "not built yet", None, None, None))
+    assert "not built yet" in ops.info()
+
+
 def test_info_names_every_op_and_each_reason():
     text = ops.info()
     for case in CASES:

@@ -1,5 +1,5 @@
 // Runs CUDA kernels on the CPU. The threads of a block are fibres that take turns: one runs until it waits, for a barrier or for its
-// warp. Blocks run one after another.
+// warp. Blocks run one after another, the last one first: what is to come from a block before is not there.
 //
 // The kernels are compiled with -fsanitize=thread, so that their every access calls the functions at the end of this file (that
 // sanitizer's own library is not linked). They look for races in shared memory: two accesses race if different threads make
@@ -172,7 +172,7 @@ void launch(dim3 grid, int threads, int shared_bytes, const std::function<void()
   try {
     for (unsigned z = 0; z < grid.z; ++z)
       for (unsigned y = 0; y < grid.y; ++y)
-        for (unsigned x = 0; x < grid.x; ++x) {
+        for (unsigned x = grid.x; x-- > 0;) {
           memset(state.shared, 0xff, bytes);  // NaN in every type
           ++state.epoch;
           run_block({dim3(0, 0, 0), dim3(x, y, z), dim3(threads)}, threads);
@@ -219,7 +219,7 @@ void sync_warp() {
   });
 }
 
-// A copy arrives when it is waited for: a kernel that does not wait reads what was there before.
+// A copy may arrive at any time from its begin until it is waited for: it is a write at both, and between them the target is NaN.
 extern "C" void __tsan_write16(void*);
 extern "C" void __tsan_read16(void*);
 
@@ -230,6 +230,8 @@ void copy_async(void* to, const void* from, bool valid) {
     __tsan_read16(const_cast<void*>(from));
     memcpy(copy.from, from, sizeof(copy.from));
   }
+  memset(to, 0xff, sizeof(copy.from));
+  __tsan_write16(to);
   block->current->copies.back().push_back(copy);
 }
 
