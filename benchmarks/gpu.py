@@ -31,7 +31,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.test_training import GAN, distance, prepared, stepper
-from benchmarks.traffic import H200, Work, work
+from benchmarks.traffic import H200, Work, as_launched, work
 from fastgen import Engine, nn, ops
 from fastgen.inference.tune import milliseconds as once
 from fastgen.inference.tune import tune_call
@@ -158,6 +158,32 @@ def agrees(case: OpCase, tier: str, device: str) -> bool:
     return all(error(ours.detach(), theirs.detach()) < 1e-4 for theirs, ours in zip(*found, strict=True))
 
 
+def modelled(call: Callable[[], object]) -> float:
+    """Milliseconds that an H200's rates leave to what Triton's kernels launch for a call."""
+    with _dispatch.kernels("_common").recorded() as launches, ops.use_impl("triton"):
+        call()
+    return 1e3 * as_launched(launches, H200)
+
+
+def trained(case: OpCase, inputs: dict[str, torch.Tensor]) -> object:
+    """Forward and backward."""
+    out = case.call(inputs)
+    return torch.autograd.grad(out, [t for t in inputs.values() if t.requires_grad], torch.ones_like(out))
+
+
+def floors() -> None:
+    """Prints what H200's rates leave to each layer, by its shapes and as Triton's kernels are launched; in the interpreter."""
+    print(f"{'bfloat16, milliseconds on an H200':46}{'forward':>20}{'forward + backward':>20}")
+    for case in LARGE:
+        inputs = differentiable(case.tensors(torch.bfloat16, True))
+        cells = ""
+        for backward, call in ((False, case.call), (True, functools.partial(trained, case))):
+            with torch.set_grad_enabled(backward):
+                found = modelled(functools.partial(call, inputs))
+            cells += f"{1e3 * work(case, torch.bfloat16, backward).floor(H200, '16 bits'):10.4f}{found:10.4f}"
+        print(f"  {case.id:44}{cells}")
+
+
 def milliseconds(call, scratch: torch.Tensor, rounds: int = 20) -> float:
     """The median, each round after a write of more than the L2 cache holds."""
     for _ in range(5):
@@ -197,9 +223,9 @@ def tune(device: str = "cuda") -> list[str]:
 
     def call():
         for case in large():
-            inputs = differentiable({name: t.to(device) for name, t in case.tensors(torch.bfloat16, True).items()})
-            out = case.call(inputs)
-            torch.autograd.grad(out, [t for t in inputs.values() if t.requires_grad], torch.ones_like(out))
+            trained(
+                case, differentiable({name: t.to(device) for name, t in case.tensors(torch.bfloat16, True).items()})
+            )
 
     report = tune_call(call, seconds=TUNING, progress=print, folder=_choices.SHIPPED)
     print(report)
@@ -377,6 +403,10 @@ def measure(case: OpCase, dtype: torch.dtype, scratch: torch.Tensor) -> Iterator
     """A layer's rows."""
     tensors = {name: t.cuda() for name, t in case.tensors(dtype, True).items()}
     exact = case.call({n: t.double() for n, t in tensors.items()}, impl="reference")
+    own = differentiable({n: t.clone() for n, t in tensors.items()})
+    with torch.no_grad():
+        launched = {"forward": modelled(functools.partial(case.call, own))}
+    launched["forward + backward"] = modelled(functools.partial(trained, case, own))
     for name, channels_last, call in peers(case):
         inputs = differentiable({n: t.clone() for n, t in tensors.items()})
         if not channels_last:
@@ -400,6 +430,7 @@ def measure(case: OpCase, dtype: torch.dtype, scratch: torch.Tensor) -> Iterator
             for what, run in (("forward", forward), ("forward + backward", both)):
                 floor = 1e3 * work(case, dtype, what != "forward").floor(H200, "16 bits")
                 found = {"what": what, "ms": milliseconds(run, scratch), "floor_ms_h200": floor}
+                found["launched_ms_h200"] = launched[what]
                 yield facts | found | {"error": worst, "correct": worst < TOLERANCE[dtype]}
         except Exception as failed:  # a peer that cannot run is a row that says so
             yield facts | {"what": "forward", "ms": None, "failed": f"{type(failed).__name__}: {failed}"[:200]}
@@ -431,14 +462,16 @@ def table(document: dict) -> str:
         f"{about}. cudnn.benchmark, cold L2 cache, medians. Parity: {'; '.join(document['wrong']) or 'all right'}. "
         f"Tiers: {document['tiers']}. Sanitizer: {'; '.join(document['sanitizer']) or 'nothing found'}. "
         f"Left out for time: {', '.join(document['left_out']) or 'nothing'}. "
-        f"Failed: {'; '.join(document['failed']) or 'nothing'}. Floor: of fastgen's passes on an H200.",
-        "", "| case | batch | precision | pass | peer | ms | floor, ms | right |", "|---" * 8 + "|",
+        f"Failed: {'; '.join(document['failed']) or 'nothing'}. An H200's floor: of fastgen's passes by the shapes, "
+        "and of all that Triton's launches move and multiply.",
+        "", "| case | batch | precision | pass | peer | ms | floor, ms | as launched, ms | right |", "|---" * 9 + "|",
     ]  # fmt: skip
     for row in document["rows"]:
         if row["ms"] is None:
-            end = f"{row['failed']} | | no"
+            end = f"{row['failed']} | | | no"
         else:
-            end = f"{row['ms']:.3f} | {row['floor_ms_h200']:.3f} | {'yes' if row['correct'] else 'no'}"
+            launched = f"{row['launched_ms_h200']:.3f}" if "launched_ms_h200" in row else ""
+            end = f"{row['ms']:.3f} | {row['floor_ms_h200']:.3f} | {launched} | {'yes' if row['correct'] else 'no'}"
         lines.append(f"| {row['case']} | {row['batch']} | {row['dtype'][6:]} | {row['what']} | {row['peer']} | {end} |")
     return "\n".join(lines) + "\n"
 
@@ -492,11 +525,10 @@ def run(document: dict, stages: Iterable[tuple[str, Callable[[dict], None]]], de
 
 def main(folder: Path) -> int:
     if not torch.cuda.is_available():
-        print("no GPU: parity on the GPU and the measurements are skipped; no speed of the GPU's kernels is "
-              "measured yet. Floors on the H200, bfloat16, milliseconds (forward; forward + backward):")  # fmt: skip
-        for case in LARGE:
-            floors = (1e3 * work(case, torch.bfloat16, backward).floor(H200, "16 bits") for backward in (False, True))
-            print(f"  {case.id:44}" + "".join(f"{floor:9.4f}" for floor in floors))
+        print("no GPU: parity on the GPU and the measurements are skipped; no speed of the GPU's kernels is measured "
+              "yet. Floors, each by the shapes and as launched:", flush=True)  # fmt: skip
+        printed = [sys.executable, "-c", "from benchmarks import gpu; gpu.floors()"]
+        subprocess.run(printed, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
         return subprocess.run([sys.executable, "-m", "pytest", "-n", "2", "tests/kernels", "tests/cuda"]).returncode
     deadline = time.monotonic() + SECONDS
     signal.signal(signal.SIGALRM, out_of_time)

@@ -1,8 +1,15 @@
-"""The least time that a call of an op can take on a GPU: its bytes and its operations over the chip's rates."""
+"""The least time that a call of an op can take on a GPU: its bytes and its operations over the chip's rates.
 
+`work` has them by the shapes of the call, `as_launched` by the launches that Triton's kernels make for it.
+"""
+
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tests.cases import OpCase
 
@@ -47,3 +54,35 @@ def work(case: OpCase, dtype: torch.dtype, backward: bool = False) -> Work:
         moved += (5 * out if case.batch_stats else 3 * out) + (2 * out + 2 * inputs if flops else 0)
         flops *= 3
     return Work(moved, flops)
+
+
+def as_launched(launches: Iterable[tuple], chip: Chip) -> float:
+    """Seconds of launches that `fastgen.kernels._common.recorded` wrote down, one after the other."""
+    return sum(of_launch(launch).floor(chip, _kind(launch[2])) for launch in launches)
+
+
+def of_launch(launch: tuple) -> Work:
+    """Every tensor that the kernel is given, once: partial sums, statistics and copies with them; and all products of its
+    tiles, those that a mask hides with them."""
+    kernel, grid, arguments, _ = launch
+    leaves = [t for value in arguments.values() for t in (value if isinstance(value, tuple) else (value,))]
+    tensors = {id(t): t for t in leaves if isinstance(t, Tensor)}
+    return Work(sum(t.numel() * t.itemsize for t in tensors.values()), _products(kernel.__name__, grid, arguments))
+
+
+def _products(name: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> int:
+    if name not in ("convolve", "correlate"):
+        return 0
+    depth, taps = arguments["DEPTH"], arguments["KH"] * arguments["KW"]
+    tile = 2 * arguments["ROWS"] * arguments["COLUMNS"] * depth
+    if name == "correlate":  # the weight's gradient: splits share the pixels
+        return grid[0] * grid[1] * math.ceil(arguments["pixels"] / depth) * tile
+    groups, channels = arguments["GROUPS"], arguments["channels"]
+    phases = grid[1] // groups  # which share the taps
+    flat = phases * math.ceil(math.ceil(taps / phases) * channels / depth)
+    return grid[0] * groups * (flat if arguments["FLAT"] else taps * math.ceil(channels / depth)) * tile
+
+
+def _kind(arguments: dict[str, Any]) -> str:
+    factor = arguments.get("outer", arguments.get("x"))
+    return arguments["PRECISION"] if "PRECISION" in arguments and factor.dtype == torch.float32 else "16 bits"

@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -13,6 +16,7 @@ from torch import nn
 from torch.utils import cpp_extension
 
 from benchmarks import gpu
+from benchmarks.traffic import of_launch
 from fastgen.ops import _dispatch
 
 if _dispatch.INTERPRETED or _dispatch.CUDA_ON_CPU:
@@ -130,6 +134,31 @@ def test_the_smallest_cases(monkeypatch):
     monkeypatch.setattr(gpu.OpCase, "call", lambda self, x, call=gpu.OpCase.call, **_: call(self, x, impl="cpp"))
     monkeypatch.setattr(gpu.ops, "use_impl", lambda _, use=gpu.ops.use_impl: use("cpp"))
     gpu.smallest()
+
+
+def test_work_of_a_launch():
+    """Tiles that fit have the convolution's own products; what is read and written is counted once."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from tests.kernels.test_compiled import convolution
+
+    launch, *_ = convolution(64, 256, 8, 128, 4, torch.bfloat16, training=False)
+    found = of_launch(launch)
+    assert found.flops == 2 * 64 * 16 * 16 * 128 * 256 * 4
+    assert found.bytes == 2 * (64 * 256 * 8 * 8 + 256 * 128 * 16 + 64 * 128 * 16 * 16) + 4 * 4 * 128
+
+
+def test_floors_as_launched():
+    """What is launched takes no less than the shapes say, and not many times as long."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    command = [sys.executable, "-c", "from benchmarks import gpu; gpu.floors()"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True
+    )
+    _, *lines = done.stdout.splitlines()
+    assert len(lines) == len(gpu.LARGE)
+    for line in lines:
+        shape, launched, *both = map(float, line.split()[1:])
+        assert shape <= launched <= 5 * shape and both[0] <= both[1] <= 5 * both[0], line
 
 
 def test_a_case_that_dies_or_hangs_is_said(monkeypatch):
