@@ -11,42 +11,37 @@ GPU it says what it skips and runs the kernels' proofs.
 import copy
 import datetime
 import functools
-import itertools
 import json
 import math
 import operator
 import os
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.gpu_parity import TOLERANCE, parity, tiers
 from benchmarks.test_training import GAN, distance, prepared, stepper
 from benchmarks.traffic import H200, Work, as_launched, work
 from fastgen import Engine, nn, ops
 from fastgen.inference.tune import milliseconds as once
 from fastgen.inference.tune import tune_call
 from fastgen.ops import _choices, _dispatch
-from tests.cases import BIGGAN_128, LARGE, SAMPLER, SMALL, SPECTRAL, OpCase
-from tests.ops.test_cases import differentiable, error, observe
+from tests.cases import BIGGAN_128, LARGE, ON_GPU, OpCase
+from tests.ops.test_cases import differentiable, error
 
 SECONDS = 450  # no stage starts later; what is left out then is said
 END = 525  # a stage that runs then ends, and keeps the rows that it made
-PARITY = 200  # no case of parity starts later than so many seconds after the first
-PRECISIONS = ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "tf32"))  # of a convolution's products
-HANGS = 200  # seconds after which a case that has not ended counts as one that never would
 TUNING = 90  # seconds for auto's choices
+LAYERS = [*LARGE, *ON_GPU]
 BATCHES = (64, 512)
-CASES = (*SMALL, *SAMPLER, *SPECTRAL)  # of parity
 TAIL = OpCase(
     "norm_act", "dcgan64-g2", {"x": (512, 128, 16, 16), "norm_weight": (128,), "norm_bias": (128,)},
     {"training": True, "activation": "relu"},
@@ -58,7 +53,6 @@ MEMORY_BOUND = {
 }
 NOISE = 1 << 24  # elements of the sampler's row
 Clock = Callable[[Callable[[], object]], float]
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 class OutOfTimeError(BaseException):
@@ -67,95 +61,6 @@ class OutOfTimeError(BaseException):
 
 def out_of_time(*_: object) -> None:
     raise OutOfTimeError("the time was over")
-
-
-def tiers(device: str = "cuda:0") -> dict[str, str | None]:
-    """fastgen's two for a GPU, and why each cannot run here, or None."""
-    return {tier: _dispatch.why_not("norm_act", tier, device, torch.float32) for tier in _dispatch.GPU_TIERS}
-
-
-def parity(document: dict) -> None:
-    """What differs from the float64 reference by more than the table allows, and what compute-sanitizer says.
-
-    A case has a process of its own: most of the time is the compiler's, and a kernel that hangs or writes where it may not
-    takes its process with it.
-    """
-    tiers()  # builds the CUDA kernels, once
-    deadline = time.monotonic() + PARITY
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2)) as pool:
-        sanitizer = pool.submit(sanitized)
-        for lines in pool.map(functools.partial(case_apart, deadline=deadline), range(len(CASES))):
-            document["wrong"] += lines
-        document["sanitizer"] += sanitizer.result()
-
-
-def case_apart(index: int, deadline: float) -> list[str]:
-    """What `wrong_of` says, from another process."""
-    name = CASES[index].id
-    if time.monotonic() > deadline:
-        return [f"{name}: not looked at, for want of time"]
-    command = [sys.executable, "-c", f"from benchmarks import gpu; print(*gpu.wrong_of({index}), sep='\\n')"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
-    except subprocess.TimeoutExpired:
-        return [f"{name}: no result after {HANGS} seconds"]
-    if done.returncode:
-        return [f"{name}: {' '.join(done.stderr.split())[-300:]}"]
-    return [line for line in done.stdout.splitlines() if line]
-
-
-def wrong_of(index: int, device: str = "cuda") -> list[str]:
-    """The results of a case that differ, by tier, dtype and layout."""
-    torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
-    case, wrong = CASES[index], []
-    able = [tier for tier, reason in tiers(device).items() if reason is None]
-    if case not in SMALL:
-        for tier in able:
-            try:
-                wrong += [] if agrees(case, tier, device) else [f"{tier}: {case.id}: differs"]
-            except Exception as failed:
-                wrong.append(f"{tier}: {case.id}: {' '.join(str(failed).split())}"[:300])
-        return wrong
-    for dtype, channels_last in itertools.product(TOLERANCE, (False, True)):
-        tensors = case.tensors(dtype, channels_last)
-        exact_inputs = {name: t.double() for name, t in tensors.items()}
-        upstream = torch.ones_like(case.call({n: t.clone() for n, t in exact_inputs.items()}, impl="reference"))
-        exact = observe(case, exact_inputs, upstream, "reference")
-
-        def on_gpu(impl, tensors=tensors, upstream=upstream):
-            with ops.use_impl(impl):
-                return observe(case, {n: t.to(device) for n, t in tensors.items()}, upstream.to(device), impl)
-
-        theirs = on_gpu("reference")
-        for tier in able:
-            what = f"{tier}: {case.id} {dtype} channels_last={channels_last}"
-            try:
-                ours = on_gpu(tier)
-            except Exception as failed:  # a kernel that does not run is wrong, and the others are of interest
-                wrong.append(f"{what}: {' '.join(str(failed).split())}"[:300])
-                continue
-            for name in exact:
-                if name == "grad of bias" and case.batch_stats:
-                    continue
-                allowed = case.allowed(error(theirs[name].cpu(), exact[name]), dtype, name)
-                if not error(ours[name].cpu(), exact[name]) <= allowed:
-                    wrong.append(f"{what}: {name}")
-    return wrong
-
-
-def agrees(case: OpCase, tier: str, device: str) -> bool:
-    """Whether a sampler's or a spectral norm's results and gradients are the reference's, of the same key, in float32."""
-    found = []
-    for impl in ("reference", tier):
-        torch.manual_seed(0)  # the CPU's for the inputs, the GPU's for the key
-        tensors = {name: t.to(device).requires_grad_() for name, t in case.tensors(torch.float32).items()}
-        with ops.use_impl(impl):
-            outs = case.call(tensors, impl=impl)
-            outs = [t for t in (outs if isinstance(outs, tuple) else (outs,)) if t.requires_grad]
-            leaves = list(tensors.values())
-            grads = torch.autograd.grad(outs, leaves, [torch.ones_like(t) for t in outs], allow_unused=True)
-        found.append([t for t in (*outs, *grads) if t is not None])
-    return all(error(ours.detach(), theirs.detach()) < 1e-4 for theirs, ours in zip(*found, strict=True))
 
 
 def modelled(call: Callable[[], object]) -> float:
@@ -174,7 +79,7 @@ def trained(case: OpCase, inputs: dict[str, torch.Tensor]) -> object:
 def floors() -> None:
     """Prints what H200's rates leave to each layer, by its shapes and as Triton's kernels are launched; in the interpreter."""
     print(f"{'bfloat16, milliseconds on an H200':46}{'forward':>20}{'forward + backward':>20}")
-    for case in LARGE:
+    for case in LAYERS:
         inputs = differentiable(case.tensors(torch.bfloat16, True))
         cells = ""
         for backward, call in ((False, case.call), (True, functools.partial(trained, case))):
@@ -208,7 +113,7 @@ def large() -> list[OpCase]:
     """The layers that are measured, at each batch size; those of one image as they are."""
     cases = []
     for batch in BATCHES:
-        for case in LARGE:
+        for case in LAYERS:
             n, *size = case.shapes["x"]
             if n > 1 or batch == BATCHES[0]:
                 cases.append(replace(case, shapes=case.shapes | {"x": (1 if n == 1 else batch, *size)}))
@@ -363,40 +268,6 @@ def networks(clock: Clock, device: str = "cuda", batch: int = 512) -> Iterator[d
                 "floor_ms_h200": 1e3 * Work(size, 0).floor(H200, "16 bits"),
             }
         yield facts | {"peer": name} | found | {"error": worst, "correct": worst < 3e-2}
-
-
-def sanitized() -> list[str]:
-    """What compute-sanitizer says of the CUDA kernels over the smallest cases: a line for each tool that is not content."""
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{CUDA_HOME}/bin")
-    if tool is None:
-        return ["compute-sanitizer is not installed: not run"]
-    apart = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else what lies beyond a tensor is mostly another's
-    smallest = "from benchmarks import gpu; gpu.smallest()"
-    said = []
-    for check in ("memcheck", "racecheck"):
-        command = [tool, f"--tool={check}", "--error-exitcode=3", sys.executable, "-c", smallest]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, env=apart, timeout=HANGS)
-        except subprocess.TimeoutExpired:
-            said.append(f"{check}: no result after {HANGS} seconds")
-            continue
-        if done.returncode:
-            said.append(f"{check}: {' '.join((done.stdout + done.stderr).split())[-300:]}")
-    return said
-
-
-def smallest() -> None:
-    """Runs each op's first case, forward and backward, by the CUDA kernels: by FMA, and by each kind of tensor core."""
-    firsts = {case.op: case for case in reversed(CASES)}
-    for case, (dtype, precision) in itertools.product(firsts.values(), PRECISIONS):
-        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
-        tensors = {name: t.cuda() for name, t in case.tensors(dtype, channels_last=precision == "tf32").items()}
-        with ops.use_impl("cuda"):
-            out = case.call(differentiable(tensors), impl="cuda")
-            sum(t.sum() for t in (out if isinstance(out, tuple) else (out,)) if t.requires_grad).backward()
-    torch.cuda.synchronize()
 
 
 def measure(case: OpCase, dtype: torch.dtype, scratch: torch.Tensor) -> Iterator[dict]:

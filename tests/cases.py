@@ -258,3 +258,9 @@ BIGGAN_128 = [
 ]
 SMALL = [case for case in CASES if not case.bench]
 LARGE = [case for case in CASES if case.bench]
+# Measured on a GPU alone: layers of DCGAN-128 that DCGAN-64 has not, and one as large as BigGAN's.
+ON_GPU = [
+    _conv("dcgan128-g1", (64, 1024, 4, 4), (1024, 512, 4, 4), **_DCGAN),
+    _conv("dcgan128-last", (64, 64, 64, 64), (64, 3, 4, 4), norm="none", activation="tanh", stride=2, padding=1, bench=True),
+    _conv("biggan-like-up", (64, 768, 16, 16), (768, 384, 4, 4), **_DCGAN),
+]  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import cpp_extension
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_parity
 from benchmarks.traffic import of_launch
 from fastgen.ops import _dispatch
 
@@ -97,14 +97,14 @@ def test_a_stage_that_outlasts_the_time_keeps_its_rows():
 
 def test_parity_names_what_differs(monkeypatch):
     """On the CPU, by the kernels for it: nothing differs, and what does is said."""
-    monkeypatch.setattr(gpu, "tiers", lambda device: {"cpp": None, "cuda": "no GPU"})
-    small = gpu.CASES.index(next(case for case in gpu.SMALL if case.op == "norm_act"))
-    sampler = gpu.CASES.index(gpu.SPECTRAL[0])
-    assert gpu.wrong_of(small, "cpu") == gpu.wrong_of(sampler, "cpu") == []
-    monkeypatch.setattr(gpu, "error", lambda ours, theirs: 1.0)
-    monkeypatch.setattr(gpu.OpCase, "allowed", lambda *_: 0.5)
-    assert any(gpu.CASES[small].id in line and "bfloat16" in line for line in gpu.wrong_of(small, "cpu"))
-    assert gpu.wrong_of(sampler, "cpu") == [f"cpp: {gpu.CASES[sampler].id}: differs"]
+    monkeypatch.setattr(gpu_parity, "tiers", lambda device: {"cpp": None, "cuda": "no GPU"})
+    small = gpu_parity.CASES.index(next(case for case in gpu_parity.SMALL if case.op == "norm_act"))
+    sampler = gpu_parity.CASES.index(gpu_parity.SPECTRAL[0])
+    assert gpu_parity.wrong_of(small, "cpu") == gpu_parity.wrong_of(sampler, "cpu") == []
+    monkeypatch.setattr(gpu_parity, "error", lambda ours, theirs: 1.0)
+    monkeypatch.setattr(gpu_parity.OpCase, "allowed", lambda *_: 0.5)
+    assert any(gpu_parity.CASES[small].id in line and "bfloat16" in line for line in gpu_parity.wrong_of(small, "cpu"))
+    assert gpu_parity.wrong_of(sampler, "cpu") == [f"cpp: {gpu_parity.CASES[sampler].id}: differs"]
 
 
 def test_what_a_machine_cannot_say_is_unknown():
@@ -116,24 +116,26 @@ def test_the_sanitizer(monkeypatch, tmp_path):
     """It is found in the toolkit, its process allocates each tensor apart, and one that hangs is said."""
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "/nowhere")
-    assert gpu.sanitized() == ["compute-sanitizer is not installed: not run"]
+    assert gpu_parity.sanitized() == ["compute-sanitizer is not installed: not run"]
     tool = tmp_path / "bin" / "compute-sanitizer"
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\necho caching $PYTORCH_NO_CUDA_MEMORY_CACHING; exit 3\n")
     tool.chmod(0o755)
-    assert gpu.sanitized() == ["memcheck: caching 1", "racecheck: caching 1"]
+    assert gpu_parity.sanitized() == ["memcheck: caching 1", "racecheck: caching 1"]
     tool.write_text("#!/bin/sh\nwhile :; do :; done\n")
-    monkeypatch.setattr(gpu, "HANGS", 0.1)
-    assert gpu.sanitized() == ["memcheck: no result after 0.1 seconds", "racecheck: no result after 0.1 seconds"]
+    monkeypatch.setattr(gpu_parity, "HANGS", 0.1)
+    assert gpu_parity.sanitized() == ["memcheck: no result after 0.1 seconds", "racecheck: no result after 0.1 seconds"]
 
 
 def test_the_smallest_cases(monkeypatch):
     """By the CPU's kernels."""
     monkeypatch.setattr(torch.Tensor, "cuda", lambda x: x)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(gpu.OpCase, "call", lambda self, x, call=gpu.OpCase.call, **_: call(self, x, impl="cpp"))
-    monkeypatch.setattr(gpu.ops, "use_impl", lambda _, use=gpu.ops.use_impl: use("cpp"))
-    gpu.smallest()
+    monkeypatch.setattr(
+        gpu_parity.OpCase, "call", lambda self, x, call=gpu_parity.OpCase.call, **_: call(self, x, impl="cpp")
+    )
+    monkeypatch.setattr(gpu_parity.ops, "use_impl", lambda _, use=gpu_parity.ops.use_impl: use("cpp"))
+    gpu_parity.smallest()
 
 
 def test_work_of_a_launch():
@@ -155,7 +157,7 @@ def test_floors_as_launched():
         command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True
     )
     _, *lines = done.stdout.splitlines()
-    assert len(lines) == len(gpu.LARGE)
+    assert len(lines) == len(gpu.LAYERS)
     for line in lines:
         shape, launched, *both = map(float, line.split()[1:])
         assert shape <= launched <= 5 * shape and both[0] <= both[1] <= 5 * both[0], line
@@ -163,9 +165,9 @@ def test_floors_as_launched():
 
 def test_a_case_that_dies_or_hangs_is_said(monkeypatch):
     late = float("inf")
-    monkeypatch.setattr(gpu, "HANGS", 0.01)
-    assert gpu.case_apart(0, late) == [f"{gpu.CASES[0].id}: no result after 0.01 seconds"]
-    monkeypatch.setattr(gpu, "HANGS", 60)
-    monkeypatch.setattr(gpu.sys, "executable", "false")
-    assert gpu.case_apart(0, late) == [f"{gpu.CASES[0].id}: "]
-    assert gpu.case_apart(0, 0.0) == [f"{gpu.CASES[0].id}: not looked at, for want of time"]
+    monkeypatch.setattr(gpu_parity, "HANGS", 0.01)
+    assert gpu_parity.case_apart(0, late) == [f"{gpu_parity.CASES[0].id}: no result after 0.01 seconds"]
+    monkeypatch.setattr(gpu_parity, "HANGS", 60)
+    monkeypatch.setattr(gpu_parity.sys, "executable", "false")
+    assert gpu_parity.case_apart(0, late) == [f"{gpu_parity.CASES[0].id}: "]
+    assert gpu_parity.case_apart(0, 0.0) == [f"{gpu_parity.CASES[0].id}: not looked at, for want of time"]

@@ -485,7 +485,7 @@ def test_nothing_to_choose():
 def test_the_gpus_benchmark_tunes_its_layers(monkeypatch, folder, capsys):
     from benchmarks import gpu
 
-    monkeypatch.setattr(gpu, "LARGE", [OWN, replace(THEIRS, shapes=THEIRS.shapes | {"x": (1, 4, 5, 6)})])
+    monkeypatch.setattr(gpu, "LAYERS", [OWN, replace(THEIRS, shapes=THEIRS.shapes | {"x": (1, 4, 5, 6)})])
     monkeypatch.setattr(gpu, "BATCHES", (2, 3))
     monkeypatch.setattr(tuning, "milliseconds", clock(cpp=1.0, reference=2.0))
     assert [case.shapes["x"][0] for case in gpu.large()] == [2, 1, 3]
