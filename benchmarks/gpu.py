@@ -77,16 +77,19 @@ def trained(case: OpCase, inputs: dict[str, torch.Tensor]) -> object:
 
 
 def floors() -> None:
-    """Prints what H200's rates leave to each layer, by its shapes and as Triton's kernels are launched; in the interpreter."""
-    print(f"{'bfloat16, milliseconds on an H200':46}{'forward':>20}{'forward + backward':>20}")
+    """Prints what an H200's rates leave to each layer, by its shapes and as Triton's kernels are launched in the interpreter."""
+    print(
+        "| bfloat16, channels_last | forward, floor, ms | as launched | forward + backward, floor | as launched | measured |"
+    )
+    print("|---" * 6 + "|")
     for case in LAYERS:
         inputs = differentiable(case.tensors(torch.bfloat16, True))
-        cells = ""
+        cells = []
         for backward, call in ((False, case.call), (True, functools.partial(trained, case))):
             with torch.set_grad_enabled(backward):
-                found = modelled(functools.partial(call, inputs))
-            cells += f"{1e3 * work(case, torch.bfloat16, backward).floor(H200, '16 bits'):10.4f}{found:10.4f}"
-        print(f"  {case.id:44}{cells}")
+                launched = modelled(functools.partial(call, inputs))
+            cells += [1e3 * work(case, torch.bfloat16, backward).floor(H200, "16 bits"), launched]
+        print(f"| {case.id}, {case.shapes['x'][0]} | {' | '.join(f'{ms:.4f}' for ms in cells)} | not yet |")
 
 
 def milliseconds(call, scratch: torch.Tensor, rounds: int = 20) -> float:
