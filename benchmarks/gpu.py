@@ -77,7 +77,7 @@ def trained(case: OpCase, inputs: dict[str, torch.Tensor]) -> object:
 
 
 def floors() -> None:
-    """Prints what an H200's rates leave to each layer, by its shapes and as Triton's kernels are launched in the interpreter."""
+    """Prints what H200's rates leave to each layer, by its shapes and as Triton's kernels are launched. In the interpreter."""
     print(
         "| bfloat16, channels_last | forward, floor, ms | as launched | forward + backward, floor | as launched | measured |"
     )
