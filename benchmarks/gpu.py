@@ -70,10 +70,17 @@ def modelled(call: Callable[[], object]) -> float:
     return 1e3 * as_launched(launches, H200)
 
 
-def trained(case: OpCase, inputs: dict[str, torch.Tensor]) -> object:
+def trained(call: Callable, inputs: dict[str, torch.Tensor]) -> object:
     """Forward and backward."""
-    out = case.call(inputs)
+    out = call(inputs)
     return torch.autograd.grad(out, [t for t in inputs.values() if t.requires_grad], torch.ones_like(out))
+
+
+def as_modelled(case: OpCase, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
+    """By pass."""
+    with torch.no_grad():
+        forward = modelled(functools.partial(case.call, inputs))
+    return {"forward": forward, "forward + backward": modelled(functools.partial(trained, case.call, inputs))}
 
 
 def floors() -> None:
@@ -85,10 +92,8 @@ def floors() -> None:
     for case in LAYERS:
         inputs = differentiable(case.tensors(torch.bfloat16, True))
         cells = []
-        for backward, call in ((False, case.call), (True, functools.partial(trained, case))):
-            with torch.set_grad_enabled(backward):
-                launched = modelled(functools.partial(call, inputs))
-            cells += [1e3 * work(case, torch.bfloat16, backward).floor(H200, "16 bits"), launched]
+        for what, launched in as_modelled(case, inputs).items():
+            cells += [1e3 * work(case, torch.bfloat16, what != "forward").floor(H200, "16 bits"), launched]
         print(f"| {case.id}, {case.shapes['x'][0]} | {' | '.join(f'{ms:.4f}' for ms in cells)} | not yet |")
 
 
@@ -132,7 +137,8 @@ def tune(device: str = "cuda") -> list[str]:
     def call():
         for case in large():
             trained(
-                case, differentiable({name: t.to(device) for name, t in case.tensors(torch.bfloat16, True).items()})
+                case.call,
+                differentiable({name: t.to(device) for name, t in case.tensors(torch.bfloat16, True).items()}),
             )
 
     report = tune_call(call, seconds=TUNING, progress=print, folder=_choices.SHIPPED)
@@ -277,15 +283,11 @@ def measure(case: OpCase, dtype: torch.dtype, scratch: torch.Tensor) -> Iterator
     """A layer's rows."""
     tensors = {name: t.cuda() for name, t in case.tensors(dtype, True).items()}
     exact = case.call({n: t.double() for n, t in tensors.items()}, impl="reference")
-    own = differentiable({n: t.clone() for n, t in tensors.items()})
-    with torch.no_grad():
-        launched = {"forward": modelled(functools.partial(case.call, own))}
-    launched["forward + backward"] = modelled(functools.partial(trained, case, own))
+    launched = as_modelled(case, differentiable({n: t.clone() for n, t in tensors.items()}))
     for name, channels_last, call in peers(case):
         inputs = differentiable({n: t.clone() for n, t in tensors.items()})
         if not channels_last:
             inputs = differentiable({n: t.detach().contiguous() for n, t in inputs.items()})
-        leaves = [t for t in inputs.values() if t.requires_grad]
         facts = {"case": case.id, "batch": case.shapes["x"][0], "dtype": str(dtype), "peer": name}
         try:
             worst = error(call(inputs).detach(), exact)
@@ -296,10 +298,9 @@ def measure(case: OpCase, dtype: torch.dtype, scratch: torch.Tensor) -> Iterator
                 with torch.no_grad():
                     call(inputs)
 
-            def both(call=call, inputs=inputs, leaves=leaves, tier=tier):
+            def both(call=call, inputs=inputs, tier=tier):
                 with ops.use_impl(tier):
-                    out = call(inputs)
-                    torch.autograd.grad(out, leaves, torch.ones_like(out))
+                    trained(call, inputs)
 
             for what, run in (("forward", forward), ("forward + backward", both)):
                 floor = 1e3 * work(case, dtype, what != "forward").floor(H200, "16 bits")

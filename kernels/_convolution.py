@@ -57,6 +57,12 @@ def phase(
 
 
 @triton.jit
+def mirror(i, size):
+    """The pixel that reflection padding shows at i, less than `size` beyond either border."""
+    return size - 1 - tl.abs(size - 1 - tl.abs(i))
+
+
+@triton.jit
 def convolve(
     x, weight, out, bias, norm_weight, norm_bias, mean, var, means, m2s, counts, eps, slope, samples, channels,
     out_channels, height, width, out_height, out_width, xn, xc, xh, xw, wi, wo, wh, ww, on, oc, oh, ow, row_tiles,
@@ -122,10 +128,8 @@ def convolve(
         h = y[:, None] + a * STEP_H
         w = z[:, None] + b * STEP_W
         if REFLECT:
-            h = tl.abs(h)
-            w = tl.abs(w)
-            h = height - 1 - tl.abs(height - 1 - h)
-            w = width - 1 - tl.abs(width - 1 - w)
+            h = mirror(h, height)
+            w = mirror(w, width)
         seen = valid[:, None] & inside[None, :] & (h >= 0) & (h < height) & (w >= 0) & (w < width)
         pixels = tl.load(from_x[:, None] + h * xh + w * xw + (channel * xc)[None, :], seen, 0.0)
         taps = tl.load(

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from fastgen.kernels import _convolution
 from fastgen.kernels._common import INTERPRETED, in_order, is_channels_last, launch, multiprocessors, power_of_2, wide
+from fastgen.kernels._convolution import mirror
 from fastgen.kernels.norm_act import merge_sums
 from torch import Tensor
 
@@ -75,10 +76,8 @@ def correlate(
         h = (i * SH - PH)[:, None] + a * DH
         w = (j * SW - PW)[:, None] + b * DW
         if REFLECT:
-            h = tl.abs(h)
-            w = tl.abs(w)
-            h = height - 1 - tl.abs(height - 1 - h)
-            w = width - 1 - tl.abs(width - 1 - w)
+            h = mirror(h, height)
+            w = mirror(w, width)
         seen = valid[:, None] & in_columns[None, :] & (h >= 0) & (h < height) & (w >= 0) & (w < width)
         at = (sample * xn + i * xh + j * xw)[None, :]
         left = tl.load(from_inner[:, None] + at, in_rows[:, None] & valid[None, :], 0.0)

@@ -135,9 +135,7 @@ class Engine:
             with multiplying("fp32"):  # the module: by PyTorch's own switches its error may be the larger one
                 self.error = _compare(self._call_graphs, module, example, self.precision)
             self.parts, self._module = (Part("", "CUDA graph"),), None
-        except (
-            Exception
-        ) as error:  # synchronisation, a wrong result, too little memory, what the model's own code raises
+        except Exception as error:  # synchronisation, a wrong result, too little memory, the model's own code
             if impl != "auto":
                 raise FastgenError(f"impl={impl!r} cannot run the whole model: {error}") from error
             self._graphs, reason = None, (str(error) or type(error).__name__).splitlines()[0]
