@@ -20,19 +20,26 @@ inline __attribute__((always_inline)) Words multiply(Words a, uint64_t b) {
 #endif
 }
 
-inline __attribute__((always_inline)) void philox(uint64_t seed, uint64_t offset, Words block, Words* word) {
-  word[0] = block;
-  word[1] = block >> 32;
-  word[2] = offset - Words{};
-  word[3] = (offset >> 32) - Words{};
+// The words of the counters of two vectors, whose chains of products run side by side.
+inline __attribute__((always_inline)) void philox(uint64_t seed, uint64_t offset, const Words (&block)[2], Words (&word)[2][4]) {
+  for (int i = 0; i < 2; ++i) {
+    word[i][0] = block[i];
+    word[i][1] = block[i] >> 32;
+    word[i][2] = offset - Words{};
+    word[i][3] = (offset >> 32) - Words{};
+  }
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const Words a = multiply(word[0], 0xD2511F53), b = multiply(word[2], 0xCD9E8D57);
-    word[0] = (b >> 32) ^ word[1] ^ key0;
-    word[1] = b;
-    word[2] = (a >> 32) ^ word[3] ^ key1;
-    word[3] = a;
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      Words* const w = word[i];
+      const Words a = multiply(w[0], 0xD2511F53), b = multiply(w[2], 0xCD9E8D57);
+      w[0] = (b >> 32) ^ (w[1] ^ key0);
+      w[1] = b;
+      w[2] = (a >> 32) ^ (w[3] ^ key1);
+      w[3] = a;
+    }
     key0 += 0x9E3779B9;
     key1 += 0xBB67AE85;
   }
@@ -46,12 +53,11 @@ inline const float* normals(uint64_t seed, uint64_t offset, uint64_t first, int6
   Words lane;
   for (int64_t i = 0; i < kLanes; ++i) lane[i] = 2 * i;
   for (int64_t at = 0; at < blocks; at += kCounters) {
-    Words even[4], odd[4];
+    Words words[2][4];
     uint32_t word[4][kCounters];
-    philox(seed, offset, (begin + at) + lane, even);
-    philox(seed, offset, (begin + at + 1) + lane, odd);
+    philox(seed, offset, {(begin + at) + lane, (begin + at + 1) + lane}, words);
     for (int i = 0; i < 4; ++i) {
-      const Words both = (even[i] & 0xffffffff) | (odd[i] << 32);  // in the order of the counters
+      const Words both = (words[0][i] & 0xffffffff) | (words[1][i] << 32);  // in the order of the counters
       memcpy(word[i], &both, sizeof(both));
     }
     float* to = out + 4 * at;

@@ -34,30 +34,9 @@ FASTGEN_HD Philox philox(uint64_t seed, uint64_t offset, uint64_t block) {
   return c;
 }
 
-// log of a positive normal number; polynomial of the Cephes library (Moshier, logf.c).
-FASTGEN_HD float log_(float x) {
-  int32_t bits;
-  memcpy(&bits, &x, sizeof(bits));
-  const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // of x / sqrt(1/2)
-  const float m = float_of_bits(bits - (exponent << 23)) - 1.f, e = static_cast<float>(exponent);
-  float p = 7.0376836292e-2f;
-  p = p * m - 1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m - 1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m - 1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m - 2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
-  const float square = m * m;
-  return (m + (p * m * square + e * -2.12194440e-4f - 0.5f * square)) + e * 0.693359375f;
-}
-
 // x, or -x where the highest bit is set.
 FASTGEN_HD float flip_sign(float x, uint32_t bits) {
-  int32_t value;
-  memcpy(&value, &x, sizeof(value));
-  return float_of_bits(value ^ static_cast<int32_t>(bits & 0x80000000u));
+  return float_of_bits(bits_of_float(x) ^ static_cast<int32_t>(bits & 0x80000000u));
 }
 
 struct Normals {
@@ -66,15 +45,22 @@ struct Normals {
 
 // Two normals from two words: radius sqrt(-2 log u), u = (floor(w0 / 2) + 1/2) / 2^31 in float32, angle w1 / 2^32 turns.
 FASTGEN_HD Normals box_muller(uint32_t w0, uint32_t w1) {
-  const float u = (static_cast<float>(static_cast<int32_t>(w0 >> 1)) + 0.5f) * 4.656612873077393e-10f;
-  const float radius = sqrtf(-2.f * log_(u));
-  const uint32_t quarter = (w1 + 0x20000000u) >> 30;  // the nearest multiple of a quarter turn, and what is left: at most pi/4
-  const float x = static_cast<float>(static_cast<int32_t>(w1 - (quarter << 30))) * 1.4629180792671596e-9f, z = x * x;
-  const float sine = ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * x + x;  // Cephes, sinf.c
-  const float cosine = ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - 0.5f * z + 1.f;
-  const bool swap = quarter & 1;
+  const float v = static_cast<float>(static_cast<int32_t>(w0 >> 1)) + 0.5f;  // 2^31 u
+  // u = 2^e (1 + m), sqrt(1/2) <= 1 + m < sqrt(2)
+  const int32_t bits = bits_of_float(v), exponent = (bits - 0x4eb504f3) & static_cast<int32_t>(0xff800000);  // 2^23 e
+  const float m = float_of_bits(bits - exponent) * 4.656612873077393e-10f - 1.f;
+  const float square = m * m;  // p = -2 log(1 + m) / m within 2.7e-8 of it; in pairs: short chains of dependent products
+  const float low = (-6.6668373346e-1f + 5.0004148483e-1f * m) * square + (-2.f + 9.9999976158e-1f * m);
+  const float high = (-2.9904532433e-1f + 2.8733691573e-1f * m) * square + (-3.9913666248e-1f + 3.3124786615e-1f * m);
+  const float p = (-1.7444719374e-1f * (square * square) + high) * (square * square) + low;
+  const float radius = sqrtf(p * m + static_cast<float>(exponent) * -1.6525917e-7f);  // -2 log(2) / 2^23
+  const uint32_t turn = w1 + 0x20000000u;  // two bits: the nearest multiple of a quarter; the others, what is left: at most pi/4
+  const float x = static_cast<float>(static_cast<int32_t>(turn & 0x3fffffff) - 0x20000000) * 1.4629180792671596e-9f, z = x * x;
+  const float sine = ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * (z * x) + x;  // Cephes, sinf.c
+  const float cosine = (((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z - 0.5f) * z + 1.f;
+  const bool swap = static_cast<int32_t>(turn << 1) < 0;
   const float c = swap ? sine : cosine, s = swap ? cosine : sine;
-  return {radius * flip_sign(c, (quarter + 1) << 30), radius * flip_sign(s, quarter << 30)};
+  return {flip_sign(radius, turn + 0x40000000u) * c, flip_sign(radius, turn) * s};
 }
 
 // float64: element 2 block + i. 53 bits of a pair of words make u in (0, 1], 53 of the other the angle.
