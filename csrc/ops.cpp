@@ -13,7 +13,10 @@
 namespace fastgen {
 
 #if defined(FASTGEN_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(fastgen_cuda, CompositeExplicitAutograd, m) { m.impl("allow_tf32", TORCH_BOX(&allow_tf32)); }
+STABLE_TORCH_LIBRARY_IMPL(fastgen_cuda, CompositeExplicitAutograd, m) {
+  m.impl("allow_tf32", TORCH_BOX(&allow_tf32));
+  m.impl("has_code", TORCH_BOX(&has_code));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen_cuda, FASTGEN_CUDA, m) {
 #else

@@ -1,6 +1,18 @@
 #include "cuda/common.cuh"
 
 namespace fastgen::cuda {
+namespace {
+
+__global__ void nothing() {}
+
+}  // namespace
+
+bool has_code() {
+  cudaFuncAttributes found;
+  const bool has = cudaFuncGetAttributes(&found, nothing) == cudaSuccess;
+  cudaGetLastError();  // which no later launch shall find
+  return has;
+}
 
 int multiprocessors() {
   int device = 0, count = 0;

@@ -16,7 +16,8 @@ struct Queue {
   std::function<void*(int64_t bytes)> scratch;  // device memory, 256-byte aligned, valid for all that this call launches
 };
 
-// Of the current device.
+// Of the current device: whether this library was built for it (all files are for the same ones); its multiprocessors.
+bool has_code();
 int multiprocessors();
 
 // mean and (biased) var of x.

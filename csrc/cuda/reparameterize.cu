@@ -2,9 +2,9 @@
 // noise is drawn in registers, from the key on the device (docs/random.md). Sums are float32, in an order that the shape alone
 // decides.
 //
-// A pass sees mu as lines: rows whose divergence is summed, or else a key's elements all together. A thread takes a group, four
-// neighbouring elements of a line: one access, and one counter of Philox. A block has kThreads threads, `lanes` of them side by
-// side along a line: short lines share a block, and a long line has several.
+// A pass sees mu as lines: rows whose divergence is summed, or else a key's elements all together. A thread takes a group,
+// neighbouring elements of a line: one access of 16 bytes, and one counter of Philox or two. A block has kThreads threads, `lanes`
+// of them side by side along a line: short lines share a block, and a long line has several.
 #include <algorithm>
 
 #include "cuda/common.cuh"
@@ -14,7 +14,11 @@ namespace fastgen::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kGroup = 4;
+constexpr int kCounter = 4;  // normals of a counter
+template <class T>
+constexpr int kGroup = 16 / sizeof(T);
+template <class T>
+constexpr int blocks_of(int of_float) { return of_float * kCounter / kGroup<T>; }  // that a multiprocessor holds
 
 struct Cut {
   int64_t lines, length;
@@ -28,15 +32,16 @@ struct Cut {
 template <class T, class... Pointers>
 Cut cut(int64_t lines, int64_t length, int64_t samples, Pointers... pointers) {
   Cut cut{lines, length, 1, 0, false};
-  const int64_t groups = ceil_div(length, kGroup);
+  const int64_t groups = ceil_div(length, kGroup<T>);
   while (cut.deep() > 1 && (1 << cut.lanes_log2) < groups) ++cut.lanes_log2;
   cut.splits = static_cast<int>(ceil_div(groups, 1 << cut.lanes_log2));
-  const bool aligned = ((reinterpret_cast<uintptr_t>(pointers) % (kGroup * sizeof(T)) == 0) && ...);
-  cut.aligned = aligned && (lines * samples == 1 || length % kGroup == 0);
+  const bool aligned = ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+  cut.aligned = aligned && (lines * samples == 1 || length % kGroup<T> == 0);
   return cut;
 }
 
-// The group of a thread: `count` elements from `at` on, of all elements.
+// The group of a thread: `count` elements of N from `at` on, of all elements.
+template <int N>
 struct Group {
   int lane, split;
   int64_t line, at;
@@ -49,37 +54,37 @@ struct Group {
     split = blockIdx.x - tile * cut.splits;
     lane = threadIdx.x & (lanes - 1);
     line = static_cast<int64_t>(tile) * (kThreads >> cut.lanes_log2) + (threadIdx.x >> cut.lanes_log2);
-    const int64_t first = (static_cast<int64_t>(split) * lanes + lane) * kGroup;
+    const int64_t first = (static_cast<int64_t>(split) * lanes + lane) * N;
     at = line * cut.length + first;
-    count = line < cut.lines ? static_cast<int>(max(int64_t{0}, min(cut.length - first, int64_t{kGroup}))) : 0;
-    full = cut.aligned && count == kGroup;
+    count = line < cut.lines ? static_cast<int>(max(int64_t{0}, min(cut.length - first, int64_t{N}))) : 0;
+    full = cut.aligned && count == N;
   }
 };
 
-template <class T>
-__device__ void load_group(const T* from, const Group& group, float (&to)[kGroup]) {
-  if (group.full) return load<kGroup>(from, to);
+template <int N, class T>
+__device__ void load_group(const T* from, const Group<N>& group, float (&to)[N]) {
+  if (group.full) return load<N>(from, to);
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) to[i] = i < group.count ? to_float(from[i]) : 0.f;
+  for (int i = 0; i < N; ++i) to[i] = i < group.count ? to_float(from[i]) : 0.f;
 }
 
-template <class T>
-__device__ void store_group(T* to, const Group& group, const float (&from)[kGroup]) {
-  if (group.full) return store<kGroup>(to, from);
+template <int N, class T>
+__device__ void store_group(T* to, const Group<N>& group, const float (&from)[N]) {
+  if (group.full) return store<N>(to, from);
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i)
+  for (int i = 0; i < N; ++i)
     if (i < group.count) to[i] = from_float<T>(from[i]);
 }
 
 // Elements of a prior that repeats itself after `period`.
-template <class T>
-__device__ void load_periodic(const T* from, int64_t period, const Group& group, float (&to)[kGroup]) {
+template <int N, class T>
+__device__ void load_periodic(const T* from, int64_t period, const Group<N>& group, float (&to)[N]) {
   const bool narrow = (group.at | period) >> 32 == 0;
   int64_t at = group.at;
   if (at >= period) at = narrow ? static_cast<uint32_t>(at) % static_cast<uint32_t>(period) : at % period;
-  if (group.full && period % kGroup == 0) return load<kGroup>(from + at, to);
+  if (group.full && period % N == 0) return load<N>(from + at, to);
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
+  for (int i = 0; i < N; ++i) {
     to[i] = i < group.count ? to_float(from[at]) : 0.f;
     if (++at == period) at = 0;
   }
@@ -106,7 +111,7 @@ struct Key {
 };
 
 // The normals of a counter.
-__device__ void draw(const Key& key, uint64_t counter, float (&out)[kGroup]) {
+__device__ void draw(const Key& key, uint64_t counter, float* out) {
   const Philox words = philox(key.seed, key.offset, counter);
   const Normals even = box_muller(words.word[0], words.word[1]), odd = box_muller(words.word[2], words.word[3]);
   out[0] = even.first;
@@ -115,33 +120,33 @@ __device__ void draw(const Key& key, uint64_t counter, float (&out)[kGroup]) {
   out[3] = odd.second;
 }
 
-// `plain`, here and below, is a constant for the frequent case, which then needs half the registers: every group is one
-// counter's, there is one sample, and the prior is the standard normal.
+// `plain`, here and below, is a constant for the frequent case, which then needs half the registers: every group starts with a
+// counter, there is one sample, and the prior is the standard normal.
 
-// The normals of the key's elements from `element` on: of one counter, or of two where they do not start with one.
-template <bool plain>
-__device__ void noise_of(const Key& key, int64_t element, float (&out)[kGroup]) {
-  const uint64_t counter = static_cast<uint64_t>(element) / kGroup;
-  draw(key, counter, out);
-  const int skip = plain ? 0 : static_cast<int>(element % kGroup);
-  if (!skip) return;
-  float next[kGroup];
-  draw(key, counter + 1, next);
-  const float all[2 * kGroup] = {out[0], out[1], out[2], out[3], next[0], next[1], next[2], next[3]};
+// The normals of the key's elements from `element` on: of one counter more where they do not start with one.
+template <bool plain, int N>
+__device__ void noise_of(const Key& key, int64_t element, float (&out)[N]) {
+  const uint64_t counter = static_cast<uint64_t>(element) / kCounter;
+  float all[N + kCounter];
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) out[i] = skip == 1 ? all[i + 1] : skip == 2 ? all[i + 2] : all[i + 3];
+  for (int i = 0; i < N; i += kCounter) draw(key, counter + i / kCounter, all + i);
+  const int skip = plain ? 0 : static_cast<int>(element % kCounter);
+  if (skip) draw(key, counter + N / kCounter, all + N);
+#pragma unroll
+  for (int i = 0; i < N; ++i) out[i] = skip == 0 ? all[i] : skip == 1 ? all[i + 1] : skip == 2 ? all[i + 2] : all[i + 3];
 }
 
 // mu, logvar as given and as clamped, and exp(logvar / 2) of a group.
 template <class T>
 struct Gaussian {
-  float mu[kGroup], given[kGroup], logvar[kGroup], sd[kGroup];
+  static constexpr int N = kGroup<T>;
+  float mu[N], given[N], logvar[N], sd[N];
 
-  __device__ Gaussian(const Sampler& op, const ReparameterizeTensors& tensors, const Group& group) {
+  __device__ Gaussian(const Sampler& op, const ReparameterizeTensors& tensors, const Group<N>& group) {
     load_group(static_cast<const T*>(tensors.mu) + group.at, group, mu);
     load_group(static_cast<const T*>(tensors.logvar) + group.at, group, given);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
+    for (int i = 0; i < N; ++i) {
       const float raised = given[i] < op.low ? op.low : given[i];  // NaN stays NaN
       logvar[i] = raised > op.high ? op.high : raised;
       sd[i] = exp_(0.5f * logvar[i]);
@@ -165,10 +170,11 @@ struct Divergence {
 
 template <class T, bool plain>
 struct Prior {
+  static constexpr int N = kGroup<T>;
   bool given;
-  float mean[kGroup] = {}, logvar[kGroup] = {};
+  float mean[N] = {}, logvar[N] = {};
 
-  __device__ Prior(const Sampler& op, const ReparameterizeTensors& tensors, const Group& group)
+  __device__ Prior(const Sampler& op, const ReparameterizeTensors& tensors, const Group<N>& group)
       : given(!plain && tensors.prior_mean) {
     if (!given) return;
     load_periodic(static_cast<const T*>(tensors.prior_mean), op.mean_period, group, mean);
@@ -184,19 +190,21 @@ struct Prior {
 // The normals alone. Grid: `Cut::grid`.
 template <bool plain>
 __global__ void __launch_bounds__(kThreads, plain ? 6 : 2) draw_noise(Cut cut, Sampler op, float* out) {
-  const Group group(cut);
+  constexpr int N = kGroup<float>;
+  const Group<N> group(cut);
   if (!group.count) return;
   const Key key(op, cut, group.line);
-  float eps[kGroup];
+  float eps[N];
   noise_of<plain>(key, group.at - key.begin, eps);
   store_group(out + group.at, group, eps);
 }
 
 // z, and where `sums` is not null each block's sum of divergences of a line, (lines, splits), times `scale`. Grid: `Cut::grid`.
 template <class T, bool plain>
-__global__ void __launch_bounds__(kThreads, plain ? 6 : 2) sample(Cut cut, Sampler op, ReparameterizeTensors given, T* z,
+__global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 6 : 2)) sample(Cut cut, Sampler op, ReparameterizeTensors given, T* z,
                                                                   float* sums, float scale) {
-  const Group group(cut);
+  constexpr int N = kGroup<T>;
+  const Group<N> group(cut);
   float sum = 0;
   if (group.count) {
     const Key key(op, cut, group.line);
@@ -204,16 +212,16 @@ __global__ void __launch_bounds__(kThreads, plain ? 6 : 2) sample(Cut cut, Sampl
     T* to = z + group.at + (plain ? 0 : key.begin * (op.samples - 1));
     int64_t element = group.at - key.begin;
     for (int64_t s = 0; s < (plain ? 1 : op.samples); ++s, element += key.size, to += key.size) {
-      float values[kGroup];
+      float values[N];
       noise_of<plain>(key, element, values);
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) values[i] = q.mu[i] + q.sd[i] * values[i];
+      for (int i = 0; i < N; ++i) values[i] = q.mu[i] + q.sd[i] * values[i];
       store_group(to, group, values);
     }
     if (sums) {
       const Prior<T, plain> prior(op, given, group);
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
+      for (int i = 0; i < N; ++i) {
         const float value = prior.divergence(q, i).value;
         if (i < group.count) sum += value < op.least ? op.least : value;
       }
@@ -236,36 +244,37 @@ __global__ void __launch_bounds__(kThreads) add_parts(int64_t lines, int team, i
 
 // The gradients, from those of z and of the divergence; either may be null. Grid: `Cut::grid`.
 template <class T, bool plain>
-__global__ void __launch_bounds__(kThreads, plain ? 5 : 2) differentiate(Cut cut, Sampler op, float beta, const T* grad_z,
+__global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 5 : 2)) differentiate(Cut cut, Sampler op, float beta, const T* grad_z,
                                                                          const float* grad_kl, ReparameterizeTensors given,
                                                                          ReparameterizeGrads grads) {
-  const Group group(cut);
+  constexpr int N = kGroup<T>;
+  const Group<N> group(cut);
   if (!group.count) return;
   const Key key(op, cut, group.line);
   const Gaussian<T> q(op, given, group);
-  float sum[kGroup] = {}, along[kGroup] = {};  // of grad_z over the samples, of grad_z * noise
+  float sum[N] = {}, along[N] = {};  // of grad_z over the samples, of grad_z * noise
   if (grad_z) {
     const T* from = grad_z + group.at + (plain ? 0 : key.begin * (op.samples - 1));
     int64_t element = group.at - key.begin;
     for (int64_t s = 0; s < (plain ? 1 : op.samples); ++s, element += key.size, from += key.size) {
-      float g[kGroup], eps[kGroup];
+      float g[N], eps[N];
       load_group(from, group, g);
       noise_of<plain>(key, element, eps);
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
+      for (int i = 0; i < N; ++i) {
         sum[i] += g[i];
         along[i] += g[i] * eps[i];
       }
     }
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) along[i] *= 0.5f * q.sd[i];
+    for (int i = 0; i < N; ++i) along[i] *= 0.5f * q.sd[i];
   }
   const Prior<T, plain> prior(op, given, group);
   const float of_kl = grad_kl ? beta * grad_kl[group.line] : 0.f;
-  float for_mean[kGroup] = {}, for_prior[kGroup] = {};
+  float for_mean[N] = {}, for_prior[N] = {};
   if (grad_kl) {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
+    for (int i = 0; i < N; ++i) {
       const Divergence d = prior.divergence(q, i);
       const float g = d.value < op.least ? 0.f : of_kl;  // none where free_bits hold
       sum[i] += g * d.slope;
@@ -275,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, plain ? 5 : 2) differentiate(Cut cut
     }
   }
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i)
+  for (int i = 0; i < N; ++i)
     if (q.given[i] < op.low || q.given[i] > op.high) along[i] = 0;  // none through a bound
   store_group(static_cast<T*>(grads.mu) + group.at, group, sum);
   store_group(static_cast<T*>(grads.logvar) + group.at, group, along);
@@ -285,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, plain ? 5 : 2) differentiate(Cut cut
 }
 
 bool is_plain(const Reparameterize& op, const Cut& pass, bool prior) {
-  return op.samples == 1 && !prior && (pass.length % kGroup == 0 || pass.lines == op.keys);
+  return op.samples == 1 && !prior && (pass.length % kCounter == 0 || pass.lines == op.keys);
 }
 
 // `by_row`: lines are rows.

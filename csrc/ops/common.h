@@ -55,6 +55,14 @@ class Execution {
   std::vector<Tensor> scratch_;
   cuda::Queue queue_{};
 };
+
+// Whether this library has code for a device.
+[[maybe_unused]] bool has_code(int64_t device) {
+#if defined(USE_CUDA)
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<torch::stable::accelerator::DeviceIndex>(device));
+#endif
+  return device >= 0 && cuda::has_code();
+}
 #else
 namespace kernels = cpu;
 

@@ -88,8 +88,22 @@ def _why_no_gpu(tier: str, device: str, dtype: torch.dtype | None) -> str | None
     if reason := why_not_there(tier, device, dtype):
         return reason
     if tier == "cuda":
-        return _build.load_cuda()
+        return _build.load_cuda() or (_why_no_code(device) if device.startswith("cuda") else None)
     return _why_no_driver() if device.startswith("cuda") else None
+
+
+def _why_no_code(device: str) -> str | None:
+    """Why the CUDA kernels, which may have been built elsewhere, cannot run on this GPU."""
+    index = torch.device(device).index
+    with _defining:
+        has_code = _cuda_op("has_code")
+    if has_code(torch.cuda.current_device() if index is None else index):
+        return None
+    chip = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    return (
+        f"the CUDA kernels were built for other GPUs than {device}, of compute capability {chip}: "
+        f"build them with TORCH_CUDA_ARCH_LIST={chip} or without it on this machine"
+    )
 
 
 def _why_no_driver() -> str | None:
@@ -188,9 +202,12 @@ def _order(op: str, device: str) -> tuple[str, ...]:
     return tuple(sorted(GPU_TIERS, key=lambda tier: tier != first))
 
 
+_OF_CUDA_ALONE = {"allow_tf32": "(bool allowed) -> ()", "has_code": "(int device) -> bool"}
+
+
 @functools.cache
 def _cuda_op(op: str) -> Callable:
-    schema = "(bool allowed) -> ()" if op == "allow_tf32" else str(getattr(torch.ops.fastgen, op).default._schema)
+    schema = _OF_CUDA_ALONE.get(op) or str(getattr(torch.ops.fastgen, op).default._schema)
     torch.library.define(f"fastgen_cuda::{op}", schema[schema.index("(") :])
     return getattr(torch.ops.fastgen_cuda, op).default
 

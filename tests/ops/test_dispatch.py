@@ -68,6 +68,11 @@ def test_missing_kernel_is_an_error_when_asked_for():
             torch.float32,
             {"triton": "triton cannot use it", "cuda": None},
         ),
+        (
+            {"has_code": False},
+            torch.float32,
+            {"triton": None, "cuda": "for other GPUs than cuda:0, of compute capability 9.0"},
+        ),
         ({}, torch.float64, "not float64"),
         ({}, torch.bfloat16, None),
     ],
@@ -82,8 +87,11 @@ def test_why_a_tier_cannot_run(tier, found, dtype, reason, monkeypatch):
         "get_device_capability": (9, 0),
         "load_cuda": None,
         "_why_no_driver": None,
+        "has_code": True,
     }
     there |= found
+    has_code = there.pop("has_code")
+    monkeypatch.setattr(_dispatch, "_cuda_op", lambda op: {"has_code": lambda index: has_code}[op])
     owners = (importlib.util, torch.backends.cuda, torch.cuda, torch.cuda, _build, _dispatch)
     reason = reason[tier] if isinstance(reason, dict) else reason
     for (name, value), owner in zip(there.items(), owners, strict=True):
