@@ -212,10 +212,10 @@ struct Winograd {
   int64_t tiles_an_image(int64_t first_row, int64_t last_row) const {
     return ceil_div(last_row - first_row, rows.out_step * m) * across();
   }
-  int64_t tiles_at_once(int64_t tiles) const {
-    return expand ? tiles
-                  : std::min(tiles,
-                             std::clamp<int64_t>(kBudget / (points * groups() * size * sizeof(A)) / kPixels, 1, 8) * kPixels);
+  // A few more than the budget, so that these alone do not read all weights.
+  int64_t tiles_at_once(int64_t tiles) const { return expand || tiles <= most_tiles() ? tiles : most_tiles() / 3 * 2; }
+  int64_t most_tiles() const {
+    return std::clamp<int64_t>(kBudget / (points * groups() * size * sizeof(A)) / kPixels, 1, 8) * kPixels / 2 * 3;
   }
   // From point to point. + 1: at a multiple of 4 KiB all points would fall into one set of the cache.
   static constexpr int64_t weight_step(int64_t groups) { return (groups * width + 1) * size; }
@@ -223,7 +223,7 @@ struct Winograd {
   int64_t transform_size(int64_t tiles) const { return points * point_step(tiles); }
   int64_t edge_size() const { return ic + points * size; }
   int64_t scratch_size(int64_t tiles) const {
-    const int64_t at_once = tiles_at_once(tiles);
+    const int64_t at_once = expand ? tiles : std::min(tiles, most_tiles());  // of any band with so many or fewer
     return transform_size(at_once) + points * (at_once * width + (expand ? weight_step(kGroups) : 0)) + width + edge_size();
   }
   int64_t parts() const { return ceil_div(groups(), kGroups); }
