@@ -6,15 +6,17 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from fastgen import _build
+from fastgen._build import cuda, native, runtime, toolchain
+from fastgen._build.library import Library
 
 
-def native() -> dict:
+def native_code() -> dict:
     """The arguments of setup() that build ahead of time: the ops where torch is, the inference plan where pybind11 is.
 
     An isolated build has neither.
@@ -25,24 +27,17 @@ def native() -> dict:
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
         base = BuildExtension
-        extensions.append(
-            extension(CppExtension, "native", _build.digest(), _build.sources(), _build.CFLAGS, py_limited_api=True)
-        )
-        if _build.cuda_sources() and not _build.cuda_obstacle():
-            of_cuda = {"cxx": list(_build.CUDA_CFLAGS), "nvcc": list(_build.NVCC_FLAGS)}
-            extensions.append(
-                extension(
-                    CUDAExtension, "cuda", _build.cuda_digest(), _build.cuda_sources(), of_cuda, py_limited_api=True
-                )
-            )
+        extensions.append(extension(CppExtension, native.library, native.library.flags, py_limited_api=True))
+        if cuda.library.sources() and not cuda.obstacle():
+            flags = {"cxx": list(cuda.CXX_FLAGS), "nvcc": list(cuda.NVCC_FLAGS)}
+            extensions.append(extension(CUDAExtension, cuda.library, flags, py_limited_api=True))
     except (ImportError, OSError):
         pass
     try:
         import pybind11
 
-        if sources := _build.runtime_sources():
-            flags = _build.RUNTIME_CFLAGS
-            extensions.append(extension(Extension, "runtime", _build.runtime_digest(), sources, flags))
+        if runtime.sources():
+            extensions.append(extension(Extension, runtime, runtime.FLAGS))
             extensions[-1].include_dirs.append(pybind11.get_include())
     except ImportError:
         pass
@@ -55,7 +50,7 @@ def native() -> dict:
                 super().build_extension(extension)
 
         def run(self) -> None:
-            with leaving_out(), _build.environment():
+            with leaving_out(), toolchain.environment():
                 super().run()
 
     if not extensions:
@@ -76,17 +71,12 @@ def leaving_out() -> Iterator[None]:
 
 
 def extension(
-    kind: Callable,
-    name: str,
-    digest: str,
-    sources: list[Path],
-    flags: tuple[str, ...] | dict[str, list[str]],
-    **options,
+    kind: Callable, library: Library | ModuleType, flags: tuple[str, ...] | dict[str, list[str]], **options
 ) -> Extension:
     return kind(
-        f"fastgen._{name}_{digest}",
-        [os.path.relpath(file) for file in sources],
-        include_dirs=[str(_build.CSRC)],
+        f"fastgen._{library.name}_{library.digest()}",
+        [os.path.relpath(file) for file in library.sources()],
+        include_dirs=[str(toolchain.CSRC)],
         extra_compile_args=flags if isinstance(flags, dict) else list(flags),
         language="c++",
         optional=True,  # setuptools installs what there is of them
@@ -103,5 +93,5 @@ setup(
         "fastgen.csrc": ["**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh"],
         "fastgen.ops": ["choices/*.json"],
     },
-    **native(),
+    **native_code(),
 )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from fastgen import _build
+from fastgen._build import cuda, toolchain
 
 ROOT = Path(__file__).parents[1]
 HEADER = "inline float twice(float x) { return 2 * x; }\n"
@@ -38,12 +38,12 @@ COMPILER = """#!/bin/sh
 case "$*" in *ops.cpp*) echo ops.cpp >> "$0.log"; [ ! -f "$0.first" ] || . "$0.first" ;; esac
 exec c++ "$@"
 """
-LOAD = "from fastgen import _build; print(_build.load())"
+LOAD = "from fastgen._build import native; print(native.load())"
 USE = """import torch
-from fastgen import _build
-reason = _build.load()
+from fastgen._build import native
+reason = native.load()
 print(reason or torch.ops.fastgen.twice(torch.ones(2)).tolist())
-print(_build.status().how)
+print(native.status().how)
 """
 WORKS = "[2.0, 2.0]"
 
@@ -116,7 +116,9 @@ def compilations(cxx: Path) -> int:
 
 
 def test_first_use_builds_and_the_next_process_finds_it(env, cxx):
-    assert run("from fastgen import _build; print(_build.status().reason)", env)[0][0].startswith("not built yet")
+    assert run("from fastgen._build import native; print(native.status().reason)", env)[0][0].startswith(
+        "not built yet"
+    )
     assert compilations(cxx) == 0
     out, log = run(USE, env)
     assert out == [WORKS, "just in time"]
@@ -162,14 +164,14 @@ def test_failed_build_is_shown_once_remembered_and_mended(env, cxx):
     assert out[0].startswith("an earlier build failed (`fastgen build` tries again): ops.cpp:1:2: error")
     assert log.count("\n") == 1 and compilations(cxx) == 1
 
-    out, _ = run(f"{LOAD}; print(_build.build(force=True)); print(_build.load())", env)
+    out, _ = run(f"{LOAD}; print(native.build(force=True)); print(native.load())", env)
     assert out[1].endswith(".so") and out[2] == "None"
     assert run(USE, env) == ([WORKS, "just in time"], "")
 
 
 def test_build_raises_the_first_error(env, tree):
     (tree / "csrc" / "ops.cpp").write_text("int f() { return nonsense; }\n")
-    code = f"{LOAD}\nfrom fastgen.errors import FastgenError\ntry: _build.build()\nexcept FastgenError as e: print(e)"
+    code = f"{LOAD}\nfrom fastgen.errors import FastgenError\ntry: native.build()\nexcept FastgenError as e: print(e)"
     out, _ = run(code, env)
     assert len(out) == 2 and out[0] == out[1]
     assert "csrc/ops.cpp:1:18: error:" in out[1] and "nonsense" in out[1]
@@ -195,7 +197,7 @@ def test_without_ninja(env, cxx, bare_python):
 
 
 def test_with_ninja_in_an_environment_that_is_not_active(env, bare_python):
-    ninja = shutil.which("ninja", path=_build._search_path())
+    ninja = shutil.which("ninja", path=toolchain.search_path())
     assert ninja is not None
     (Path(bare_python).parent / "ninja").symlink_to(ninja)
     compilers = Path(bare_python).parent.parent / "compilers"
@@ -220,7 +222,7 @@ def test_unwritable_cache_falls_back_to_a_private_temporary_folder(env, tmp_path
     assert run(USE, env)[0][0] == WORKS
     own = tmp_path / "tmp" / f"fastgen-{os.geteuid()}"
     assert own.stat().st_mode & 0o777 == 0o700
-    out, log = run("from fastgen import _build; _build.load(); print(_build.status().path.parent)", env)
+    out, log = run("from fastgen._build import native; native.load(); print(native.status().path.parent)", env)
     assert out == [str(own)] and log == ""
 
     own.chmod(0o777)  # as a folder is that somebody else laid there for us to load from
@@ -246,7 +248,7 @@ def test_damaged_library_is_built_again(env, cxx):
 
 
 @pytest.mark.parametrize(
-    ("cuda", "release", "reason"),
+    ("built_with", "release", "reason"),
     (
         (None, "13.0", "this PyTorch is built without CUDA"),
         ("13.0", None, "no CUDA toolkit: nvcc is not on PATH and CUDA_HOME is not set"),
@@ -254,8 +256,8 @@ def test_damaged_library_is_built_again(env, cxx):
         ("13.0", "13.2", None),
     ),
 )
-def test_cuda_obstacle(cuda, release, reason, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.version, "cuda", cuda)
+def test_cuda_obstacle(built_with, release, reason, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "cuda", built_with)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     if release:
         nvcc = tmp_path / "bin" / "nvcc"
@@ -263,7 +265,7 @@ def test_cuda_obstacle(cuda, release, reason, monkeypatch, tmp_path):
         nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.1\n")
         nvcc.chmod(0o755)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path) if release else None)
-    found = _build.cuda_obstacle()
+    found = cuda.obstacle()
     assert found == reason or (reason is not None and found.endswith(reason) and "\n" not in found)
 
 
@@ -278,7 +280,7 @@ def with_cuda(env, tree, tmp_path):
     (toolkit / "bin" / "nvcc").chmod(0o755)
     env |= {"TORCH_CUDA_ARCH_LIST": "9.0", "LIBRARY_PATH": f"{toolkit}/lib64", "LD_LIBRARY_PATH": f"{toolkit}/lib64"}
     return f"""import torch
-from fastgen import _build
+from fastgen._build import cuda
 from torch.utils import cpp_extension
 torch.version.cuda, cpp_extension.CUDA_HOME = "13.0", "{toolkit}"
 """
@@ -286,7 +288,7 @@ torch.version.cuda, cpp_extension.CUDA_HOME = "13.0", "{toolkit}"
 
 def test_cuda_kernels_that_cannot_be_built(env, cxx, with_cuda, tmp_path):
     """One line says why, `fastgen build` tries again, and what is built needs no toolkit."""
-    load = f"{with_cuda}print(_build.load_cuda())"
+    load = f"{with_cuda}print(cuda.load())"
     assert run(load, env | {"TORCH_CUDA_ARCH_LIST": "sm_90"})[0] == ["Unknown CUDA arch (sm_90) or GPU not supported"]
     none = run(load, {name: value for name, value in env.items() if name != "TORCH_CUDA_ARCH_LIST"})[0]
     assert none == ["no GPU is here to build the CUDA kernels for, and TORCH_CUDA_ARCH_LIST names none"]
@@ -296,27 +298,27 @@ def test_cuda_kernels_that_cannot_be_built(env, cxx, with_cuda, tmp_path):
     for name in ("c10_cuda", "torch_cuda", "cudart"):
         library = tmp_path / "toolkit" / "lib64" / f"lib{name}.so"
         subprocess.run(["c++", "-shared", "-x", "c++", "/dev/null", "-o", library], check=True)
-    out, _ = run(f"{with_cuda}print(_build.cuda_status().reason); print(_build.build_cuda().suffix)", env)
+    out, _ = run(f"{with_cuda}print(cuda.status().reason); print(cuda.build().suffix)", env)
     assert out[0].startswith("an earlier build failed") and out[1] == ".so" and compilations(cxx) == 2
     (tmp_path / "toolkit" / "bin" / "nvcc").unlink()
-    out, _ = run(f"{with_cuda}print(_build.cuda_status().how); print(_build.load_cuda())", env)
+    out, _ = run(f"{with_cuda}print(cuda.status().how); print(cuda.load())", env)
     assert out == ["just in time", "None"] and compilations(cxx) == 2
 
 
 def test_what_nvcc_says_first():
     said = "FAILED: a.cuda.o\nnvcc fatal   : Unsupported gpu architecture 'compute_70'\nninja: build stopped."
-    assert _build._first_error(said) == "nvcc fatal   : Unsupported gpu architecture 'compute_70'"
+    assert toolchain.first_error(said) == "nvcc fatal   : Unsupported gpu architecture 'compute_70'"
 
 
 def test_nvcc_that_is_no_program(tmp_path):
     (tmp_path / "nvcc").touch(0o755)
-    assert _build.nvcc_release(tmp_path / "nvcc") is None
+    assert cuda.nvcc_release(tmp_path / "nvcc") is None
 
 
 def test_environment_is_put_back(monkeypatch):
     monkeypatch.delenv("MAX_JOBS", raising=False)
     before = dict(os.environ)
-    with _build.environment():
+    with toolchain.environment():
         assert 1 <= int(os.environ["MAX_JOBS"]) <= (os.cpu_count() or 1)
     assert dict(os.environ) == before
 
@@ -350,7 +352,7 @@ def test_pip_install(tree, env, bare_python, editable, isolated):
 
     source = next((package if not editable else tree).glob("csrc/cpu/twice.cpp"))
     source.write_text(f"{KERNEL}// edited\n")
-    out, _ = run("from fastgen import _build; print(_build.status().path)", env, bare_python)
+    out, _ = run("from fastgen._build import native; print(native.status().path)", env, bare_python)
     assert out == ["None"]  # a library of other sources is not used
 
 

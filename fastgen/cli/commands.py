@@ -403,13 +403,13 @@ def info() -> None:
 
 def build() -> None:
     """Compile the native code now instead of at first use."""
-    from fastgen import _build
+    from fastgen._build import cuda, native, runtime
     from fastgen.ops import _dispatch
 
-    print(f"native ops: {_build.build(verbose=True)}")
-    print(f"plans: {_build.load_runtime(build=True).__file__}")
-    obstacle = _dispatch.why_not_there("cuda", "cuda", None) or _build.cuda_obstacle()
-    print(f"CUDA kernels: {obstacle or _build.build_cuda(verbose=True)}")
+    print(f"native ops: {native.build(verbose=True)}")
+    print(f"plans: {runtime.load(build=True).__file__}")
+    obstacle = _dispatch.why_not_there("cuda", "cuda", None) or cuda.obstacle()
+    print(f"CUDA kernels: {obstacle or cuda.build(verbose=True)}")
 
 
 def print_evaluation(result: Evaluation) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastgen import _build
+from fastgen._build import cache
 from fastgen.ops import _dispatch, _memory
 from fastgen.ops._layout import Like
 
@@ -158,7 +158,7 @@ def _read_all(device: str) -> Mapping[str, str]:
     name = None if os.environ.get("FASTGEN_CHOICES") == "0" else chip(device)
     if name is None:
         return {}
-    files = (SHIPPED / f"{name}.json", *_build.cached(f"{FOLDER}/{name}.json"))
+    files = (SHIPPED / f"{name}.json", *cache.cached(f"{FOLDER}/{name}.json"))
     return {question: entry["chosen"] for file in files for question, entry in (_read(file) or {}).items()}
 
 
@@ -199,8 +199,8 @@ def save(name: str, chosen: Mapping[str, tuple[str, Mapping[str, float]]], folde
     folder: where, the user's cache unless given. What the file holds of other questions stays; one that cannot be used is kept
     under another name. Raises FastgenError where it cannot be written.
     """
-    with _build.locked_cache() as cache:
-        folder = folder or cache / FOLDER
+    with cache.locked() as kept:
+        folder = folder or kept / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{name}.json"
         entries = _read(file)

@@ -18,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from fastgen import _build
+from fastgen._build import cuda, native
 from fastgen.errors import FastgenError, UsageError
 from fastgen.ops import _autograd, _memory
 
@@ -79,7 +79,7 @@ def why_not(op: str, impl: str, device: str, dtype: torch.dtype | None = None) -
         return "TRITON_INTERPRET=1 runs the triton kernels on the CPU in their place"
     if CUDA_ON_CPU:
         return "FASTGEN_CUDA_ON_CPU runs the cuda kernels on the CPU in their place"
-    return f"cpp kernels run on the CPU, the input is on {device}" if device != "cpu" else _build.load()
+    return f"cpp kernels run on the CPU, the input is on {device}" if device != "cpu" else native.load()
 
 
 @functools.cache
@@ -88,7 +88,7 @@ def _why_no_gpu(tier: str, device: str, dtype: torch.dtype | None) -> str | None
     if reason := why_not_there(tier, device, dtype):
         return reason
     if tier == "cuda":
-        return _build.load_cuda() or (_why_no_code(device) if device.startswith("cuda") else None)
+        return cuda.load() or (_why_no_code(device) if device.startswith("cuda") else None)
     return _why_no_driver() if device.startswith("cuda") else None
 
 
@@ -309,7 +309,7 @@ def _triton_version() -> str:
 
 def info() -> str:
     """A table op x implementation with the reason for each absence, and what this machine is. Builds nothing."""
-    build = _build.status()
+    build = native.status()
     lines = [
         f"fastgen {_version()}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",
         f"CPU instruction set: {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}",
@@ -328,8 +328,8 @@ def info() -> str:
             elif impl in GPU_TIERS and impl in written:
                 on_cpu = CUDA_ON_CPU if impl == "cuda" else INTERPRETED
                 reason = why_not_there(impl, "cpu" if on_cpu else "cuda", None)
-                if impl == "cuda" and reason is None and not on_cpu and not (cuda := _build.cuda_status()).path:
-                    reason = cuda.reason
+                if impl == "cuda" and reason is None and not on_cpu and not (found := cuda.status()).path:
+                    reason = found.reason
             else:
                 reason = why_not(op, impl, "cpu")
             cells.append("yes" if reason is None else f"no [{notes.setdefault(reason, len(notes) + 1)}]")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastgen import _build
+from fastgen._build import native
 from fastgen.ops import _choices
 from fastgen.ops._layout import Like
 from fastgen.ops._memory import constant, remembered
@@ -202,4 +202,4 @@ torch.library.define("fastgen::multiplies_bf16", "() -> bool")
 
 @constant
 def _multiplies_bf16() -> bool:
-    return _build.load() is None and torch.ops.fastgen.multiplies_bf16()
+    return native.load() is None and torch.ops.fastgen.multiplies_bf16()

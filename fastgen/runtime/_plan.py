@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastgen import _build
+from fastgen._build import runtime
 from fastgen.errors import FastgenError
 
 
@@ -33,7 +33,7 @@ class Plan:
 
     def __init__(self, data: bytes, *, threads: int | None = None) -> None:
         try:
-            self._open(_build.load_runtime().Plan(bytes(data), _checked(threads)))
+            self._open(runtime.load().Plan(bytes(data), _checked(threads)))
         except RuntimeError as error:
             raise PlanError(f"the plan cannot be used: {error}") from None
 
@@ -42,7 +42,7 @@ class Plan:
         """The plan of a file. Raises OSError, and what Plan() raises with the path in front."""
         with open(path, "rb"):  # says why it cannot be opened
             pass
-        native = _build.load_runtime()
+        native = runtime.load()
         plan = cls.__new__(cls)
         try:
             plan._open(native.Plan.load(os.fspath(path), _checked(threads)))

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastgen import _build
+from fastgen._build import native
 
 torch.library.define("fastgen::keep_freed_memory", "(int major, int minor) -> bool")
 
@@ -18,7 +18,7 @@ def keep_freed_memory() -> bool:
     False where the native ops are missing, or were built with another minor version of PyTorch than this one (its
     allocators are no stable interface).
     """
-    if _build.load() is not None:
+    if native.load() is not None:
         return False
     major, minor = torch.__version__.split(".")[:2]
     return torch.ops.fastgen.keep_freed_memory(int(major), int(minor))

@@ -10,7 +10,7 @@ pytest.importorskip("sklearn")
 
 import torch
 
-from fastgen import _build
+from fastgen._build import native
 from fastgen.cli import main
 
 TINY = ["--batch-size", "4", "--nz", "4", "--ngf", "2", "--ndf", "2", "--log-every", "2", "--save-every", "3"]
@@ -60,7 +60,7 @@ def test_evaluate_and_info(run, capsys):
 
 @pytest.mark.parametrize("options", ([], ["--dtype", "bf16", "--no-channels-last", "--no-training", "--device", "cpu"]))
 def test_tune_a_run(run, tmp_path, capsys, monkeypatch, options):
-    assert _build.load() is None  # from the real cache
+    assert native.load() is None  # from the real cache
     monkeypatch.setenv("FASTGEN_CACHE_DIR", str(tmp_path))
     assert main(["tune", str(run), "--batch", "2", *options]) == 0
     output = capsys.readouterr()

@@ -10,12 +10,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from fastgen import _build
+from fastgen._build import cuda, toolchain
 
 # And KiB of a multiprocessor's shared memory, of which a block takes 1 more than it asks for.
 ARCHITECTURES = {"80": 164, "90a": 228, "100": 228}
 RECORDED = Path(__file__).with_name("resources.json")
-_FLAGS = (*_build.NVCC_FLAGS, "-Werror", "all-warnings", "-Xptxas", "-v")
+_FLAGS = (*cuda.NVCC_FLAGS, "-Werror", "all-warnings", "-Xptxas", "-v")
 
 
 def nvcc() -> str | None:
@@ -37,7 +37,7 @@ def resources(source: Path, architecture: str) -> dict[str, dict[str, int]]:
     chosen = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     with tempfile.TemporaryDirectory() as folder:
         kept = ("--keep", "--keep-dir", folder)
-        command = [nvcc(), parts, *_FLAGS, *kept, chosen, f"-I{_build.CSRC}", source, "-o", f"{folder}/object.o"]
+        command = [nvcc(), parts, *_FLAGS, *kept, chosen, f"-I{toolchain.CSRC}", source, "-o", f"{folder}/object.o"]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if done.returncode or "warning" in done.stderr:
             raise RuntimeError(done.stderr or done.stdout)
@@ -79,11 +79,11 @@ def _short(name: str) -> str:
 def main() -> None:
     found = {
         architecture: {
-            source.stem: resources(source, architecture) for source in _build.cuda_sources() if source.suffix == ".cu"
+            source.stem: resources(source, architecture) for source in cuda.library.sources() if source.suffix == ".cu"
         }
         for architecture in ARCHITECTURES
     }
-    text = json.dumps({"nvcc": _build.nvcc_release(nvcc()), **found}, indent=1)
+    text = json.dumps({"nvcc": cuda.nvcc_release(nvcc()), **found}, indent=1)
     RECORDED.write_text(re.sub(r"\n {4,}|\n {3}(?=\})", "", text).replace(',"', ', "') + "\n")  # a kernel a line
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from fastgen import _build
+from fastgen._build import cuda, toolchain
 
 SHIM = Path(__file__).parent / "shim"
-FLAGS = ("-O1", "-std=c++20", "-fPIC", "-DFASTGEN_CUDA=CPU", _build.STABLE_ABI, "-Wall", "-Wno-unknown-pragmas")
+FLAGS = ("-O1", "-std=c++20", "-fPIC", "-DFASTGEN_CUDA=CPU", toolchain.STABLE_ABI, "-Wall", "-Wno-unknown-pragmas")
 # Every access of the kernels calls the shim, which looks for races in shared memory, and asks the address sanitizer, whose
 # library knows what is allocated, whether it is in bounds.
 CHECKED = ("-fsanitize=thread,alignment", "-fsanitize-undefined-trap-on-error")
@@ -21,40 +21,42 @@ CHECKED = ("-fsanitize=thread,alignment", "-fsanitize-undefined-trap-on-error")
 
 def library() -> Path:
     """The library of all CUDA kernels, built once."""
-    key = hashlib.sha256(repr((_build.cuda_digest(), FLAGS, CHECKED, _build.compiler(), torch.__version__)).encode())
+    key = hashlib.sha256(
+        repr((cuda.library.digest(), FLAGS, CHECKED, toolchain.compiler(), torch.__version__)).encode()
+    )
     for file in sorted(SHIM.iterdir()):
         key.update(file.read_bytes())
-    return _build._compile(f"executed-{key.hexdigest()[:16]}", _compile_into, asked=True)
+    return toolchain.make(f"executed-{key.hexdigest()[:16]}", _compile_into, asked=True)
 
 
 def _compile_into(folder: str) -> str:
     torch_folders = cpp_extension.include_paths()
-    include = [f"-I{path}" for path in (SHIM, _build.CSRC, *torch_folders)]
+    include = [f"-I{path}" for path in (SHIM, toolchain.CSRC, *torch_folders)]
 
     def compile_(source: Path) -> str:
         target = f"{folder}/{source.parent.name}-{source.stem}.o"
         checked = CHECKED if source.suffix == ".cu" else ()
-        command = [*_build._compiler_command(), *FLAGS, *checked, *include, "-x", "c++", "-c", source, "-o", target]
+        command = [*toolchain.compiler_command(), *FLAGS, *checked, *include, "-x", "c++", "-c", source, "-o", target]
         _run(command)
         return target
 
-    sources = [*_build.cuda_sources(), SHIM / "shim.cpp"]
-    with ThreadPoolExecutor(_build._jobs()) as jobs:
+    sources = [*cuda.library.sources(), SHIM / "shim.cpp"]
+    with ThreadPoolExecutor(toolchain.jobs()) as jobs:
         objects = list(jobs.map(compile_, sources))
     where = Path(torch.__file__).parent / "lib"
     link = ["-shared", f"-L{where}", f"-Wl,-rpath,{where}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    _run([*_build._compiler_command(), *objects, *link, "-o", f"{folder}/executed.so"])
+    _run([*toolchain.compiler_command(), *objects, *link, "-o", f"{folder}/executed.so"])
     return f"{folder}/executed.so"
 
 
 def compile_program(source: str, target: Path) -> None:
     """A program of one CUDA file and the shim."""
-    command = [*_build._compiler_command(), *FLAGS, f"-I{SHIM}", f"-I{_build.CSRC}"]
+    command = [*toolchain.compiler_command(), *FLAGS, f"-I{SHIM}", f"-I{toolchain.CSRC}"]
     objects = []
     for file, checked in ((source, CHECKED), (SHIM / "shim.cpp", ())):
         objects.append(f"{target}-{Path(file).stem}.o")
         _run([*command, *checked, "-x", "c++", "-c", file, "-o", objects[-1]])
-    _run([*_build._compiler_command(), *objects, "-fsanitize=address", "-o", target])
+    _run([*toolchain.compiler_command(), *objects, "-fsanitize=address", "-o", target])
 
 
 def _run(command: list) -> None:
@@ -76,7 +78,7 @@ def environment() -> dict[str, str]:
 
 
 def _file_of_compiler(name: str) -> str:
-    asked = [*_build._compiler_command(), f"-print-file-name={name}"]
+    asked = [*toolchain.compiler_command(), f"-print-file-name={name}"]
     return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
 

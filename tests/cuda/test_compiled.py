@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from fastgen import _build
+from fastgen._build import cuda
 from tests.cuda import compiled
 
-SOURCES = [source for source in _build.cuda_sources() if source.suffix == ".cu"]
+SOURCES = [source for source in cuda.library.sources() if source.suffix == ".cu"]
 
 
 @pytest.mark.skipif(compiled.nvcc() is None, reason="no nvcc: the CUDA kernels cannot be compiled for a GPU here")
@@ -17,7 +17,7 @@ def test_resources(source, architecture):
     found = compiled.resources(source, architecture)
     assert {name: of["local"] for name, of in found.items() if of["local"]} == {}
     recorded = json.loads(compiled.RECORDED.read_text())
-    if recorded["nvcc"] != (version := _build.nvcc_release(compiled.nvcc())):
+    if recorded["nvcc"] != (version := cuda.nvcc_release(compiled.nvcc())):
         pytest.skip(f"recorded with nvcc {recorded['nvcc']}, here is {version}: registers are not compared")
     before = recorded[architecture][source.stem]
     assert found.keys() == before.keys(), "run python -m tests.cuda.compiled"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgen import _build
+from fastgen._build import toolchain
 from tests.cuda import executed
 
 CHOSEN = {
@@ -23,7 +23,7 @@ CHOSEN = {
 
 
 def test_against_the_reference():
-    if _build.compiler() is None:
+    if toolchain.compiler() is None:
         pytest.skip("no C++ compiler to build the CUDA kernels for the CPU with")
     chosen = " or ".join(f"({Path(file).name} and ({which}))" for file, which in CHOSEN.items())
     options = ("-q", "-x", "-rp", "-p", "no:xdist", "--capture=sys")  # what the address sanitizer says is shown, too

@@ -4,11 +4,11 @@ import subprocess
 
 import pytest
 
-from fastgen import _build
+from fastgen._build import toolchain
 from tests.cuda import executed
 
 pytestmark = pytest.mark.skipif(
-    _build.compiler() is None, reason="no C++ compiler to build the kernels for the CPU with"
+    toolchain.compiler() is None, reason="no C++ compiler to build the kernels for the CPU with"
 )
 
 FAULTS = {

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import fastgen
-from fastgen import _build, ops
+from fastgen import ops
+from fastgen._build import native
 from fastgen.errors import UsageError
 from fastgen.nn import _modules
 from fastgen.ops import _autograd, _choices, _convolution, _dispatch, _geometry
@@ -38,7 +39,7 @@ GEOMETRY = Geometry((2, 2), (1, 1), (0, 0), 1, (1, 1))
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """Caches and shipped files of the test's own, which are read."""
-    assert _build.load() is None  # from the real cache
+    assert native.load() is None  # from the real cache
     monkeypatch.setenv("FASTGEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(_choices, "SHIPPED", tmp_path / "shipped")
     monkeypatch.delenv("FASTGEN_CHOICES")

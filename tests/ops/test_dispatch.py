@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 
-from fastgen import _build, ops
+from fastgen import ops
+from fastgen._build import cuda
+from fastgen._build.library import Status
 from fastgen.errors import UsageError
 from fastgen.ops import _dispatch
 from tests.cases import CASES
@@ -59,7 +61,7 @@ def test_missing_kernel_is_an_error_when_asked_for():
     ("found", "dtype", "reason"),
     [
         ({"find_spec": None}, torch.float32, {"triton": "triton is not installed", "cuda": None}),
-        ({"load_cuda": "no CUDA toolkit"}, torch.float32, {"triton": None, "cuda": "no CUDA toolkit"}),
+        ({"load": "no CUDA toolkit"}, torch.float32, {"triton": None, "cuda": "no CUDA toolkit"}),
         ({"is_built": False}, torch.float32, "built without CUDA"),
         ({"is_available": False}, torch.float32, "no CUDA device or driver"),
         ({"get_device_capability": (7, 5)}, torch.float32, "has compute capability 7.5, the kernels need 8.0"),
@@ -85,14 +87,14 @@ def test_why_a_tier_cannot_run(tier, found, dtype, reason, monkeypatch):
         "is_built": True,
         "is_available": True,
         "get_device_capability": (9, 0),
-        "load_cuda": None,
+        "load": None,
         "_why_no_driver": None,
         "has_code": True,
     }
     there |= found
     has_code = there.pop("has_code")
     monkeypatch.setattr(_dispatch, "_cuda_op", lambda op: {"has_code": lambda index: has_code}[op])
-    owners = (importlib.util, torch.backends.cuda, torch.cuda, torch.cuda, _build, _dispatch)
+    owners = (importlib.util, torch.backends.cuda, torch.cuda, torch.cuda, cuda, _dispatch)
     reason = reason[tier] if isinstance(reason, dict) else reason
     for (name, value), owner in zip(there.items(), owners, strict=True):
         monkeypatch.setattr(owner, name, lambda *_, value=value: value)
@@ -154,8 +156,8 @@ def test_info_builds_nothing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(_build, "load_cuda", lambda: pytest.fail("built"))
-    monkeypatch.setattr(_build, "cuda_status", lambda: _build.Status(False, "not built yet", None, None, None))
+    monkeypatch.setattr(cuda, "load", lambda: pytest.fail("built"))
+    monkeypatch.setattr(cuda, "status", lambda: Status(False, "not built yet", None, None, None))
     assert "not built yet" in ops.info()
 
 

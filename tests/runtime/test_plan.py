@@ -269,10 +269,10 @@ def test_without_the_native_module_one_line_says_why(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from fastgen import _build
+from fastgen._build import toolchain
 from fastgen.errors import FastgenError
 from fastgen.runtime import Plan
-_build.PACKAGE = Path(sys.argv[1])  # nothing was built ahead of time
+toolchain.PACKAGE = Path(sys.argv[1])  # nothing was built ahead of time
 try:
     Plan.load(sys.argv[1] + "/a.fgplan")
 except FastgenError as error:

@@ -4,9 +4,9 @@ import sys
 import pytest
 import torch
 
-from fastgen import _build
+from fastgen._build import native
 
-pytestmark = pytest.mark.skipif(_build.load() is not None, reason="the native ops could not be built here")
+pytestmark = pytest.mark.skipif(native.load() is not None, reason="the native ops could not be built here")
 
 HEAD = """
 import os, resource, threading

@@ -1,0 +1,146 @@
+"""A library of torch ops: found, or built at its first use in a process, and where it stands."""
+
+import hashlib
+import logging
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastgen._build import cache, toolchain
+from fastgen.errors import FastgenError
+
+logger = logging.getLogger("fastgen")
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `fastgen info` prints of a library."""
+
+    loaded: bool
+    reason: str | None  # why it is not loaded
+    path: Path | None  # the shared library
+    how: str | None  # "ahead of time" or "just in time"
+    compiler: str | None
+
+
+class Library(ABC):
+    name: str
+    flags: tuple[str, ...]
+    headers: tuple[str, ...]  # folders of csrc
+    _lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self._outcome: Status | None = None  # of the first load() in this process
+
+    @abstractmethod
+    def sources(self) -> list[Path]: ...
+
+    @abstractmethod
+    def made_for(self) -> tuple[object, ...]:
+        """What a just-in-time build depends on beside its digest, PyTorch and the compiler."""
+
+    @abstractmethod
+    def compile_into(self, folder: str) -> str:
+        """Run the compilers; return the library's path. Raises RuntimeError with all that they said."""
+
+    def obstacle(self) -> str | None:
+        """Why it cannot be built here, in one line, or None."""
+        return None
+
+    def usable(self) -> bool:
+        """Whether this PyTorch could load it."""
+        return True
+
+    def load(self) -> str | None:
+        """Make the ops available, once a process; return None, or in one line why they are not."""
+        if self._outcome is None:
+            with self._lock:
+                if self._outcome is None:
+                    try:
+                        self._outcome = self.open_or_build()
+                    except FastgenError as error:
+                        self._outcome = Status(False, str(error), None, None, toolchain.compiler())
+                        self.warn(str(error))
+        return self._outcome.reason
+
+    def build(self, force: bool = False, verbose: bool = False) -> Path:
+        """Build now unless it is there, and load it; return the library's path.
+
+        An earlier failure is tried again. `force` builds anew in any case, `verbose` logs all that a failing compiler says.
+        Raises FastgenError with the first compiler error.
+        """
+        with self._lock:
+            found = None if force else next(self._made(), None)
+            path, how = found or (self._make(asked=True, force=force, verbose=verbose), "just in time")
+            if self._outcome is None or not self._outcome.loaded:
+                self._outcome = self.open(path, how)
+            return path
+
+    def status(self) -> Status:
+        """Where it stands; builds and loads nothing."""
+        if self._outcome is not None:
+            return self._outcome
+        if found := next(self._made(), None):
+            return Status(False, "not loaded yet", *found, toolchain.compiler())
+        reason = self._why_no_build(False) or toolchain.remembered_failure(self._key())
+        reason = reason or "not built yet: built at first use, or by `fastgen build`"
+        return Status(False, reason, None, None, toolchain.compiler())
+
+    def digest(self) -> str:
+        """A hash of all that decides what the library does: sources, headers, flags, machine."""
+        folders = [toolchain.CSRC / folder for folder in self.headers]
+        return toolchain.digest(self.sources(), self.flags, folders)
+
+    def warn(self, reason: str) -> None:
+        """Says that the ops could not be made available, where somebody should hear it."""
+
+    def open_or_build(self) -> Status:
+        damaged = False
+        for path, how in self._made():
+            try:
+                return self.open(path, how)
+            except FastgenError as error:
+                logger.warning("%s", error)
+                damaged |= how == "just in time"
+        path = self._make(force=damaged)
+        try:
+            return self.open(path, "just in time")
+        except FastgenError as error:  # a symbol is missing: the next process need not build it to learn that
+            path.with_suffix(".failed").write_text(str(error))
+            path.unlink()
+            raise
+
+    def open(self, path: Path, how: str) -> Status:
+        import torch
+
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            raise FastgenError(f"the native ops built {how} do not load: {error.__cause__ or error}") from error
+        return Status(True, None, path, how, toolchain.compiler())
+
+    def _made(self) -> Iterator[tuple[Path, str]]:
+        """The libraries made from these very sources, and how each was built; the ahead-of-time one first."""
+        if self.usable() and self.sources():
+            ahead = toolchain.PACKAGE.glob(f"_{self.name}_{self.digest()}*.so")
+            yield from ((path, "ahead of time") for path in ahead)
+            if os.name == "posix" and toolchain.compiler() is not None:
+                yield from ((path, "just in time") for path in cache.cached(f"{self._key()}.so"))
+
+    def _make(self, asked: bool = False, **options: bool) -> Path:
+        if obstacle := self._why_no_build(asked):
+            raise FastgenError(obstacle)
+        return toolchain.make(self._key(), self.compile_into, asked=asked, **options)
+
+    def _why_no_build(self, asked: bool) -> str | None:
+        return self.obstacle() or toolchain.obstacle(bool(self.sources()), asked)
+
+    def _key(self) -> str:
+        """The name of a just-in-time build: the digest, and what it was built against and with."""
+        import torch
+
+        made_with = repr((torch.__version__, toolchain.compiler(), *self.made_for()))
+        return f"{self.name}-{self.digest()}-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}"
