@@ -1,0 +1,102 @@
+// Copies of a convolution's input and weight into the order that its kernel reads, of those that do not lie so.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/matrix.cuh"
+
+namespace fastgen::cuda::convolution {
+
+// Element (i, j, k, l, d) of a tensor lies at `from`'s strides, in its copy at those of `to`, where d is contiguous and padded
+// with zeros.
+struct Arrangement {
+  int64_t size[4], from[4], to[4];
+  int64_t depth, padded, from_depth;
+  bool tf32;  // rounds float32 to TF32
+  int width;  // of a block's tile along d: a power of 2
+};
+constexpr int kArrangers = 256, kArranged = 2048;  // elements of a block's tile
+
+// Grid: tiles along (i, j, k, l) by tiles along d. A block reads its tile along l, and writes it along d, 16 bytes a thread.
+template <class T>
+__global__ void __launch_bounds__(kArrangers) arrange(Arrangement a, const T* from, T* to) {
+  constexpr int values = kAccess / sizeof(T);
+  const int tall = kArranged / a.width, line = threadIdx.x % tall, first = static_cast<int>(blockIdx.y) * a.width;
+  int64_t* const targets = shared_memory<int64_t>();  // of the tile's lines, -1 beyond the last
+  T* const tile = reinterpret_cast<T*>(targets + tall);
+  int64_t rest = static_cast<int64_t>(blockIdx.x) * tall + line, source = 0, target = 0;
+#pragma unroll
+  for (int i = 3; i >= 0; --i) {
+    source += rest % a.size[i] * a.from[i];
+    target += rest % a.size[i] * a.to[i];
+    rest /= a.size[i];
+  }
+  if (threadIdx.x < tall) targets[line] = rest ? -1 : target;
+#pragma unroll
+  for (int i = 0; i < kArranged / kArrangers; ++i) {
+    const int d = threadIdx.x / tall + i * (kArrangers / tall);
+    T value = from_float<T>(0.f);
+    if (!rest && first + d < a.depth) value = from[source + (first + d) * a.from_depth];
+    if constexpr (std::is_same_v<T, float>)
+      if (a.tf32) value = float_of_bits(static_cast<int32_t>(to_tf32(value)));
+    tile[d * (tall + 1) + line] = value;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kArranged / values; i += kArrangers) {
+    const int d = i % (a.width / values) * values, of_line = i / (a.width / values);
+    if (targets[of_line] < 0 || first + d >= a.padded) continue;
+    Vector<T, values> chunk;
+#pragma unroll
+    for (int j = 0; j < values; ++j) chunk.value[j] = tile[(d + j) * (tall + 1) + of_line];
+    *reinterpret_cast<Vector<T, values>*>(to + targets[of_line] + first + d) = chunk;
+  }
+}
+
+template <class T>
+const T* arranged(Arrangement a, const void* from, const Queue& queue) {
+  const int64_t lines = a.size[0] * a.size[1] * a.size[2] * a.size[3];
+  T* const to = static_cast<T*>(queue.scratch(lines * a.padded * int64_t(sizeof(T))));
+  for (a.width = 8; a.width < 64 && a.width < a.padded;) a.width *= 2;
+  const int tall = kArranged / a.width;
+  const dim3 blocks(static_cast<unsigned>(ceil_div(lines, tall)), static_cast<unsigned>(ceil_div(a.padded, a.width)));
+  launch(queue, arrange<T>, blocks, kArrangers, tall * int(sizeof(int64_t)) + a.width * (tall + 1) * int(sizeof(T)), a,
+         static_cast<const T*>(from), to);
+  return to;
+}
+
+inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAccess == 0; }
+
+template <class T>
+const T* arranged_x(const Convolution& conv, int64_t samples, int64_t padded, const void* x, const Queue& queue) {
+  const int64_t channels = conv.ic / conv.groups, pixels = conv.ih * conv.iw, all = conv.groups * padded;
+  if (conv.x_channels_last && padded == channels && is_aligned(x)) return static_cast<const T*>(x);
+  const int64_t of_channel = conv.x_channels_last ? 1 : pixels, of_pixel = conv.x_channels_last ? conv.ic : 1;
+  return arranged<T>({{1, samples, conv.groups, pixels},
+                      {0, conv.ic * pixels, channels * of_channel, of_pixel},
+                      {0, pixels * all, padded, all},
+                      channels, padded, of_channel, false, 0},
+                     x, queue);
+}
+
+// A weight that lies as the copy would is not copied: conv2d's in channels_last order is one.
+template <class T>
+const T* arranged_weight(const Convolution& conv, bool transposed, int64_t out_channels, int64_t padded, bool tf32,
+                         const void* weight, const Queue& queue) {
+  const int64_t* const stride = conv.weight_strides;
+  const int64_t channels = conv.ic / conv.groups, of_depth = stride[transposed ? 0 : 1], of_column = stride[transposed ? 1 : 0];
+  const int64_t of_group = transposed ? channels * of_depth : out_channels * of_column, taps = conv.kh * conv.kw;
+  const auto lies = [](int64_t size, int64_t is, int64_t wanted) { return size == 1 || is == wanted; };
+  if (!tf32 && padded == channels && is_aligned(weight) && lies(channels, of_depth, 1) && lies(conv.kw, stride[3], channels) &&
+      lies(conv.kh, stride[2], conv.kw * channels) && lies(out_channels, of_column, taps * channels) &&
+      lies(conv.groups, of_group, out_channels * taps * channels))
+    return static_cast<const T*>(weight);
+  Arrangement a{{conv.groups, out_channels, conv.kh, conv.kw},
+                {of_group, of_column, stride[2], stride[3]},
+                {out_channels * taps * padded, taps * padded, conv.kw * padded, padded},
+                channels, padded, of_depth, tf32, 0};
+  if (of_column < stride[3])  // reads go along the closest elements
+    for (int64_t* of : {a.size, a.from, a.to}) std::rotate(of + 1, of + 2, of + 4);
+  return arranged<T>(a, weight, queue);
+}
+
+}  // namespace fastgen::cuda::convolution

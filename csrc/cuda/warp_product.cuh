@@ -1,0 +1,140 @@
+// What a warp of the convolution's kernel multiplies of a step in shared memory: by tensor cores, or by FMA.
+#pragma once
+
+#include "cuda/matrix.cuh"
+
+namespace fastgen::cuda::convolution {
+
+struct alignas(kAccess) Chunk {
+  unsigned char bytes[kAccess];
+};
+
+// Where a chunk of a row lies in shared memory, whose 32 banks serve 8 chunks at a time. 8 rows further on it lies 8 * chunks
+// further on.
+template <int chunks>
+FASTGEN_HD constexpr int place(int row, int chunk) {
+  return row * chunks + (chunk ^ (row / (8 / chunks) % chunks));
+}
+
+// Whether 8 threads that read any one chunk of 8 neighbouring rows (ldmatrix, Fma), and 8 that copy all chunks of a row or of
+// two, meet different banks.
+template <int chunks>
+constexpr bool meets_all_banks() {
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    int read = 0, copied = 0;
+    for (int i = 0; i < 8; ++i) {
+      read |= 1 << place<chunks>(i, chunk) % 8;
+      copied |= 1 << place<chunks>(i / chunks, i % chunks) % 8;
+    }
+    if (read != 255 || copied != 255) return false;
+  }
+  return true;
+}
+static_assert(meets_all_banks<4>() && meets_all_banks<8>());
+
+// A warp's part of a tile, `rows` by `columns`, on tensor cores: 16-bit values, or float32 in TF32.
+template <class T, int rows_, int columns_>
+struct TensorCores {
+  static constexpr int rows = rows_, columns = columns_, high = rows / 16, wide = columns / 8;
+  float total[high][wide][4] = {};
+
+  template <int chunks>
+  __device__ void add(const Chunk* a, const Chunk* b) {
+    const int lane = threadIdx.x % kWarp, matrix = lane / 8, line = lane % 8;
+#pragma unroll
+    for (int chunk = 0; chunk < chunks; chunk += 2) {
+      const Chunk* const from_a = a + place<chunks>(matrix % 2 * 8 + line, chunk + matrix / 2);
+      const Chunk* const from_b = b + place<chunks>(matrix / 2 * 8 % columns + line, chunk + matrix % 2);
+      uint32_t of_a[high][4], of_b[wide][2];
+#pragma unroll
+      for (int i = 0; i < high; ++i) load_matrices(of_a[i], from_a + i * 16 * chunks);
+#pragma unroll
+      for (int j = 0; j < wide; j += 2) {  // two neighbours at once; twice the same where there is one
+        uint32_t pair[4];
+        load_matrices(pair, from_b + j * 8 * chunks);
+        of_b[j][0] = pair[0];
+        of_b[j][1] = pair[1];
+        if (j + 1 < wide) {
+          of_b[j + 1][0] = pair[2];
+          of_b[j + 1][1] = pair[3];
+        }
+      }
+      if constexpr (std::is_same_v<T, float>) {  // the weight is rounded already
+#pragma unroll
+        for (int i = 0; i < high; ++i)
+#pragma unroll
+          for (int k = 0; k < 4; ++k) of_a[i][k] = to_tf32(float_of_bits(static_cast<int32_t>(of_a[i][k])));
+      }
+#pragma unroll
+      for (int i = 0; i < high; ++i)
+#pragma unroll
+        for (int j = 0; j < wide; ++j) {
+          if constexpr (std::is_same_v<T, float>)
+            multiply_tf32(total[i][j], of_a[i], of_b[j]);
+          else
+            multiply<T>(total[i][j], of_a[i], of_b[j]);
+        }
+    }
+  }
+
+  // The sums as rows of floats, `length` apart: 8 mod 32, for which a half warp's stores meet different banks.
+  __device__ void put(float* to, int length) const {
+    const int lane = threadIdx.x % kWarp;
+    to += lane / 4 * length + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < high; ++i)
+#pragma unroll
+      for (int j = 0; j < wide; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float pair[2] = {total[i][j][half * 2], total[i][j][half * 2 + 1]};
+          store<2>(to + (i * 16 + half * 8) * length + j * 8, pair);
+        }
+  }
+};
+
+// The same by FMA, for float32: lane (r, c) of lane_rows x lane_columns has rows r, r + lane_rows, ... and columns likewise. A
+// step is summed for itself: long sums lose less to rounding.
+template <int rows_, int columns_, int lane_rows, int lane_columns>
+struct Fma {
+  static constexpr int rows = rows_, columns = columns_, high = rows / lane_rows, wide = columns / lane_columns;
+  float total[high][wide] = {};
+
+  template <int chunks>
+  __device__ void add(const Chunk* a, const Chunk* b) {
+    const int row = threadIdx.x % kWarp / lane_columns, column = threadIdx.x % kWarp % lane_columns;
+    const auto read = [](const Chunk* from, float(&to)[4]) { load<4>(reinterpret_cast<const float*>(from), to); };
+    float sum[high][wide];
+    const auto add_chunk = [&](int chunk, auto first) {
+      float of_b[wide][4];
+#pragma unroll
+      for (int j = 0; j < wide; ++j) read(b + place<chunks>(column + j * lane_columns, chunk), of_b[j]);
+#pragma unroll
+      for (int i = 0; i < high; ++i) {
+        float of_a[4];
+        read(a + place<chunks>(row + i * lane_rows, chunk), of_a);
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+          for (int j = 0; j < wide; ++j) sum[i][j] = first && k == 0 ? of_a[k] * of_b[j][k] : sum[i][j] + of_a[k] * of_b[j][k];
+      }
+    };
+    add_chunk(0, std::true_type{});
+#pragma unroll 1  // two chunks would not fit into the registers
+    for (int chunk = 1; chunk < chunks; ++chunk) add_chunk(chunk, std::false_type{});
+#pragma unroll
+    for (int i = 0; i < high; ++i)
+#pragma unroll
+      for (int j = 0; j < wide; ++j) total[i][j] += sum[i][j];
+  }
+
+  __device__ void put(float* to, int length) const {
+    const int row = threadIdx.x % kWarp / lane_columns, column = threadIdx.x % kWarp % lane_columns;
+#pragma unroll
+    for (int i = 0; i < high; ++i)
+#pragma unroll
+      for (int j = 0; j < wide; ++j) to[(row + i * lane_rows) * length + column + j * lane_columns] = total[i][j];
+  }
+};
+
+}  // namespace fastgen::cuda::convolution
