@@ -234,12 +234,12 @@ struct Call {
   template <int m, int r>
   void run(const Winograd<A, m, r, vectors>& winograd, const ParallelFor& parallel) {
     const int64_t unit = m * winograd.rows.out_step, pixels_a_band = winograd.expand ? 8192 : 48 * unit * unit;
-    int64_t rows = std::max<int64_t>(1, pixels_a_band / (conv.ow * unit));
+    int64_t units = std::max<int64_t>(1, pixels_a_band / (conv.ow * unit));
     if (!winograd.expand) {  // a large image's bands: so many that threads finish together, of at least 16 tiles
       const int64_t fair = ceil_div(op.n * ceil_div(conv.oh, unit), 8 * parallel.threads), least = ceil_div(16, winograd.across());
-      rows = std::min(rows, std::max(fair, least));
+      units = std::min(units, std::max(fair, least));
     }
-    set_band(pixels_a_band / op.s, rows * unit);
+    set_band(pixels_a_band / op.s, units * unit);
     const int64_t bands = ceil_div(op.n, images) * bands_an_image(), tiles = images * winograd.tiles_an_image(0, band_rows);
     const int64_t items = parallel.threads > 1 ? 2 * parallel.threads : 1;  // at least, if there are enough blocks
     const int64_t together = ceil_div(blocks(), ceil_div(items, bands)), parts_a_band = ceil_div(blocks(), together);

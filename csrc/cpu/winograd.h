@@ -212,11 +212,10 @@ struct Winograd {
   int64_t tiles_an_image(int64_t first_row, int64_t last_row) const {
     return ceil_div(last_row - first_row, rows.out_step * m) * across();
   }
-  // A few more than the budget, so that these alone do not read all weights.
-  int64_t tiles_at_once(int64_t tiles) const { return expand || tiles <= most_tiles() ? tiles : most_tiles() / 3 * 2; }
-  int64_t most_tiles() const {
-    return std::clamp<int64_t>(kBudget / (points * groups() * size * sizeof(A)) / kPixels, 1, 8) * kPixels / 2 * 3;
-  }
+  // The budget's tiles; half as many again are taken at once too, so that these few do not read all weights alone.
+  int64_t chunk() const { return std::clamp<int64_t>(kBudget / (points * groups() * size * sizeof(A)) / kPixels, 1, 8) * kPixels; }
+  int64_t most_tiles() const { return chunk() / 2 * 3; }
+  int64_t tiles_at_once(int64_t tiles) const { return expand || tiles <= most_tiles() ? tiles : chunk(); }
   // From point to point. + 1: at a multiple of 4 KiB all points would fall into one set of the cache.
   static constexpr int64_t weight_step(int64_t groups) { return (groups * width + 1) * size; }
   int64_t point_step(int64_t tiles) const { return (groups() * tiles + 1) * size; }

@@ -64,8 +64,6 @@ const T* arranged(Arrangement a, const void* from, const Queue& queue) {
   return to;
 }
 
-inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAccess == 0; }
-
 template <class T>
 const T* arranged_x(const Convolution& conv, int64_t samples, int64_t padded, const void* x, const Queue& queue) {
   const int64_t channels = conv.ic / conv.groups, pixels = conv.ih * conv.iw, all = conv.groups * padded;

@@ -57,11 +57,13 @@ __device__ void store(T* to, const float (&from)[count]) {
   *reinterpret_cast<Vector<T, count>*>(to) = written;
 }
 
+inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAccess == 0; }
+
 // Values of an access to all these addresses, each null or so far aligned, in rows of `length` elements.
 template <class T, class... Pointers>
 int access_of(int64_t length, Pointers... pointers) {
   constexpr int widest = kAccess / sizeof(T);
-  const bool aligned = ((reinterpret_cast<uintptr_t>(pointers) % kAccess == 0) && ...);
+  const bool aligned = (is_aligned(pointers) && ...);
   return aligned && length % widest == 0 ? widest : 1;
 }
 

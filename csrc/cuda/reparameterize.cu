@@ -16,7 +16,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kCounter = 4;  // normals of a counter
 template <class T>
-constexpr int kGroup = 16 / sizeof(T);
+constexpr int kGroup = kAccess / sizeof(T);
 template <class T>
 constexpr int blocks_of(int of_float) { return of_float * kCounter / kGroup<T>; }  // that a multiprocessor holds
 
@@ -35,7 +35,7 @@ Cut cut(int64_t lines, int64_t length, int64_t samples, Pointers... pointers) {
   const int64_t groups = ceil_div(length, kGroup<T>);
   while (cut.deep() > 1 && (1 << cut.lanes_log2) < groups) ++cut.lanes_log2;
   cut.splits = static_cast<int>(ceil_div(groups, 1 << cut.lanes_log2));
-  const bool aligned = ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+  const bool aligned = (is_aligned(pointers) && ...);
   cut.aligned = aligned && (lines * samples == 1 || length % kGroup<T> == 0);
   return cut;
 }

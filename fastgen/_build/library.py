@@ -85,7 +85,7 @@ class Library(ABC):
             return self._outcome
         if found := next(self._made(), None):
             return Status(False, "not loaded yet", *found, toolchain.compiler())
-        reason = self._why_no_build(False) or toolchain.remembered_failure(self._key())
+        reason = self.obstacle() or toolchain.obstacle(self.sources()) or toolchain.remembered_failure(self._key())
         reason = reason or "not built yet: built at first use, or by `fastgen build`"
         return Status(False, reason, None, None, toolchain.compiler())
 
@@ -130,13 +130,10 @@ class Library(ABC):
             if os.name == "posix" and toolchain.compiler() is not None:
                 yield from ((path, "just in time") for path in cache.cached(f"{self._key()}.so"))
 
-    def _make(self, asked: bool = False, **options: bool) -> Path:
-        if obstacle := self._why_no_build(asked):
+    def _make(self, **options: bool) -> Path:
+        if obstacle := self.obstacle():
             raise FastgenError(obstacle)
-        return toolchain.make(self._key(), self.compile_into, asked=asked, **options)
-
-    def _why_no_build(self, asked: bool) -> str | None:
-        return self.obstacle() or toolchain.obstacle(bool(self.sources()), asked)
+        return toolchain.make(self._key(), self.sources(), self.compile_into, **options)
 
     def _key(self) -> str:
         """The name of a just-in-time build: the digest, and what it was built against and with."""

@@ -33,7 +33,7 @@ def load(build: bool = False) -> ModuleType:
             names = [f"_runtime_{made_from}{suffix}" for suffix in suffixes]
             made = [toolchain.PACKAGE / name for name in names if (toolchain.PACKAGE / name).is_file()]
             made += cache.cached(f"{key}.so")
-            path = made[0] if made else _make(key, build)
+            path = made[0] if made else toolchain.make(key, sources(), _compile_into, asked=build)
             loader = importlib.machinery.ExtensionFileLoader("fastgen._runtime", str(path))
             spec = importlib.util.spec_from_file_location("fastgen._runtime", path, loader=loader)
             assert spec is not None
@@ -54,12 +54,6 @@ def sources() -> list[Path]:
 def digest() -> str:
     """A hash of all that decides what the library does, which serves one version of Python."""
     return toolchain.digest(sources(), FLAGS, [CSRC])
-
-
-def _make(key: str, asked: bool) -> Path:
-    if obstacle := toolchain.obstacle(bool(sources()), asked):
-        raise FastgenError(obstacle)
-    return toolchain.make(key, _compile_into, asked=asked)
 
 
 def _compile_into(folder: str) -> str:

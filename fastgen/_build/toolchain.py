@@ -95,7 +95,7 @@ def search_path() -> str:
     return os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
 
 
-def obstacle(has_sources: bool, asked: bool = False) -> str | None:
+def obstacle(sources: list[Path], asked: bool = False) -> str | None:
     """Why no build can be tried here, or None. `asked`: by the user, who overrules FASTGEN_BUILD."""
     import shutil
 
@@ -103,7 +103,7 @@ def obstacle(has_sources: bool, asked: bool = False) -> str | None:
         return f"the native ops are not built on {platform.system()}"
     if os.environ.get("FASTGEN_BUILD") == "0" and not asked:
         return "building is turned off (FASTGEN_BUILD=0)"
-    if not has_sources:
+    if not sources:
         return f"no C++ sources in {CSRC}"
     if compiler() is None:
         return f"no C++ compiler on PATH ({compiler_command()[0]} not found)"
@@ -118,11 +118,18 @@ def remembered_failure(key: str) -> str | None:
 
 
 def make(
-    key: str, compile_into: Callable[[str], str], asked: bool = False, force: bool = False, verbose: bool = False
+    key: str,
+    sources: list[Path],
+    compile_into: Callable[[str], str],
+    asked: bool = False,
+    force: bool = False,
+    verbose: bool = False,
 ) -> Path:
     """Build into the cache, if no other process has by now; return the library's path."""
     import shutil
 
+    if reason := obstacle(sources, asked):
+        raise FastgenError(reason)
     with cache.locked() as folder:
         library, failed = folder / f"{key}.so", folder / f"{key}.failed"
         if library.is_file() and not force:
