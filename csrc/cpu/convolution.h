@@ -25,7 +25,7 @@ inline bool can_run(Algorithm algorithm, const Convolution& conv, int64_t c) {
       if (conv.ic % 2) return false;
       [[fallthrough]];
     case Algorithm::rows: return conv.groups == 1 && c <= 4;
-    case Algorithm::winograd_4x2: return plain && conv.kh == 4 && conv.stride[0] == 2;
+    case Algorithm::winograd_4x2: return plain && (conv.kh == 4 || conv.kh == 3) && conv.stride[0] == 2;
     case Algorithm::winograd_4x3: return plain && conv.kh == 3 && conv.stride[0] == 1;
   }
   return false;
@@ -37,12 +37,15 @@ inline bool winograd_is(const char* wanted) {
   return asked && !strcmp(asked, wanted);
 }
 
-// The one to use: where it was measured to be the fastest (benchmarks/NOTES.md).
-inline Algorithm choose(const Convolution& conv, const NormAct& op) {
+// The one to use: where it was measured to be the fastest (benchmarks/NOTES.md). least: lines of the smaller side's images from which
+// on a 3x3 kernel of stride 2 saves more by Winograd's algorithm than the tiles' edges cost.
+inline Algorithm choose(const Convolution& conv, const NormAct& op, int64_t least = 8) {
   const bool never = op.dtype == DType::float64 || winograd_is("0"), always = winograd_is("always");
   const bool wide = conv.ic >= 16 && op.c >= 16;
   const int64_t pixels = op.n * conv.oh * conv.ow;
-  if (!never && can_run(Algorithm::winograd_4x2, conv, op.c) && (always || (wide && pixels >= 1024))) return Algorithm::winograd_4x2;
+  const bool large = conv.kh == 4 || std::min(conv.ih, conv.oh) >= least;
+  if (!never && can_run(Algorithm::winograd_4x2, conv, op.c) && (always || (wide && large && pixels >= 1024)))
+    return Algorithm::winograd_4x2;
   if (!never && can_run(Algorithm::winograd_4x3, conv, op.c) && (always || (wide && pixels >= 256 && conv.oh >= 8)))
     return Algorithm::winograd_4x3;
   if (!op.batch_stats && can_run(Algorithm::rows, conv, op.c)) return Algorithm::rows;
@@ -56,12 +59,12 @@ inline bool in_pairs(const Convolution& conv, const NormAct& op) {
 }
 
 // Floats of all weights in Winograd's transform.
-inline int64_t transformed_size(const Convolution& conv, int64_t c) { return conv.ic * c * (conv.kh == 4 ? 100 : 36); }
+inline int64_t transformed_size(const Convolution& conv, int64_t c) { return conv.ic * c * (conv.stride[0] == 2 ? 100 : 36); }
 
 // Whether each band of the output transforms the weights anew: where transformed ones are too many to be kept; or where they serve
 // few pixels (of one call, or all that there will be), as they then are read from memory about as often as transformed.
 inline bool transforms_in_bands(const Convolution& conv, int64_t c, int64_t pixels) {
-  return transformed_size(conv, c) * int64_t(sizeof(float)) > (16 << 20) || (conv.kh == 3 && pixels <= 1600);
+  return transformed_size(conv, c) * int64_t(sizeof(float)) > (16 << 20) || (conv.stride[0] == 1 && pixels <= 1600);
 }
 
 // Bytes of the packed weights of a PackedConvolution.

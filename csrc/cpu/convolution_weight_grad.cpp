@@ -38,7 +38,7 @@ void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, co
                                          axis(conv.iw, conv.ow, conv.kw, 1)}
           .run(x.get(), grad.get(), static_cast<T*>(out), {s[transposed ? 0 : 1], s[transposed ? 1 : 0], s[2], s[3]}, parallel);
     };
-    switch (choose(conv, op)) {
+    switch (choose(conv, op, 4)) {
       case Algorithm::winograd_4x2: return winograd(WinogradSize<4, 2>{});
       case Algorithm::winograd_4x3: return winograd(WinogradSize<4, 3>{});
       default: break;

@@ -234,12 +234,13 @@ struct Call {
   template <int m, int r>
   void run(const Winograd<A, m, r, vectors>& winograd, const ParallelFor& parallel) {
     const int64_t unit = m * winograd.rows.out_step, pixels_a_band = winograd.expand ? 8192 : 48 * unit * unit;
-    int64_t units = std::max<int64_t>(1, pixels_a_band / (conv.ow * unit));
-    if (!winograd.expand) {  // a large image's bands: so many that threads finish together, of at least 16 tiles
-      const int64_t fair = ceil_div(op.n * ceil_div(conv.oh, unit), 8 * parallel.threads), least = ceil_div(16, winograd.across());
-      units = std::min(units, std::max(fair, least));
+    int64_t units = std::max<int64_t>(1, pixels_a_band / (conv.ow * unit)), some_images = std::clamp<int64_t>(pixels_a_band / op.s, 1, op.n);
+    if (!winograd.expand) {  // bands such that threads finish together, of at least 16 tiles
+      const auto at_most = [](int64_t& size, int64_t fair, int64_t tiles) { size = std::min(size, std::max(fair, ceil_div(16, tiles))); };
+      at_most(units, ceil_div(op.n * ceil_div(conv.oh, unit), 8 * parallel.threads), winograd.across());
+      at_most(some_images, ceil_div(op.n, ceil_div(ceil_div(op.n, some_images), parallel.threads) * parallel.threads), winograd.tiles_an_image(0, conv.oh));
     }
-    set_band(pixels_a_band / op.s, units * unit);
+    set_band(some_images, units * unit);
     const int64_t bands = ceil_div(op.n, images) * bands_an_image(), tiles = images * winograd.tiles_an_image(0, band_rows);
     const int64_t items = parallel.threads > 1 ? 2 * parallel.threads : 1;  // at least, if there are enough blocks
     const int64_t together = ceil_div(blocks(), ceil_div(items, bands)), parts_a_band = ceil_div(blocks(), together);

@@ -143,7 +143,7 @@ struct WinogradWeightGradient {
   template <class S, class T>
   void run(const S* x, const S* grad, T* out, const GradStrides& strides, const ParallelFor& parallel) const {
     const int64_t across = ceil_div(columns.positions(), m), per_image = ceil_div(rows.positions(), m) * across;
-    const int64_t kh = r * rows.phases(), kw = r * columns.phases(), taps = kh * kw;
+    const int64_t kh = rows.kernel, kw = columns.kernel, taps = kh * kw;
     const int64_t phases = rows.phases() * columns.phases(), tiles = images * per_image;
     const bool turned = strides.in == 1;  // the vectors run along the channels of x, as the gradient's memory does
     const int64_t row_channels = turned ? oc : ic, channels = turned ? ic : oc, step = ceil_div(channels, width) * width;
@@ -163,7 +163,7 @@ struct WinogradWeightGradient {
     const int64_t v_step = at_once * row_slab + size, y_step = at_once * vector_slab + size,
                   u_step = row_slab * vector_slab + size;  // no power of two
     parallel(chunks * slabs, [&](int64_t begin, int64_t end) {
-      auto v = scratch<A>(points * v_step), y = scratch<A>(points * y_step), u = scratch<A>(points * u_step);
+      auto v = scratch<A>(points * v_step), y = scratch<A>(points * y_step), u = scratch<A>(points * u_step), spare = scratch<A>(vector_slab);
       auto zeros = scratch<S>(std::max(ic, oc)), edge = scratch<S>(points * size);
       std::fill_n(zeros.get(), std::max(ic, oc), S{});
       const S* from[points];
@@ -204,19 +204,21 @@ struct WinogradWeightGradient {
           for (int64_t t = 0; t < count; ++t)
             transform(turned, phase, first + t, first_channel, some, y.get() + t * size, y_step, at_once * size);
           for (int point = 0; point < points; ++point)
-            outer_products<A, vectors>(v.get() + point * v_step, some_rows, y.get() + point * y_step, some,
-                                       {1, 0, 0, 1, 0, 0, count, row_slab, size, at_once * size}, u.get() + point * u_step,
-                                       vector_slab, first > start);
+            if (rows.has(phase / columns.phases(), point / n, n) && columns.has(phase % columns.phases(), point % n, n))
+              outer_products<A, vectors>(v.get() + point * v_step, some_rows, y.get() + point * y_step, some,
+                                         {1, 0, 0, 1, 0, 0, count, row_slab, size, at_once * size}, u.get() + point * u_step,
+                                         vector_slab, first > start);
         }
         held = last - start <= at_once ? of_rows : -1;
         const A* products[points];
         A* tap_sums[r * r];
         for (int64_t row = 0; row < some_rows; ++row) {
           for (int point = 0; point < points; ++point) products[point] = u.get() + point * u_step + row * vector_slab;
-          for (int tap = 0; tap < r * r; ++tap)
-            tap_sums[tap] = sums + (whole ? 0 : chunk * taps * row_channels * step) + (first_row + row) * (turned ? to_strides.out : to_strides.in) +
-                            first_channel + rows.tap[phase / columns.phases()][tap / r] * to_strides.kh +
-                            columns.tap[phase % columns.phases()][tap % r] * to_strides.kw;
+          for (int tap = 0; tap < r * r; ++tap) {
+            const int64_t i = rows.tap[phase / columns.phases()][tap / r], j = columns.tap[phase % columns.phases()][tap % r];
+            A* const at = sums + (whole ? 0 : chunk * taps * row_channels * step) + (first_row + row) * (turned ? to_strides.out : to_strides.in);
+            tap_sums[tap] = i < 0 || j < 0 ? spare.get() : at + first_channel + i * to_strides.kh + j * to_strides.kw;
+          }
           for (int64_t k = 0; k < some; k += size) sandwich<A, m, r, &Minimal<m, r>::weight_gradient>(products, k, tap_sums, k);
         }
       }

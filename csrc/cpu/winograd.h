@@ -1,6 +1,6 @@
 // Winograd convolutions: m outputs of r taps from m + r - 1 multiplications an axis instead of m * r (Lavin and Gray, 2015). A
 // convolution whose kernel is r times its stride is, or is the sum of, r-tap convolutions of stride 1, a phase of the stride
-// each. Included once per instruction set (see isa.h), after tile.h. Everything is computed in the accumulation type
+// each; a smaller kernel lacks taps of some phases, and their products at some points. Included once per instruction set (see isa.h), after tile.h. Everything is computed in the accumulation type
 // A.
 namespace fastgen::cpu::FASTGEN_ISA {
 
@@ -115,36 +115,49 @@ void sandwich_channels(const S** from, int64_t channels, S* edge, A* const* to, 
 }
 
 // One axis: output o = t * out_step + phase of position t, or the sum over phases of the input; tap u of position t reads
-// source[phase][t + u], -1 outside, with the kernel's tap[phase][u].
+// source[phase][t + u], -1 outside, with the kernel's tap[phase][u], -1 beyond the kernel.
 struct WinogradAxis {
-  int64_t out, in_step, out_step;
+  int64_t kernel, out, in_step, out_step;
   std::vector<std::vector<int64_t>> source, tap;
 
   int64_t phases() const { return in_step * out_step; }
   int64_t positions() const { return ceil_div(out, out_step); }
+  // Whether a phase's transformed weights are not all zero at point i of n: the first one is tap 0 itself, the last one the last tap.
+  bool has(int64_t phase, int64_t i, int64_t n) const {
+    return (i > 0 || tap[phase].front() >= 0) && (i < n - 1 || tap[phase].back() >= 0);
+  }
 
-  // i = o * stride + k - padding, kernel = r * stride.
+  bool reads_the_same() const {
+    return std::all_of(source.begin(), source.end(), [&](const auto& phase) { return phase == source.front(); });
+  }
+
+  // i = o * stride + k - padding.
   static WinogradAxis conv(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding, bool reflect) {
-    WinogradAxis axis{out, stride, 1, {}, {}};
+    WinogradAxis axis{kernel, out, stride, 1, {}, {}};
     for (int64_t phase = 0; phase < stride; ++phase) {
-      axis.add(in, kernel / stride, stride, phase - padding, reflect);
-      for (int64_t k = phase; k < kernel; k += stride) axis.tap.back().push_back(k);
+      const int64_t r = ceil_div(kernel, stride);
+      axis.add(in, r, stride, phase - padding, reflect);
+      for (int64_t u = 0; u < r; ++u) axis.add_tap(phase + stride * u);
     }
     return axis;
   }
 
-  // o + padding = i * stride + k, kernel = r * stride. With stride 1, the data gradient of conv.
+  // o + padding = i * stride + k. With stride 1, the data gradient of conv.
   static WinogradAxis transposed(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding) {
-    WinogradAxis axis{out, 1, stride, {}, {}};
+    WinogradAxis axis{kernel, out, 1, stride, {}, {}};
+    const int64_t r = ceil_div(kernel, stride), latest = (stride - 1 + padding) / stride;
     for (int64_t phase = 0; phase < stride; ++phase) {
-      const int64_t r = kernel / stride;
-      axis.add(in, r, 1, (phase + padding) / stride - (r - 1), false);
-      for (int64_t u = 0; u < r; ++u) axis.tap.back().push_back((phase + padding) % stride + stride * (r - 1 - u));
+      const int64_t from = (phase + padding) / stride, k = (phase + padding) % stride;
+      const bool late = from < latest && k + stride * (r - 1) >= kernel;  // lacks the first tap: it reads what the last phase does
+      axis.add(in, r, 1, from + late - (r - 1), false);
+      for (int64_t u = late; u < r + late; ++u) axis.add_tap(u < r ? k + stride * (r - 1 - u) : kernel);
     }
     return axis;
   }
 
  private:
+  void add_tap(int64_t k) { tap.back().push_back(k < kernel ? k : -1); }
+
   void add(int64_t in, int64_t r, int64_t step, int64_t offset, bool reflect) {
     source.emplace_back();
     tap.emplace_back();
@@ -209,6 +222,9 @@ struct Winograd {
   int64_t outputs() const { return rows.out_step * columns.out_step; }  // phases of the output
   int64_t groups() const { return sums() * ceil_div(ic, size); }        // vectors of depth
   int64_t across() const { return ceil_div(columns.positions(), m); }  // tiles
+  // Of the output's phase and the input's, one is always 0.
+  int64_t row_phase(int64_t phase, int64_t sum) const { return std::max(phase / columns.out_step, sum / columns.in_step); }
+  int64_t column_phase(int64_t phase, int64_t sum) const { return std::max(phase % columns.out_step, sum % columns.in_step); }
   int64_t tiles_an_image(int64_t first_row, int64_t last_row) const {
     return ceil_div(last_row - first_row, rows.out_step * m) * across();
   }
@@ -232,7 +248,7 @@ struct Winograd {
   int64_t packed_size() const { return packed_at(outputs() * blocks(), 0); }
 
   // packed (output phase, block, part of the depth, point or tap, depth, width), zero beyond ic and oc. stride: of an input
-  // channel, an output channel, kh, kw. Of the phases `phase` and `sum` one is always 0.
+  // channel, an output channel, kh, kw.
   template <class T>
   void pack(const T* weight, const int64_t* stride, A* packed, const ParallelFor& parallel) const {
     constexpr int64_t taps = r * r;
@@ -245,24 +261,27 @@ struct Winograd {
         A* const at = packed + packed_at(phase * blocks() + block, part);
         A* const to = expand ? at : raw.get();
         const int64_t rest = ceil_div(ic, size);
-        const auto of_tap = [&](int64_t tap, int64_t group) {
-          const int64_t sum = group / rest, kh = rows.tap[std::max(phase / columns.out_step, sum / columns.in_step)][tap / r],
-                        kw = columns.tap[std::max(phase % columns.out_step, sum % columns.in_step)][tap % r];
+        const auto of_tap = [&](int64_t tap, int64_t group) -> const T* {
+          const int64_t sum = group / rest, kh = rows.tap[row_phase(phase, sum)][tap / r], kw = columns.tap[column_phase(phase, sum)][tap % r];
+          if (kh < 0 || kw < 0) return nullptr;
           return weight + group % rest * size * stride[0] + block * width * stride[1] + kh * stride[2] + kw * stride[3];
         };
         for (int64_t tap = 0; tap < taps; ++tap)
           for (int64_t group = first; group < first + count; ++group) {
             const int64_t depth = std::min(size, ic - group % rest * size);
-            if (tap + 1 < taps) {  // the next tap's lines lie apart: they are fetched while this one is copied
-              const T* const next = of_tap(tap + 1, group);
+            // The next tap's lines lie apart: they are fetched while this one is copied.
+            if (const T* const next = tap + 1 < taps ? of_tap(tap + 1, group) : nullptr) {
               if (stride[0] == 1)
                 for (int64_t k = 0; k < valid; ++k) __builtin_prefetch(next + k * stride[1]);
               else
                 for (int64_t i = 0; i < depth; ++i)
                   for (int64_t k = 0; k < valid; k += size) __builtin_prefetch(next + i * stride[0] + k * stride[1]);
             }
-            copy_taps(of_tap(tap, group), stride[0], stride[1], depth, valid, size, width,
-                      to + tap * weight_step(count) + (group - first) * size * width);
+            A* const copy = to + tap * weight_step(count) + (group - first) * size * width;
+            if (const T* const from = of_tap(tap, group))
+              copy_taps(from, stride[0], stride[1], depth, valid, size, width, copy);
+            else
+              std::fill_n(copy, size * width, A(0));
           }
         if (!expand) transform_weights(to, count, at);
       }
@@ -289,26 +308,28 @@ struct Winograd {
     A* const spare = products + points * at_once * width;
     A* const edge = spare + width;
     A* const u = edge + edge_size();
-    for (int64_t phase = 0; phase < outputs(); ++phase)
-      for (int64_t first = 0; first < tiles; first += at_once) {
-        const int64_t count = std::min(at_once, tiles - first);
-        if (!transformed) transform_tiles(x, phase, band, first, count, 0, count, edge, memory);
-        const A* const v = transformed ? transformed : memory;
-        for (int64_t block = first_block; block < last_block; ++block) {
-          for (int64_t part = 0; part < parts(); ++part) {
-            const int64_t depth = std::min(kGroups, groups() - part * kGroups);
-            const A* at = packed + packed_at(phase * blocks() + block, part);
-            if (expand) transform_weights(at, depth, u), at = u;
-            for (int point = 0; point < points; ++point)
-              multiply_tiles(v + point * point_step(count) + part * kGroups * count * size, count,
-                             at + point * weight_step(depth), depth, products + point * count * width, part > 0);
-          }
-          for (int64_t t = 0; t < count; ++t)
-            transform_output(products + t * width, count * width, phase, band, (first + t) % per_image / across() * m,
-                             (first + t) % across() * m, spare,
-                             out + ((block - first_block) * pixels + (first + t) / per_image * pixels_an_image) * width);
+    const int64_t chunks = ceil_div(tiles, at_once);
+    const bool same = rows.reads_the_same() && columns.reads_the_same();  // all phases share the input's transforms
+    for (int64_t item = 0; item < outputs() * chunks; ++item) {
+      const int64_t phase = same ? item % outputs() : item / chunks, first = (same ? item / outputs() : item % chunks) * at_once;
+      const int64_t count = std::min(at_once, tiles - first);
+      if (!transformed && (!same || phase == 0)) transform_tiles(x, phase, band, first, count, 0, count, edge, memory);
+      const A* const v = transformed ? transformed : memory;
+      for (int64_t block = first_block; block < last_block; ++block) {
+        for (int64_t part = 0; part < parts(); ++part) {
+          const int64_t depth = std::min(kGroups, groups() - part * kGroups);
+          const A* at = packed + packed_at(phase * blocks() + block, part);
+          if (expand) transform_weights(at, depth, u), at = u;
+          for (int point = 0; point < points; ++point)
+            multiply_point(v + point * point_step(count), count, phase, point, at + point * weight_step(depth), part * kGroups, depth,
+                           products + point * count * width);
         }
+        for (int64_t t = 0; t < count; ++t)
+          transform_output(products + t * width, count * width, phase, band, (first + t) % per_image / across() * m,
+                           (first + t) % across() * m, spare,
+                           out + ((block - first_block) * pixels + (first + t) / per_image * pixels_an_image) * width);
       }
+    }
   }
 
   // Of the band's `count` tiles from `first` on those from `begin` to `end`: (point, group of channels, tile, size). memory: edge_size.
@@ -325,8 +346,7 @@ struct Winograd {
       const int64_t tile = (first + t) % per_image, top = band.first_row / rows.out_step + tile / across() * m, left = tile % across() * m;
       const S* const image = x + (band.first_image + (first + t) / per_image) * ih * iw * ic;
       for (int64_t sum = 0; sum < sums(); ++sum) {
-        const auto& row = rows.source[std::max(phase / columns.out_step, sum / columns.in_step)];
-        const auto& column = columns.source[std::max(phase % columns.out_step, sum % columns.in_step)];
+        const auto &row = rows.source[row_phase(phase, sum)], &column = columns.source[column_phase(phase, sum)];
         for (int i = 0; i < n; ++i)
           for (int j = 0; j < n; ++j) {
             const int64_t y = row[top + i], at = column[left + j];
@@ -335,6 +355,21 @@ struct Winograd {
           }
         sandwich_channels<A, m, r, &Minimal<m, r>::input>(from, ic, edge, to, count * size);
       }
+    }
+  }
+
+  // One point's products over the `depth` vectors from `first`, but those whose weights are zero. Of the input's phases none lacks
+  // the first one's.
+  void multiply_point(const A* v, int64_t tiles, int64_t phase, int point, const A* u, int64_t first, int64_t depth, A* out) const {
+    const int64_t rest = ceil_div(ic, size), last = first + depth;
+    const auto lacks = [&](int64_t group) {
+      return !rows.has(row_phase(phase, group / rest), point / n, n) || !columns.has(column_phase(phase, group / rest), point % n, n);
+    };
+    if (sums() == 1 && lacks(0)) return void(first ? out : std::fill_n(out, tiles * width, A(0)));
+    for (int64_t begin = first, end; begin < last; begin = end) {
+      const bool none = lacks(begin);
+      for (end = begin; end < last && lacks(end) == none;) end = std::min(last, (end / rest + 1) * rest);
+      if (!none) multiply_tiles(v + begin * tiles * size, tiles, u + (begin - first) * size * width, end - begin, out, begin > 0);
     }
   }
 

@@ -243,7 +243,7 @@ def test_a_gpus_tiers(monkeypatch):
 
 @pytest.mark.parametrize(
     ("side", "last", "avx2", "wins"),
-    ((128, True, True, True), (128, True, False, False), (128, False, True, False), (32, True, True, False)),
+    ((128, True, True, True), (128, True, False, False), (128, False, True, False), (16, True, True, False)),
 )
 def test_weight_gradients_without_avx512(monkeypatch, side, last, avx2, wins):
     """oneDNN's are slow there in channels_last, of large images with a stride of 2: measured."""
@@ -253,6 +253,22 @@ def test_weight_gradients_without_avx512(monkeypatch, side, last, avx2, wins):
     assert geometry._wins_weight_grad((1, 32, side, side), weight, last) == wins
     turned = geometry._replace(output_padding=(1, 1))
     assert turned._wins_weight_grad((1, 64, side // 2, side // 2), weight, last) == wins
+
+
+@pytest.mark.parametrize("avx2", (True, False), ids=("avx2", "avx512"))
+def test_kernels_of_three_with_a_stride_of_two(monkeypatch, avx2):
+    """Winograd's algorithm, on images that are large enough for its tiles: measured without AVX-512 alone."""
+    monkeypatch.setattr(_geometry, "_no_more_than_avx2", lambda: avx2)
+    strided, transposed = Geometry((2, 2), (1, 1), None, 1, (1, 1)), Geometry((2, 2), (1, 1), (1, 1), 1, (1, 1))
+    last, first = (Like((64, 64, 3, 3), torch.float32, torch.device("cpu"), last) for last in (True, False))
+    assert strided._wins((64, 64, 16, 16), last, False) == avx2
+    assert transposed._wins((64, 64, 8, 8), last, False) == transposed._wins((64, 64, 8, 8), first, False) == avx2
+    assert strided._wins_weight_grad((64, 64, 8, 8), last, True) == avx2
+    assert transposed._wins_weight_grad((64, 64, 4, 4), last, True) == avx2
+    assert not strided._wins((64, 64, 16, 16), first, False) and not strided._wins((64, 64, 8, 8), last, False)
+    assert not strided._wins((1, 64, 16, 16), last, False) and not strided._wins_weight_grad(
+        (64, 64, 8, 8), first, False
+    )
 
 
 def test_the_tier_of_an_op_that_memory_bounds(monkeypatch):
