@@ -15,6 +15,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 # A launch as the kernels' proofs and their traffic model see it: (kernel, grid, arguments by name, options).
 Launch = tuple[Any, tuple[int, ...], dict[str, Any], dict[str, Any]]
 _recorder: Callable[[Launch], None] | None = None
+_MOST = (2**31 - 1, 65535, 65535)  # programs that CUDA launches along each dimension of a grid
 
 
 @contextlib.contextmanager
@@ -31,7 +32,12 @@ def recorded():
 
 def launch(kernel, grid: tuple[int, ...], like: Tensor, *, warps: int = 4, stages: int = 2, maxnreg: int | None = None,
            **arguments: Any) -> None:  # fmt: skip
-    """Runs the kernel on the device and current stream of `like`."""
+    """Runs the kernel on the device and current stream of `like`. Raises ValueError for a grid larger than a GPU takes."""
+    if any(size > most for size, most in zip(grid, _MOST, strict=False)):
+        raise ValueError(
+            f"{kernel.fn.__name__} needs a grid of {grid} programs, and a GPU takes {_MOST[: len(grid)]}: compute fewer "
+            "images or groups at a time, or ask for another implementation (impl='reference')"
+        )
     options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": maxnreg} if maxnreg else {})
     if _recorder is not None:
         _recorder((kernel, grid, arguments, options))

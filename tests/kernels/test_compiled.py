@@ -236,6 +236,12 @@ def test_a_batch_of_any_size_is_launched():
     assert [len(grid) for _, grid, *_ in launches] == [1, 1]
 
 
+def test_a_grid_that_no_gpu_takes():
+    """CUDA's own error would not say what is too large: here the groups of a convolution, which vmap multiplies."""
+    with pytest.raises(ValueError, match=r"70000.*fewer images or groups.*impl='reference'"):
+        convolution(1, 70_000, 4, 70_000, 4, FP32, transposed=False, groups=70_000)
+
+
 def spectral_launches(dtype, count, v_first, iterations, divide=True, rows=96):
     weights = [meta(rows, 96, 3, 3, dtype=dtype, channels_last=False)] * count
     us, vs, scalars = [vector(rows)] * count, [vector(864)] * count, [meta(dtype=FP32)] * count
