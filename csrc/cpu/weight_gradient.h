@@ -322,6 +322,7 @@ struct DirectWeightGradient {
       const auto one = [&](int64_t at) {  // a column of the strip
         const int64_t column = inside(at - left, bw);
         A* to = strip + at * b;
+        if (column >= 0 && column < bw && channels == kSlab) return void(memcpy(to, from + column * bc, kSlab * sizeof(A)));  // a few moves
         if (column >= 0 && column < bw) to = std::copy_n(from + column * bc, channels, to);
         std::fill(to, strip + (at + 1) * b, A(0));
       };
