@@ -113,10 +113,10 @@ class Geometry(NamedTuple):
         """Whether fastgen's own kernel is faster than PyTorch's on the CPU, by what was measured there (benchmarks/NOTES.md).
 
         It is where Winograd's algorithm pays, in transposed convolutions with four 2x2 phases, for images of one pixel, and to
-        few output channels without statistics; without AVX-512 in 3x3 kernels with a stride of 2, transposed, channels_last or
-        to 8x8 and smaller.
-        In bfloat16 and float16, in which oneDNN multiplies, one pixel and few channels alone; and in bfloat16 for strides of 2
-        between many channels, where the processor multiplies pairs. Everywhere where PyTorch has no code for the dtype.
+        few output channels without statistics; without AVX-512 in 3x3 kernels to images of 8x8 and smaller, or with a stride
+        of 2 and transposed or channels_last. In bfloat16 and float16, in which oneDNN multiplies, one pixel and few channels
+        alone; and in bfloat16 for strides of 2 between many channels, where the processor multiplies pairs. Everywhere where
+        PyTorch has no code for the dtype.
         """
         if weight.device.type == "cuda":
             return self._wins_on_gpu(weight)
@@ -133,18 +133,17 @@ class Geometry(NamedTuple):
             fewer, more = sorted((channels // self.groups, out_channels // self.groups))
             return fewer >= 128 and more >= 256 and _multiplies_bf16()
         four_by_two = self.transposed and self._four_by_two(weight)
-        if self._three_by_two(weight) and (
-            self.transposed or weight.channels_last or self.sizes(x, weight.shape)[2] <= 8
-        ):
-            return wide
-        return exact and wide and (four_by_two or self._winograd(x, weight, 256))
+        three_by_three = self._three_by_three(weight) and (
+            self.sizes(x, weight.shape)[2] <= 8 or (self.stride == (2, 2) and (self.transposed or weight.channels_last))
+        )
+        return exact and wide and (four_by_two or three_by_three or self._winograd(x, weight, 256))
 
     def _wins_weight_grad(self, x: Sequence[int], weight: Like, channels_last: bool) -> bool:
         """The same of the weight's gradient: for Winograd's algorithm and for images of one pixel, in all dtypes; to few output
         channels with a stride of 1, and in float32 and float64, where the images with more channels are channels_last, for 4x4
         kernels from or to few channels in large batches, and where oneDNN has no code for that order, on images of 32x32 and
-        larger with a stride of 2. Without AVX-512 for 3x3 kernels with that stride in float32, in large batches that are
-        channels_last or have many channels, and of images of 2x2. On a GPU, where nothing was measured, it is cuDNN's."""
+        larger with a stride of 2. Without AVX-512 in float32 for 3x3 kernels with that stride, in large batches that are
+        channels_last or have many channels, and for images of 2x2 with any. On a GPU, where nothing was measured, cuDNN's."""
         if weight.device.type == "cuda":
             return False
         fewer, more = sorted(self.channels(weight.shape))
@@ -164,10 +163,10 @@ class Geometry(NamedTuple):
         large = self.groups == 1 and min(weight.shape[2:]) >= 3 and min(smaller[2:]) >= 32
         if large and exact and channels_last and self.stride == (2, 2) and _no_more_than_avx2():
             return True
-        if self._three_by_two(weight):
+        if self._three_by_three(weight):
             n, _, height, width = self.sizes(x, weight.shape)
-            lines, many = min(x[2], height), fewer >= 128
-            if (many and lines <= 2) or ((many or channels_last) and lines >= 4 and n * height * width >= 1024):
+            lines, many, tiles = min(x[2], height), fewer >= 128, n * height * width >= 1024 and self.stride == (2, 2)
+            if (many and lines <= 2) or ((many or channels_last) and lines >= 4 and tiles):
                 return True
         return self._winograd(x, weight, 1024) or (self._one_pixel(x, weight) and x[0] >= 32)
 
@@ -183,9 +182,9 @@ class Geometry(NamedTuple):
     def _four_by_two(self, weight: Like) -> bool:
         return tuple(weight.shape[2:]) == (4, 4) and self.stride == (2, 2)
 
-    def _three_by_two(self, weight: Like) -> bool:
-        """A 3x3 kernel with a stride of 2 in float32, where there is no AVX-512: measured there alone."""
-        plain = (self.stride, self.dilation, self.groups) == ((2, 2), (1, 1), 1)
+    def _three_by_three(self, weight: Like) -> bool:
+        """A 3x3 kernel with a stride of 1 or 2 in float32, where there is no AVX-512: measured there alone."""
+        plain = self.stride in ((1, 1), (2, 2)) and (self.dilation, self.groups) == ((1, 1), 1)
         return plain and tuple(weight.shape[2:]) == (3, 3) and weight.dtype == torch.float32 and _no_more_than_avx2()
 
     def _winograd(self, x: Sequence[int], weight: Like, least: int) -> bool:

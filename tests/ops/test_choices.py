@@ -256,8 +256,8 @@ def test_weight_gradients_without_avx512(monkeypatch, side, last, avx2, wins):
 
 
 @pytest.mark.parametrize("avx2", (True, False), ids=("avx2", "avx512"))
-def test_kernels_of_three_with_a_stride_of_two(monkeypatch, avx2):
-    """oneDNN's are slower there, but strided ones of contiguous images: measured without AVX-512 alone."""
+def test_kernels_of_three_without_avx512(monkeypatch, avx2):
+    """oneDNN's are slower there on small images and with a stride of 2, but strided ones of large contiguous images."""
     monkeypatch.setattr(_geometry, "_no_more_than_avx2", lambda: avx2)
     strided, transposed = Geometry((2, 2), (1, 1), None, 1, (1, 1)), Geometry((2, 2), (1, 1), (1, 1), 1, (1, 1))
     last, first = (Like((128, 128, 3, 3), torch.float32, torch.device("cpu"), last) for last in (True, False))
@@ -267,6 +267,9 @@ def test_kernels_of_three_with_a_stride_of_two(monkeypatch, avx2):
     assert strided._wins_weight_grad(large, last, True) == strided._wins_weight_grad(small, first, False) == avx2
     assert transposed._wins_weight_grad(small, last, True) == avx2
     assert not strided._wins(large, first, False)
+    plain = strided._replace(stride=(1, 1))
+    assert plain._wins(small, first, False) == plain._wins_weight_grad((64, 128, 2, 2), first, False) == avx2
+    assert not plain._wins((1, 128, 9, 9), last, False) and not plain._wins_weight_grad(small, last, True)
     few = Like((64, 64, 3, 3), torch.float32, torch.device("cpu"), False)
     assert not strided._wins_weight_grad((64, 64, 32, 32), few, False)
     assert not strided._wins_weight_grad((1, 64, 16, 16), few, True)
