@@ -234,13 +234,14 @@ struct Call {
   template <int m, int r>
   void run(const Winograd<A, m, r, vectors>& winograd, const ParallelFor& parallel) {
     const int64_t unit = m * winograd.rows.out_step, pixels_a_band = winograd.expand ? 8192 : 48 * unit * unit;
-    int64_t units = std::max<int64_t>(1, pixels_a_band / (conv.ow * unit)), some_images = std::clamp<int64_t>(pixels_a_band / op.s, 1, op.n);
-    if (!winograd.expand) {  // bands such that threads finish together, of at least 16 tiles
-      const auto at_most = [](int64_t& size, int64_t fair, int64_t tiles) { size = std::min(size, std::max(fair, ceil_div(16, tiles))); };
-      at_most(units, ceil_div(op.n * ceil_div(conv.oh, unit), 8 * parallel.threads), winograd.across());
-      at_most(some_images, ceil_div(op.n, ceil_div(ceil_div(op.n, some_images), parallel.threads) * parallel.threads), winograd.tiles_an_image(0, conv.oh));
+    int64_t units = std::max<int64_t>(1, pixels_a_band / (conv.ow * unit)), several = std::clamp<int64_t>(pixels_a_band / op.s, 1, op.n);
+    if (!winograd.expand) {  // bands of units of an image, or of several images, such that threads finish together; of at least 16 tiles
+      const auto limit = [](int64_t& size, int64_t fair, int64_t tiles) { size = std::min(size, std::max(fair, ceil_div(16, tiles))); };
+      limit(units, ceil_div(op.n * ceil_div(conv.oh, unit), 8 * parallel.threads), winograd.across());
+      const int64_t a_thread = ceil_div(ceil_div(op.n, several), parallel.threads);
+      limit(several, ceil_div(op.n, a_thread * parallel.threads), winograd.tiles_an_image(0, conv.oh));
     }
-    set_band(some_images, units * unit);
+    set_band(several, units * unit);
     const int64_t bands = ceil_div(op.n, images) * bands_an_image(), tiles = images * winograd.tiles_an_image(0, band_rows);
     const int64_t items = parallel.threads > 1 ? 2 * parallel.threads : 1;  // at least, if there are enough blocks
     const int64_t together = ceil_div(blocks(), ceil_div(items, bands)), parts_a_band = ceil_div(blocks(), together);

@@ -322,8 +322,9 @@ struct DirectWeightGradient {
       const auto one = [&](int64_t at) {  // a column of the strip
         const int64_t column = inside(at - left, bw);
         A* to = strip + at * b;
-        if (column >= 0 && column < bw && channels == kSlab) return void(memcpy(to, from + column * bc, kSlab * sizeof(A)));  // a few moves
-        if (column >= 0 && column < bw) to = std::copy_n(from + column * bc, channels, to);
+        const bool there = column >= 0 && column < bw;
+        if (there && channels == kSlab) return void(memcpy(to, from + column * bc, kSlab * sizeof(A)));  // of a constant size: a few moves
+        if (there) to = std::copy_n(from + column * bc, channels, to);
         std::fill(to, strip + (at + 1) * b, A(0));
       };
       for (int64_t at = 0; at < std::min(left, width); ++at) one(at);

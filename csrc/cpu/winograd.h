@@ -1,7 +1,7 @@
 // Winograd convolutions: m outputs of r taps from m + r - 1 multiplications an axis instead of m * r (Lavin and Gray, 2015). A
 // convolution whose kernel is r times its stride is, or is the sum of, r-tap convolutions of stride 1, a phase of the stride
-// each; a smaller kernel lacks taps of some phases, and their products at some points. Included once per instruction set (see isa.h), after tile.h. Everything is computed in the accumulation type
-// A.
+// each; a smaller kernel lacks taps of some phases, and their products at some points. Included once per instruction set (see isa.h),
+// after tile.h. Everything is computed in the accumulation type A.
 namespace fastgen::cpu::FASTGEN_ISA {
 
 // y = output [(weight g) * (input d)] from the points 0, 1, -1, 1/2, -2 and infinity (Toom and Cook): their
@@ -127,6 +127,7 @@ struct WinogradAxis {
     return (i > 0 || tap[phase].front() >= 0) && (i < n - 1 || tap[phase].back() >= 0);
   }
 
+  // Whether all phases read the same of the input.
   bool reads_the_same() const {
     return std::all_of(source.begin(), source.end(), [&](const auto& phase) { return phase == source.front(); });
   }
