@@ -212,20 +212,24 @@ struct Call {
     set_band(kBandPixels / op.s, kBandPixels / conv.ow);
     const int64_t others = conv.groups * blocks() * ceil_div(op.n, images);  // enough work for some threads, if rows are left
     set_band(images, std::min(band_rows, std::max<int64_t>(4, ceil_div(conv.oh, ceil_div(kItems, others)))));
-    const int64_t bands = ceil_div(op.n, images) * bands_an_image();
+    const int64_t bands = ceil_div(op.n, images) * bands_an_image(), band_size = images * band_rows * conv.ow * width;
+    // Two blocks at once, if enough work is left for all threads.
+    const int64_t together = conv.groups * blocks() * bands >= 4 * parallel.threads ? 2 : 1, parts = ceil_div(blocks(), together);
     const std::vector<A> zeros(static_cast<size_t>(conv.ic / conv.groups * direct.joined), A(0));
-    parallel(conv.groups * blocks() * bands, [&](int64_t begin, int64_t end) {
-      A* const band = thread_scratch<A>(images * band_rows * conv.ow * width);
-      const A** const sources = thread_scratch<const A*>(conv.kh * conv.kw * (kPixels + 1) + conv.kh);
+    parallel(conv.groups * parts * bands, [&](int64_t begin, int64_t end) {
+      A* const band = thread_scratch<A>(together * band_size);
+      const A** const sources = thread_scratch<const A*>(conv.kh * conv.kw * (kPixels + together) + conv.kh);
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t block = item / bands, first_image = item % bands / bands_an_image() * images;
+        const int64_t part = item / bands, block = part / parts * blocks() + part % parts * together;
+        const int64_t count = std::min(together, blocks() - part % parts * together), first_image = item % bands / bands_an_image() * images;
         const int64_t first_row = item % bands_an_image() * band_rows;
         const int64_t last_row = std::min(conv.oh, first_row + band_rows), last_image = std::min(op.n, first_image + images);
         for (const Axis::Class& row : direct.rows.classes)
           for (const Axis::Class& column : direct.columns.classes)
-            multiply(direct, block, first_image, last_image, first_row, last_row, row, column, zeros.data(), sources, band);
-        for (int64_t image = first_image; image < last_image; ++image)
-          finish(block, image, first_row, last_row, band + (image - first_image) * (last_row - first_row) * conv.ow * width);
+            multiply(direct, block, count, first_image, last_image, first_row, last_row, row, column, zeros.data(), sources, band, band_size);
+        for (int64_t k = 0; k < count; ++k)
+          for (int64_t image = first_image; image < last_image; ++image)
+            finish(block + k, image, first_row, last_row, band + k * band_size + (image - first_image) * (last_row - first_row) * conv.ow * width);
       }
     });
   }
@@ -324,20 +328,29 @@ struct Call {
       for (int64_t ow = 0; ow < conv.ow; ++ow) store(tensor + at(image, channel, oh * conv.ow + ow), z[channel * conv.ow + ow]);
   }
 
-  // The band's pixels of one class of rows and columns, kPixels at a time.
-  void multiply(const Direct& direct, int64_t block, int64_t first_image, int64_t last_image, int64_t first_row, int64_t last_row,
-                const Axis::Class& row, const Axis::Class& column, const A* zeros, const A** memory, A* band) const {
+  // The band's pixels of one class of rows and columns, kPixels at a time, in `count` blocks: one, or two whose bands lie band_size apart.
+  void multiply(const Direct& direct, int64_t block, int64_t count, int64_t first_image, int64_t last_image, int64_t first_row,
+                int64_t last_row, const Axis::Class& row, const Axis::Class& column, const A* zeros, const A** memory, A* band,
+                int64_t band_size) const {
     const int64_t channels = conv.ic / conv.groups, depth = channels * direct.joined, group = block / blocks();
     const int64_t down = row.taps.size(), beside = column.taps.size(), taps = down * beside, pixel = conv.ic, kernel = conv.kw / direct.joined, across = conv.iw + 2 * direct.edge;
     const A** const weights = memory;
-    const A** const sources = memory + taps;
+    const A** const sources = memory + count * taps;
     const A** const lines = sources + taps * kPixels;
     int64_t tap = 0;
-    for (int64_t kh : row.taps)
-      for (int64_t kw : column.taps) weights[tap++] = packed + (block * conv.kh * kernel + kh * kernel + kw) * depth * width;
+    for (int64_t k = block; k < block + count; ++k)
+      for (int64_t kh : row.taps)
+        for (int64_t kw : column.taps) weights[tap++] = packed + (k * conv.kh * kernel + kh * kernel + kw) * depth * width;
     const int64_t* const kws = column.taps.data();
-    A* to[kPixels];
+    A* to[2 * kPixels];
     int filled = 0;
+    const auto run_tile = [&] {
+      if (count == 2 && filled <= kPixels / 2)  // a small one of one block leaves registers, and the units that multiply, idle
+        kTiles<A, vectors, dot, 2>[filled - 1](sources, weights, taps, depth, to);
+      else
+        for (int64_t k = 0; k < count; ++k) kTiles<A, vectors, dot>[filled - 1](sources, weights + k * taps, taps, depth, to + k * kPixels);
+      filled = 0;
+    };
     const auto first_oh = std::lower_bound(row.positions.begin(), row.positions.end(), first_row);
     const auto last_oh = std::lower_bound(first_oh, row.positions.end(), last_row);
     for (int64_t image = first_image; image < last_image; ++image)
@@ -357,12 +370,11 @@ struct Call {
               *source = lines[i] && iw >= 0 ? lines[i] + iw * pixel : zeros;
             }
           to[filled] = line + ow * width;
-          if (++filled < kPixels) continue;
-          kTiles<A, vectors, dot>[kPixels - 1](sources, weights, taps, depth, to);
-          filled = 0;
+          to[kPixels + filled] = to[filled] + band_size;
+          if (++filled == kPixels) run_tile();
         }
       }
-    if (filled) kTiles<A, vectors, dot>[filled - 1](sources, weights, taps, depth, to);
+    if (filled) run_tile();
   }
 
   // Bias, statistics or normalisation + activation, and the store, for one block of channels of some rows of one image.
