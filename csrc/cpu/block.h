@@ -26,30 +26,30 @@ inline void activate_grad_block(const A* grad, const A* z, A* out, int64_t count
   for (int64_t i = 0; i < count; ++i) out[i] = activate_grad<act>(grad[i], z[i], slope);
 }
 
+// body(std::integral_constant<Activation, act>): a loop of its own for each activation. The loop belongs into a function that takes
+// pointers: over what a lambda captures GCC 12 may leave it scalar.
+template <class F>
+inline void with_activation(Activation act, const F& body) {
+  switch (act) {
+    case Activation::identity: return body(std::integral_constant<Activation, Activation::identity>());
+    case Activation::relu: return body(std::integral_constant<Activation, Activation::relu>());
+    case Activation::leaky_relu: return body(std::integral_constant<Activation, Activation::leaky_relu>());
+    case Activation::tanh: return body(std::integral_constant<Activation, Activation::tanh>());
+    case Activation::sigmoid: return body(std::integral_constant<Activation, Activation::sigmoid>());
+    case Activation::silu: return body(std::integral_constant<Activation, Activation::silu>());
+  }
+}
+
 // z = act(z)
 template <class A>
 inline void activate_block(Activation act, A* z, int64_t count, A slope) {
-  switch (act) {
-    case Activation::identity: return;
-    case Activation::relu: return activate_block<Activation::relu>(z, count, slope);
-    case Activation::leaky_relu: return activate_block<Activation::leaky_relu>(z, count, slope);
-    case Activation::tanh: return activate_block<Activation::tanh>(z, count, slope);
-    case Activation::sigmoid: return activate_block<Activation::sigmoid>(z, count, slope);
-    case Activation::silu: return activate_block<Activation::silu>(z, count, slope);
-  }
+  with_activation(act, [&](auto known) { activate_block<known.value>(z, count, slope); });
 }
 
 // out = grad * act'(z)
 template <class A>
 inline void activate_grad_block(Activation act, const A* grad, const A* z, A* out, int64_t count, A slope) {
-  switch (act) {
-    case Activation::identity: return activate_grad_block<Activation::identity>(grad, z, out, count, slope);
-    case Activation::relu: return activate_grad_block<Activation::relu>(grad, z, out, count, slope);
-    case Activation::leaky_relu: return activate_grad_block<Activation::leaky_relu>(grad, z, out, count, slope);
-    case Activation::tanh: return activate_grad_block<Activation::tanh>(grad, z, out, count, slope);
-    case Activation::sigmoid: return activate_grad_block<Activation::sigmoid>(grad, z, out, count, slope);
-    case Activation::silu: return activate_grad_block<Activation::silu>(grad, z, out, count, slope);
-  }
+  with_activation(act, [&](auto known) { activate_grad_block<known.value>(grad, z, out, count, slope); });
 }
 
 // The affine map of the normalisation: z = (x - center) * scale + shift, a coefficient a (row of stats,) channel; `repeat` times one

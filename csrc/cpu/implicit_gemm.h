@@ -383,6 +383,11 @@ struct Call {
     const int64_t valid = std::min(width, (group + 1) * (op.c / conv.groups) - first), pixels = (last_row - first_row) * conv.ow;
     A shift[width] = {};
     if (bias) std::copy_n(bias + first, valid, shift);
+    if (out && op.channels_last && valid == width && !pre && !affine && !residual) {
+      T* const to = out + at(image, first, first_row * conv.ow);
+      with_activation(op.activation, [&](auto known) { put_activated<known.value>(z, pixels, shift, static_cast<A>(op.negative_slope), to, op.c); });
+      return;
+    }
     if (parts) {
       if (bias) each(z, pixels, [&](A value, int64_t k) { return value + shift[k]; });
       Moments<double> moments[width];
@@ -408,6 +413,12 @@ struct Call {
       activate_block(op.activation, chunk, count * width, static_cast<A>(op.negative_slope));
       put(chunk, out, image, pixel, count, first, valid);
     }
+  }
+
+  template <Activation act>
+  static void put_activated(const A* z, int64_t pixels, const A* shift, A slope, T* __restrict to, int64_t step) {
+    for (int64_t pixel = 0; pixel < pixels; ++pixel, z += width, to += step)
+      for (int64_t k = 0; k < width; ++k) store(to + k, activate<act>(z[k] + shift[k], slope));
   }
 
   static constexpr int64_t kChunk = 64;  // pixels
