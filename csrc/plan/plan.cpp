@@ -36,17 +36,29 @@ bool is_alike(const Step& a, const Step& b) {
 
 int64_t elements(const int64_t* size) { return size[0] * size[1] * size[2]; }
 
-// to (n, columns, rows) = from (n, rows, columns)
+// to (n, columns, rows) = from (n, rows, columns), in squares that are copied first: their lines, often a power of two apart, would drive
+// each other out of the cache.
 template <class From, class To>
 void transpose(const From* from, int64_t n, int64_t rows, int64_t columns, To* to, const cpu::ParallelFor& parallel) {
-  constexpr int64_t block = 16;
-  const int64_t blocks = ceil_div(rows, block);
-  parallel(n * blocks, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t base = item / blocks * rows * columns, first = item % blocks * block, last = std::min(rows, first + block);
-      for (int64_t column = 0; column < columns; ++column)
-        for (int64_t row = first; row < last; ++row) cpu::store(to + base + column * rows + row, cpu::load(from + base + row * columns + column));
-    }
+  constexpr int64_t side = 16, most = 64 * side;  // columns that one task moves
+  const int64_t down = ceil_div(rows, side), beside = ceil_div(columns, most);
+  parallel(n * down * beside, [&](int64_t begin, int64_t end) {
+    From square[side][side];
+    for (int64_t item = begin; item < end; ++item)
+      for (int64_t first = item % beside * most, column = first; column < std::min(columns, first + most); column += side) {
+        const int64_t base = item / beside / down * rows * columns, row = item / beside % down * side;
+        const int64_t height = std::min(side, rows - row), width = std::min(side, columns - column);
+        const From* const x = from + base + row * columns + column;
+        To* const y = to + base + column * rows + row;
+        if (height == side && width == side) {
+          for (int64_t i = 0; i < side; ++i) memcpy(square[i], x + i * columns, sizeof(square[i]));
+          for (int64_t j = 0; j < side; ++j)
+            for (int64_t i = 0; i < side; ++i) cpu::store(y + j * rows + i, cpu::load(&square[i][j]));
+        } else {
+          for (int64_t j = 0; j < width; ++j)
+            for (int64_t i = 0; i < height; ++i) cpu::store(y + j * rows + i, cpu::load(x + i * columns + j));
+        }
+      }
   });
 }
 
