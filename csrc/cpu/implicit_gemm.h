@@ -214,15 +214,16 @@ struct Call {
     set_band(images, std::min(band_rows, std::max<int64_t>(4, ceil_div(conv.oh, ceil_div(kItems, others)))));
     const int64_t bands = ceil_div(op.n, images) * bands_an_image(), band_size = images * band_rows * conv.ow * width;
     // Two blocks at once, if enough work is left for all threads.
-    const int64_t together = conv.groups * blocks() * bands >= 4 * parallel.threads ? 2 : 1, parts = ceil_div(blocks(), together);
+    const int64_t together = conv.groups * blocks() * bands >= 4 * parallel.threads ? 2 : 1;
+    const int64_t parts_a_group = ceil_div(blocks(), together);
     const std::vector<A> zeros(static_cast<size_t>(conv.ic / conv.groups * direct.joined), A(0));
-    parallel(conv.groups * parts * bands, [&](int64_t begin, int64_t end) {
+    parallel(conv.groups * parts_a_group * bands, [&](int64_t begin, int64_t end) {
       A* const band = thread_scratch<A>(together * band_size);
       const A** const sources = thread_scratch<const A*>(conv.kh * conv.kw * (kPixels + together) + conv.kh);
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t part = item / bands, block = part / parts * blocks() + part % parts * together;
-        const int64_t count = std::min(together, blocks() - part % parts * together), first_image = item % bands / bands_an_image() * images;
-        const int64_t first_row = item % bands_an_image() * band_rows;
+        const int64_t group = item / bands / parts_a_group, in_group = item / bands % parts_a_group * together;
+        const int64_t block = group * blocks() + in_group, count = std::min(together, blocks() - in_group);
+        const int64_t first_image = item % bands / bands_an_image() * images, first_row = item % bands_an_image() * band_rows;
         const int64_t last_row = std::min(conv.oh, first_row + band_rows), last_image = std::min(op.n, first_image + images);
         for (const Axis::Class& row : direct.rows.classes)
           for (const Axis::Class& column : direct.columns.classes)
