@@ -96,15 +96,22 @@ Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channel
     else
       return load(value);
   };
-  parallel(n * ceil_div(s, 16), [&](int64_t begin, int64_t end) {
+  constexpr int64_t most = 16, lanes = Vector<Acc<T>>::size;
+  parallel(n * ceil_div(s, most), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t sample = block / ceil_div(s, 16), first = (block % ceil_div(s, 16)) * 16, last = std::min(s, first + 16);
-      const int64_t base = sample * c * s;
-      if (channels_last)
-        for (int64_t i = base + first * c; i < base + last * c; ++i) out[i] = convert(x + i);
-      else
-        for (int64_t channel = 0; channel < c; ++channel)
-          for (int64_t pixel = first; pixel < last; ++pixel) out[base + pixel * c + channel] = convert(x + base + channel * s + pixel);
+      const int64_t base = block / ceil_div(s, most) * c * s, first = block % ceil_div(s, most) * most, pixels = std::min(most, s - first);
+      S* const to = out + base + first * c;
+      if (channels_last) {
+        for (int64_t i = 0; i < pixels * c; ++i) to[i] = convert(x + base + first * c + i);
+        continue;
+      }
+      const T* const from = x + base + first;
+      int64_t channel = 0;
+      if constexpr (std::is_same_v<T, S> && std::is_same_v<T, Acc<T>>)
+        for (; pixels == most && channel + lanes <= c; channel += lanes)
+          for (int64_t pixel = 0; pixel < most; pixel += lanes) transpose(from + channel * s + pixel, s, to + pixel * c + channel, c);
+      for (; channel < c; ++channel)
+        for (int64_t pixel = 0; pixel < pixels; ++pixel) to[pixel * c + channel] = convert(from + channel * s + pixel);
     }
   });
   return {out, std::move(copy)};
