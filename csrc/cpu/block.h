@@ -26,7 +26,7 @@ inline void activate_grad_block(const A* grad, const A* z, A* out, int64_t count
   for (int64_t i = 0; i < count; ++i) out[i] = activate_grad<act>(grad[i], z[i], slope);
 }
 
-// body(std::integral_constant<Activation, act>): a loop of its own for each activation. The loop belongs into a function that takes
+// body(std::integral_constant<Activation, act>): a loop of its own for each activation. The loop belongs in a function that takes
 // pointers: over what a lambda captures GCC 12 may leave it scalar.
 template <class F>
 inline void with_activation(Activation act, const F& body) {
