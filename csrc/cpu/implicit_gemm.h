@@ -206,6 +206,10 @@ struct Call {
     if (parts) parts->resize(static_cast<size_t>(op.n * bands_an_image() * op.c));
   }
   int64_t bands_an_image() const { return ceil_div(conv.oh, band_rows); }
+  Band band_at(int64_t index) const {
+    const int64_t image = index / bands_an_image() * images, row = index % bands_an_image() * band_rows;
+    return {image, std::min(op.n, image + images), row, std::min(conv.oh, row + band_rows)};
+  }
   int64_t blocks() const { return ceil_div(op.c / conv.groups, width); }
 
   void run(const Direct& direct, const ParallelFor& parallel) {
@@ -218,19 +222,16 @@ struct Call {
     const int64_t parts_a_group = ceil_div(blocks(), together);
     const std::vector<A> zeros(static_cast<size_t>(conv.ic / conv.groups * direct.joined), A(0));
     parallel(conv.groups * parts_a_group * bands, [&](int64_t begin, int64_t end) {
-      A* const band = thread_scratch<A>(together * band_size);
+      A* const memory = thread_scratch<A>(together * band_size);
       const A** const sources = thread_scratch<const A*>(conv.kh * conv.kw * (kPixels + together) + conv.kh);
       for (int64_t item = begin; item < end; ++item) {
         const int64_t group = item / bands / parts_a_group, in_group = item / bands % parts_a_group * together;
         const int64_t block = group * blocks() + in_group, count = std::min(together, blocks() - in_group);
-        const int64_t first_image = item % bands / bands_an_image() * images, first_row = item % bands_an_image() * band_rows;
-        const int64_t last_row = std::min(conv.oh, first_row + band_rows), last_image = std::min(op.n, first_image + images);
+        const Band band = band_at(item % bands);
         for (const Axis::Class& row : direct.rows.classes)
           for (const Axis::Class& column : direct.columns.classes)
-            multiply(direct, block, count, first_image, last_image, first_row, last_row, row, column, zeros.data(), sources, band, band_size);
-        for (int64_t k = 0; k < count; ++k)
-          for (int64_t image = first_image; image < last_image; ++image)
-            finish(block + k, image, first_row, last_row, band + k * band_size + (image - first_image) * (last_row - first_row) * conv.ow * width);
+            multiply(direct, block, count, band, row, column, zeros.data(), sources, memory, band_size);
+        for (int64_t k = 0; k < count; ++k) finish(block + k, band, memory + k * band_size);
       }
     });
   }
@@ -260,17 +261,13 @@ struct Call {
         winograd.transform_tiles(x, 0, Band{0, op.n, 0, conv.oh}, 0, tiles, begin, end, memory, transformed.get());
       });
     parallel(bands * parts_a_band, [&](int64_t begin, int64_t end) {
-      A* const band = thread_scratch<A>(together * band_size + winograd.scratch_size(tiles));
+      A* const memory = thread_scratch<A>(together * band_size + winograd.scratch_size(tiles));
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t at = item / parts_a_band, first_block = item % parts_a_band * together, last_block = std::min(blocks(), first_block + together);
-        const int64_t first_image = at / bands_an_image() * images, last_image = std::min(op.n, first_image + images);
-        const int64_t first_row = at % bands_an_image() * band_rows, last_row = std::min(conv.oh, first_row + band_rows);
-        winograd.multiply(x, transformed.get(), packed, first_block, last_block, {first_image, last_image, first_row, last_row}, band,
-                          band + together * band_size);
-        A* z = band;
-        for (int64_t block = first_block; block < last_block; ++block)
-          for (int64_t image = first_image; image < last_image; ++image, z += (last_row - first_row) * conv.ow * width)
-            finish(block, image, first_row, last_row, z);
+        const int64_t first_block = item % parts_a_band * together, last_block = std::min(blocks(), first_block + together);
+        const Band band = band_at(item / parts_a_band);
+        winograd.multiply(x, transformed.get(), packed, first_block, last_block, band, memory, memory + together * band_size);
+        A* z = memory;
+        for (int64_t block = first_block; block < last_block; ++block) z = finish(block, band, z);
       }
     });
   }
@@ -329,14 +326,13 @@ struct Call {
       for (int64_t ow = 0; ow < conv.ow; ++ow) store(tensor + at(image, channel, oh * conv.ow + ow), z[channel * conv.ow + ow]);
   }
 
-  // The band's pixels of one class of rows and columns, kPixels at a time, in `count` blocks: one, or two whose bands lie band_size apart.
-  void multiply(const Direct& direct, int64_t block, int64_t count, int64_t first_image, int64_t last_image, int64_t first_row,
-                int64_t last_row, const Axis::Class& row, const Axis::Class& column, const A* zeros, const A** memory, A* band,
-                int64_t band_size) const {
+  // The band's pixels of one class of rows and columns, kPixels at a time, in `count` blocks: one, or two that lie band_size apart.
+  void multiply(const Direct& direct, int64_t block, int64_t count, const Band& band, const Axis::Class& row, const Axis::Class& column,
+                const A* zeros, const A** pointers, A* z, int64_t band_size) const {
     const int64_t channels = conv.ic / conv.groups, depth = channels * direct.joined, group = block / blocks();
     const int64_t down = row.taps.size(), beside = column.taps.size(), taps = down * beside, pixel = conv.ic, kernel = conv.kw / direct.joined, across = conv.iw + 2 * direct.edge;
-    const A** const weights = memory;
-    const A** const sources = memory + count * taps;
+    const A** const weights = pointers;
+    const A** const sources = pointers + count * taps;
     const A** const lines = sources + taps * kPixels;
     int64_t tap = 0;
     for (int64_t k = block; k < block + count; ++k)
@@ -352,16 +348,16 @@ struct Call {
         for (int64_t k = 0; k < count; ++k) kTiles<A, vectors, dot>[filled - 1](sources, weights + k * taps, taps, depth, to + k * kPixels);
       filled = 0;
     };
-    const auto first_oh = std::lower_bound(row.positions.begin(), row.positions.end(), first_row);
-    const auto last_oh = std::lower_bound(first_oh, row.positions.end(), last_row);
-    for (int64_t image = first_image; image < last_image; ++image)
+    const auto first_oh = std::lower_bound(row.positions.begin(), row.positions.end(), band.first_row);
+    const auto last_oh = std::lower_bound(first_oh, row.positions.end(), band.last_row);
+    for (int64_t image = band.first_image; image < band.last_image; ++image)
       for (auto at = first_oh; at != last_oh; ++at) {
         const int64_t oh = *at;
         for (int64_t i = 0; i < down; ++i) {
           const int64_t ih = direct.rows.source[oh * conv.kh + row.taps[i]];
           lines[i] = ih < 0 ? nullptr : x + (image * conv.ih + ih) * across * pixel + group * channels;
         }
-        A* const line = band + ((image - first_image) * (last_row - first_row) + oh - first_row) * conv.ow * width;
+        A* const line = z + ((image - band.first_image) * (band.last_row - band.first_row) + oh - band.first_row) * conv.ow * width;
         for (const int64_t ow : column.positions) {
           const int64_t* const columns = direct.columns.source.data() + ow * kernel;
           const A** source = sources + filled;
@@ -376,6 +372,13 @@ struct Call {
         }
       }
     if (filled) run_tile();
+  }
+
+  // The band's images of one block of channels, from z on; returns where the next block's are if they follow.
+  A* finish(int64_t block, const Band& band, A* z) const {
+    for (int64_t image = band.first_image; image < band.last_image; ++image, z += (band.last_row - band.first_row) * conv.ow * width)
+      finish(block, image, band.first_row, band.last_row, z);
+    return z;
   }
 
   // Bias, statistics or normalisation + activation, and the store, for one block of channels of some rows of one image.
