@@ -1,6 +1,7 @@
 """The C++ kernels, as torch.ops.fastgen."""
 
 import logging
+import os
 from pathlib import Path
 
 from fastgen._build.library import Library
@@ -28,4 +29,20 @@ class Native(Library):
 
 
 library = Native()
-load, build, status = library.load, library.build, library.status
+build, status = library.build, library.status
+# Triton's interpreter runs its kernels on the CPU: with TRITON_INTERPRET=1 they take the place of the C++ kernels.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The CUDA kernels as a host compiler builds them (tests/cuda), to run on the CPU in the C++ kernels' place.
+CUDA_ON_CPU = os.environ.get("FASTGEN_CUDA_ON_CPU", "")
+
+
+def load() -> str | None:
+    """Loads the kernels, built before if need be; returns why they cannot be used, or None.
+
+    Where others take their place they must not be loaded: that would register them for the CPU instead.
+    """
+    if INTERPRETED:
+        return "TRITON_INTERPRET=1 runs the triton kernels on the CPU in their place"
+    if CUDA_ON_CPU:
+        return "FASTGEN_CUDA_ON_CPU runs the cuda kernels on the CPU in their place"
+    return library.load()

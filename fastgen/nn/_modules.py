@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from fastgen import ops
 from fastgen.nn.spectral_norm import undivided
-from fastgen.ops import _over_sigma
+from fastgen.ops import _over_sigma, _processor, _rules
 from fastgen.ops._dispatch import count, runs_auto
-from fastgen.ops._geometry import Geometry, torch_multiplies
+from fastgen.ops._geometry import Geometry
+from fastgen.ops._layout import like
 from fastgen.ops.norm_act import Tail
 
 SMALL = {True: 100_000_000, False: 20_000_000}  # multiplications of a convolution, with gradients and without
@@ -120,16 +121,20 @@ def _run_over_sigma(x: Tensor, convolution: nn.Conv2d | nn.ConvTranspose2d, argu
     if found is None:
         return None
     norm, weight = found
-    output_padding = convolution.output_padding if isinstance(convolution, nn.ConvTranspose2d) else ()
-    geometry = Geometry.of(
-        convolution.stride, convolution.padding, output_padding, convolution.groups, convolution.dilation,
-        convolution.padding_mode == "reflect",
-    )  # fmt: skip
+    geometry = _geometry(convolution)
     slope, inplace = arguments.get("negative_slope", 0.01), arguments.get("inplace", False)
     tail = Tail("none", *(None,) * 4, False, 0.0, 0.0, None, None, arguments["activation"], slope, inplace)
     if not _over_sigma.serves(x, weight, geometry, tail):
         return None
     return _over_sigma.convolution(x, *norm.parts(weight), convolution.bias, geometry, tail)
+
+
+def _geometry(convolution: nn.Conv2d | nn.ConvTranspose2d) -> Geometry:
+    output_padding = convolution.output_padding if isinstance(convolution, nn.ConvTranspose2d) else ()
+    return Geometry.of(
+        convolution.stride, convolution.padding, output_padding, convolution.groups, convolution.dilation,
+        convolution.padding_mode == "reflect",
+    )  # fmt: skip
 
 
 def _is_small(x: Tensor, convolution: Any) -> bool:
@@ -139,8 +144,14 @@ def _is_small(x: Tensor, convolution: Any) -> bool:
     """
     if x.device.type != "cpu" or x.dim() != 4 or torch.compiler.is_compiling() or not runs_auto():
         return False
-    if not torch_multiplies(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype):
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    processor = _processor.here()
+    if not processor.torch_multiplies(dtype):
         return False
+    if dtype == torch.bfloat16:
+        kind_of_weight = like(convolution.weight)._replace(dtype=dtype)
+        if _rules.torch_is_wrong(processor, _geometry(convolution), x.shape, kind_of_weight):
+            return False
     n, _, height, width = x.shape
     pixels = n * height * width
     if kind(convolution) is nn.Conv2d:

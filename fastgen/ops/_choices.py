@@ -2,7 +2,7 @@
 ops that memory bounds which of a GPU's two, by chip (`make gpu`).
 
 A chip has a JSON file of such choices among those that fastgen brings, and one in the user's cache folder, whose choices come
-first. What no file holds is answered by the rules of `_geometry`.
+first. What no file holds is answered by the rules of `_rules`.
 """
 
 from __future__ import annotations

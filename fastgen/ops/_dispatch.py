@@ -19,6 +19,7 @@ from types import ModuleType
 import torch
 
 from fastgen._build import cuda, native
+from fastgen._build.native import CUDA_ON_CPU, INTERPRETED
 from fastgen.errors import FastgenError, UsageError
 from fastgen.ops import _autograd, _memory
 
@@ -29,10 +30,6 @@ _used: Counter[tuple[str, str]] = Counter()
 _asked = threading.local()  # .tier: of a GPU's, what the call under way asked for; Triton's may be followed by a tile
 _defining = threading.Lock()  # a thread that defines an op of fastgen_cuda: no op can be defined twice
 _log = logging.getLogger("fastgen")
-# Triton's interpreter runs its kernels on the CPU: with TRITON_INTERPRET=1 they take the place of the C++ kernels.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The CUDA kernels as a host compiler builds them (tests/cuda), to run on the CPU in the C++ kernels' place.
-CUDA_ON_CPU = os.environ.get("FASTGEN_CUDA_ON_CPU", "")
 GPU_TIERS = ("triton", "cuda")  # in auto's order where nothing was measured
 OLDEST_GPU = (8, 0)
 
@@ -75,10 +72,6 @@ def why_not(op: str, impl: str, device: str, dtype: torch.dtype | None = None) -
         return f"fastgen {_version()} has no {impl} kernel for it"
     if impl in GPU_TIERS:
         return _why_no_gpu(impl, device, dtype)
-    if INTERPRETED:
-        return "TRITON_INTERPRET=1 runs the triton kernels on the CPU in their place"
-    if CUDA_ON_CPU:
-        return "FASTGEN_CUDA_ON_CPU runs the cuda kernels on the CPU in their place"
     return f"cpp kernels run on the CPU, the input is on {device}" if device != "cpu" else native.load()
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import ops
-from fastgen.ops import _convolution, _memory
+from fastgen.ops import _convolution, _memory, _rules
 from fastgen.ops.norm_act import activate
 from tests.cases import CASES, LARGE, OWN, SAMPLER, SMALL, SPECTRAL, UNIT_ROUNDOFF, OpCase
 
@@ -45,8 +45,8 @@ def error(found: Tensor, exact: Tensor) -> float:
 @pytest.fixture
 def own_kernels(monkeypatch):
     """The backward of a convolution runs fastgen's kernels even where they do not win."""
-    for name in ("_wins", "_wins_weight_grad"):
-        monkeypatch.setattr(_convolution.Geometry, name, lambda *_: True)
+    for name in ("forward", "weight_grad"):
+        monkeypatch.setattr(_rules, name, lambda *_: True)
     _memory.forget()
     yield
     _memory.forget()

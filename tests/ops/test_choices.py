@@ -17,10 +17,10 @@ import fastgen
 from fastgen import ops
 from fastgen._build import native
 from fastgen.errors import UsageError
-from fastgen.nn import _modules
-from fastgen.ops import _autograd, _choices, _convolution, _dispatch, _geometry
+from fastgen.ops import _autograd, _choices, _convolution, _dispatch, _processor
 from fastgen.ops._geometry import Geometry
 from fastgen.ops._layout import Like, like
+from fastgen.ops._processor import PROCESSORS
 from tests.cases import SMALL
 from tests.ops.test_cases import error, observe
 
@@ -38,11 +38,12 @@ GEOMETRY = Geometry((2, 2), (1, 1), (0, 0), 1, (1, 1))
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Caches and shipped files of the test's own, which are read."""
+    """Caches and shipped files of the test's own, which are read; and one processor's rules."""
     assert native.load() is None  # from the real cache
     monkeypatch.setenv("FASTGEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(_choices, "SHIPPED", tmp_path / "shipped")
     monkeypatch.delenv("FASTGEN_CHOICES")
+    monkeypatch.setattr(_processor, "here", lambda: PROCESSORS["avx512"])  # whichever is at hand
     _choices.forget()
     yield tmp_path
     _choices.forget()
@@ -241,40 +242,6 @@ def test_a_gpus_tiers(monkeypatch):
     assert GEOMETRY.wins(X.shape, kind) == "own"  # transposed, in 16 bits
 
 
-@pytest.mark.parametrize(
-    ("side", "last", "avx2", "wins"),
-    ((128, True, True, True), (128, True, False, False), (128, False, True, False), (16, True, True, False)),
-)
-def test_weight_gradients_without_avx512(monkeypatch, side, last, avx2, wins):
-    """oneDNN's are slow there in channels_last, of large images with a stride of 2: measured."""
-    monkeypatch.setattr(_geometry, "_no_more_than_avx2", lambda: avx2)
-    geometry = Geometry((2, 2), (1, 1), None, 1, (1, 1))
-    weight = Like((64, 32, 3, 3), torch.float32, torch.device("cpu"), last)
-    assert geometry._wins_weight_grad((1, 32, side, side), weight, last) == wins
-    turned = geometry._replace(output_padding=(1, 1))
-    assert turned._wins_weight_grad((1, 64, side // 2, side // 2), weight, last) == wins
-
-
-@pytest.mark.parametrize("avx2", (True, False), ids=("avx2", "avx512"))
-def test_kernels_of_three_without_avx512(monkeypatch, avx2):
-    """oneDNN's are slower there on small images and with a stride of 2, but strided ones of large contiguous images."""
-    monkeypatch.setattr(_geometry, "_no_more_than_avx2", lambda: avx2)
-    strided, transposed = Geometry((2, 2), (1, 1), None, 1, (1, 1)), Geometry((2, 2), (1, 1), (1, 1), 1, (1, 1))
-    last, first = (Like((128, 128, 3, 3), torch.float32, torch.device("cpu"), last) for last in (True, False))
-    small, large = (64, 128, 4, 4), (64, 128, 32, 32)
-    assert strided._wins(large, last, False) == strided._wins(small, first, False) == avx2
-    assert transposed._wins(large, last, False) == transposed._wins(small, first, False) == avx2
-    assert strided._wins_weight_grad(large, last, True) == strided._wins_weight_grad(small, first, False) == avx2
-    assert transposed._wins_weight_grad(small, last, True) == avx2
-    assert not strided._wins(large, first, False)
-    plain = strided._replace(stride=(1, 1))
-    assert plain._wins(small, first, False) == plain._wins_weight_grad((64, 128, 2, 2), first, False) == avx2
-    assert not plain._wins((1, 128, 9, 9), last, False) and not plain._wins_weight_grad(small, last, True)
-    few = Like((64, 64, 3, 3), torch.float32, torch.device("cpu"), False)
-    assert not strided._wins_weight_grad((64, 64, 32, 32), few, False)
-    assert not strided._wins_weight_grad((1, 64, 16, 16), few, True)
-
-
 def test_the_tier_of_an_op_that_memory_bounds(monkeypatch):
     """The measured one runs the op and its gradient, where it can and no other is asked for."""
     from benchmarks import gpu
@@ -403,7 +370,6 @@ def test_tune(faster, monkeypatch, folder):
 
 def test_tune_without_gradients(monkeypatch):
     monkeypatch.setattr(tuning, "milliseconds", clock(cpp=1.0, reference=2.0))
-    monkeypatch.setattr(_geometry, "torch_multiplies", lambda dtype: True)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(True))
     with torch.autocast("cpu", torch.bfloat16):
         (row,) = fastgen.tune(model, torch.randn(2, 3, 8, 8), training=False).tuned
@@ -411,11 +377,10 @@ def test_tune_without_gradients(monkeypatch):
     assert (row.chosen, row.rule) == ("cpp", "reference")
 
 
-@pytest.mark.parametrize("multiplies", (False, True))
-def test_dtypes_that_pytorch_does_not_multiply(multiplies, monkeypatch):
+@pytest.mark.parametrize(("processor", "multiplies"), (("avx2", False), ("amx", True)))
+def test_dtypes_that_pytorch_does_not_multiply(processor, multiplies, monkeypatch):
     """There even a small convolution that otherwise PyTorch computes is the op's, and gives the same."""
-    monkeypatch.setattr(_geometry, "torch_multiplies", lambda dtype: multiplies or dtype == torch.float32)
-    monkeypatch.setattr(_modules, "torch_multiplies", _geometry.torch_multiplies)
+    monkeypatch.setattr(_processor, "here", lambda: PROCESSORS[processor])
     _choices.forget()
     model = fastgen.nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
     x = torch.randn(2, 3, 8, 8)

@@ -1,0 +1,57 @@
+"""What the rules for the CPU ask of a processor."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from fastgen._build import native
+from fastgen.ops._memory import constant
+
+# Whether this processor has an instruction for pairs of bfloat16 that fastgen's kernels may use.
+torch.library.define("fastgen::multiplies_bf16", "() -> bool")
+
+
+class Processor(NamedTuple):
+    """A processor as PyTorch's kernels (oneDNN's among them) and fastgen's use it, limits of the environment included."""
+
+    vectors: str = "AVX2"  # PyTorch's: torch.backends.cpu.get_cpu_capability()
+    torch_bf16: bool = False  # PyTorch's convolutions have instructions for bfloat16,
+    torch_fp16: bool = False  # and for float16
+    own_bf16: bool = False  # fastgen's kernels multiply pairs of bfloat16
+    amx: bool = False  # oneDNN multiplies bfloat16 in AMX's tiles
+
+    def torch_multiplies(self, dtype: torch.dtype) -> bool:
+        """Whether PyTorch's convolutions have instructions for a dtype. Without, they take up to a hundred times as long as
+        fastgen's, which multiply in float32."""
+        return {torch.bfloat16: self.torch_bf16, torch.float16: self.torch_fp16}.get(dtype, True)
+
+
+# Classes of processors, by name, for tests of the rules and for tables.
+PROCESSORS = {
+    "avx2": Processor(),
+    "avx512": Processor("AVX512", torch_bf16=True),
+    "avx512_bf16": Processor("AVX512", torch_bf16=True, own_bf16=True),
+    "amx": Processor("AVX512", torch_bf16=True, torch_fp16=True, own_bf16=True, amx=True),
+    "neon": Processor("DEFAULT"),
+}
+
+
+@constant
+def here() -> Processor:
+    """The processor at hand. A constant of compiled graphs."""
+    return _found()
+
+
+@functools.cache
+def _found() -> Processor:
+    torch_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return Processor(
+        torch.backends.cpu.get_cpu_capability(),
+        torch_bf16,
+        torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+        native.load() is None and torch.ops.fastgen.multiplies_bf16(),
+        torch_bf16 and torch.cpu._is_amx_tile_supported(),
+    )

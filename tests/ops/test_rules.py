@@ -1,0 +1,172 @@
+"""The rules that choose between fastgen's kernels and PyTorch's, asked for every class of processor, whichever is at hand."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from fastgen import ops
+from fastgen.nn import _modules
+from fastgen.ops import _choices, _memory, _processor, _rules
+from fastgen.ops._geometry import Geometry
+from fastgen.ops._layout import Like
+from fastgen.ops._processor import PROCESSORS
+
+STRIDED, TRANSPOSED = Geometry((2, 2), (1, 1), None, 1, (1, 1)), Geometry((2, 2), (1, 1), (1, 1), 1, (1, 1))
+PLAIN = STRIDED._replace(stride=(1, 1))
+by_processor = pytest.mark.parametrize("name", PROCESSORS)
+
+
+def weight(outputs, inputs, kernel, dtype=torch.float32, last=True):
+    return Like((outputs, inputs, kernel, kernel), dtype, torch.device("cpu"), last)
+
+
+def forward(name, geometry, x, kind, batch_stats=False):
+    return _rules.forward(PROCESSORS[name], geometry, x, kind, batch_stats)
+
+
+def weight_grad(name, geometry, x, kind, last):
+    return _rules.weight_grad(PROCESSORS[name], geometry, x, kind, last)
+
+
+@by_processor
+def test_winograd(name):
+    """3x3 with a stride of 1 from 8x8 on, and 4x4 with a stride of 2; in float32, on every processor."""
+    assert forward(name, PLAIN, (1, 64, 16, 16), weight(64, 64, 3))
+    assert not forward(name, PLAIN, (1, 8, 16, 16), weight(8, 8, 3))
+    four = TRANSPOSED._replace(output_padding=(0, 0))
+    assert forward(name, four, (1, 64, 8, 8), weight(64, 64, 4))
+    assert weight_grad(name, four, (64, 64, 8, 8), weight(64, 64, 4), True)
+
+
+@by_processor
+def test_dtypes_without_instructions(name):
+    """PyTorch would compute them in a loop: fastgen takes every convolution."""
+    processor = PROCESSORS[name]
+    for dtype, has in ((torch.bfloat16, processor.torch_bf16), (torch.float16, processor.torch_fp16)):
+        kind = weight(32, 32, 3, dtype)
+        assert forward(name, PLAIN, (1, 32, 8, 8), kind) == (not has)
+        assert weight_grad(name, PLAIN, (1, 32, 2, 8), kind, True) == (not has)
+    assert not forward(name, PLAIN, (1, 32, 9, 9), weight(32, 32, 5, torch.float64))
+
+
+@by_processor
+def test_pairs_of_bfloat16(name):
+    """With a stride of 2 between many channels, where fastgen's kernels multiply pairs."""
+    kind = weight(256, 128, 4, torch.bfloat16)
+    processor = PROCESSORS[name]
+    assert forward(name, STRIDED, (64, 128, 16, 16), kind) == (processor.own_bf16 or not processor.torch_bf16)
+
+
+@by_processor
+@pytest.mark.parametrize(("side", "last"), ((128, True), (128, False), (16, True)))
+def test_weight_gradients_of_large_images_without_avx512(name, side, last):
+    """oneDNN's are slow there in channels_last, of large images with a stride of 2."""
+    wins = side == 128 and last and name == "avx2"
+    assert weight_grad(name, STRIDED, (1, 32, side, side), weight(64, 32, 3, last=last), last) == wins
+    assert weight_grad(name, TRANSPOSED, (1, 64, side // 2, side // 2), weight(64, 32, 3, last=last), last) == wins
+
+
+@by_processor
+def test_kernels_of_three_without_avx512(name):
+    """oneDNN's are slower there on small images and with a stride of 2, but strided ones of large contiguous images."""
+    avx2 = name == "avx2"
+    last, first = (weight(128, 128, 3, last=order) for order in (True, False))
+    small, large = (64, 128, 4, 4), (64, 128, 32, 32)
+    for geometry in (STRIDED, TRANSPOSED):
+        assert forward(name, geometry, large, last) == forward(name, geometry, small, first) == avx2
+    assert weight_grad(name, STRIDED, large, last, True) == weight_grad(name, STRIDED, small, first, False) == avx2
+    assert weight_grad(name, TRANSPOSED, small, last, True) == avx2
+    assert not forward(name, STRIDED, large, first)
+    assert forward(name, PLAIN, small, first) == weight_grad(name, PLAIN, (64, 128, 2, 2), first, False) == avx2
+    assert not forward(name, PLAIN, (1, 128, 9, 9), last) and not weight_grad(name, PLAIN, small, last, True)
+    few = weight(64, 64, 3, last=False)
+    assert not weight_grad(name, STRIDED, (64, 64, 32, 32), few, False)
+    assert not weight_grad(name, STRIDED, (1, 64, 16, 16), few, True)
+
+
+# (transposed, batch, channels in and out, kernel, stride, padding, dilation, height and width): all is narrow, or padding
+WRONG_IN_AMX = [
+    (True, 1, 16, 16, (4, 4), (2, 2), (1, 1), (1, 1), (9, 1)),
+    (True, 4, 48, 8, (4, 4), (2, 2), (2, 2), (2, 2), (8, 1)),
+    (False, 1, 8, 8, (4, 3), (1, 3), (1, 2), (1, 2), (7, 2)),
+    (False, 2, 16, 1, (4, 5), (1, 2), (1, 2), (1, 2), (7, 5)),
+    (False, 4, 1, 32, (3, 2), (2, 2), (0, 1), (1, 1), (8, 1)),
+    (False, 4, 3, 8, (2, 4), (1, 3), (2, 2), (3, 1), (1, 24)),
+]
+
+
+def rule(kind):
+    transposed, n, inputs, outputs, kernel, stride, padding, dilation, size = kind
+    geometry = Geometry(stride, padding, (0, 0) if transposed else None, 1, dilation)
+    shape = (inputs, outputs, *kernel) if transposed else (outputs, inputs, *kernel)
+    return geometry, (n, inputs, *size), Like(shape, torch.bfloat16, torch.device("cpu"), False)
+
+
+@by_processor
+@pytest.mark.parametrize("kind", WRONG_IN_AMX, ids=str)
+def test_what_pytorch_computes_wrongly_is_fastgens(name, kind, monkeypatch):
+    """Whatever was measured; and a convolution that is small enough for PyTorch's modules too."""
+    monkeypatch.setattr(_processor, "here", lambda: PROCESSORS[name])
+    monkeypatch.setattr(_choices, "best", lambda *_: None)
+    monkeypatch.setattr(_modules, "SMALL", {True: 10**9, False: 10**9})
+    _memory.forget()
+    geometry, x, weight = rule(kind)
+    amx = name == "amx"
+    assert (geometry.wins(x, weight) == "own") == (geometry.wins_weight_grad(x, weight, False) == "own") == amx
+    if geometry.transposed:
+        assert (geometry.wins_input_grad(x, weight) == "own") == amx
+    float32 = weight._replace(dtype=torch.float32)
+    assert geometry.wins(x, float32) is geometry.wins_weight_grad(x, float32, False) is None
+    layer = (nn.ConvTranspose2d if geometry.transposed else nn.Conv2d)(
+        *kind[2:5], stride=kind[5], padding=kind[6], dilation=kind[7]
+    ).bfloat16()
+    if PROCESSORS[name].torch_bf16:
+        assert _modules._is_small(torch.zeros(x, dtype=torch.bfloat16), layer) != amx
+    _memory.forget()
+
+
+@pytest.mark.parametrize("impl", ("auto", "cpp"))
+@pytest.mark.parametrize("kind", WRONG_IN_AMX, ids=str)
+def test_narrow_images_in_bfloat16(kind, impl, poisoned):
+    """On a processor with AMX PyTorch's own numbers are arbitrary, or the process ends."""
+    geometry, shape, weight = rule(kind)
+    options = {"stride": geometry.stride, "padding": geometry.padding, "dilation": geometry.dilation}
+    op = getattr(ops, geometry.fused()[0])
+    for _ in range(2):
+        tensors = [torch.randn(size).bfloat16().requires_grad_() for size in (shape, weight.shape)]
+        exact = [t.detach().double().requires_grad_() for t in tensors]
+        y, true = (
+            op(*inputs, **options, norm="none", activation="identity", impl=impl if inputs is tensors else "reference")
+            for inputs in (tensors, exact)
+        )
+        upstream = torch.randn(true.shape).bfloat16()
+        found = torch.autograd.grad(y, tensors, upstream)
+        expected = torch.autograd.grad(true, exact, upstream.double())
+        for mine, right in zip((y, *found), (true, *expected), strict=True):
+            scale = right.abs().max().clamp_min(1e-6)
+            assert (mine.double() - right).abs().max() <= 0.02 * scale
+
+
+FOUND = """
+from fastgen.ops._processor import here
+print(here())
+"""
+ISA = "FASTGEN_CPU_ISA"
+
+
+def test_the_processor_at_hand_within_limits():
+    """What the environment forbids is not there; nothing is found twice."""
+
+    def found(**limits):
+        done = subprocess.run(
+            [sys.executable, "-c", FOUND], capture_output=True, text=True, env=os.environ | limits, check=True
+        )
+        return eval(done.stdout, {"Processor": type(PROCESSORS["avx2"])})
+
+    assert not found(**{ISA: "avx2"}).own_bf16
+    limited = found(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41", **{ISA: "baseline"})
+    assert limited.vectors == "DEFAULT" and not (limited.torch_bf16 or limited.own_bf16 or limited.amx)
