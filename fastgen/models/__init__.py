@@ -6,7 +6,7 @@ from fastgen.models.checkpoints import load_checkpoint
 from fastgen.models.cyclegan import CycleGAN, CycleGANConfig
 from fastgen.models.dcgan import DCGAN, DCGANConfig, DCGANDiscriminator, DCGANGenerator
 from fastgen.models.gan import GAN, GANConfig
-from fastgen.models.patchgan import PatchGAN
+from fastgen.models.patchgan import PatchGAN, PixelDiscriminator
 from fastgen.models.registry import create_model, list_models, register_model
 from fastgen.models.resnet_generator import ResnetGenerator
 from fastgen.models.text2image import Text2Image, Text2ImageConfig
@@ -30,6 +30,7 @@ __all__ = [
     "GANConfig",
     "MLPVAEConfig",
     "PatchGAN",
+    "PixelDiscriminator",
     "ResnetGenerator",
     "Text2Image",
     "Text2ImageConfig",

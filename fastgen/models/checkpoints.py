@@ -1,221 +1,239 @@
-"""Networks that other projects trained: each dialect is known by its keys, and the sizes are read from the tensors."""
+"""Files of networks that other projects trained: what is in them, and which of it to load."""
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastgen.errors import CheckpointError, UsageError, unknown_name
-from fastgen.models.dcgan import DCGANConfig, DCGANDiscriminator, DCGANGenerator
-from fastgen.models.patchgan import PatchGAN
-from fastgen.models.resnet_generator import ResnetGenerator
+from fastgen.models.dialects import DIALECTS, KINDS, Kind, State
 from fastgen.models.unet import UnetGenerator
-from fastgen.models.vae import VAE, VAEConfig
-from fastgen.models.vae_mlp import MLPVAE, MLPVAEConfig
 
-_MAX_KEYS = 100_000
-_WRAPPERS = ("state_dict", "model_state_dict", "model")  # of what trainers save around a network's tensors
-_PREFIXES = ("module.", "model.", "_orig_mod.")  # of DataParallel, Lightning and torch.compile
+_MAX_ENTRIES = 100_000  # dictionaries and lists in a file
+_MAX_DEPTH = 8  # of one in another
+_WRAPPERS = ("module", "_orig_mod")  # of DataParallel, AveragedModel and torch.compile, around any part of a network
+_OTHERS = {
+    (b"version https://git-lfs",): "a pointer of Git LFS: fetch the file itself with `git lfs pull`",
+    (b"<!doctype", b"<html", b"<?xml"): "a web page",
+}
 
-State = dict[str, Tensor]
+
+class _Found(NamedTuple):
+    """A network in a file."""
+
+    name: str
+    kind: Kind
+    state: State
 
 
-def load_checkpoint(path: str | Path, dialect: str = "auto") -> nn.Module:
-    """The network of a checkpoint that another project saved, in eval mode on the CPU.
+def load_checkpoint(
+    path: str | os.PathLike[str], dialect: str = "auto", *, network: str | None = None, dropout: bool | None = None
+) -> nn.Module:
+    """The network of a checkpoint that another project saved, in eval mode, in float32 on the CPU.
 
-    No code of the file is run: `.safetensors`, or what torch.save wrote, read with weights_only=True.
+    No code of the file is run: `.safetensors`, or what torch.save wrote, read with weights_only=True. Dictionaries around
+    the network's tensors, the prefixes of DataParallel, Lightning, torch.compile and the like, optimizers and numbers beside
+    them are passed over. The state_dict of what is returned has the names of the original's, which loads it.
 
     Args:
         path: the file.
-        dialect: which project's, by the names of its tensors; "auto" looks. A generator and a discriminator are files of
-            their own there:
+        dialect: which project's, by the names of its tensors; "auto" looks:
             "pytorch-examples-dcgan": netG (`DCGANGenerator`) or netD (`DCGANDiscriminator`, whose sigmoid is `probability`);
             "pytorch-examples-vae": `MLPVAE`; images are in [0, 1] there and in [-1, 1] here;
-            "pytorch-vae": PyTorch-VAE's VanillaVAE (`VAE`), with or without its experiment around it;
-            "pytorch-cyclegan-and-pix2pix": `ResnetGenerator`, `UnetGenerator` or `PatchGAN`.
+            "pytorch-vae": PyTorch-VAE's VanillaVAE (`VAE`), with or without its experiment around it. As there, one of
+            other than 3 `in_channels` decodes 3;
+            "pytorch-cyclegan-and-pix2pix": `ResnetGenerator`, `UnetGenerator`, `PatchGAN` or `PixelDiscriminator`.
+        network: which one of a file that holds several, by the name that it has there: "netG", or with dots a part of a
+            part, "ema.netG". Without it a file must hold one.
+        dropout: of a U-Net, which the names of its tensors do not show: True, or False for one that was trained with
+            `--no_dropout`. By default as that project trains it: with dropout in pix2pix (batch norm), without in
+            CycleGAN (instance norm).
 
-    A pix2pix generator there draws with the statistics of the batch unless it is told --eval: call `train()` on the one that is
-    returned for the same images.
+    A pix2pix generator there draws with dropout and the statistics of the batch unless it is told --eval: call `train()` on the
+    one that is returned to do the same.
 
     Raises:
-        UsageError: an unknown dialect.
-        CheckpointError: no such file, a damaged one, one that holds more than tensors, or none of that dialect.
+        UsageError: an unknown dialect, no such network in the file, or dropout that its tensors contradict.
+        CheckpointError: no such file, a damaged one, one that holds more than tensors, none or several of that dialect.
     """
     if dialect != "auto" and dialect not in DIALECTS:
         raise unknown_name("dialect", dialect, ("auto", *DIALECTS))
-    state = _read(Path(path))
-    for name, reader in DIALECTS.items():
-        if dialect not in ("auto", name):
-            continue
-        for candidate in _unprefixed(state):
-            try:
-                network = reader(candidate)
-            except (UsageError, KeyError, IndexError, ValueError, RuntimeError, OverflowError) as error:
-                raise CheckpointError(f"{path} looks like {name} and is not: {error}") from error
-            if network is not None:
-                return _filled(network, candidate, f"{path} looks like {name} and is not")
-    known = "a known dialect" if dialect == "auto" else f"dialect {dialect}"
-    keys = ", ".join(list(state)[:5])
-    raise CheckpointError(f"{path} is not of {known} ({', '.join(DIALECTS)}): its tensors are {keys}, ...")
-
-
-def _read(path: Path) -> State:
-    """The tensors of a file, by name, after a look at what they would make of the memory."""
+    if not (network is None or isinstance(network, str)):
+        raise UsageError(f"network must be a name, not {network!r}")
+    if not (dropout is None or isinstance(dropout, bool)):
+        raise UsageError(f"dropout must be True, False or None, not {dropout!r}")
+    path = Path(path)
+    content = _read(path)
     try:
-        size = path.stat().st_size
-        if path.suffix == ".safetensors":
-            return load_file(path)
+        states = dict(_states(content))
+        found = _choose([one for name, state in states.items() for one in _networks(name, state)], dialect, network)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    if found is None:
+        known = "a known dialect" if dialect == "auto" else f"dialect {dialect}"
+        raise CheckpointError(f"{path} is not of {known} ({', '.join(DIALECTS)}): {_contents(content, states)}")
+    try:
+        _check_sizes(found.state, path.stat().st_size)
+        made = _filled(found.kind.read(found.state, dropout), found.state)
+    except (RuntimeError, ValueError, OverflowError) as error:  # ours, and PyTorch's of sizes that cannot be
+        where = f"{found.name!r} in {path}" if found.name else f"{path}"
+        raise CheckpointError(f"{where} looks like {found.kind.dialect} and is not: {error}") from error
+    shown = any(isinstance(module, nn.Dropout) for module in made.modules())
+    if dropout not in (None, shown) and not isinstance(made, UnetGenerator):
+        raise UsageError(f"dropout must be {shown} or left out for {path}: the names of its tensors show it")
+    return made
+
+
+def _read(path: Path) -> Any:
+    """What is in a file; tensors are on the CPU."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+        if not head:
+            raise CheckpointError(f"{path} is no checkpoint: it is empty")
+        for starts, what in _OTHERS.items():
+            if head.lstrip().lower().startswith(starts):
+                raise CheckpointError(f"{path} is no checkpoint, but {what}")
+        header = int.from_bytes(head[:8], "little")  # its length, in safetensors
+        if path.suffix == ".safetensors" or (head[8:9] == b"{" and header < path.stat().st_size):
+            return load_file(path, device="cpu")
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if sum(entry.file_size for entry in archive.infolist()) > size:
-                    raise CheckpointError(f"{path} is compressed, which torch.save never does")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            _check_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except IsADirectoryError as error:
+        hint = ", and fastgen.training.load_model reads the folder of a run"
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}{hint}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        text = str(error)
+        named = re.search(r"(?:GLOBAL|class) (\S+)", text)
+        reason = f"it names {named[1]}" if named else text.splitlines()[0]
         raise CheckpointError(
-            f"{path} holds more than tensors, or is damaged; nothing of it was run ({reason})"
+            f"{path} holds more than tensors, or is damaged; nothing of it was run ({reason}). "
+            "Where you trust it, save the network's state_dict() alone and load that"
         ) from error
     except Exception as error:  # a damaged file makes the readers raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is no checkpoint: {reason}") from error
-    for wrapper in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or len(content) > _MAX_KEYS:
-        raise CheckpointError(f"{path} holds no tensors by name, but a {type(content).__name__}")
-    state = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    for name, value in state.items():
-        if value.layout is not torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise CheckpointError(f"{path} is damaged: {name} is larger than its data")
-    return state
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
 
 
-def _unprefixed(state: State) -> list[State]:
-    """The state under each prefix that all of its keys have, itself first."""
-    found = [state]
-    for prefix in _PREFIXES:
-        if state and all(name.startswith(prefix) for name in found[-1]):
-            found.append({name[len(prefix) :]: value for name, value in found[-1].items()})
-    return found
-
-
-def _filled(network: nn.Module, state: State, complaint: str) -> nn.Module:
-    """The network, made on the meta device, with the tensors of `state`, in its own dtypes."""
-    wanted = network.state_dict()
-    missing = [name for name in wanted if name not in state and name != "log_std"]
-    unknown = [name for name in state if name not in wanted]
-    if missing or unknown:
+def _check_archive(path: Path) -> None:
+    """Refuses what torch.save has not written."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    names = {entry.filename.partition("/")[2] for entry in entries}
+    if "constants.pkl" in names:
         raise CheckpointError(
-            f"{complaint}: " + (f"it has no {missing[0]}" if missing else f"it has {unknown[0]} besides")
+            f"{path} is a program of TorchScript, which is not run: save torch.jit.load(...).state_dict() and load that"
         )
+    if "data.pkl" not in names:
+        raise CheckpointError(f"{path} is an archive that torch.save has not written: it has no data.pkl")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise CheckpointError(f"{path} is compressed, which torch.save never does")
+
+
+def _states(content: Any) -> Iterator[tuple[str, State]]:
+    """Where a dictionary or list in a file holds tensors, and these, by name; the outermost first."""
+    todo: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
+    seen: set[int] = set()
+    while todo:
+        path, value = todo.popleft()
+        if not isinstance(value, (dict, list, tuple)) or id(value) in seen or len(path) > _MAX_DEPTH:
+            continue
+        seen.add(id(value))
+        if len(seen) > _MAX_ENTRIES:
+            raise CheckpointError(f"holds more than {_MAX_ENTRIES} dictionaries and lists")
+        items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
+        state = {name: item for name, item in items if isinstance(name, str) and isinstance(item, Tensor)}
+        if state:
+            yield ".".join(path), _unwrapped(state)
+        todo.extend(((*path, str(name)), item) for name, item in items if not isinstance(item, Tensor))
+
+
+def _unwrapped(state: State) -> State:
+    """The tensors, without what modules around a part of a network add to their names."""
+    clean: State = {}
     for name, value in state.items():
+        parts = [part for part in name.split(".") if part not in _WRAPPERS]
+        if parts[-1:] == ["n_averaged"]:  # AveragedModel's counter
+            continue
+        if (short := ".".join(parts)) in clean:
+            raise CheckpointError(f"holds {short} twice, once as {name}")
+        clean[short] = value
+    return clean
+
+
+def _networks(name: str, state: State) -> Iterator[_Found]:
+    """The networks of a known kind among the tensors of one dictionary."""
+    for kind in KINDS:
+        for prefix in kind.prefixes(state):
+            own = {full[len(prefix) :]: value for full, value in state.items() if full.startswith(prefix)}
+            yield _Found(".".join(filter(None, (name, prefix[:-1]))), kind, own)
+
+
+def _choose(networks: list[_Found], dialect: str, name: str | None) -> _Found | None:
+    """The one that was asked for; None: there is none of this dialect."""
+    networks = [one for one in networks if dialect in ("auto", one.kind.dialect)]
+    if name is not None and networks:
+        exact = [one for one in networks if one.name == name]
+        chosen = exact or [one for one in networks if name and f".{name}." in f".{one.name}."]
+        if not chosen:
+            raise unknown_name("network", name, [one.name or "''" for one in networks])
+        networks = chosen
+    if len(networks) > 1:
+        listed = ", ".join(f"{one.name!r} ({one.kind.dialect})" for one in networks[:20])
+        raise CheckpointError(
+            f"holds {len(networks)} networks: {listed}. Say which with the argument network={networks[0].name!r}"
+        )
+    return networks[0] if networks else None
+
+
+def _contents(content: Any, states: dict[str, State]) -> str:
+    """What a file holds, in a line."""
+    if not states:
+        return f"it holds no tensors by name, but a {type(content).__name__}"
+    shown = [(name, ", ".join(list(state)[:5])) for name, state in states.items()][:5]
+    return "its tensors are " + "; ".join(f"{names}, ..." + (f" in {name!r}" if name else "") for name, names in shown)
+
+
+def _check_sizes(state: State, size: int) -> None:
+    """Refuses tensors that a file of `size` bytes does not hold, before anything is made for them."""
+    if sum(value.numel() * value.element_size() for value in state.values()) > 4 * size + 2**20:  # some may be shared
+        largest = max(state, key=lambda name: state[name].numel())
+        raise CheckpointError(f"{largest} is larger than its data")
+
+
+def _filled(network: nn.Module, state: State) -> nn.Module:
+    """The network, made on the meta device, with the tensors of `state`, in float32."""
+    wanted = network.state_dict()
+    filled = {}
+    for name in wanted:
+        if name not in state:
+            if not name.endswith("num_batches_tracked"):  # which PyTorch has only from 0.4.1 on
+                raise CheckpointError(f"it has no {name}")
+            filled[name] = torch.zeros((), dtype=torch.int64, device="cpu")
+    for name, value in state.items():
+        if name not in wanted:
+            raise CheckpointError(f"it has {name} besides")
         if value.shape != wanted[name].shape:
-            raise CheckpointError(f"{complaint}: {name} is {tuple(value.shape)}, not {tuple(wanted[name].shape)}")
-    state = {name: value.to(wanted[name].dtype).contiguous() for name, value in state.items()}
-    if "log_std" in wanted:
-        state.setdefault("log_std", torch.zeros(()))
-    network.load_state_dict(state, assign=True)
+            raise CheckpointError(f"{name} is {tuple(value.shape)}, not {tuple(wanted[name].shape)}")
+        if value.layout is not torch.strided or (wanted[name].is_floating_point() and not value.is_floating_point()):
+            raise CheckpointError(f"{name} is of {value.dtype} and {value.layout}, not dense floating-point numbers")
+    for name, value in state.items():  # of its own memory, which parameters that are trained must not share
+        dtype = torch.float32 if wanted[name].is_floating_point() else wanted[name].dtype
+        filled[name] = value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    network.load_state_dict(filled, assign=True)
     return network.requires_grad_(True).eval()
-
-
-def _dcgan(state: State) -> nn.Module | None:
-    if "main.0.weight" not in state or not all(re.match(r"main\.\d+\.", name) for name in state):
-        return None
-    convolutions = {int(name.split(".")[1]): value for name, value in state.items() if value.dim() == 4}
-    first, last = convolutions[0].shape, convolutions[max(convolutions)].shape
-    image_size = 2 ** (len(convolutions) + 1)
-    with torch.device("meta"):
-        if "main.1.weight" in state:  # a norm follows the first transposed convolution at once
-            return DCGANGenerator(DCGANConfig(image_size, channels=last[1], nz=first[0], ngf=last[0]))
-        norm: Any = "none" if "main.0.bias" in state else "batch"  # fastgen's own for penalties, and the original
-        return DCGANDiscriminator(DCGANConfig(image_size, channels=first[1], ndf=first[0], discriminator_norm=norm))
-
-
-def _examples_vae(state: State) -> nn.Module | None:
-    if not {"fc1.weight", "fc21.weight", "fc22.weight", "fc3.weight", "fc4.weight"} <= state.keys():
-        return None
-    pixels, (width, nz) = state["fc1.weight"].shape[1], state["fc3.weight"].shape
-    image_size = round(pixels**0.5)
-    channels = 1
-    if image_size**2 != pixels:
-        image_size, channels = round((pixels / 3) ** 0.5), 3
-    with torch.device("meta"):
-        return MLPVAE(MLPVAEConfig(image_size=image_size, channels=channels, nz=nz, width=width))
-
-
-def _pytorch_vae(state: State) -> nn.Module | None:
-    if not {"fc_mu.weight", "fc_var.weight", "decoder_input.weight", "final_layer.3.weight"} <= state.keys():
-        return None
-    levels = _count(state, r"encoder\.(\d+)\.0\.weight")
-    widths = [state[f"encoder.{level}.0.weight"].shape[0] for level in range(levels)]
-    nz, flat = state["fc_mu.weight"].shape
-    pixels = round((flat / widths[-1]) ** 0.5)
-    channels = state["encoder.0.0.weight"].shape[1]
-    with torch.device("meta"):
-        return VAE(VAEConfig(pixels * 2**levels, channels, nz, tuple(widths)))
-
-
-def _cyclegan_and_pix2pix(state: State) -> nn.Module | None:
-    if {"model.1.weight", "model.10.conv_block.1.weight"} <= state.keys():
-        return _resnet(state)
-    if {"model.model.0.weight", "model.model.3.weight"} <= state.keys():
-        return _unet(state)
-    if {"model.0.weight", "model.2.weight"} <= state.keys() and state["model.0.weight"].shape[2:] == (4, 4):
-        norm = _norm(state, "model.3")
-        width, inputs = state["model.0.weight"].shape[:2]
-        with torch.device("meta"):
-            return PatchGAN(inputs, width, sum(value.dim() == 4 for value in state.values()) - 2, norm)
-    return None
-
-
-def _resnet(state: State) -> nn.Module:
-    norm = _norm(state, "model.2")
-    blocks = _count(state, r"model\.(\d+)\.conv_block\.1\.weight", start=10)
-    last = f"model.{10 + blocks + 7}.weight"
-    width, inputs = state["model.1.weight"].shape[:2]
-    dropout = "model.10.conv_block.6.weight" in state and state["model.10.conv_block.6.weight"].dim() == 4
-    with torch.device("meta"):
-        return ResnetGenerator(inputs, state[last].shape[0], width, blocks, norm, dropout)
-
-
-def _unet(state: State) -> nn.Module:
-    norm = _norm(state, "model.model.1.model.2")
-    depth = max(name.count("model.") for name in state if name.endswith("model.1.weight")) - 1
-    width, inputs = state["model.model.0.weight"].shape[:2]
-    with torch.device("meta"):
-        return UnetGenerator(inputs, state["model.model.3.weight"].shape[1], width, depth, norm)
-
-
-def _norm(state: State, name: str) -> str:
-    """The kind of the norm `name`; of an instance norm the running statistics, which old versions saved, are dropped."""
-    if f"{name}.weight" in state:
-        return "batch"
-    for key in [key for key in state if key.endswith((".running_mean", ".running_var", ".num_batches_tracked"))]:
-        del state[key]
-    return "instance"
-
-
-def _count(state: State, pattern: str, start: int = 0) -> int:
-    """How many numbers from `start` on the keys have without a gap, in the pattern's place."""
-    numbers = {int(match[1]) for name in state if (match := re.fullmatch(pattern, name))}
-    return next(number for number in range(start, start + len(numbers) + 1) if number not in numbers) - start
-
-
-DIALECTS: dict[str, Callable[[Any], nn.Module | None]] = {
-    "pytorch-examples-dcgan": _dcgan,
-    "pytorch-examples-vae": _examples_vae,
-    "pytorch-vae": _pytorch_vae,
-    "pytorch-cyclegan-and-pix2pix": _cyclegan_and_pix2pix,
-}

@@ -1,4 +1,5 @@
 import dataclasses
+import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ class _Entry(NamedTuple):
     config: type
 
 
+MOST = 2**16  # of any size in a config
 _MODELS: dict[str, _Entry] = {}
 
 
@@ -41,8 +43,10 @@ def create_model(name: str, **options: Any) -> nn.Module:
 
     Raises:
         UsageError: the name, an option's name or an option's value is unknown; the message holds the nearest names.
+
+    As in every nn.Module, parameters have PyTorch's default dtype and device; what a model makes later has its parameters'.
     """
-    if name not in _MODELS:
+    if not isinstance(name, str) or name not in _MODELS:
         raise unknown_name("model", name, _MODELS)
     model, config = _MODELS[name]
     fields = [field.name for field in dataclasses.fields(config)]
@@ -52,18 +56,20 @@ def create_model(name: str, **options: Any) -> nn.Module:
     return model(config(**options))
 
 
-def check_positive(config: Any, *names: str) -> None:
-    """Raises UsageError unless the config's fields `names` are integers of at least 1."""
+def check_positive(config: Any, *names: str, most: int = MOST) -> None:
+    """Raises UsageError unless the config's fields `names` are integers from 1 to `most`."""
     for name in names:
         value = getattr(config, name)
         if type(value) is not int or value < 1:
-            raise UsageError(f"{name} must be a positive integer, not {value!r}")
+            raise UsageError(f"{name} must be a positive integer, not {reprlib.repr(value)}")
+        if value > most:
+            raise UsageError(f"{name} must be at most {most}, not {reprlib.repr(value)}")
 
 
 def check_choice(config: Any, **choices: tuple) -> None:
     """Raises UsageError unless each named field has one of its choices."""
     for name, allowed in choices.items():
         value = getattr(config, name)
-        if value not in allowed:
+        if not any(type(value) is type(choice) and value == choice for choice in allowed):  # 1 and 1.0 are not True
             listed = " or ".join((", ".join(map(repr, allowed[:-1])), repr(allowed[-1])))
-            raise UsageError(f"{name} must be {listed}, not {value!r}")
+            raise UsageError(f"{name} must be {listed}, not {reprlib.repr(value)}")

@@ -3,8 +3,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastgen.errors import UsageError
-from fastgen.models._common import norm_layer
-from fastgen.nn import Sequential
+from fastgen.models._common import norm_layer, numbered
 
 
 class ResnetGenerator(nn.Module):
@@ -17,7 +16,7 @@ class ResnetGenerator(nn.Module):
     Args:
         width: channels of the first layer.
         blocks: residual blocks.
-        norm: "instance" (without affine) or "batch".
+        norm: "instance" (without affine), "batch" or "none".
         dropout: dropout of one half in each block.
     """
 
@@ -25,27 +24,18 @@ class ResnetGenerator(nn.Module):
         self, inputs: int, outputs: int, width: int = 64, blocks: int = 9, norm: str = "instance", dropout: bool = False
     ) -> None:
         super().__init__()
-        self.model = Sequential()
         bias = norm == "instance"
-        at = 1
-
-        def add(count: int, *layers: nn.Module) -> None:
-            nonlocal at
-            for offset, layer in enumerate(layers):
-                self.model.add_module(str(at + offset), layer)
-            at += count
-
-        add(3, _reflecting(inputs, width, 7, bias), norm_layer(norm, width), nn.ReLU(True))
+        # None stands for a reflection pad there, which takes a number
+        layers = [None, _reflecting(inputs, width, 7, bias), norm_layer(norm, width), nn.ReLU(True)]
         for channels in (width, 2 * width):
-            add(3, nn.Conv2d(channels, 2 * channels, 3, 2, 1, bias=bias), norm_layer(norm, 2 * channels), nn.ReLU(True))
-        for _ in range(blocks):
-            add(1, ResnetBlock(4 * width, norm, dropout))
+            down = nn.Conv2d(channels, 2 * channels, 3, 2, 1, bias=bias)
+            layers += [down, norm_layer(norm, 2 * channels), nn.ReLU(True)]
+        layers += [ResnetBlock(4 * width, norm, dropout) for _ in range(blocks)]
         for channels in (4 * width, 2 * width):
             half = channels // 2
             up = nn.ConvTranspose2d(channels, half, 3, 2, 1, output_padding=1, bias=bias)
-            add(3, up, norm_layer(norm, half), nn.ReLU(True))
-        at += 1  # a reflection pad there
-        add(2, _reflecting(width, outputs, 7), nn.Tanh())
+            layers += [up, norm_layer(norm, half), nn.ReLU(True)]
+        self.model = numbered([*layers, None, _reflecting(width, outputs, 7), nn.Tanh()])
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -62,14 +52,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, channels: int, norm: str, dropout: bool) -> None:
         super().__init__()
         bias = norm == "instance"
-        self.conv_block = Sequential()
-        layers = [_reflecting(channels, channels, 3, bias), norm_layer(norm, channels), nn.ReLU(True)]
+        layers = [None, _reflecting(channels, channels, 3, bias), norm_layer(norm, channels), nn.ReLU(True)]
         layers += [nn.Dropout(0.5)] if dropout else []
-        for name, layer in enumerate(layers, 1):
-            self.conv_block.add_module(str(name), layer)
-        second = len(layers) + 2
-        self.conv_block.add_module(str(second), _reflecting(channels, channels, 3, bias))
-        self.conv_block.add_module(str(second + 1), norm_layer(norm, channels))
+        layers += [None, _reflecting(channels, channels, 3, bias), norm_layer(norm, channels)]
+        self.conv_block = numbered(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv_block(x)

@@ -17,7 +17,7 @@ class UnetGenerator(nn.Module):
     Args:
         width: channels of the first layer; 2, 4, 8, 8, ... times as many follow.
         depth: layers that halve the image, 8 for 256 pixels.
-        norm: "batch" or "instance" (without affine).
+        norm: "batch", "instance" (without affine) or "none".
         dropout: dropout of one half in the decoder's layers of 8 times the width, but the innermost.
     """
 
@@ -72,7 +72,7 @@ class UnetBlock(UnetLayers):
         down = nn.Conv2d(outer, inner, 4, 2, 1, bias=bias)
         up = nn.ConvTranspose2d(2 * inner if inside else inner, outer, 4, 2, 1, bias=bias)
         if inside is None:
-            middle = [("act", nn.ReLU()), ("3", up), ("4", norm_layer(norm, outer))]
+            middle: list[tuple[str, nn.Module | None]] = [("act", nn.ReLU()), ("3", up), ("4", norm_layer(norm, outer))]
         else:
             middle = [("2", norm_layer(norm, inner)), ("act", nn.LeakyReLU(0.2)), ("3", inside), ("5", up)]
             middle += [("6", norm_layer(norm, outer))]

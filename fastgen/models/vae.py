@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from fastgen import losses
 from fastgen.errors import UsageError
 from fastgen.models._common import Generative, check_images, check_noise
-from fastgen.models.registry import check_choice, check_positive, register_model
+from fastgen.models.registry import MOST, check_choice, check_positive, register_model
 from fastgen.nn import Reparameterize, Sequential
 
 
@@ -29,11 +30,12 @@ class VAEConfig:
     """Distribution of a pixel given z: a Gaussian of one variance for all, or a Bernoulli of (x + 1) / 2."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", tuple(self.widths))  # JSON has lists
         check_positive(self, "image_size", "channels", "nz")
         check_choice(self, likelihood=("gaussian", "bernoulli"))
-        if not 1 <= len(self.widths) <= 16 or any(type(width) is not int or width < 1 for width in self.widths):
-            raise UsageError(f"widths must be 1 to 16 positive integers, not {self.widths}")
+        widths = self.widths if isinstance(self.widths, (list, tuple)) else ()
+        if not 1 <= len(widths) <= 16 or any(type(width) is not int or not 1 <= width <= MOST for width in widths):
+            raise UsageError(f"widths must be 1 to 16 positive integers up to {MOST}, not {reprlib.repr(self.widths)}")
+        object.__setattr__(self, "widths", tuple(widths))  # JSON has lists
         if self.image_size % 2 ** len(self.widths):
             raise UsageError(
                 f"image_size must be a multiple of {2 ** len(self.widths)} for {len(self.widths)} widths, "
@@ -47,7 +49,9 @@ class GaussianVAE(Generative):
     """
 
     log_std: Tensor
-    """Logarithm of a pixel's standard deviation given z, (), where the likelihood is Gaussian."""
+    """Logarithm of a pixel's standard deviation given z, (), where the likelihood is Gaussian. A state_dict without it, as
+    those of other projects are, leaves it as it is.
+    """
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -55,6 +59,11 @@ class GaussianVAE(Generative):
         self.reparameterize = Reparameterize(kl=True)
         if config.likelihood == "gaussian":
             self.register_buffer("log_std", torch.zeros(()))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if self.config.likelihood == "gaussian" and "log_std" not in self._non_persistent_buffers_set:
+            state_dict.setdefault(prefix + "log_std", self.log_std)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z | images), each (N, nz)."""
@@ -111,7 +120,7 @@ class VAE(GaussianVAE):
 
     def decode(self, z: Tensor) -> Tensor:
         z = check_noise(z, self.config.nz)
-        features = self.decoder_input(z).view(len(z), self.config.widths[-1], self.pixels, self.pixels)
+        features = self.decoder_input(z).view(-1, self.config.widths[-1], self.pixels, self.pixels)
         return self.final_layer(self.decoder(features))
 
 

@@ -42,11 +42,12 @@ class DCGANDiscriminator(nn.Module):
 class ResnetBlock(nn.Module):
     """CycleGAN: `conv_block.{1,5}`, or {1,6} with dropout."""
 
-    def __init__(self, dim, use_dropout):
+    def __init__(self, dim, use_dropout, norm=nn.InstanceNorm2d):
         super().__init__()
-        layers = [nn.ReflectionPad2d(1), nn.Conv2d(dim, dim, 3), nn.InstanceNorm2d(dim), nn.ReLU(True)]
+        bias = norm is nn.InstanceNorm2d
+        layers = [nn.ReflectionPad2d(1), nn.Conv2d(dim, dim, 3, bias=bias), norm(dim), nn.ReLU(True)]
         layers += [nn.Dropout(0.5)] if use_dropout else []
-        layers += [nn.ReflectionPad2d(1), nn.Conv2d(dim, dim, 3), nn.InstanceNorm2d(dim)]
+        layers += [nn.ReflectionPad2d(1), nn.Conv2d(dim, dim, 3, bias=bias), norm(dim)]
         self.conv_block = nn.Sequential(*layers)
 
     def forward(self, x):
@@ -54,16 +55,20 @@ class ResnetBlock(nn.Module):
 
 
 class ResnetGenerator(nn.Module):
-    """CycleGAN: `model.{1,4,7}`, blocks, two transposed convolutions, `model.{...}`; InstanceNorm without affine."""
+    """CycleGAN: `model.{1,4,7}`, blocks, two transposed convolutions, `model.{...}`; InstanceNorm without affine.
 
-    def __init__(self, width=4, blocks=2, use_dropout=False):
+    norm: nn.InstanceNorm2d, nn.BatchNorm2d or nn.Identity.
+    """
+
+    def __init__(self, width=4, blocks=2, use_dropout=False, norm=nn.InstanceNorm2d):
         super().__init__()
-        layers = [nn.ReflectionPad2d(3), nn.Conv2d(3, width, 7), nn.InstanceNorm2d(width), nn.ReLU(True)]
+        bias = norm is nn.InstanceNorm2d
+        layers = [nn.ReflectionPad2d(3), nn.Conv2d(3, width, 7, bias=bias), norm(width), nn.ReLU(True)]
         for channels in (width, 2 * width):
-            layers += [nn.Conv2d(channels, 2 * channels, 3, 2, 1), nn.InstanceNorm2d(2 * channels), nn.ReLU(True)]
-        layers += [ResnetBlock(4 * width, use_dropout) for _ in range(blocks)]
+            layers += [nn.Conv2d(channels, 2 * channels, 3, 2, 1, bias=bias), norm(2 * channels), nn.ReLU(True)]
+        layers += [ResnetBlock(4 * width, use_dropout, norm) for _ in range(blocks)]
         for channels in (4 * width, 2 * width):
-            layers += [nn.ConvTranspose2d(channels, channels // 2, 3, 2, 1, 1), nn.InstanceNorm2d(channels // 2)]
+            layers += [nn.ConvTranspose2d(channels, channels // 2, 3, 2, 1, 1, bias=bias), norm(channels // 2)]
             layers += [nn.ReLU(True)]
         self.model = nn.Sequential(*layers, nn.ReflectionPad2d(3), nn.Conv2d(width, 3, 7), nn.Tanh())
 
@@ -74,33 +79,50 @@ class ResnetGenerator(nn.Module):
 class PatchGAN(nn.Module):
     """CycleGAN and pix2pix: `model.{0,2,5,8,11}`."""
 
-    def __init__(self, norm=nn.BatchNorm2d, width=4):
+    def __init__(self, norm=nn.BatchNorm2d, width=4, hidden=3):
         super().__init__()
         layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2, True)]
-        for i, stride in ((1, 2), (2, 2), (4, 1)):
-            layers += [nn.Conv2d(i * width, 2 * i * width, 4, stride, 1, bias=norm is nn.InstanceNorm2d)]
-            layers += [norm(2 * i * width), nn.LeakyReLU(0.2, True)]
-        self.model = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
+        for level in range(1, hidden + 1):
+            inputs, outputs = (width * min(2**i, 8) for i in (level - 1, level))
+            stride = 2 if level < hidden else 1
+            layers += [nn.Conv2d(inputs, outputs, 4, stride, 1, bias=norm is nn.InstanceNorm2d)]
+            layers += [norm(outputs), nn.LeakyReLU(0.2, True)]
+        self.model = nn.Sequential(*layers, nn.Conv2d(outputs, 1, 4, 1, 1))
 
     def forward(self, input):
         return self.model(input)
 
 
+class PixelDiscriminator(nn.Module):
+    """CycleGAN and pix2pix with --netD pixel: `net.{0,2,5}`."""
+
+    def __init__(self, norm=nn.BatchNorm2d, width=4):
+        super().__init__()
+        bias = norm is nn.InstanceNorm2d
+        layers = [nn.Conv2d(3, width, 1), nn.LeakyReLU(0.2, True), nn.Conv2d(width, 2 * width, 1, bias=bias)]
+        layers += [norm(2 * width), nn.LeakyReLU(0.2, True), nn.Conv2d(2 * width, 1, 1, bias=bias)]
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, input):
+        return self.net(input)
+
+
 class UnetBlock(nn.Module):
     """pix2pix: `model.model.1.model.{1,2,3,5,6}`. The LeakyReLU in front writes to the skip connection."""
 
-    def __init__(self, outer, inner, inside=None, outermost=False, dropout=False):
+    def __init__(self, outer, inner, inside=None, outermost=False, dropout=False, norm=nn.BatchNorm2d):
         super().__init__()
         self.outermost = outermost
-        down = nn.Conv2d(3 if outermost else outer, inner, 4, 2, 1, bias=False)
-        up = nn.ConvTranspose2d(2 * inner if inside else inner, outer, 4, 2, 1, bias=outermost)
+        bias = norm is nn.InstanceNorm2d
+        down = nn.Conv2d(3 if outermost else outer, inner, 4, 2, 1, bias=bias)
+        up = nn.ConvTranspose2d(2 * inner if inside else inner, outer, 4, 2, 1, bias=bias or outermost)
         relu, leaky_relu = nn.ReLU(True), nn.LeakyReLU(0.2, True)
         if outermost:
             layers = [down, inside, relu, up, nn.Tanh()]
         elif inside is None:
-            layers = [leaky_relu, down, relu, up, nn.BatchNorm2d(outer)]
+            layers = [leaky_relu, down, relu, up, norm(outer)]
         else:
-            layers = [leaky_relu, down, nn.BatchNorm2d(inner), inside, relu, up, nn.BatchNorm2d(outer)]
+            layers = [leaky_relu, down, norm(inner), inside, relu, up, norm(outer)]
             layers += [nn.Dropout(0.5)] if dropout else []
         self.model = nn.Sequential(*layers)
 
@@ -120,9 +142,9 @@ def unet(width=4, dropout=False):
 class VanillaVAE(nn.Module):
     """AntixK/PyTorch-VAE: `encoder.i.{0,1}`, `decoder.i.{0,1}`, `final_layer.{0,1,3}`; returns reconstruction and moments."""
 
-    def __init__(self, latent=5, widths=(4, 6, 8)):
+    def __init__(self, latent=5, widths=(4, 6, 8), channels=3):
         super().__init__()
-        modules, channels = [], 3
+        modules = []
         for width in widths:
             convolution = nn.Conv2d(channels, width, 3, 2, 1)
             modules.append(nn.Sequential(convolution, nn.BatchNorm2d(width), nn.LeakyReLU()))
