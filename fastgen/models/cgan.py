@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import UsageError
-from fastgen.models._common import Generative, check_images, check_noise, normal_init
+from fastgen.models._common import Generative, check_count, check_each, check_images, check_noise, normal_init
 from fastgen.models.dcgan import DCGANConfig, discriminator_head, discriminator_layers, generator_layers
 from fastgen.models.registry import check_choice, check_positive, register_model
 from fastgen.nn import ConditionalBatchNorm2d, Sequential
@@ -51,7 +51,8 @@ class CGANGenerator(nn.Module):
         self.apply(normal_init)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        x = torch.cat([check_noise(z, self.nz), self.embedding(labels).to(z.dtype)], 1)[:, :, None, None]
+        z = check_noise(z, self.nz)
+        x = torch.cat([z, embed(self.embedding, labels, z.shape[0]).to(z.dtype)], 1)[:, :, None, None]
         for stage in self.stages:
             x = stage(x, labels).relu()
         return self.main(x)
@@ -72,7 +73,7 @@ class CGANDiscriminator(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         check_images(images, self.config.channels, self.config.image_size)
-        embedded = self.embedding(labels).to(images.dtype)
+        embedded = embed(self.embedding, labels, images.shape[0]).to(images.dtype)
         if self.config.condition == "concatenation":
             features = self.main(torch.cat([images, embedded.view(-1, 1, *images.shape[2:])], 1))
             return self.head(features).flatten()
@@ -107,14 +108,33 @@ class CGAN(Generative):
         Raises:
             UsageError: labels of another shape or dtype, or out of range.
         """
+        n, device = check_count(n), next(self.parameters()).device
         if labels is None:
-            labels = torch.arange(n) % self.config.classes
-        check_labels(labels, n, self.config.classes)
-        return self.draw(n, generator, labels.to(next(self.parameters()).device))
+            labels = torch.arange(n, dtype=torch.int64, device=device) % self.config.classes
+        else:
+            check_labels(labels, n, self.config.classes)
+        return self.draw(n, generator, labels.to(device))
+
+
+def embed(embedding: nn.Embedding, labels: Tensor, n: int) -> Tensor:
+    """The vectors (n, ...) of n images' labels.
+
+    Raises:
+        UsageError: labels of another shape or dtype, or, on the CPU, out of range.
+    """
+    check_each("labels", labels, n)
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise UsageError(f"labels must be int64, not {labels.dtype}")
+    try:
+        return embedding(labels)
+    except IndexError as error:
+        raise UsageError(f"labels must be between 0 and {embedding.num_embeddings - 1}: {error}") from error
 
 
 def check_labels(labels: Tensor, n: int, classes: int) -> None:
     """Raises UsageError unless labels are (n,) int64 in 0..classes - 1."""
+    if not isinstance(labels, Tensor):
+        raise UsageError(f"labels must be a tensor ({n},) int64, not a {type(labels).__name__}")
     if labels.shape != (n,) or labels.dtype != torch.int64:
         raise UsageError(f"labels must be ({n},) int64, not {tuple(labels.shape)} {labels.dtype}")
     if n and not 0 <= int(labels.min()) <= int(labels.max()) < classes:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import UsageError
-from fastgen.models._common import evaluating, normal_init
+from fastgen.models._common import check_images, evaluating, normal_init
 from fastgen.models.patchgan import PatchGAN
 from fastgen.models.registry import check_choice, check_positive, register_model
 from fastgen.models.resnet_generator import ResnetGenerator
@@ -44,14 +45,24 @@ class CycleGANConfig:
     """Dropout of one half in the generators."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "image_size", "channels_a", "channels_b", "ngf", "ndf", "blocks", "discriminator_layers")
+        check_positive(self, "image_size", "channels_a", "channels_b", "ngf", "ndf")
+        check_positive(self, "blocks", most=1000)
+        check_positive(self, "discriminator_layers", most=16)
         check_choice(self, generator=("resnet", "unet"), norm=("instance", "batch"), dropout=(True, False))
         if type(self.unet_depth) is not int or not 2 <= self.unet_depth <= 16:
-            raise UsageError(f"unet_depth must be between 2 and 16, not {self.unet_depth!r}")
-        unit = 4 if self.generator == "resnet" else 2**self.unet_depth
-        if self.image_size % unit:
-            raise UsageError(f"image_size must be a multiple of {unit} for this generator, not {self.image_size}")
-        least = 4 * 2 ** (self.discriminator_layers - 1)
+            raise UsageError(f"unet_depth must be between 2 and 16, not {reprlib.repr(self.unet_depth)}")
+        unit, least, what = 4, 8, "generator 'resnet'"
+        if self.generator == "unet":
+            unit, least, what = (
+                2**self.unet_depth,
+                2**self.unet_depth,
+                f"generator 'unet' of unet_depth {self.unet_depth}",
+            )
+        if self.image_size % unit or self.image_size < least:
+            raise UsageError(f"image_size must be a multiple of {unit} from {least} for {what}, not {self.image_size}")
+        least = (
+            3 * 2**self.discriminator_layers
+        )  # a halving for each layer, then two 4x4 convolutions with a border of 1
         if self.image_size < least:
             raise UsageError(
                 f"image_size must be at least {least} for {self.discriminator_layers} discriminator_layers, "
@@ -84,8 +95,7 @@ class CycleGAN(nn.Module):
         if direction not in ("a_to_b", "b_to_a"):
             raise UsageError(f"direction must be 'a_to_b' or 'b_to_a', not {direction!r}")
         channels = self.config.channels_a if direction == "a_to_b" else self.config.channels_b
-        if images.dim() != 4 or images.shape[1] != channels:
-            raise UsageError(f"images must be (N, {channels}, H, W), not {tuple(images.shape)}")
+        check_images(images, channels)
         return self.a_to_b(images) if direction == "a_to_b" else self.b_to_a(images)
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import UsageError
-from fastgen.models._common import Generative, check_images, check_noise, evaluating, normal_init
+from fastgen.models._common import (
+    Generative,
+    check_count,
+    check_each,
+    check_images,
+    check_noise,
+    evaluating,
+    normal_init,
+)
 from fastgen.models.dcgan import DCGANConfig, discriminator_head, discriminator_layers, generator_layers
 from fastgen.models.registry import check_positive, register_model
 from fastgen.models.text_encoder import HuggingFaceTextEncoder, TransformerTextEncoder
@@ -31,14 +40,18 @@ class Text2ImageConfig(DCGANConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "vocabulary", tuple(self.vocabulary))  # JSON has lists
-        check_positive(self, "text_width", "text_layers", "condition")
+        check_positive(self, "text_width", "condition")
+        check_positive(self, "text_layers", most=100)
         if self.text_width % 4:
             raise UsageError(f"text_width must be a multiple of 4, not {self.text_width}")
-        if not self.vocabulary or not all(isinstance(word, str) for word in self.vocabulary):
-            raise UsageError("vocabulary must hold words: the captions have none")
+        words = self.vocabulary
+        if not isinstance(words, (list, tuple)) or not words or not all(isinstance(word, str) for word in words):
+            raise UsageError(f"vocabulary must hold words, not {reprlib.repr(words)}")
+        object.__setattr__(self, "vocabulary", tuple(words))  # JSON has lists
         if not isinstance(self.text_encoder, str) or not self.text_encoder:
-            raise UsageError(f"text_encoder must be 'transformer' or an encoder's name, not {self.text_encoder!r}")
+            raise UsageError(
+                f"text_encoder must be 'transformer' or an encoder's name, not {reprlib.repr(self.text_encoder)}"
+            )
 
 
 class CaptionEncoder(nn.Module):
@@ -54,7 +67,11 @@ class CaptionEncoder(nn.Module):
         self.project = nn.Linear(self.encoder.width, config.condition)
 
     def forward(self, captions: Sequence[str]) -> Tensor:
-        return self.project(self.encoder(captions))
+        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+            raise UsageError(f"captions must be a list of texts, not {reprlib.repr(captions)}")
+        if not captions:
+            return self.project.weight.new_zeros(0, self.project.out_features)
+        return self.project(self.encoder(captions).to(self.project.weight))
 
 
 class Text2ImageGenerator(nn.Module):
@@ -62,12 +79,14 @@ class Text2ImageGenerator(nn.Module):
 
     def __init__(self, config: Text2ImageConfig) -> None:
         super().__init__()
-        self.nz = config.nz
+        self.nz, self.condition = config.nz, config.condition
         self.main = Sequential(*generator_layers(config, config.nz + config.condition))
         self.apply(normal_init)
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
-        return self.main(torch.cat([check_noise(z, self.nz), condition.to(z.dtype)], 1)[:, :, None, None])
+        z = check_noise(z, self.nz)
+        check_each("condition", condition, z.shape[0], self.condition)
+        return self.main(torch.cat([z, condition.to(z.dtype)], 1)[:, :, None, None])
 
 
 class Text2ImageDiscriminator(nn.Module):
@@ -94,6 +113,7 @@ class Text2ImageDiscriminator(nn.Module):
 
     def judge(self, features: Tensor, condition: Tensor) -> Tensor:
         """Logits (N,) of `features` with conditions (N, condition)."""
+        check_each("condition", condition, features.shape[0], self.config.condition)
         spread = condition.to(features.dtype)[:, :, None, None].expand(-1, -1, *features.shape[2:])
         return self.head(self.joint(torch.cat([features, spread], 1))).flatten()
 
@@ -128,9 +148,13 @@ class Text2Image(Generative):
         """
         if captions is None:
             raise UsageError("captions must say what to draw")
-        captions = [captions] if isinstance(captions, str) else list(captions)
+        n = check_count(n)
+        if isinstance(captions, str):
+            captions = [captions]
+        elif not isinstance(captions, (list, tuple)):
+            raise UsageError(f"captions must be a text or a list of texts, not {reprlib.repr(captions)}")
         if len(captions) not in (1, n):
             raise UsageError(f"captions must be one text or {n}, not {len(captions)}")
         with evaluating(self):
-            condition = self.text_encoder(captions * (n if len(captions) == 1 else 1))
+            condition = self.text_encoder(list(captions) * n if len(captions) == 1 else captions)
         return self.draw(n, generator, condition)

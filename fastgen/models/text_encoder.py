@@ -55,13 +55,14 @@ class TransformerTextEncoder(nn.Module):
             if max(row, default=1) == 1:
                 raise UsageError(f"caption {caption[:80]!r} has no word that the model learned: {self._known()}")
         longest = max(map(len, rows), default=0)
-        return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64).view(-1, longest)
+        padded = [row + [0] * (longest - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.int64, device=self.position.device).view(-1, longest)
 
     def _known(self) -> str:
         return ", ".join(list(self._index)[:20]) + (", ..." if len(self._index) > 20 else "")
 
     def forward(self, captions: Sequence[str]) -> Tensor:
-        tokens = self.tokens(captions).to(self.position.device)
+        tokens = self.tokens(captions)
         padding = tokens == 0
         x = self.layers(self.word(tokens) + self.position[: tokens.shape[1]], src_key_padding_mask=padding)
         there = (~padding)[..., None].to(x.dtype)
@@ -90,7 +91,8 @@ class HuggingFaceTextEncoder(nn.Module):
         if not hasattr(config, "hidden_size"):
             raise FastgenError(f"text encoder {name!r} is no text encoder: its configuration names no hidden_size")
         self.width: int = config.hidden_size
-        self.register_buffer("_device", torch.empty(0), persistent=False)
+        # where to compute; on the CPU even where a model is made on the meta device, since no checkpoint fills it
+        self.register_buffer("_device", torch.empty(0, dtype=torch.float32, device="cpu"), persistent=False)
 
     def _call(self, kind: str, **options: Any) -> Any:
         try:
@@ -105,16 +107,23 @@ class HuggingFaceTextEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> Tensor:
         device: Any = self._device.device
-        if self._loaded is None:
-            encoder = self._call("AutoModel", use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
-            encoder = (
-                encoder.get_encoder() if encoder.config.is_encoder_decoder else getattr(encoder, "text_model", encoder)
-            )
-            tokenizer = self._call("AutoTokenizer")
-            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-            self._loaded = tokenizer, encoder
-        tokenizer, encoder = self._loaded
-        batch = tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt").to(device)
-        x = encoder.to(device)(**batch).last_hidden_state
-        there = batch["attention_mask"][..., None].to(x.dtype)
-        return (x * there).sum(1) / there.sum(1)
+        for caption in captions:
+            if not caption.strip():  # of some encoders no token, and the mean over none
+                raise UsageError(f"caption {caption!r} has no word")
+        with device:  # what transformers makes, whatever the process's default
+            if self._loaded is None:
+                self._loaded = self._load()
+            tokenizer, encoder = self._loaded
+            batch = tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt").to(device)
+            x = encoder.to(device)(**batch).last_hidden_state
+            there = batch["attention_mask"][..., None].to(x.dtype)
+            return (x * there).sum(1) / there.sum(1)
+
+    def _load(self) -> tuple[Any, Any]:
+        encoder = self._call("AutoModel", use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
+        encoder = (
+            encoder.get_encoder() if encoder.config.is_encoder_decoder else getattr(encoder, "text_model", encoder)
+        )
+        tokenizer = self._call("AutoTokenizer")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        return tokenizer, encoder

@@ -9,38 +9,7 @@ from fastgen.errors import FastgenError, UsageError
 from fastgen.models import create_model, list_models, make_vocabulary
 from fastgen.models.text_encoder import HuggingFaceTextEncoder
 from tests.inference import networks
-
-WORDS = ("a", "handwritten", "one", "two")
-SMALL = {"image_size": 32, "channels": 1, "nz": 4, "ngf": 2, "ndf": 2}
-PAIR = {"image_size": 16, "ngf": 2, "ndf": 2, "blocks": 1, "discriminator_layers": 2}
-# name -> options, number of fused runs, and the layers with weights that no op computes: those with no norm or activation
-TINY = {
-    "gan": ("gan", {"image_size": 8, "nz": 4, "width": 8}, 0, set()),
-    "gan with batch norm": ("gan", {"image_size": 8, "nz": 4, "width": 8, "generator_norm": "batch"}, 2, set()),
-    "dcgan": ("dcgan", SMALL, 7, {"discriminator.main.8"}),
-    "cgan": ("cgan", SMALL, 7, {"discriminator.head"}),
-    "cgan, conditional norm": (
-        "cgan", {**SMALL, "generator_norm": "conditional", "condition": "concatenation", "discriminator_norm": "none"},
-        7, {"discriminator.head"},
-    ),
-    "vae": ("vae", {"image_size": 8, "channels": 1, "nz": 4, "widths": [2, 3]}, 5, set()),
-    "vae, bernoulli": ("vae", {"image_size": 8, "channels": 1, "nz": 4, "widths": [2, 3], "likelihood": "bernoulli"}, 5, set()),
-    "vae_mlp": ("vae_mlp", {"image_size": 8, "nz": 4, "width": 8}, 0, set()),
-    "text2image": ("text2image", {**SMALL, "vocabulary": WORDS, "text_width": 8, "condition": 4}, 8, {"discriminator.head"}),
-    "cyclegan": (
-        "cyclegan", {**PAIR, "channels_b": 1}, 8 * 2 + 3 * 2, {"discriminator_a.model.8", "discriminator_b.model.8"},
-    ),
-    "cyclegan, unet": (
-        "cyclegan", {**PAIR, "generator": "unet", "unet_depth": 3, "norm": "batch", "dropout": True}, 6 * 2 + 3 * 2,
-        {"discriminator_a.model.8", "discriminator_b.model.8"},
-    ),
-}  # fmt: skip
-
-
-def make(name):
-    torch.manual_seed(0)
-    model, options, *_ = TINY[name]
-    return create_model(model, **options)
+from tests.models.tiny import SMALL, TINY, make
 
 
 def count(module):
@@ -220,7 +189,7 @@ def test_text_encoders_that_are_not_there(tmp_path, monkeypatch):
         (lambda: create_model("vae", widths=()), "widths must be 1 to 16 positive integers"),
         (lambda: create_model("vae", likelihood="normal"), "likelihood must be 'gaussian' or 'bernoulli', not 'normal'"),
         (lambda: create_model("cyclegan", image_size=30), "image_size must be a multiple of 4"),
-        (lambda: create_model("cyclegan", image_size=8), "image_size must be at least 16 for 3 discriminator_layers"),
+        (lambda: create_model("cyclegan", image_size=8), "image_size must be at least 24 for 3 discriminator_layers"),
         (lambda: create_model("cyclegan", norm="layer"), "norm must be"),
         (lambda: create_model("text2image", vocabulary=()), "vocabulary must hold words"),
         (lambda: create_model("text2image", text_width=6), "text_width must be a multiple of 4, not 6"),
