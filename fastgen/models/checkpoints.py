@@ -75,8 +75,8 @@ def load_checkpoint(
     path = Path(path)
     content = _read(path)
     try:
-        states = dict(_states(content))
-        found = _choose([one for name, state in states.items() for one in _networks(name, state)], dialect, network)
+        states = list(_states(content))
+        found = _choose([one for name, state in states for one in _networks(name, state)], dialect, network)
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from error
     if found is None:
@@ -99,22 +99,22 @@ def _read(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             head = file.read(64)
-        if not head:
-            raise CheckpointError(f"{path} is no checkpoint: it is empty")
-        for starts, what in _OTHERS.items():
-            if head.lstrip().lower().startswith(starts):
-                raise CheckpointError(f"{path} is no checkpoint, but {what}")
+        size = path.stat().st_size
+    except OSError as error:
+        hint = ", and fastgen.training.load_model reads the folder of a run" if path.is_dir() else ""
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}{hint}") from error
+    if not head:
+        raise CheckpointError(f"{path} is no checkpoint: it is empty")
+    for starts, what in _OTHERS.items():
+        if head.lstrip().lower().startswith(starts):
+            raise CheckpointError(f"{path} is no checkpoint, but {what}")
+    try:
         header = int.from_bytes(head[:8], "little")  # its length, in safetensors
-        if path.suffix == ".safetensors" or (head[8:9] == b"{" and header < path.stat().st_size):
+        if path.suffix == ".safetensors" or (head[8:9] == b"{" and header < size):
             return load_file(path, device="cpu")
         if zipfile.is_zipfile(path):
             _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except IsADirectoryError as error:
-        hint = ", and fastgen.training.load_model reads the folder of a run"
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}{hint}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -126,8 +126,8 @@ def _read(path: Path) -> Any:
             "Where you trust it, save the network's state_dict() alone and load that"
         ) from error
     except Exception as error:  # a damaged file makes the readers raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{path} is damaged, or no checkpoint ({reason})") from error
 
 
 def _check_archive(path: Path) -> None:
@@ -201,11 +201,11 @@ def _choose(networks: list[_Found], dialect: str, name: str | None) -> _Found | 
     return networks[0] if networks else None
 
 
-def _contents(content: Any, states: dict[str, State]) -> str:
+def _contents(content: Any, states: list[tuple[str, State]]) -> str:
     """What a file holds, in a line."""
     if not states:
         return f"it holds no tensors by name, but a {type(content).__name__}"
-    shown = [(name, ", ".join(list(state)[:5])) for name, state in states.items()][:5]
+    shown = [(name, ", ".join(list(state)[:5])) for name, state in states[:5]]
     return "its tensors are " + "; ".join(f"{names}, ..." + (f" in {name!r}" if name else "") for name, names in shown)
 
 

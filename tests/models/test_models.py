@@ -9,7 +9,7 @@ from fastgen.errors import FastgenError, UsageError
 from fastgen.models import create_model, list_models, make_vocabulary
 from fastgen.models.text_encoder import HuggingFaceTextEncoder
 from tests.inference import networks
-from tests.models.tiny import SMALL, TINY, make
+from tests.models.tiny import SMALL, TINY, defaults, make
 
 
 def count(module):
@@ -160,6 +160,16 @@ def test_hugging_face_text_encoder(tmp_path, kind):
     one, two = model.text_encoder(["one", "two two"])
     torch.testing.assert_close(model.text_encoder(["one"])[0], one)
     assert not torch.allclose(one, two)
+    with torch.device("meta"):  # as a run's model is made
+        loaded = create_model("text2image", **SMALL, text_encoder=str(tmp_path), condition=4).eval()
+    loaded.load_state_dict(model.state_dict(), assign=True)
+    with defaults():
+        images = loaded.sample(2, captions=["one", "two two"], generator=torch.Generator("cpu").manual_seed(1))
+    expected = model.sample(2, captions=["one", "two two"], generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(images, expected)
+    assert model.double().sample(1, captions="one").dtype is torch.float64
+    with pytest.raises(UsageError, match="caption ' ' has no word"):
+        model.text_encoder(["one", " "])
 
 
 def test_text_encoders_that_are_not_there(tmp_path, monkeypatch):

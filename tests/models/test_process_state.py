@@ -1,7 +1,6 @@
 """What a process has set (default dtype and device, autocast, inference and deterministic mode) and what is done to a model
 (copies, pickles, other dtypes) change neither its results nor its training."""
 
-import contextlib
 import copy
 import pickle
 
@@ -11,18 +10,7 @@ import torch
 import fastgen
 from fastgen.errors import UsageError
 from fastgen.models import create_model
-from tests.models.tiny import TINY, make
-
-
-@contextlib.contextmanager
-def defaults(dtype=torch.float64, device="meta"):
-    torch.set_default_dtype(dtype)
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
+from tests.models.tiny import TINY, defaults, make
 
 
 def draw(model, n=2, seed=1):

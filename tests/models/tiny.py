@@ -1,5 +1,7 @@
 """A tiny one of every model."""
 
+import contextlib
+
 import torch
 
 from fastgen.models import create_model
@@ -35,3 +37,15 @@ def make(name):
     torch.manual_seed(0)
     model, options, *_ = TINY[name]
     return create_model(model, **options)
+
+
+@contextlib.contextmanager
+def defaults(dtype=torch.float64, device="meta"):
+    """What a process may have set."""
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
