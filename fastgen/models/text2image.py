@@ -156,5 +156,5 @@ class Text2Image(Generative):
         if len(captions) not in (1, n):
             raise UsageError(f"captions must be one text or {n}, not {len(captions)}")
         with evaluating(self):
-            condition = self.text_encoder(list(captions) * n if len(captions) == 1 else captions)
-        return self.draw(n, generator, condition)
+            condition = self.text_encoder(captions)
+        return self.draw(n, generator, condition.expand(n, -1))

@@ -149,7 +149,8 @@ class Thing:
 
 
 def script(path):
-    with warnings.catch_warnings(action="ignore"):  # deprecated, and in use
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and in use
         torch.jit.trace(networks.DCGANGenerator().eval(), torch.zeros(1, 6, 1, 1)).save(str(path))
 
 
