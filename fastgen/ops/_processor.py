@@ -21,7 +21,6 @@ class Processor(NamedTuple):
     torch_bf16: bool = False  # PyTorch's convolutions have instructions for bfloat16,
     torch_fp16: bool = False  # and for float16
     own_bf16: bool = False  # fastgen's kernels multiply pairs of bfloat16
-    amx: bool = False  # oneDNN multiplies bfloat16 in AMX's tiles
 
     def torch_multiplies(self, dtype: torch.dtype) -> bool:
         """Whether PyTorch's convolutions have instructions for a dtype. Without, they take up to a hundred times as long as
@@ -34,7 +33,7 @@ PROCESSORS = {
     "avx2": Processor(),
     "avx512": Processor("AVX512", torch_bf16=True),
     "avx512_bf16": Processor("AVX512", torch_bf16=True, own_bf16=True),
-    "amx": Processor("AVX512", torch_bf16=True, torch_fp16=True, own_bf16=True, amx=True),
+    "amx": Processor("AVX512", torch_bf16=True, torch_fp16=True, own_bf16=True),
     "neon": Processor("DEFAULT"),
 }
 
@@ -47,11 +46,9 @@ def here() -> Processor:
 
 @functools.cache
 def _found() -> Processor:
-    torch_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return Processor(
         torch.backends.cpu.get_cpu_capability(),
-        torch_bf16,
+        torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         torch.ops.mkldnn._is_mkldnn_fp16_supported(),
         native.load() is None and torch.ops.fastgen.multiplies_bf16(),
-        torch_bf16 and torch.cpu._is_amx_tile_supported(),
     )

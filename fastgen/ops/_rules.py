@@ -90,11 +90,11 @@ def weight_grad(processor: Processor, geometry: Geometry, x: Sequence[int], weig
 def torch_is_wrong(processor: Processor, geometry: Geometry, x: Sequence[int], weight: Like) -> bool:
     """Whether PyTorch's kernel may compute wrong numbers, read memory that was never written or end the process.
 
-    oneDNN's for bfloat16 in AMX's tiles do so (PyTorch 2.13) where a stride along the width leaves images that are 1 to 3 wide
-    (in the convolution, in the gradient of a transposed one's x, which is such a convolution, and in the weight's gradient),
-    and where all that a strided convolution reads along an axis is padding.
+    oneDNN's for bfloat16 do so (PyTorch 2.13) where a stride along the width leaves images that are 1 to 3 wide: with AMX the
+    convolution, and with it the gradient of a transposed one's x, which is such a convolution; with AVX-512 the weight's
+    gradient. With AMX also where all that a strided convolution reads along an axis is padding.
     """
-    if not processor.amx or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+    if not processor.torch_bf16 or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return False
     narrow = x if geometry.transposed else geometry.sizes(x, weight.shape)
     if geometry.stride[1] > 1 and narrow[3] <= 3:

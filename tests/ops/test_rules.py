@@ -89,7 +89,7 @@ def test_kernels_of_three_without_avx512(name):
 
 
 # (transposed, batch, channels in and out, kernel, stride, padding, dilation, height and width): all is narrow, or padding
-WRONG_IN_AMX = [
+WRONG_IN_BFLOAT16 = [
     (True, 1, 16, 16, (4, 4), (2, 2), (1, 1), (1, 1), (9, 1)),
     (True, 4, 48, 8, (4, 4), (2, 2), (2, 2), (2, 2), (8, 1)),
     (False, 1, 8, 8, (4, 3), (1, 3), (1, 2), (1, 2), (7, 2)),
@@ -107,7 +107,7 @@ def rule(kind):
 
 
 @by_processor
-@pytest.mark.parametrize("kind", WRONG_IN_AMX, ids=str)
+@pytest.mark.parametrize("kind", WRONG_IN_BFLOAT16, ids=str)
 def test_what_pytorch_computes_wrongly_is_fastgens(name, kind, monkeypatch):
     """Whatever was measured; and a convolution that is small enough for PyTorch's modules too."""
     monkeypatch.setattr(_processor, "here", lambda: PROCESSORS[name])
@@ -115,24 +115,23 @@ def test_what_pytorch_computes_wrongly_is_fastgens(name, kind, monkeypatch):
     monkeypatch.setattr(_modules, "SMALL", {True: 10**9, False: 10**9})
     _memory.forget()
     geometry, x, weight = rule(kind)
-    amx = name == "amx"
-    assert (geometry.wins(x, weight) == "own") == (geometry.wins_weight_grad(x, weight, False) == "own") == amx
+    wrong = PROCESSORS[name].torch_bf16
+    assert (geometry.wins(x, weight) == "own") == (geometry.wins_weight_grad(x, weight, False) == "own") == wrong
     if geometry.transposed:
-        assert (geometry.wins_input_grad(x, weight) == "own") == amx
+        assert (geometry.wins_input_grad(x, weight) == "own") == wrong
     float32 = weight._replace(dtype=torch.float32)
     assert geometry.wins(x, float32) is geometry.wins_weight_grad(x, float32, False) is None
     layer = (nn.ConvTranspose2d if geometry.transposed else nn.Conv2d)(
         *kind[2:5], stride=kind[5], padding=kind[6], dilation=kind[7]
     ).bfloat16()
-    if PROCESSORS[name].torch_bf16:
-        assert _modules._is_small(torch.zeros(x, dtype=torch.bfloat16), layer) != amx
+    assert not _modules._is_small(torch.zeros(x, dtype=torch.bfloat16), layer)
     _memory.forget()
 
 
 @pytest.mark.parametrize("impl", ("auto", "cpp"))
-@pytest.mark.parametrize("kind", WRONG_IN_AMX, ids=str)
+@pytest.mark.parametrize("kind", WRONG_IN_BFLOAT16, ids=str)
 def test_narrow_images_in_bfloat16(kind, impl, poisoned):
-    """On a processor with AMX PyTorch's own numbers are arbitrary, or the process ends."""
+    """With AMX PyTorch's own numbers are arbitrary, or the process ends."""
     geometry, shape, weight = rule(kind)
     options = {"stride": geometry.stride, "padding": geometry.padding, "dilation": geometry.dilation}
     op = getattr(ops, geometry.fused()[0])
@@ -169,4 +168,4 @@ def test_the_processor_at_hand_within_limits():
 
     assert not found(**{ISA: "avx2"}).own_bf16
     limited = found(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41", **{ISA: "baseline"})
-    assert limited.vectors == "DEFAULT" and not (limited.torch_bf16 or limited.own_bf16 or limited.amx)
+    assert limited.vectors == "DEFAULT" and not (limited.torch_bf16 or limited.own_bf16)
