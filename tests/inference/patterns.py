@@ -1,4 +1,5 @@
-"""Ways to write a forward, among them traps: PATTERNS[name] is (make, names in the runs that fuse, why others do not)."""
+"""Ways to write a forward, among them traps: PATTERNS[name] is (make, names in the runs that fuse, why others do not), and
+CALLS[name] what it is called with besides its input."""
 
 import random
 
@@ -8,6 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 PATTERNS = {}
+CALLS = {}
+VALUE = 0.5
 
 
 class Base(nn.Module):
@@ -20,10 +23,11 @@ class Base(nn.Module):
         self.act = act or nn.ReLU(inplace=True)
 
 
-def pattern(fused, left=None, make=lambda cls: cls()):
-    """Registers a class, or function that makes a module; `fused` is "c1 b1 act; c2 b2"."""
+def pattern(fused, left=None, make=lambda cls: cls(), calls=()):
+    """Registers a class, or function that makes a module; `fused` is "c1 b1 act; c2 b2", `calls` of (args, kwargs)."""
 
     def register(cls):
+        CALLS[cls.__name__] = calls
         runs = tuple(tuple(run.split()) for run in fused.split(";") if run.strip())
         PATTERNS[cls.__name__] = ((lambda: make(cls)), runs, left or {})
         return cls
@@ -144,7 +148,11 @@ class BranchOnTraining(Base):
         return self.b2(self.c2(self.act(self.b1(h))))
 
 
-@pattern("c2 b2; b1 act", {"c1": "goes to the function mul"})
+@pattern(
+    "c2 b2; b1 act",
+    {"c1": "goes to the function mul"},
+    calls=[((VALUE,), {}), ((None,), {"return_features": True})],
+)
 class OptionalArguments(Base):
     def forward(self, x, scale=None, *, return_features=False):
         h = self.c1(x)
@@ -159,6 +167,81 @@ class OptionalArguments(Base):
 class ArgumentsOfAnyNumber(Base):
     def forward(self, x, *args, **kwargs):
         return self.b2(self.c2(self.act(self.b1(self.c1(x)))))
+
+
+ANY_ARGUMENTS = [
+    ((None,), {}), ((VALUE, 2), {}), ((), {"scale": VALUE}), ((), {"scale": None}), ((), {"a": 1})
+]  # fmt: skip
+
+
+@pattern("c1 b1 act; c2 b2", calls=ANY_ARGUMENTS)
+class ArgumentsCounted(Base):  # diffusers' blocks
+    def forward(self, x, *args, **kwargs):
+        if len(args) > 0 or kwargs.get("scale") is not None:
+            self.is_deprecated = True
+        return self.b2(self.c2(self.act(self.b1(self.c1(x)))))
+
+
+@pattern("c1 b1 act", {"c2": "goes to the function mul"}, calls=ANY_ARGUMENTS)
+class ArgumentsUsed(Base):
+    def forward(self, x, *args, **kwargs):
+        h = self.c2(self.act(self.b1(self.c1(x))))
+        try:
+            return h * args[1]
+        except IndexError:
+            scale = kwargs.pop("scale", 2.0)
+            return self.b2(h if scale is None else h * scale)
+
+
+@pattern(
+    "c2 b2; b1 act",
+    {"c1": "goes to the function mul"},
+    calls=[((None,), {}), ((None, None), {}), ((VALUE, None), {})],
+)
+class NoneWhereThereIsNoSuchDefault(Base):
+    def _scale(self, h, by):
+        return h if by is None else h * by
+
+    def forward(self, x, by=2.0, and_by=3.0):
+        return self.b2(self.c2(self.act(self.b1(self._scale(self._scale(self.c1(x), by), and_by)))))
+
+
+@pattern("c1 b1 act; c2 b2", {}, calls=[((VALUE,), {}), ((), {"y": None})])
+class LabelThatANormDoesNotTake(Base):  # mimicry's blocks, whose norms may be conditional
+    def _without(self, x):
+        return self.b2(self.c2(self.act(self.b1(self.c1(x)))))
+
+    def _with(self, x, y):
+        return self.b2(self.c2(self.act(self.b1(self.c1(x), y))), y=y)
+
+    def forward(self, x, y=None):
+        return self._without(x) if y is None else self._with(x, y)
+
+
+@pattern("c2 b2; b1 act", {"c1": "goes to the function mul"}, calls=[((VALUE,), {})])
+class RefusalThatIsCaught(Base):
+    def forward(self, x, y=None):
+        h = self.c1(x)
+        try:
+            h = self.b1(h, y) if y is not None else self.b1(h)
+        except TypeError:
+            h = self.b1(h * y)
+        return self.b2(self.c2(self.act(h)))
+
+
+@pattern("c2 b2", {"c1": "goes to the function add"}, calls=[(([],), {}), (("text",), {})])
+class KindsOfArguments(Base):
+    def forward(self, x, y=None):
+        h = self.c1(x)
+        if isinstance(y, (list, str)):
+            h = h + len(y)
+        return self.b2(self.c2(self.b1(h)))
+
+
+@pattern("c2 b2", {"c1": "its forward is called"})
+class CallsTheForward(Base):
+    def forward(self, x):
+        return self.b2(self.c2(self.act(self.b1(self.c1(x)) + self.c1.forward(x))))
 
 
 @pattern("c2 b2; b1 act", {"c1": "stored on a module"})
@@ -186,13 +269,22 @@ class ModuleThatDoesNotTrace(Base):
         return x
 
 
-@pattern("", {"": "asks whether a value is a Tensor"})
+@pattern("c2 b2", {"c1": "goes to the function sin"})
 class AsksForTheType(Base):
     def forward(self, x):
         h = self.c1(x)
         if isinstance(h, torch.Tensor):
             h = h.sin()
-        return self.b1(h)
+        return self.b2(self.c2(self.b1(h)))
+
+
+@pattern("", {"": "asks whether a value is a Tensor"})
+class AsksForTheTypeElsewhere(Base):
+    def _finish(self, h):
+        return self.b1(h.sin() if torch.is_tensor(h) else h)
+
+    def forward(self, x):
+        return self._finish(self.c1(x))
 
 
 @pattern("c2 b2", {"c1": "checkpoint"})
@@ -264,3 +356,68 @@ class OutputSize(Base):
     def forward(self, x):
         h = self.act(self.b1(self.c1(x)))
         return self.b2(self.c2(h, output_size=h.shape[2:]))
+
+
+class Named(nn.Module):
+    """conv1 -> relu -> conv2 -> relu."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.conv2(self.relu(self.conv1(x))))
+
+
+@pattern("conv1 relu; conv2 relu")
+class NamesAsStrings(Named):  # pytorch/examples super_resolution
+    def reset(self):
+        getattr(nn.init, self.initialisation)(self.conv1.weight, nn.init.calculate_gain("relu"))
+        nn.init.zeros_(self.conv2.bias)
+
+
+@pattern("", {"conv1": "UsedByName.embed uses it too"})
+class UsedByName(Named):
+    def embed(self, x):
+        return getattr(self, "conv1", None)(x)
+
+
+@pattern(
+    "", {"conv1": "UsedByAnyName.layer uses it too", "conv2": "UsedByAnyName.layer", "relu": "UsedByAnyName.layer"}
+)
+class UsedByAnyName(Named):
+    def layer(self, name, x):
+        return getattr(self, name, "conv1")(x)
+
+
+@pattern("", {"conv1": "UsedByPath.layer uses it too"})
+class UsedByPath(Named):
+    def layer(self, name, x):
+        return self.get_submodule(name)(x)
+
+
+@pattern("", {"layers.first": "UsedByKey.layer uses it too", "layers.second": "UsedByKey.layer uses it too"})
+class UsedByKey(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleDict({"first": nn.Conv2d(4, 4, 1), "second": nn.BatchNorm2d(4)})
+
+    def layer(self, name, x):
+        return self.layers[name](x)
+
+    def forward(self, x):
+        return self.layers["second"](self.layers["first"](x))
+
+
+@pattern("", {"0": "UsedByIndex.first uses it too"})
+class UsedByIndex(nn.ModuleList):
+    def __init__(self):
+        super().__init__([nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)])
+
+    def first(self, x):
+        return self[0](x)
+
+    def forward(self, x):
+        for module in self:
+            x = module(x)
+        return x

@@ -1,0 +1,132 @@
+"""What functions do with modules and arguments, as far as their bytecode says, without running them."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from types import CodeType, FunctionType, ModuleType
+from typing import NamedTuple
+
+OURS = ("torch.", "fastgen.nn.", "fastgen.inference.", "builtins")  # modules whose forwards are known, or need not be
+# They hand out any submodule.
+_BY_NAME = {"get_submodule", "_modules", "attrgetter", "methodcaller", "__getattribute__"}
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+_NO_OPERATION = ("PUSH_NULL", "PRECALL", "EXTENDED_ARG", "NOP", "COPY_FREE_VARS")
+
+
+class Uses(NamedTuple):
+    """The attributes that a function uses, by more than reading an attribute of theirs, and all that it loads."""
+
+    used: frozenset[str]
+    loaded: frozenset[str]
+    by_name: bool  # whether it may use any attribute, by a name that it computes
+    by_index: bool  # whether it subscripts or iterates over something
+
+
+def where(code: CodeType) -> tuple[str, int, str]:
+    """What identifies a function, also in torch.fx's copies of it."""
+    return code.co_filename, code.co_firstlineno, code.co_name
+
+
+def methods(cls: type) -> Iterator[FunctionType]:
+    """The methods and properties of a class and its bases, but for PyTorch's and __init__."""
+    for base in cls.__mro__:
+        if not base.__module__.startswith(OURS):
+            for name, value in vars(base).items():
+                inside = (getattr(value, attribute, None) for attribute in ("fget", "func", "__func__"))
+                function = next(filter(None, inside), value)
+                if isinstance(function, FunctionType) and name != "__init__":
+                    yield function
+
+
+def reached(cls: type) -> list[FunctionType]:
+    """The methods of a class, and the functions of other people's files that they name, and these in turn."""
+    found: dict[CodeType, FunctionType] = {}
+    todo = list(methods(cls))
+    while todo:
+        function = todo.pop()
+        if function.__code__ not in found:
+            found[function.__code__] = function
+            todo.extend(value for value in _named(function) if not _is_known(value))
+    return list(found.values())
+
+
+def _named(function: FunctionType) -> Iterator[FunctionType]:
+    names = {name for code in _nested(function.__code__) for name in code.co_names}
+    package = function.__module__ and function.__module__.partition(".")[0]
+    for value in [function.__globals__.get(name) for name in names]:
+        if isinstance(value, FunctionType):
+            yield value
+        elif isinstance(value, ModuleType) and value.__name__.partition(".")[0] == package:
+            yield from (f for f in [vars(value).get(name) for name in names] if isinstance(f, FunctionType))
+
+
+def _is_known(function: FunctionType) -> bool:
+    module = str(function.__module__)
+    return module.startswith(OURS) or module.partition(".")[0] in sys.stdlib_module_names
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)
+
+
+@functools.cache
+def compared_with_none(code: CodeType) -> frozenset[str]:
+    """The variables for which a function asks whether they are None, by `is`."""
+    found: set[str] = set()
+    for inner in _nested(code):
+        instructions = list(dis.get_instructions(inner))
+        for at, instruction in enumerate(instructions):
+            is_test = instruction.opname == "IS_OP" or instruction.opname.endswith(("_IF_NONE", "_IF_NOT_NONE"))
+            for before in instructions[max(0, at - 2) : at] if is_test else ():
+                if "FAST" in before.opname or "DEREF" in before.opname:
+                    found.update([before.argval] if isinstance(before.argval, str) else before.argval)
+    return frozenset(found)
+
+
+@functools.cache
+def uses(code: CodeType) -> Uses:
+    """Of a function and of those within it."""
+    used: set[str] = set()
+    loaded: set[str] = set()
+    by_name = by_index = False
+    for inner in _nested(code):
+        instructions = [i for i in dis.get_instructions(inner) if i.opname not in _NO_OPERATION]
+        for at, instruction in enumerate(instructions):
+            name = instruction.argval if isinstance(instruction.argval, str) else ""
+            if instruction.opname in _ATTRIBUTES:
+                after = instructions[at + 1] if at + 1 < len(instructions) else None
+                reads = after is not None and after.opname in _ATTRIBUTES and after.argval != "forward"
+                loaded.add(name)
+                used |= set() if reads else {name}
+            if name == "getattr" and instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                wanted = _wanted(instructions[at + 1 :])
+                used |= wanted or set()
+                loaded |= wanted or set()
+                by_name = by_name or wanted is None
+            by_name = by_name or (name in _BY_NAME and instruction.opname.startswith("LOAD"))
+            by_index = by_index or instruction.opname in ("BINARY_SUBSCR", "BINARY_SLICE", "GET_ITER", "FOR_ITER")
+            by_index = by_index or (instruction.opname == "BINARY_OP" and "[" in instruction.argrepr)
+    return Uses(frozenset(used), frozenset(loaded), by_name, by_index)
+
+
+def _wanted(after: Sequence[dis.Instruction]) -> set[str] | None:
+    """The attributes that a call of getattr, which these instructions follow, may give; None: any."""
+    if not after or isinstance(after[0].argval, tuple):  # two variables at once
+        return None
+    if after[0].opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+        return set()  # of a Python module or a class
+    at = 1
+    while at < len(after) and after[at].opname in _ATTRIBUTES:
+        at += 1
+    given = after[at : at + 3]
+    if len(given) < 2 or given[0].opname != "LOAD_CONST" or not isinstance(given[0].argval, str):
+        return None
+    has_default = given[1].opname.startswith("LOAD")
+    call = given[-1] if has_default else given[1]
+    return {given[0].argval} if call.opname.startswith("CALL") and call.arg == 2 + has_default else None
