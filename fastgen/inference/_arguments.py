@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import inspect
 import itertools
@@ -12,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from fastgen.inference._bytecode import compared_with_none
+from fastgen.inference._bytecode import questions
 
 _ANY, _ABSENT = object(), object()
 
@@ -25,12 +24,14 @@ def ways(forward: FunctionType, functions: Sequence[FunctionType]) -> Iterator[d
     """What the arguments of a forward may be besides tensors: those that are fixed, by name.
 
     Each is a tensor, or its default, or None if forward or one of these functions may ask for that; *args and **kwargs may be
-    empty.
+    empty. Raises UntraceableError if forward asks what else one is.
     """
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     names = {parameter.name for parameter in parameters}
-    in_forward = compared_with_none(forward.__code__)
-    elsewhere = set().union(*(compared_with_none(f.__code__) for f in functions if f is not forward))
+    in_forward, asked = questions(forward.__code__)
+    if asked & names:
+        raise UntraceableError(f"it asks what {' and '.join(sorted(asked & names))} is")
+    elsewhere = set().union(*(questions(f.__code__).none for f in functions if f is not forward))
     compared = in_forward if in_forward <= names and not elsewhere else names
     values: dict[str, list[Any]] = {}
     for parameter in parameters:
@@ -115,8 +116,12 @@ def asked_by(functions: Sequence[FunctionType]) -> Iterator[None]:
             del home[name]
 
 
+def is_watched(frame: FrameType) -> bool:
+    """Whether a running function's file is one of asked_by's."""
+    return frame.f_globals.get("isinstance") is _isinstance
+
+
 def asks_for_types(frame: FrameType) -> bool:
-    """Whether a running function asks for the type of a value, and not by asked_by's isinstance."""
+    """Whether a running function asks for the type of a value, by what asked_by does not see."""
     names = frame.f_code.co_names
-    is_own = frame.f_globals.get("isinstance", builtins.isinstance) is builtins.isinstance
-    return "is_tensor" in names or ("isinstance" in names and is_own)
+    return "is_tensor" in names or ("isinstance" in names and not is_watched(frame))

@@ -75,18 +75,38 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
             yield from _nested(constant)
 
 
+class Questions(NamedTuple):
+    """The variables for which a function asks whether they are None, and those for which it asks what else they are."""
+
+    none: frozenset[str]
+    other: frozenset[str]
+
+
 @functools.cache
-def compared_with_none(code: CodeType) -> frozenset[str]:
-    """The variables for which a function asks whether they are None, by `is`."""
-    found: set[str] = set()
+def questions(code: CodeType) -> Questions:
+    """Those that an operator of the value cannot answer: `is`, type(), hasattr(), callable()."""
+    none: set[str] = set()
+    other: set[str] = set()
     for inner in _nested(code):
-        instructions = list(dis.get_instructions(inner))
+        instructions = [i for i in dis.get_instructions(inner) if i.opname not in _NO_OPERATION]
         for at, instruction in enumerate(instructions):
-            is_test = instruction.opname == "IS_OP" or instruction.opname.endswith(("_IF_NONE", "_IF_NOT_NONE"))
-            for before in instructions[max(0, at - 2) : at] if is_test else ():
-                if "FAST" in before.opname or "DEREF" in before.opname:
-                    found.update([before.argval] if isinstance(before.argval, str) else before.argval)
-    return frozenset(found)
+            if instruction.opname.endswith(("_IF_NONE", "_IF_NOT_NONE")):
+                none |= _variables(instructions[at - 1 : at])
+            elif instruction.opname == "IS_OP":
+                is_none = instructions[at - 1].opname == "LOAD_CONST" and instructions[at - 1].argval is None
+                found = _variables(instructions[max(0, at - 2) : at])
+                (none if is_none else other).update(found)
+            elif instruction.opname.startswith("LOAD") and instruction.argval in ("type", "hasattr", "callable"):
+                other |= _variables(instructions[at + 1 : at + 2])
+    return Questions(frozenset(none), frozenset(other))
+
+
+def _variables(instructions: Sequence[dis.Instruction]) -> set[str]:
+    found: set[str] = set()
+    for instruction in instructions:
+        if "FAST" in instruction.opname or "DEREF" in instruction.opname:
+            found.update([instruction.argval] if isinstance(instruction.argval, str) else instruction.argval)
+    return found
 
 
 @functools.cache

@@ -212,9 +212,7 @@ def _raised_by_user(error: Exception) -> bool:
     at = error.__traceback__
     while at and at.tb_next:
         at = at.tb_next
-    if at is None or at.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
-        return False
-    if "Proxy" in str(error) or _arguments.asks_for_types(at.tb_frame):
+    if at is None or not _arguments.is_watched(at.tb_frame) or _arguments.asks_for_types(at.tb_frame):
         return False
     opcodes = {i.offset: i.opname for i in dis.get_instructions(at.tb_frame.f_code)}
-    return opcodes.get(at.tb_lasti) == "RAISE_VARARGS"
+    return opcodes.get(at.tb_lasti) == "RAISE_VARARGS" and "Proxy" not in str(error)

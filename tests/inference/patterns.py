@@ -2,6 +2,7 @@
 CALLS[name] what it is called with besides its input."""
 
 import random
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -199,11 +200,12 @@ class ArgumentsUsed(Base):
     calls=[((None,), {}), ((None, None), {}), ((VALUE, None), {})],
 )
 class NoneWhereThereIsNoSuchDefault(Base):
-    def _scale(self, h, by):
-        return h if by is None else h * by
+    def _double_without(self, h, by):
+        return h * 2 if by is None else h
 
     def forward(self, x, by=2.0, and_by=3.0):
-        return self.b2(self.c2(self.act(self.b1(self._scale(self._scale(self.c1(x), by), and_by)))))
+        h = self._double_without(self._double_without(self.c1(x), by), and_by)
+        return self.b2(self.c2(self.act(self.b1(h))))
 
 
 @pattern("c1 b1 act; c2 b2", {}, calls=[((VALUE,), {}), ((), {"y": None})])
@@ -216,6 +218,14 @@ class LabelThatANormDoesNotTake(Base):  # mimicry's blocks, whose norms may be c
 
     def forward(self, x, y=None):
         return self._without(x) if y is None else self._with(x, y)
+
+
+@pattern("c1 b1 act; c2 b2", {}, calls=[((VALUE,), {})])
+class RefusalBeforeOtherCalls(Base):
+    def forward(self, x, y=None):
+        if y is not None:
+            return self.act(self.b1(self.c1(x), y)) + self.c2(x)
+        return self.b2(self.c2(self.act(self.b1(self.c1(x)))))
 
 
 @pattern("c2 b2; b1 act", {"c1": "goes to the function mul"}, calls=[((VALUE,), {})])
@@ -236,6 +246,20 @@ class KindsOfArguments(Base):
         if isinstance(y, (list, str)):
             h = h + len(y)
         return self.b2(self.c2(self.b1(h)))
+
+
+@pattern("", {"": "it asks what mode is"}, calls=[((True,), {}), ((None,), {})])
+class AsksWhatAnArgumentIs(Base):
+    def forward(self, x, mode=False):
+        h = self.c1(x)
+        return self.b1(h * 2 if mode is True else h)
+
+
+@pattern("", {"": "cannot be traced: TypeError"}, calls=[((VALUE,), {})])
+class RaisesForATracedValue(Base):
+    def forward(self, x, y=None):
+        h = self.c1(x)
+        return self.b1(h if y is None else h * float(Fraction(y)))
 
 
 @pattern("c2 b2", {"c1": "its forward is called"})
