@@ -16,7 +16,7 @@ from fastgen.inference._bytecode import questions
 _ANY, _ABSENT = object(), object()
 
 
-class UntraceableError(Exception):
+class UntraceableError(BaseException):  # past the `except Exception` of the code that is traced
     """The dataflow of a forward is not known; the message says why."""
 
 

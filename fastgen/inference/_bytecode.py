@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import sys
@@ -36,9 +37,19 @@ def methods(cls: type) -> Iterator[FunctionType]:
         if not base.__module__.startswith(OURS):
             for name, value in vars(base).items():
                 inside = (getattr(value, attribute, None) for attribute in ("fget", "func", "__func__"))
-                function = next(filter(None, inside), value)
-                if isinstance(function, FunctionType) and name != "__init__":
-                    yield function
+                if name != "__init__":
+                    yield from decorated(next(filter(None, inside), value))
+
+
+def decorated(value: object) -> Iterator[FunctionType]:
+    """A function and those that it wraps, as decorators do, but for PyTorch's."""
+    if not isinstance(value, FunctionType):
+        return
+    if not value.__globals__.get("__name__", "").startswith(OURS):
+        yield value
+    for cell in value.__closure__ or ():
+        with contextlib.suppress(ValueError):  # it is empty
+            yield from decorated(cell.cell_contents) if cell.cell_contents is not value else ()
 
 
 def reached(cls: type) -> list[FunctionType]:
@@ -49,23 +60,22 @@ def reached(cls: type) -> list[FunctionType]:
         function = todo.pop()
         if function.__code__ not in found:
             found[function.__code__] = function
-            todo.extend(value for value in _named(function) if not _is_known(value))
+            todo.extend(inner for value in _named(function) for inner in decorated(value))
     return list(found.values())
 
 
 def _named(function: FunctionType) -> Iterator[FunctionType]:
+    """Functions that one names, but for the standard library's."""
     names = {name for code in _nested(function.__code__) for name in code.co_names}
     package = function.__module__ and function.__module__.partition(".")[0]
     for value in [function.__globals__.get(name) for name in names]:
-        if isinstance(value, FunctionType):
-            yield value
-        elif isinstance(value, ModuleType) and value.__name__.partition(".")[0] == package:
-            yield from (f for f in [vars(value).get(name) for name in names] if isinstance(f, FunctionType))
-
-
-def _is_known(function: FunctionType) -> bool:
-    module = str(function.__module__)
-    return module.startswith(OURS) or module.partition(".")[0] in sys.stdlib_module_names
+        of_package = isinstance(value, ModuleType) and value.__name__.partition(".")[0] == package
+        for found in [vars(value).get(name) for name in names] if of_package else [value]:
+            if (
+                isinstance(found, FunctionType)
+                and str(found.__module__).partition(".")[0] not in sys.stdlib_module_names
+            ):
+                yield found
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:

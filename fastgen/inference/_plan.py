@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from fastgen.inference._arguments import UntraceableError
-from fastgen.inference._bytecode import OURS, Uses, methods, uses, where
+from fastgen.inference._bytecode import OURS, Uses, decorated, methods, uses, where
 from fastgen.inference._members import Run
 from fastgen.inference._trace import Trace, trace
 from fastgen.nn import Sequential, _modules
@@ -145,7 +145,7 @@ def _chain(node: fx.Node, found: Trace) -> tuple[list[fx.Node], str]:
     while len(chain) < 3:
         last, users = chain[-1], list(chain[-1].users)
         if last in found.kept:
-            return chain, "its output is stored on a module"
+            return chain, "its output is stored"
         if len(users) != 1:
             return chain, f"its output is used in {len(users)} places"
         user = users[0]
@@ -170,7 +170,8 @@ def _forbid_other_callers(model: nn.Module, traces: dict[nn.Module, Trace], plan
             ran[None if path is None else module.get_submodule(path)].add(function)
     members = {member for run in plan.runs for member in run.members}
     for module in model.modules():
-        unseen = [f.__code__ for f in methods(type(module)) if where(f.__code__) not in ran[module] | ran[None]]
+        functions = [*methods(type(module)), *(f for value in vars(module).values() for f in decorated(value))]
+        unseen = [f.__code__ for f in functions if where(f.__code__) not in ran[module] | ran[None]]
         for names, member in _attributes(module) if unseen else ():
             for code in unseen:
                 if member in members and _may_use(uses(code), names, code.co_name):

@@ -12,6 +12,7 @@ import pickle
 import random
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType, FunctionType
@@ -20,7 +21,6 @@ from typing import Any, TypeVar
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from fastgen.inference import _arguments
 from fastgen.inference._arguments import UntraceableError
@@ -37,7 +37,7 @@ class Trace:
 
     graphs: list[fx.Graph] = field(default_factory=list)
     places: dict[fx.Node, list] = field(default_factory=dict)  # equal for calls made in one function and mode
-    kept: set[fx.Node] = field(default_factory=set)  # those whose values were stored on a module
+    kept: set[fx.Node] = field(default_factory=set)  # those whose values were stored
     ran: set[tuple[str | None, tuple]] = field(default_factory=set)  # the path of `self`, and where the function is
     direct: set[fx.Node] = field(default_factory=set)  # calls of a module's forward, not of the module
     refusing: set[str] = field(default_factory=set)  # modules that a path calls with arguments that they do not have
@@ -72,9 +72,16 @@ def trace(module: nn.Module) -> Trace:
     if not isinstance(forward, FunctionType):
         raise UntraceableError("it is not a Python function")
     found, functions = Trace(), reached(type(module))
+    asked = {name for function in functions for name in function.__code__.co_names}
+    modes = [(True, True), (False, False)]  # training, and with gradients
+    if "is_grad_enabled" in asked:
+        modes += [(True, False), (False, True)]
+    for name in ("is_autocast_enabled", "is_inference_mode_enabled"):
+        if name in asked:
+            raise UntraceableError(f"it asks {name}")
     with _arguments.asked_by(functions):
-        for training, fixed in itertools.product((True, False), _arguments.ways(forward, functions)):
-            for graph in _paths(module, training, fixed, found):
+        for mode, fixed in itertools.product(modes, _arguments.ways(forward, functions)):
+            for graph in _paths(module, mode, fixed, found):
                 found.graphs.append(graph)
                 if len(found.graphs) > MOST_PATHS:
                     raise UntraceableError(f"there are more than {MOST_PATHS} paths through it")
@@ -83,15 +90,15 @@ def trace(module: nn.Module) -> Trace:
     return found
 
 
-def _paths(module: nn.Module, training: bool, fixed: dict[str, Any], found: Trace) -> Iterator[fx.Graph]:
+def _paths(module: nn.Module, mode: tuple[bool, bool], fixed: dict[str, Any], found: Trace) -> Iterator[fx.Graph]:
     decisions: list[bool] = []
     for _ in range(MOST_PATHS + 1):
         tracer = _Tracer(found, decisions)
         try:
             root = clone(module, share=True)
-            root.train(training)
+            root.train(mode[0])
             tracer.prepare(root)
-            with _randomness() as drawn, torch.set_grad_enabled(training), warnings.catch_warnings():
+            with _randomness() as drawn, torch.set_grad_enabled(mode[1]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 graph = tracer.trace(root, fixed)
                 if drawn():
@@ -99,12 +106,10 @@ def _paths(module: nn.Module, training: bool, fixed: dict[str, Any], found: Trac
         except UntraceableError:
             raise
         except Exception as error:  # the user's code may raise anything
-            if error is not tracer.raised and not _raised_by_user(error):
+            if not _raised_by_user(error, tracer.raised, type(module).__module__):
                 raise UntraceableError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
         else:
-            for value in pytree.tree_leaves([vars(m) for m in root.modules()]):
-                if isinstance(value, fx.Proxy):
-                    found.kept.add(value.node)
+            found.kept |= tracer.kept()
             yield graph
         while decisions and decisions[-1]:
             decisions.pop()
@@ -120,6 +125,8 @@ class _Tracer(fx.Tracer):
     def __init__(self, found: Trace, decisions: list[bool]):
         super().__init__()
         self.found, self.decisions, self.branch = found, decisions, 0
+        self.called: list[weakref.ref[fx.Proxy]] = []  # what calls of modules gave
+        self.callers: dict[FrameType | None, int] = {}  # who made them, numbered
         self.raised: Exception | None = None  # what the same call raises in any case
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -146,6 +153,12 @@ class _Tracer(fx.Tracer):
         self.branch += 1
         return self.decisions[self.branch - 1]
 
+    def iter(self, obj: fx.Proxy) -> Any:
+        raise UntraceableError("it iterates over a value")
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        raise UntraceableError("it passes on **kwargs")
+
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._check_takes(m, args, kwargs)
         called = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
@@ -153,8 +166,10 @@ class _Tracer(fx.Tracer):
         caller = frame
         while caller and caller.f_code.co_name.startswith(("_", "<")):  # helpers that only their module calls
             caller = caller.f_back
-        place: list[Any] = [caller, torch.is_grad_enabled()]
-        place += [torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
+        self.called.append(weakref.ref(called))
+        place: list[Any] = [self.callers.setdefault(caller, len(self.callers)), torch.is_grad_enabled()]
+        for device in ("cpu", "cuda"):
+            place.append(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))
         while frame and frame.f_globals.get("__name__") != fx._symbolic_trace.__name__:
             if frame.f_globals.get("__name__") == torch.utils.checkpoint.__name__:
                 place.append(object())  # no run: a checkpoint's second pass may end in its middle
@@ -167,6 +182,12 @@ class _Tracer(fx.Tracer):
             frame = frame.f_back
         self.found.places[called.node] = place
         return called
+
+    def kept(self) -> set[fx.Node]:
+        """Those calls whose values are alive after tracing: they were stored somewhere."""
+        self.raised = None  # with the frames, whose variables are gone
+        self.callers.clear()
+        return {value.node for value in [called() for called in self.called] if value is not None}
 
     def _check_takes(self, m: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Raises TypeError if the module's forward does not have these arguments."""
@@ -205,14 +226,19 @@ def _randomness() -> Iterator[Callable[[], bool]]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def _raised_by_user(error: Exception) -> bool:
-    """Whether the exception comes from the user's code or arguments, and not from what tracing cannot do."""
-    if isinstance(error, (TypeError, AttributeError)) and "NoneType" in str(error):
+def _raised_by_user(error: BaseException, known: Exception | None, home: str) -> bool:
+    """Whether the exception comes from the user's code or arguments, as `known` does, and not from what tracing cannot do."""
+    if error is known or (isinstance(error, (TypeError, AttributeError)) and "NoneType" in str(error)):
         return True
+    if error.__context__ is not None and not _raised_by_user(error.__context__, known, home):
+        return False
     at = error.__traceback__
     while at and at.tb_next:
         at = at.tb_next
     if at is None or not _arguments.is_watched(at.tb_frame) or _arguments.asks_for_types(at.tb_frame):
         return False
+    of_another = home.partition(".")[0] != at.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    if of_another and "Proxy" in str(error):  # it knows its kinds of values
+        return False
     opcodes = {i.offset: i.opname for i in dis.get_instructions(at.tb_frame.f_code)}
-    return opcodes.get(at.tb_lasti) == "RAISE_VARARGS" and "Proxy" not in str(error)
+    return opcodes.get(at.tb_lasti) == "RAISE_VARARGS"

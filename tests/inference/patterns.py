@@ -127,7 +127,7 @@ class BranchOnData(Base):
         assert x.dim() == 4, "images"
         x = self.act(self.b1(self.c1(x)))
         if x.shape[0] < 1:
-            raise ValueError("no images")
+            raise ValueError(f"no images: {x.shape}")
         return self.b2(self.c2(x))
 
 
@@ -248,6 +248,17 @@ class KindsOfArguments(Base):
         return self.b2(self.c2(self.b1(h)))
 
 
+@pattern("", {"": "cannot be traced: RuntimeError: no number"}, calls=[((VALUE,), {})])
+class RaisesWhereATracedValueDid(Base):
+    def forward(self, x, y=None):
+        h = self.c1(x)
+        try:
+            h = h if y is None else h * float(y)
+        except TypeError as error:
+            raise RuntimeError("no number") from error
+        return self.b1(h)
+
+
 @pattern("", {"": "it asks what mode is"}, calls=[((True,), {}), ((None,), {})])
 class AsksWhatAnArgumentIs(Base):
     def forward(self, x, mode=False):
@@ -268,7 +279,17 @@ class CallsTheForward(Base):
         return self.b2(self.c2(self.act(self.b1(self.c1(x)) + self.c1.forward(x))))
 
 
-@pattern("c2 b2; b1 act", {"c1": "stored on a module"})
+FEATURES = []
+
+
+@pattern("c2 b2; b1 act", {"c1": "its output is stored"})
+class FeaturesStoredElsewhere(Base):
+    def forward(self, x):
+        FEATURES[:] = [self.c1(x)]
+        return self.b2(self.c2(self.act(self.b1(FEATURES[0]))))
+
+
+@pattern("c2 b2; b1 act", {"c1": "its output is stored"})
 class StoredFeatures(Base):
     def forward(self, x):
         self.features = {"first": [self.c1(x)]}
@@ -356,6 +377,24 @@ class WithAnotherMethod(Base):
 
     def reset(self):
         nn.init.zeros_(self.c2.weight)
+
+
+@pattern("c2 b2; b1 act", {"c1": "WithADecoratedMethod.embed uses it too"})
+class WithADecoratedMethod(Base):
+    @torch.no_grad()
+    def embed(self, x):
+        return self.c1(x).mean((2, 3))
+
+    @torch.enable_grad()
+    def forward(self, x):
+        return self.b2(self.c2(self.act(self.b1(self.c1(x)))))
+
+
+@pattern("c1 b1 act", {"c2": "used in 2 places"})
+class AsksForGradients(Base):
+    def forward(self, x):
+        h = self.c2(self.act(self.b1(self.c1(x))))
+        return self.b2(h + h.square() if self.training and not torch.is_grad_enabled() else h)
 
 
 @pattern("c2 b2; b1 act", {"c1": "another function"})
