@@ -47,7 +47,23 @@ def ways(forward: FunctionType, functions: Sequence[FunctionType]) -> Iterator[d
         yield {name: value for name, value in zip(values, way, strict=True) if value is not _ANY}
 
 
-class Given(fx.Proxy):
+class Value(fx.Proxy):
+    """A traced value. What Python makes of it by itself is not known: numbers, and what a dictionary has at it."""
+
+    def _unknown(self) -> Any:
+        raise UntraceableError("it makes a Python number of a value, or looks it up in a dictionary or set")
+
+    __int__ = __float__ = __complex__ = __index__ = __len__ = __hash__ = _unknown
+
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+
+class _Attribute(Value, fx.proxy.Attribute):
+    __hash__ = Value.__hash__
+
+
+class Given(Value):
     """*args or **kwargs, of which there are some: each that is looked up is there or not, and None or not."""
 
     tracer: Any

@@ -131,7 +131,7 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         is_variadic = node.op == "placeholder" and str(node.target).startswith("*")
-        return _arguments.Given(node, self) if is_variadic else fx.Proxy(node, self)
+        return _arguments.Given(node, self) if is_variadic else _arguments.Value(node, self)
 
     def prepare(self, root: nn.Module) -> None:
         """Makes the forwards of PyTorch's layers leaves too: such a call is not one of the module."""

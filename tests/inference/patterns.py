@@ -248,15 +248,21 @@ class KindsOfArguments(Base):
         return self.b2(self.c2(self.b1(h)))
 
 
-@pattern("", {"": "cannot be traced: RuntimeError: no number"}, calls=[((VALUE,), {})])
-class RaisesWhereATracedValueDid(Base):
+@pattern("", {"": "Python number of a value"}, calls=[((VALUE,), {}), (("text",), {})])
+class NumbersOfArguments(Base):
     def forward(self, x, y=None):
         h = self.c1(x)
         try:
-            h = h if y is None else h * float(y)
-        except TypeError as error:
-            raise RuntimeError("no number") from error
-        return self.b1(h)
+            return self.b1(h * float(y))
+        except (TypeError, ValueError):
+            return self.b1(h)
+
+
+@pattern("", {"": "looks it up in a dictionary"}, calls=[(("double",), {})])
+class SetsOfArguments(Base):
+    def forward(self, x, mode="single"):
+        h = self.c1(x)
+        return self.b1(h * 2 if mode in {"double", "twice"} else h)
 
 
 @pattern("", {"": "it asks what mode is"}, calls=[((True,), {}), ((None,), {})])
