@@ -18,7 +18,9 @@ from fastgen.ops._layout import like
 from fastgen.ops.norm_act import Tail
 
 # Where the forward pre-hooks are defined that do nothing but compute a module's weight.
-_WEIGHT_HOOKS = (*(f"torch.nn.utils.{name}" for name in ("spectral_norm", "weight_norm", "prune")), "fastgen.nn.spectral_norm")
+_WEIGHT_HOOKS = (
+    "torch.nn.utils.spectral_norm", "torch.nn.utils.weight_norm", "torch.nn.utils.prune", "fastgen.nn.spectral_norm",
+)  # fmt: skip
 SMALL = {True: 100_000_000, False: 20_000_000}  # multiplications of a convolution, with gradients and without
 _BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
