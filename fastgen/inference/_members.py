@@ -22,13 +22,16 @@ class Run(NamedTuple):
 
 
 class Group:
-    """Runs that share members, and the slots (parent, name, member) in which their members were when fuse saw them."""
+    """Runs that share members, and the slots (parent, name, member) in which their members were when fuse saw them.
+
+    Among the slots are those of modules that are no members but on whose class the runs depend.
+    """
 
     def __init__(self, slots: tuple[tuple[nn.Module, str, nn.Module], ...]):
         self.slots = slots
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether the module is a member (a replica is not), and all are still in their slots, and plain.
+        """Whether the module is in the group (a replica is not), and all are still in their slots, and plain.
 
         If not, each module of the group computes its own part.
         """
@@ -66,12 +69,10 @@ class Member(_StandIn):
         group, run = self._fastgen
         if not isinstance(input, Tensor) or not group.holds(self):
             return super().forward(input, *args, **kwargs)
-        if run is None:
-            return input
         if not (args or kwargs):
-            return _modules.run(input, *run)
-        output = super().forward(input, *args, **kwargs)  # as with output_size
-        for member in run.members[1:]:
+            return input if run is None else _modules.run(input, *run)
+        output = super().forward(input, *args, **kwargs)  # a convolution with output_size; others raise
+        for member in run.members[1:] if run is not None else ():
             output = _modules.kind(member).forward(member, output)
         return output
 

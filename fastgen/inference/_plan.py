@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dis
-import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType
 
+import torch
 from torch import fx, nn
 
+from fastgen.inference._arguments import UntraceableError
+from fastgen.inference._bytecode import OURS, Uses, decorated, methods, uses, where
 from fastgen.inference._members import Run
-from fastgen.inference._trace import Trace, UntraceableError, trace, where
+from fastgen.inference._trace import Trace, trace
 from fastgen.nn import Sequential, _modules
 
-_OURS = ("torch.", "fastgen.nn.", "fastgen.inference.", "builtins")  # modules whose forwards are known, or need not be
 _CONVOLUTIONS = nn.modules.conv._ConvNd
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -33,6 +33,8 @@ class Plan:
     left: dict[nn.Module, str] = field(default_factory=dict)  # modules called outside of runs, and why
     # The runs or, for None, the single calls in which each module was found.
     sites: dict[nn.Module, set[Run | None]] = field(default_factory=lambda: defaultdict(set))
+    # By module: those under it that its forward calls, on some path, with what they do not take. Others in their place may.
+    refusing: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
 
     def leave(self, module: nn.Module, reason: str) -> None:
         self.sites[module].add(None)
@@ -47,14 +49,22 @@ def make(model: nn.Module) -> Plan:
     the model and on every path through it, the same members follow each other, called by one function.
     """
     plan, traces = Plan(), {}
+    scripted: set[nn.Module] = set()
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            if module not in scripted:
+                plan.untraced[module] = "it is TorchScript, which runs its own code: fuse what it was made from"
+            scripted.update(module.modules())
+            continue
         forward = inspect.getattr_static(type(module), "forward")  # a ScriptModule's is a descriptor that fails
-        if not is_sequential(module) and not str(getattr(forward, "__module__", "")).startswith(_OURS):
+        if not is_sequential(module) and not str(getattr(forward, "__module__", "")).startswith(OURS):
             try:
                 traces[module] = trace(module)
             except UntraceableError as error:
                 plan.untraced[module] = f"its forward cannot be traced: {error}"
     for module, found in traces.items():
+        if found.refusing:
+            plan.refusing[module] = [module.get_submodule(path) for path in found.refusing]
         for graph in found.graphs:
             _traced_runs(module, graph, found, plan)
     called: set[nn.Module] = set(plan.sites)
@@ -128,12 +138,14 @@ def _traced_runs(module: nn.Module, graph: fx.Graph, found: Trace, plan: Plan) -
 def _chain(node: fx.Node, found: Trace) -> tuple[list[fx.Node], str]:
     """Up to three calls of modules from this one on, each on the output of the one before alone; and what ends them."""
     chain = [node]
+    if node in found.direct:
+        return chain, "its forward is called, and not the module"
     if len(node.args) != 1 or node.kwargs:
         return chain, "it is called with more than its input"
     while len(chain) < 3:
         last, users = chain[-1], list(chain[-1].users)
         if last in found.kept:
-            return chain, "its output is stored on a module"
+            return chain, "its output is stored"
         if len(users) != 1:
             return chain, f"its output is used in {len(users)} places"
         user = users[0]
@@ -142,6 +154,8 @@ def _chain(node: fx.Node, found: Trace) -> tuple[list[fx.Node], str]:
             return chain, "its output is returned" if user.op == "output" else f"its output goes to the function {name}"
         if user.args != (last,) or user.kwargs:
             return chain, f"its output goes to {user.target}, which is called with more than that"
+        if user in found.direct:
+            return chain, f"its output goes to {user.target}, whose forward is called, and not the module"
         if found.places[user] != found.places[last]:
             return chain, f"its output goes to {user.target}, called by another function, mode or checkpoint"
         chain.append(user)
@@ -156,41 +170,29 @@ def _forbid_other_callers(model: nn.Module, traces: dict[nn.Module, Trace], plan
             ran[None if path is None else module.get_submodule(path)].add(function)
     members = {member for run in plan.runs for member in run.members}
     for module in model.modules():
-        unseen = [code for code in _methods(type(module)) if where(code) not in ran[module] | ran[None]]
-        for path, member in module.named_modules(remove_duplicate=False) if unseen else ():
-            names = [name for name in path.split(".") if name and not name.isdigit()]
+        functions = [*methods(type(module)), *(f for value in vars(module).values() for f in decorated(value))]
+        unseen = [f.__code__ for f in functions if where(f.__code__) not in ran[module] | ran[None]]
+        for names, member in _attributes(module) if unseen else ():
             for code in unseen:
-                used, loaded = _names(code)
-                if member in members and names and names[-1] in used and loaded.issuperset(names):
+                if member in members and _may_use(uses(code), names, code.co_name):
                     plan.leave(member, f"{type(module).__name__}.{code.co_name} uses it too, in a way not known")
 
 
-def _methods(cls: type) -> Iterator[CodeType]:
-    for base in cls.__mro__:
-        if not base.__module__.startswith(_OURS):
-            for name, value in vars(base).items():
-                function = getattr(value, "fget", None) or getattr(value, "__func__", value)
-                if isinstance(function, FunctionType) and name != "__init__":
-                    yield function.__code__
+def _attributes(module: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
+    """The modules under this one, with the names by which attributes lead to them; containers' children may have none."""
+    for path, member in module.named_modules(remove_duplicate=False):
+        names, at = [], module
+        for name in path.split(".") if path else ():
+            if not (name.isdigit() or isinstance(at, _CONTAINERS)):
+                names.append(name)
+            at = at.get_submodule(name)
+        yield names, member
 
 
-@functools.cache
-def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """The attributes that a function uses, more than by reading an attribute of theirs, and all that it loads."""
-    used: set[str] = set()
-    loaded: set[str] = set()
-    instructions = list(dis.get_instructions(code))
-    for instruction, after in zip(instructions, [*instructions[1:], None], strict=True):
-        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            loaded.add(instruction.argval)
-            reads = after is not None and after.opname in ("LOAD_ATTR", "LOAD_METHOD") and after.argval != "forward"
-            used |= set() if reads else {instruction.argval}
-    for constant in code.co_consts:
-        inner = _names(constant) if isinstance(constant, CodeType) else ((constant,), (constant,))
-        if isinstance(constant, CodeType | str):  # getattr(self, "name")
-            used.update(inner[0])
-            loaded.update(inner[1])
-    return frozenset(used), frozenset(loaded)
+def _may_use(uses: Uses, names: list[str], method: str) -> bool:
+    if uses.by_name and method != "__getattr__":  # which hands out what others use
+        return True
+    return uses.loaded.issuperset(names) and (names[-1] in uses.used if names else uses.by_index)
 
 
 def _settle(plan: Plan) -> None:
@@ -242,10 +244,10 @@ def is_of_interest(module: nn.Module, plan: Plan) -> bool:
 
 def reason(module: nn.Module, name: str, model: nn.Module, plan: Plan) -> str:
     """Why the module, of this name in the model, is in no run."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return plan.untraced[module]
     if not _modules.is_plain(module):
-        return (
-            "it has hooks (old weight_norm and spectral_norm are some) or a replaced forward, which fusing would bypass"
-        )
+        return "it has hooks or a replaced forward, which fusing would bypass"
     kind = _modules.kind(module)
     if not kind.__module__.startswith("torch."):
         known = next((cls for cls in kind.__mro__ if cls.__module__.startswith("torch.nn.modules.")), nn.Module)

@@ -5,27 +5,30 @@ from __future__ import annotations
 import contextlib
 import copy
 import dis
+import functools
 import inspect
 import itertools
+import pickle
 import random
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import CodeType, FrameType, FunctionType
+from types import FrameType, FunctionType
 from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+
+from fastgen.inference import _arguments
+from fastgen.inference._arguments import UntraceableError
+from fastgen.inference._bytecode import reached, where
+from fastgen.nn import _modules
 
 M = TypeVar("M", bound=nn.Module)
 MOST_PATHS = 128  # through one forward
-
-
-class UntraceableError(Exception):
-    """The dataflow of a forward is not known; the message says why."""
 
 
 @dataclass
@@ -34,13 +37,10 @@ class Trace:
 
     graphs: list[fx.Graph] = field(default_factory=list)
     places: dict[fx.Node, list] = field(default_factory=dict)  # equal for calls made in one function and mode
-    kept: set[fx.Node] = field(default_factory=set)  # those whose values were stored on a module
+    kept: set[fx.Node] = field(default_factory=set)  # those whose values were stored
     ran: set[tuple[str | None, tuple]] = field(default_factory=set)  # the path of `self`, and where the function is
-
-
-def where(code: CodeType) -> tuple[str, int, str]:
-    """What identifies a function, also in torch.fx's copies of it."""
-    return code.co_filename, code.co_firstlineno, code.co_name
+    direct: set[fx.Node] = field(default_factory=set)  # calls of a module's forward, not of the module
+    refusing: set[str] = field(default_factory=set)  # modules that a path calls with arguments that they do not have
 
 
 def clone(model: M, *, share: bool) -> M:
@@ -54,7 +54,8 @@ def clone(model: M, *, share: bool) -> M:
             memo[id(module._fastgen)] = module._fastgen
     if share:
         memo |= {id(parameter): parameter for parameter in model.parameters()}
-    return copy.deepcopy(model, memo)
+    with torch.inference_mode(False):  # what is copied there could not be trained afterwards
+        return copy.deepcopy(model, memo)
 
 
 def trace(module: nn.Module) -> Trace:
@@ -62,19 +63,25 @@ def trace(module: nn.Module) -> Trace:
     of each branch on a value.
 
     A copy runs, so that nothing that forward stores is seen, and the random number generators stay as they were. Flags that
-    forward reads from the module are taken as they are. Raises UntraceableError.
+    forward reads from the module are taken as they are. A path that ends in an exception, of the user's or because a module
+    does not take what it is called with, computes nothing. Raises UntraceableError.
     """
     if "forward" in vars(module):
         raise UntraceableError("its forward was replaced on the instance")
-    if not isinstance(type(module).forward, FunctionType):
+    forward = type(module).forward
+    if not isinstance(forward, FunctionType):
         raise UntraceableError("it is not a Python function")
-    found = Trace()
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    optional = {p.name: p.default for p in parameters if p.default is not p.empty}
-    for training in (True, False):
-        for given in itertools.product((True, False), repeat=len(optional)):
-            fixed = {name: optional[name] for name, is_given in zip(optional, given, strict=True) if not is_given}
-            for graph in _paths(module, training, fixed, found):
+    found, functions = Trace(), reached(type(module))
+    asked = {name for function in functions for name in function.__code__.co_names}
+    modes = [(True, True), (False, False)]  # training, and with gradients
+    if "is_grad_enabled" in asked:
+        modes += [(True, False), (False, True)]
+    for name in ("is_autocast_enabled", "is_inference_mode_enabled"):
+        if name in asked:
+            raise UntraceableError(f"it asks {name}")
+    with _arguments.asked_by(functions):
+        for mode, fixed in itertools.product(modes, _arguments.ways(forward, functions)):
+            for graph in _paths(module, mode, fixed, found):
                 found.graphs.append(graph)
                 if len(found.graphs) > MOST_PATHS:
                     raise UntraceableError(f"there are more than {MOST_PATHS} paths through it")
@@ -83,14 +90,15 @@ def trace(module: nn.Module) -> Trace:
     return found
 
 
-def _paths(module: nn.Module, training: bool, fixed: dict[str, Any], found: Trace) -> Iterator[fx.Graph]:
+def _paths(module: nn.Module, mode: tuple[bool, bool], fixed: dict[str, Any], found: Trace) -> Iterator[fx.Graph]:
     decisions: list[bool] = []
     for _ in range(MOST_PATHS + 1):
         tracer = _Tracer(found, decisions)
         try:
             root = clone(module, share=True)
-            root.train(training)
-            with _randomness() as drawn, torch.set_grad_enabled(training), warnings.catch_warnings():
+            root.train(mode[0])
+            tracer.prepare(root)
+            with _randomness() as drawn, torch.set_grad_enabled(mode[1]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 graph = tracer.trace(root, fixed)
                 if drawn():
@@ -98,12 +106,10 @@ def _paths(module: nn.Module, training: bool, fixed: dict[str, Any], found: Trac
         except UntraceableError:
             raise
         except Exception as error:  # the user's code may raise anything
-            if not _raised_by_user(error):
+            if not _raised_by_user(error, tracer.raised, type(module).__module__):
                 raise UntraceableError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
         else:
-            for value in pytree.tree_leaves([vars(m) for m in root.modules()]):
-                if isinstance(value, fx.Proxy):
-                    found.kept.add(value.node)
+            found.kept |= tracer.kept()
             yield graph
         while decisions and decisions[-1]:
             decisions.pop()
@@ -119,6 +125,25 @@ class _Tracer(fx.Tracer):
     def __init__(self, found: Trace, decisions: list[bool]):
         super().__init__()
         self.found, self.decisions, self.branch = found, decisions, 0
+        self.called: list[weakref.ref[fx.Proxy]] = []  # what calls of modules gave
+        self.callers: dict[FrameType | None, int] = {}  # who made them, numbered
+        self.raised: Exception | None = None  # what the same call raises in any case
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        is_variadic = node.op == "placeholder" and str(node.target).startswith("*")
+        return _arguments.Given(node, self) if is_variadic else _arguments.Value(node, self)
+
+    def prepare(self, root: nn.Module) -> None:
+        """Makes the forwards of PyTorch's layers leaves too: such a call is not one of the module."""
+        self.plain = {module for module in root.modules() if _modules.is_plain(module)}
+        for module in root.modules():
+            if not module._modules and _modules.kind(module).__module__.startswith("torch.nn.modules."):
+                module.__dict__["forward"] = functools.partial(self._call_forward, module)
+
+    def _call_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        called = self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
+        self.found.direct.add(called.node)
+        return called
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         if self.branch == len(self.decisions):
@@ -128,19 +153,28 @@ class _Tracer(fx.Tracer):
         self.branch += 1
         return self.decisions[self.branch - 1]
 
+    def iter(self, obj: fx.Proxy) -> Any:
+        raise UntraceableError("it iterates over a value")
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        raise UntraceableError("it passes on **kwargs")
+
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self._check_takes(m, args, kwargs)
         called = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
         frame: FrameType | None = sys._getframe(2)  # past torch.fx
         caller = frame
         while caller and caller.f_code.co_name.startswith(("_", "<")):  # helpers that only their module calls
             caller = caller.f_back
-        place: list[Any] = [caller, torch.is_grad_enabled()]
-        place += [torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
+        self.called.append(weakref.ref(called))
+        place: list[Any] = [self.callers.setdefault(caller, len(self.callers)), torch.is_grad_enabled()]
+        for device in ("cpu", "cuda"):
+            place.append(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))
         while frame and frame.f_globals.get("__name__") != fx._symbolic_trace.__name__:
             if frame.f_globals.get("__name__") == torch.utils.checkpoint.__name__:
                 place.append(object())  # no run: a checkpoint's second pass may end in its middle
-            names = frame.f_code.co_names
-            if "is_tensor" in names or ("isinstance" in names and "Tensor" in names):
+            in_torch = str(frame.f_globals.get("__name__")).startswith("torch.")
+            if not in_torch and _arguments.asks_for_types(frame):
                 raise UntraceableError("it asks whether a value is a Tensor")
             module = frame.f_locals.get("self")
             path = self.path_of_module(module) if isinstance(module, nn.Module) else None
@@ -148,6 +182,26 @@ class _Tracer(fx.Tracer):
             frame = frame.f_back
         self.found.places[called.node] = place
         return called
+
+    def kept(self) -> set[fx.Node]:
+        """Those calls whose values are alive after tracing: they were stored somewhere."""
+        self.raised = None  # with the frames, whose variables are gone
+        self.callers.clear()
+        return {value.node for value in [called() for called in self.called] if value is not None}
+
+    def _check_takes(self, m: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raises TypeError if the module's forward does not have these arguments."""
+        forward = inspect.getattr_static(_modules.kind(m), "forward")
+        if isinstance(forward, FunctionType) and m in self.plain:
+            try:
+                _signature(forward).bind(m, *args, **kwargs)
+            except TypeError as error:
+                self.found.refusing.add(self.path_of_module(m))
+                self.raised = error
+                raise
+
+
+_signature = functools.cache(functools.partial(inspect.signature, follow_wrapped=False))
 
 
 @contextlib.contextmanager
@@ -158,8 +212,8 @@ def _randomness() -> Iterator[Callable[[], bool]]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def drawn() -> bool:
-        now = random.getstate(), torch.get_rng_state(), numpy and numpy.random.get_state()
-        return str(now) != str(before) or not torch.equal(now[1], before[1])
+        of_numpy = numpy and pickle.dumps(numpy.random.get_state()) != pickle.dumps(before[2])
+        return bool(of_numpy) or random.getstate() != before[0] or not torch.equal(torch.get_rng_state(), before[1])
 
     try:
         yield drawn
@@ -172,12 +226,19 @@ def _randomness() -> Iterator[Callable[[], bool]]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def _raised_by_user(error: Exception) -> bool:
-    """Whether the exception comes from a raise or an assert outside torch, and not from what tracing cannot do."""
+def _raised_by_user(error: BaseException, known: Exception | None, home: str) -> bool:
+    """Whether the exception comes from the user's code or arguments, as `known` does, and not from what tracing cannot do."""
+    if error is known or (isinstance(error, (TypeError, AttributeError)) and "NoneType" in str(error)):
+        return True
+    if error.__context__ is not None and not _raised_by_user(error.__context__, known, home):
+        return False
     at = error.__traceback__
     while at and at.tb_next:
         at = at.tb_next
-    if at is None or at.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
+    if at is None or not _arguments.is_watched(at.tb_frame) or _arguments.asks_for_types(at.tb_frame):
+        return False
+    of_another = home.partition(".")[0] != at.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    if of_another and "Proxy" in str(error):  # it knows its kinds of values
         return False
     opcodes = {i.offset: i.opname for i in dis.get_instructions(at.tb_frame.f_code)}
     return opcodes.get(at.tb_lasti) == "RAISE_VARARGS"

@@ -87,11 +87,15 @@ def fuse(model: M, *, inplace: bool = False, memory_efficient: bool = False) -> 
     fastgen.nn.Reparameterize; written out in a forward it stays as it is.
 
     What holds afterwards: parameters, options, train() and eval(), hooks, parametrizations and replaced modules may change at
-    any time; a run with a member that has hooks, or was replaced, computes its modules one by one. What does not: outside a
-    Sequential, the members of a run must be called by the functions that called them when the model was fused (a first
+    any time; a run with a member that has hooks, or was replaced, computes its modules one by one. (Hooks that compute a
+    convolution's weight are called before the op: torch.nn.utils.spectral_norm, weight_norm, prune.) What does not: outside
+    a Sequential, the members of a run must be called by the functions that called them when the model was fused (a first
     member called by itself computes the whole run), and flags that a forward reads must lead the same way: set them first,
     then fuse again. A Sequential under torch.utils.checkpoint may update the running statistics of its last norm once, not
-    also when it is run again.
+    also when it is run again; a forward that raises between the members of a run has updated them already.
+
+    TorchScript modules stay as they are, and torch.jit.script does not take a fused model; torch.compile, torch.export and
+    torch.jit.trace do.
 
     Not while another thread runs a model: tracing changes how modules are called.
 
@@ -125,6 +129,9 @@ def fuse(model: M, *, inplace: bool = False, memory_efficient: bool = False) -> 
         slots.update((child, (parent, name, child)) for name, child in parent._modules.items())
     for runs in _groups(plan.runs):
         members = dict.fromkeys(member for run in runs for member in run.members)
+        for owner, refusing in plan.refusing.items():
+            if not members.keys().isdisjoint(owner.modules()):
+                members |= dict.fromkeys(refusing)
         group = Group(tuple(slots[member] for member in members))
         for run in runs:
             _members.fuse_run(run, group)

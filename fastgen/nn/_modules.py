@@ -17,6 +17,10 @@ from fastgen.ops._geometry import Geometry
 from fastgen.ops._layout import like
 from fastgen.ops.norm_act import Tail
 
+# Where the forward pre-hooks are defined that do nothing but compute a module's weight.
+_WEIGHT_HOOKS = (
+    "torch.nn.utils.spectral_norm", "torch.nn.utils.weight_norm", "torch.nn.utils.prune", "fastgen.nn.spectral_norm",
+)  # fmt: skip
 SMALL = {True: 100_000_000, False: 20_000_000}  # multiplications of a convolution, with gradients and without
 _BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -69,14 +73,26 @@ def kind(module: nn.Module) -> type[nn.Module]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's forward and nothing else."""
+    """Whether calling the module runs its class's forward alone, and before it hooks that compute a convolution's weight."""
     return not (
         module._forward_hooks
-        or module._forward_pre_hooks
+        or (module._forward_pre_hooks and not _computes_weight(module))
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def _computes_weight(module: nn.Module) -> bool:
+    """Whether a module's forward pre-hooks are old spectral_norm, weight_norm or pruning, of a convolution."""
+    kinds = [type(hook).__module__ for hook in module._forward_pre_hooks.values()]
+    return isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and all(kind in _WEIGHT_HOOKS for kind in kinds)
+
+
+def before_forward(module: nn.Module | None, x: Tensor) -> None:
+    """What calling a plain module does before its forward: its hooks, which compute its weight."""
+    for hook in module._forward_pre_hooks.values() if module is not None else ():
+        hook(module, (x,))
 
 
 def steps(sequential: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

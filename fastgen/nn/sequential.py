@@ -8,7 +8,8 @@ class Sequential(nn.Sequential):
 
     Fused are Conv2d or ConvTranspose2d -> [BatchNorm2d, SyncBatchNorm, InstanceNorm2d or GroupNorm] -> [activation] and
     norm -> activation; activations are ReLU, LeakyReLU, Tanh, Sigmoid, SiLU and Identity. Every other child, and any with
-    hooks or of a subclass, is called as it is.
+    hooks or of a subclass, is called as it is; hooks that compute a convolution's weight (torch.nn.utils.spectral_norm,
+    weight_norm, prune) are called before the op.
     A plain nn.Sequential among the children counts as its children. An in-place activation of a fused run does not write to
     its input: nobody else sees that.
     """
@@ -18,6 +19,7 @@ class Sequential(nn.Sequential):
         while at < len(modules):
             convolution, norm, activation, end = _modules.fusable(modules, at)
             if end > at and isinstance(input, Tensor):
+                _modules.before_forward(convolution, input)
                 input, at = _modules.run(input, convolution, norm, activation), end
             else:
                 input, at = modules[at](input), at + 1

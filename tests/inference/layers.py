@@ -1,8 +1,10 @@
 """Kinds of layers and containers; they join PATTERNS."""
 
+import warnings
+
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, spectral_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from tests.inference.patterns import PATTERNS, Attributes, pattern
 
@@ -110,16 +112,34 @@ def parametrize(model):
     return model
 
 
-@pattern(
-    "b1 act", {"c1": "hooks", "c2": "hooks", "b2": "output is returned"}, make=lambda cls: old_spectral_norm(cls())
-)
-class OldSpectralNorm(Attributes):
+@pattern("c1 b1 act; c2 b2", make=lambda cls: hooks_that_compute_weights(cls()))
+class HooksThatComputeWeights(Attributes):
     pass
 
 
-def old_spectral_norm(model):
-    spectral_norm(model.c1)
-    spectral_norm(model.c2)
+def hooks_that_compute_weights(model):
+    spectral_norm(model.c1, n_power_iterations=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated
+        weight_norm(model.c2)
+    prune.random_unstructured(model.c2, "bias", 0.5)
+    return model
+
+
+@pattern("0 1; 2 3 4")
+def hooks_that_compute_weights_in_a_sequential():
+    model = hooks_that_compute_weights(Attributes())
+    return nn.Sequential(model.c1, model.act, model.c2, model.b2, nn.Tanh())
+
+
+@pattern("c2 b2", {"c1": "hooks", "b1": "hooks"}, make=lambda cls: normalized_norm(cls()))
+class HooksThatComputeOtherWeights(Attributes):
+    pass
+
+
+def normalized_norm(model):
+    prune.l1_unstructured(model.b1, "weight", 0.5)
+    model.c1.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     return model
 
 

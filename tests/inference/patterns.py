@@ -1,6 +1,8 @@
-"""Ways to write a forward, among them traps: PATTERNS[name] is (make, names in the runs that fuse, why others do not)."""
+"""Ways to write a forward, among them traps: PATTERNS[name] is (make, names in the runs that fuse, why others do not), and
+CALLS[name] what it is called with besides its input."""
 
 import random
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 PATTERNS = {}
+CALLS = {}
+VALUE = 0.5
 
 
 class Base(nn.Module):
@@ -20,10 +24,11 @@ class Base(nn.Module):
         self.act = act or nn.ReLU(inplace=True)
 
 
-def pattern(fused, left=None, make=lambda cls: cls()):
-    """Registers a class, or function that makes a module; `fused` is "c1 b1 act; c2 b2"."""
+def pattern(fused, left=None, make=lambda cls: cls(), calls=()):
+    """Registers a class, or function that makes a module; `fused` is "c1 b1 act; c2 b2", `calls` of (args, kwargs)."""
 
     def register(cls):
+        CALLS[cls.__name__] = calls
         runs = tuple(tuple(run.split()) for run in fused.split(";") if run.strip())
         PATTERNS[cls.__name__] = ((lambda: make(cls)), runs, left or {})
         return cls
@@ -122,7 +127,7 @@ class BranchOnData(Base):
         assert x.dim() == 4, "images"
         x = self.act(self.b1(self.c1(x)))
         if x.shape[0] < 1:
-            raise ValueError("no images")
+            raise ValueError(f"no images: {x.shape}")
         return self.b2(self.c2(x))
 
 
@@ -144,7 +149,11 @@ class BranchOnTraining(Base):
         return self.b2(self.c2(self.act(self.b1(h))))
 
 
-@pattern("c2 b2; b1 act", {"c1": "goes to the function mul"})
+@pattern(
+    "c2 b2; b1 act",
+    {"c1": "goes to the function mul"},
+    calls=[((VALUE,), {}), ((None,), {"return_features": True})],
+)
 class OptionalArguments(Base):
     def forward(self, x, scale=None, *, return_features=False):
         h = self.c1(x)
@@ -161,7 +170,132 @@ class ArgumentsOfAnyNumber(Base):
         return self.b2(self.c2(self.act(self.b1(self.c1(x)))))
 
 
-@pattern("c2 b2; b1 act", {"c1": "stored on a module"})
+ANY_ARGUMENTS = [
+    ((None,), {}), ((VALUE, 2), {}), ((), {"scale": VALUE}), ((), {"scale": None}), ((), {"a": 1})
+]  # fmt: skip
+
+
+@pattern("c1 b1 act; c2 b2", calls=ANY_ARGUMENTS)
+class ArgumentsCounted(Base):  # diffusers' blocks
+    def forward(self, x, *args, **kwargs):
+        if len(args) > 0 or kwargs.get("scale") is not None:
+            self.is_deprecated = True
+        return self.b2(self.c2(self.act(self.b1(self.c1(x)))))
+
+
+@pattern("c1 b1 act", {"c2": "goes to the function mul"}, calls=ANY_ARGUMENTS)
+class ArgumentsUsed(Base):
+    def forward(self, x, *args, **kwargs):
+        h = self.c2(self.act(self.b1(self.c1(x))))
+        try:
+            return h * args[1]
+        except IndexError:
+            scale = kwargs.pop("scale", 2.0)
+            return self.b2(h if scale is None else h * scale)
+
+
+@pattern(
+    "c2 b2; b1 act",
+    {"c1": "goes to the function mul"},
+    calls=[((None,), {}), ((None, None), {}), ((VALUE, None), {})],
+)
+class NoneWhereThereIsNoSuchDefault(Base):
+    def _double_without(self, h, by):
+        return h * 2 if by is None else h
+
+    def forward(self, x, by=2.0, and_by=3.0):
+        h = self._double_without(self._double_without(self.c1(x), by), and_by)
+        return self.b2(self.c2(self.act(self.b1(h))))
+
+
+@pattern("c1 b1 act; c2 b2", {}, calls=[((VALUE,), {}), ((), {"y": None})])
+class LabelThatANormDoesNotTake(Base):  # mimicry's blocks, whose norms may be conditional
+    def _without(self, x):
+        return self.b2(self.c2(self.act(self.b1(self.c1(x)))))
+
+    def _with(self, x, y):
+        return self.b2(self.c2(self.act(self.b1(self.c1(x), y))), y=y)
+
+    def forward(self, x, y=None):
+        return self._without(x) if y is None else self._with(x, y)
+
+
+@pattern("c1 b1 act; c2 b2", {}, calls=[((VALUE,), {})])
+class RefusalBeforeOtherCalls(Base):
+    def forward(self, x, y=None):
+        if y is not None:
+            return self.act(self.b1(self.c1(x), y)) + self.c2(x)
+        return self.b2(self.c2(self.act(self.b1(self.c1(x)))))
+
+
+@pattern("c2 b2; b1 act", {"c1": "goes to the function mul"}, calls=[((VALUE,), {})])
+class RefusalThatIsCaught(Base):
+    def forward(self, x, y=None):
+        h = self.c1(x)
+        try:
+            h = self.b1(h, y) if y is not None else self.b1(h)
+        except TypeError:
+            h = self.b1(h * y)
+        return self.b2(self.c2(self.act(h)))
+
+
+@pattern("c2 b2", {"c1": "goes to the function add"}, calls=[(([],), {}), (("text",), {})])
+class KindsOfArguments(Base):
+    def forward(self, x, y=None):
+        h = self.c1(x)
+        if isinstance(y, (list, str)):
+            h = h + len(y)
+        return self.b2(self.c2(self.b1(h)))
+
+
+@pattern("", {"": "Python number of a value"}, calls=[((VALUE,), {}), (("text",), {})])
+class NumbersOfArguments(Base):
+    def forward(self, x, y=None):
+        h = self.c1(x)
+        try:
+            return self.b1(h * float(y))
+        except (TypeError, ValueError):
+            return self.b1(h)
+
+
+@pattern("", {"": "looks it up in a dictionary"}, calls=[(("double",), {})])
+class SetsOfArguments(Base):
+    def forward(self, x, mode="single"):
+        h = self.c1(x)
+        return self.b1(h * 2 if mode in {"double", "twice"} else h)
+
+
+@pattern("", {"": "it asks what mode is"}, calls=[((True,), {}), ((None,), {})])
+class AsksWhatAnArgumentIs(Base):
+    def forward(self, x, mode=False):
+        h = self.c1(x)
+        return self.b1(h * 2 if mode is True else h)
+
+
+@pattern("", {"": "cannot be traced: TypeError"}, calls=[((VALUE,), {})])
+class RaisesForATracedValue(Base):
+    def forward(self, x, y=None):
+        h = self.c1(x)
+        return self.b1(h if y is None else h * float(Fraction(y)))
+
+
+@pattern("c2 b2", {"c1": "its forward is called"})
+class CallsTheForward(Base):
+    def forward(self, x):
+        return self.b2(self.c2(self.act(self.b1(self.c1(x)) + self.c1.forward(x))))
+
+
+FEATURES = []
+
+
+@pattern("c2 b2; b1 act", {"c1": "its output is stored"})
+class FeaturesStoredElsewhere(Base):
+    def forward(self, x):
+        FEATURES[:] = [self.c1(x)]
+        return self.b2(self.c2(self.act(self.b1(FEATURES[0]))))
+
+
+@pattern("c2 b2; b1 act", {"c1": "its output is stored"})
 class StoredFeatures(Base):
     def forward(self, x):
         self.features = {"first": [self.c1(x)]}
@@ -186,13 +320,22 @@ class ModuleThatDoesNotTrace(Base):
         return x
 
 
-@pattern("", {"": "asks whether a value is a Tensor"})
+@pattern("c2 b2", {"c1": "goes to the function sin"})
 class AsksForTheType(Base):
     def forward(self, x):
         h = self.c1(x)
         if isinstance(h, torch.Tensor):
             h = h.sin()
-        return self.b1(h)
+        return self.b2(self.c2(self.b1(h)))
+
+
+@pattern("", {"": "asks whether a value is a Tensor"})
+class AsksForTheTypeElsewhere(Base):
+    def _finish(self, h):
+        return self.b1(h.sin() if torch.is_tensor(h) else h)
+
+    def forward(self, x):
+        return self._finish(self.c1(x))
 
 
 @pattern("c2 b2", {"c1": "checkpoint"})
@@ -242,6 +385,24 @@ class WithAnotherMethod(Base):
         nn.init.zeros_(self.c2.weight)
 
 
+@pattern("c2 b2; b1 act", {"c1": "WithADecoratedMethod.embed uses it too"})
+class WithADecoratedMethod(Base):
+    @torch.no_grad()
+    def embed(self, x):
+        return self.c1(x).mean((2, 3))
+
+    @torch.enable_grad()
+    def forward(self, x):
+        return self.b2(self.c2(self.act(self.b1(self.c1(x)))))
+
+
+@pattern("c1 b1 act", {"c2": "used in 2 places"})
+class AsksForGradients(Base):
+    def forward(self, x):
+        h = self.c2(self.act(self.b1(self.c1(x))))
+        return self.b2(h + h.square() if self.training and not torch.is_grad_enabled() else h)
+
+
 @pattern("c2 b2; b1 act", {"c1": "another function"})
 class SplitOverMethods(Base):
     def features(self, x):
@@ -264,3 +425,68 @@ class OutputSize(Base):
     def forward(self, x):
         h = self.act(self.b1(self.c1(x)))
         return self.b2(self.c2(h, output_size=h.shape[2:]))
+
+
+class Named(nn.Module):
+    """conv1 -> relu -> conv2 -> relu."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.conv2(self.relu(self.conv1(x))))
+
+
+@pattern("conv1 relu; conv2 relu")
+class NamesAsStrings(Named):  # pytorch/examples super_resolution
+    def reset(self):
+        getattr(nn.init, self.initialisation)(self.conv1.weight, nn.init.calculate_gain("relu"))
+        nn.init.zeros_(self.conv2.bias)
+
+
+@pattern("", {"conv1": "UsedByName.embed uses it too"})
+class UsedByName(Named):
+    def embed(self, x):
+        return getattr(self, "conv1", None)(x)
+
+
+@pattern(
+    "", {"conv1": "UsedByAnyName.layer uses it too", "conv2": "UsedByAnyName.layer", "relu": "UsedByAnyName.layer"}
+)
+class UsedByAnyName(Named):
+    def layer(self, name, x):
+        return getattr(self, name, "conv1")(x)
+
+
+@pattern("", {"conv1": "UsedByPath.layer uses it too"})
+class UsedByPath(Named):
+    def layer(self, name, x):
+        return self.get_submodule(name)(x)
+
+
+@pattern("", {"layers.first": "UsedByKey.layer uses it too", "layers.second": "UsedByKey.layer uses it too"})
+class UsedByKey(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleDict({"first": nn.Conv2d(4, 4, 1), "second": nn.BatchNorm2d(4)})
+
+    def layer(self, name, x):
+        return self.layers[name](x)
+
+    def forward(self, x):
+        return self.layers["second"](self.layers["first"](x))
+
+
+@pattern("", {"0": "UsedByIndex.first uses it too"})
+class UsedByIndex(nn.ModuleList):
+    def __init__(self):
+        super().__init__([nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)])
+
+    def first(self, x):
+        return self[0](x)
+
+    def forward(self, x):
+        for module in self:
+            x = module(x)
+        return x

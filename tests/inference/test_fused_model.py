@@ -1,5 +1,6 @@
 """A fused model is a module like any other: copied, saved, converted, changed."""
 
+import contextlib
 import copy
 import functools
 import io
@@ -13,10 +14,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fastgen
-from tests.inference.layers import ConvNormAct
+from tests.inference.layers import PATTERNS, ConvNormAct
 from tests.inference.networks import NETWORKS, DCGANDiscriminator, DCGANGenerator, PatchGAN
 from tests.inference.parity import assert_close, assert_same_calls, assert_same_state
-from tests.inference.patterns import Attributes, OneActivationForTwoRuns
+from tests.inference.patterns import VALUE, Attributes, OneActivationForTwoRuns, RefusalBeforeOtherCalls
 
 MODELS = {
     "attributes": (OneActivationForTwoRuns, (2, 4, 6, 6)),
@@ -151,6 +152,68 @@ def test_modules_replaced_later(make):
     assert_close(converted(x), plain.eval()(x), 1e-9, "output")
 
 
+class ConditionalNorm(nn.BatchNorm2d):
+    def forward(self, x, y=1.0):
+        return super().forward(x) * y
+
+
+def test_a_norm_that_takes_a_label_comes_later():
+    """Then a path is there that fuse took for none."""
+    plain = RefusalBeforeOtherCalls().double()
+    fused, x = fastgen.fuse(plain), torch.randn(2, 4, 6, 6, dtype=torch.double)
+    for model in (fused, plain):
+        model.b1 = ConditionalNorm(4).double()
+    assert_close(fused(x, VALUE), plain(x, VALUE), 1e-9, "with a label")
+    assert_same_calls(fused, plain, x, 1e-9)
+
+
+@contextlib.contextmanager
+def default_dtype_float64():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+STATES = {
+    "float64": default_dtype_float64,
+    "meta": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "deterministic": deterministic,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(
+    "name", ["Attributes", "HooksThatComputeWeights", "hooks_that_compute_weights_in_a_sequential"]
+)
+def test_what_a_process_has_set(state, name):
+    """Fusing under it changes nothing, and running under it computes what the modules do."""
+    torch.manual_seed(0)
+    plain, x = PATTERNS[name][0](), torch.randn(2, 4, 6, 6)
+    with STATES[state]():
+        fused = fastgen.fuse(plain)
+        assert fastgen.fusion_report(fused).fused
+        if state != "meta":
+            found, expected = fused(x), plain(x)
+            assert found.dtype == expected.dtype
+            assert_close(found.float(), expected.float(), 0.05 if state == "autocast" else 1e-4, "output")
+            fused.load_state_dict(plain.state_dict())
+    assert_same_calls(fused, plain, x, 2e-4)
+
+
 def test_spectral_norm_advances_once_a_forward():
     torch.manual_seed(0)
     plain = Attributes().double()
@@ -224,13 +287,21 @@ def test_other_parameters_and_replicas():
     assert_close(replica.eval()(x), twice.eval()(x), 1e-9, "replica")
 
 
-def test_scripted_modules_stay_as_they_are():
+@pytest.mark.parametrize("make", [torch.jit.script, lambda module: torch.jit.trace(module, torch.randn(2, 4, 6, 6))])
+def test_scripted_modules_stay_as_they_are(make):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plain = nn.Sequential(torch.jit.script(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4), nn.ReLU())
-    fused, x = fastgen.fuse(plain), torch.randn(2, 4, 6, 6)
-    assert [run.names for run in fastgen.fusion_report(fused).fused] == [("1", "2")]
-    assert_close(fused(x), plain(x), 1e-5, "output")
+        scripted = make(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    x = torch.randn(2, 4, 6, 6)
+    for plain, name, runs in (
+        (scripted, "", []),
+        (nn.Sequential(scripted, nn.BatchNorm2d(4), nn.ReLU()), "0", [("1", "2")]),
+    ):
+        fused = fastgen.fuse(plain)
+        report = fastgen.fusion_report(fused)
+        assert [run.names for run in report.fused] == runs
+        assert [(left.name, "TorchScript" in left.reason) for left in report.left] == [(name, True)]
+        assert_close(fused(x), plain(x), 1e-5, "output")
 
 
 def test_output_size_of_a_fused_module():

@@ -7,7 +7,8 @@ import torch
 
 import fastgen
 from tests.inference.layers import PATTERNS
-from tests.inference.parity import assert_same_calls, assert_same_training
+from tests.inference.parity import assert_close, assert_same_calls, assert_same_training, tensors
+from tests.inference.patterns import CALLS
 
 
 @pytest.fixture(params=PATTERNS)
@@ -20,6 +21,22 @@ def case(request):
 def test_outputs_gradients_and_statistics(case):
     model, x, _, _ = case
     assert_same_calls(fastgen.fuse(model), model, x, 1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name, calls in CALLS.items() if calls])
+def test_other_arguments(name):
+    model, x = PATTERNS[name][0]().double(), torch.randn(3, 4, 6, 6, dtype=torch.double)
+    fused = fastgen.fuse(model)
+    for args, kwargs in CALLS[name]:
+        try:
+            expected = tensors(model(x, *args, **kwargs))
+        except TypeError as error:
+            with pytest.raises(TypeError) as raised:
+                fused(x, *args, **kwargs)
+            assert str(raised.value) == str(error)
+            continue
+        for found, wanted in zip(tensors(fused(x, *args, **kwargs)), expected, strict=True):
+            assert_close(found, wanted, 1e-9, f"called with {args}, {kwargs}")
 
 
 def test_ten_steps(case):

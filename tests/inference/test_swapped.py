@@ -11,6 +11,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 
 import fastgen
 import fastgen.nn
+from tests.inference.parity import assert_close, assert_same_state
 
 FORMS = {"parametrization": parametrizations.spectral_norm, "hook": old_spectral_norm}
 
@@ -34,6 +35,7 @@ def test_spectral_norm_is_swapped(form, inplace):
     after = fastgen.fusion_report(fused)
     assert [run.names for run in after.swapped] == [run.names for run in before.swappable] and not after.swappable
     assert "swapped (3)" in str(after) and {run.op for run in after.swapped} == {"spectral_norm"}
+    assert [run.names for run in after.fused] == [("0", "1")]
     for training in (True, True, False):
         x = torch.randn(2, 3, 8, 8)
         for model in (plain, fused):
@@ -50,6 +52,34 @@ def test_spectral_norm_is_swapped(form, inplace):
     if form == "hook":
         torch.testing.assert_close(pickle.loads(pickle.dumps(fused))(x), fused(x))
         assert "weight" in dict(remove_spectral_norm(fused[0]).named_parameters())
+
+
+def test_the_hook_of_spectral_norm_on_what_is_fused():
+    """Files of before PyTorch 1.0, replicas of DataParallel, copies, and removal."""
+    plain = nn.Sequential(old_spectral_norm(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8), nn.Tanh())
+    fused, x = fastgen.fuse(plain), torch.randn(2, 3, 8, 8)
+    twins = copy.deepcopy((fused, plain))
+    for _ in range(2):  # one step each
+        assert_close(replica(fused)(x), replica(plain)(x), 1e-4, "a replica")
+        assert_close(fused(x), plain(x), 1e-4, "itself")
+        assert_same_state(fused, plain, 1e-4)
+    assert_close(twins[0](x), twins[1](x), 1e-4, "a copy, which has made no steps")
+    old = {name: value for name, value in plain.state_dict().items() if not name.endswith("weight_v")}
+    old["0.weight"] = plain[0].weight.detach()
+    for model in (fused, plain):
+        model.load_state_dict(old)
+        remove_spectral_norm(model[0])
+    assert_close(fused(x), plain(x), 1e-4, "without")
+    assert [len(run.names) for run in fastgen.fusion_report(fused).fused] == [3]
+
+
+def replica(module):
+    """As torch.nn.parallel.replicate makes them."""
+    made = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        setattr(made, name, parameter if parameter is None else parameter.detach())
+    made._modules = {name: replica(child) for name, child in module._modules.items()}
+    return made
 
 
 class Encoder(nn.Module):
