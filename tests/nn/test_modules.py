@@ -103,7 +103,8 @@ def test_small_convolutions_are_pytorchs(kind, monkeypatch):
     for mine, theirs in zip(fused.state_dict().values(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, theirs)
     for mine, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+        scale = theirs.grad.abs().max().item()  # of sums whose terms cancel: spectral norm's gradient, and that of batch norm
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-5 * scale)
 
     with fastgen.use_impl("cpp"):
         fused(x)
