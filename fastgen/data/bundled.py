@@ -60,7 +60,7 @@ def _textures(image_size: int, split: Split) -> ImageDataset:
 
 def _labelled(name: str, parts: list[Tensor], classes: tuple[str, ...]) -> ImageDataset:
     """The images of `parts`, each of its own class."""
-    labels = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
+    labels = torch.cat([torch.full((len(part),), at, dtype=torch.int64, device="cpu") for at, part in enumerate(parts)])
     captions = [f"a photo of a {classes[label]}" for label in labels]
     return ImageDataset(name, torch.cat(parts), labels, classes, captions)
 
@@ -68,7 +68,7 @@ def _labelled(name: str, parts: list[Tensor], classes: tuple[str, ...]) -> Image
 def _faces(image_size: int, split: Split) -> ImageDataset:
     """The 100 faces (25x25, grey) of scikit-image's subset of Labeled Faces in the Wild; every fifth is held out."""
     faces = torch.from_numpy(_skimage("lfw_subset")[:100]).float()[:, None]
-    chosen = (torch.arange(len(faces)) % 5 == 4) == (split == "test")
+    chosen = (torch.arange(len(faces), device="cpu") % 5 == 4) == (split == "test")
     images = interpolate(faces[chosen] * 2 - 1, size=image_size, mode="bicubic", antialias=True)
     return ImageDataset("faces", images.clamp(-1, 1))
 
@@ -96,7 +96,7 @@ def _grass_to_gravel(image_size: int, split: Split) -> DomainPair:
 
 def to_grey(images: Tensor) -> Tensor:
     """The luma of ITU-R BT.601 in all three channels of images (N, 3, H, W), uint8 or float."""
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(3, 1, 1)
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float32, device=images.device).view(3, 1, 1)
     grey = (images.float() * weights).sum(1, keepdim=True).expand(images.shape)
     return grey.contiguous() if images.is_floating_point() else grey.round().byte()
 

@@ -76,7 +76,7 @@ class ImageDataset:
 
     def all(self) -> Batch:
         """Every image, in order."""
-        return self.batch(torch.arange(len(self)))
+        return self.batch(torch.arange(len(self), device="cpu"))
 
 
 @dataclass(frozen=True)

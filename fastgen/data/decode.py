@@ -1,11 +1,12 @@
 """One image file to pixels, whatever is in the file."""
 
 import struct
-import warnings
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 from fastgen.errors import DataError
 
@@ -13,50 +14,73 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # decoded by Pillow itself: no other program is started
 _MAX_PIXELS = 2**26
 _DAMAGE = (OSError, ValueError, SyntaxError, struct.error, OverflowError, EOFError, Image.DecompressionBombError)
-_GREY = ("1", "L", "LA", "I", "F")
+_GREY = ("1", "L", "LA", "La", "I", "F")
 
 
-class DamagedImageError(DataError):
-    """A file that is no image, or one that cannot or must not be decoded."""
+class UnusableImageError(DataError):
+    """A file that no image can be made of: it is none, it is damaged, too large, too small, or its levels have no known range.
+
+    Of many images such a one is left out, or with `strict` an error.
+    """
+
+
+class Header(NamedTuple):
+    """What is known of an image before its pixels are decoded."""
+
+    grey: bool
+    """It has no colour. A palette counts as colour."""
+    frames: bool
+    """It has more than the one frame that is read, the first."""
+
+
+def read_header(path: Path, image_size: int | None = None) -> Header:
+    """The header of an image from which `read_image` with the same `image_size` can be asked for.
+
+    Raises:
+        UnusableImageError: not an image, damaged, too large to unpack, or smaller than `image_size`.
+        OSError: the file cannot be read.
+    """
+    with open_image(path) as image:
+        _check(path, image, image_size)
+        return Header(image.mode in _GREY or image.mode.startswith("I;"), getattr(image, "is_animated", False))
 
 
 def is_grey(path: Path) -> bool:
     """Whether the image has no colour, from its header.
 
     Raises:
-        DamagedImageError: as `open_image` does.
+        UnusableImageError: as `open_image` does.
     """
-    with open_image(path) as image:
-        return image.mode in _GREY or image.mode.startswith("I;")
+    return read_header(path).grey
 
 
 def open_image(path: Path) -> Image.Image:
     """The image with its header read and its size found bearable; no pixel is decoded.
 
     Raises:
-        DamagedImageError: not an image, damaged, or of more than 2^26 pixels.
+        UnusableImageError: not an image, damaged, or of more than 2^26 pixels.
         OSError: the file cannot be read.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=_FORMATS)
+        image = Image.open(path, formats=_FORMATS)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise DamagedImageError(f"{path} is refused: it would unpack to more than {_MAX_PIXELS} pixels") from error
+        raise UnusableImageError(f"{path} is refused: it would unpack to more than {_MAX_PIXELS} pixels") from error
     except _DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise DamagedImageError(f"{path} is not an image that can be read, or damaged: {error}") from error
+        raise UnusableImageError(f"{path} is not an image that can be read, or damaged: {error}") from error
     if image.width * image.height > _MAX_PIXELS:
         image.close()
-        raise DamagedImageError(
+        raise UnusableImageError(
             f"{path} is refused: {image.width}x{image.height} is more than {_MAX_PIXELS} pixels; make it smaller"
         )
     return image
 
 
 def read_image(path: Path, channels: int, *, image_size: int | None = None) -> np.ndarray:
-    """The pixels of an image, upright, on white where it is transparent.
+    """The pixels of an image, upright, on white where it is transparent; of several frames the first.
+
+    Levels of up to 16 bits run from 0 to the greatest that these bits hold, floating point ones from 0 to 1.
 
     Args:
         channels: 1 or 3; colour becomes grey, grey becomes colour.
@@ -66,29 +90,69 @@ def read_image(path: Path, channels: int, *, image_size: int | None = None) -> n
         (channels, H, W), uint8.
 
     Raises:
-        DamagedImageError: not an image, damaged, or too large to unpack.
-        DataError: smaller than `image_size`.
+        UnusableImageError: not an image, damaged, too large to unpack, smaller than `image_size`, or with levels of which the
+            file does not say what is white: signed, of 32 bits, or floating point ones outside of 0 to 1.
         OSError: the file cannot be read.
     """
     with open_image(path) as image:
-        if image_size is not None and min(image.size) < image_size:
-            raise DataError(
-                f"{path} is {image.width}x{image.height} pixels: too small for images of {image_size}x{image_size}; "
-                "ask for smaller ones, or enlarge it"
-            )
+        _check(path, image, image_size)
         try:
             if image_size is not None:
                 image.draft(None, (image_size, image_size))  # a JPEG is decoded at a fraction of its size
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits
-                upright = Image.fromarray((np.asarray(upright).clip(0, 65535) / 257).round().astype(np.uint8))
+            upright = _with_8_bits(path, image, ImageOps.exif_transpose(image))
             if upright.has_transparency_data:
+                upright = upright.convert("LA") if upright.mode == "La" else upright
                 upright = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
             upright = upright.convert("L" if channels == 1 else "RGB")
             if image_size is not None:
                 upright = ImageOps.fit(upright, (image_size, image_size), Image.Resampling.BICUBIC)
         except _DAMAGE as error:
-            raise DamagedImageError(f"{path} is damaged: {error}") from error
+            raise UnusableImageError(f"{path} is damaged, or of a kind that cannot be decoded: {error}") from error
         pixels = np.asarray(upright)
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _check(path: Path, image: Image.Image, image_size: int | None) -> None:
+    """Raises UnusableImageError for what the header alone shows to be of no use."""
+    if image_size is not None and min(image.size) < image_size:
+        raise UnusableImageError(
+            f"{path} is {image.width}x{image.height} pixels: too small for images of {image_size}x{image_size}; "
+            "ask for smaller ones, or enlarge it"
+        )
+    if image.mode == "LAB":
+        raise UnusableImageError(f"{path} is refused: its colours are those of CIELAB; save it as RGB")
+    if image.mode != "F" and (_bits(image) > 16 or _tag(image, SAMPLEFORMAT, 1) != 1):
+        raise UnusableImageError(
+            f"{path} is refused: it has signed levels, or such of {_bits(image)} bits, and does not say which of them is "
+            "white; save it with 8 or 16 bits without a sign"
+        )
+
+
+def _tag(image: Image.Image, tag: int, default: int) -> int:
+    """A TIFF's tag, the greatest where each channel has its own."""
+    value: Any = getattr(image, "tag_v2", {}).get(tag, default)
+    return max(value) if isinstance(value, tuple) else value
+
+
+def _bits(image: Image.Image) -> int:
+    return _tag(image, BITSPERSAMPLE, 16)
+
+
+def _with_8_bits(path: Path, opened: Image.Image, image: Image.Image) -> Image.Image:
+    """`image`, which comes from `opened`, with black at 0 and white at 255; what Pillow scales itself stays as it is."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    levels, white = np.asarray(image), 1 if image.mode == "F" else 2 ** _bits(opened) - 1
+    if not 0 <= levels.min() <= levels.max() <= white:  # nor for NaN
+        raise UnusableImageError(
+            f"{path} is refused: its levels run from {levels.min():.4g} to {levels.max():.4g}, where black is 0 and white "
+            f"{white}; scale them to that"
+        )
+    scaled = np.rint(levels * (255 / white))
+    if _tag(opened, PHOTOMETRIC_INTERPRETATION, 1) == 0:  # white is zero
+        scaled = 255 - scaled
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        scaled[levels == transparent] = 255
+    return Image.fromarray(scaled.astype(np.uint8))

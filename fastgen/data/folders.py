@@ -1,47 +1,110 @@
 """What users bring: a folder of images, a folder a class, trainA/ and trainB/, metadata.jsonl, MNIST's and CIFAR-10's files."""
 
+import difflib
 import json
+import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastgen.data import published
 from fastgen.data.bundled import Split
 from fastgen.data.datasets import DomainPair, ImageDataset
-from fastgen.data.decode import ENDINGS, DamagedImageError, is_grey
-from fastgen.data.files import ImageFiles
+from fastgen.data.decode import ENDINGS, UnusableImageError, read_header
+from fastgen.data.files import ImageFiles, LeftOut, read_headers
 from fastgen.errors import DataError
 
+_log = logging.getLogger(__name__)
 _MAX_IN_MEMORY = 2**29  # bytes of pixels; above, files are decoded again each time they are drawn
 _MAX_LINE = 2**16  # bytes of a line of metadata.jsonl
 _METADATA = "metadata.jsonl"
+_PARTS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+_DOMAINS = ("a", "b")
+
+
+class NoTestPartError(DataError):
+    """A data set has no part to test on."""
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The images of a folder, and what is known of each."""
+
+    folder: Path
+    images: Sequence[Path]
+    labels: Sequence[int] | None = None
+    classes: tuple[str, ...] | None = None
+    captions: Sequence[str] | None = None
+
+    def take(self, indices: Sequence[int]) -> "_Listing":
+        def some(values: Sequence[Any] | None) -> Any:
+            return None if values is None else [values[index] for index in indices]
+
+        return replace(self, images=some(self.images), labels=some(self.labels), captions=some(self.captions))
 
 
 def load_folder(path: Path, image_size: int, split: Split, *, strict: bool) -> ImageDataset | DomainPair:
     """The data set at `path`; see `load_dataset`.
 
     Raises:
+        NoTestPartError: `split` is "test", and there is no such part.
         DataError: what the path holds is of no use; the message says what was found.
     """
     if not path.is_dir():
         raise DataError(f"{path} is not a folder" if path.exists() else f"{path} is not there")
     if found := published.load(path, image_size, split):
         return found
-    folders = {folder.name for folder in _children(path) if folder.is_dir()}
-    if folders & {"trainA", "trainB", "testA", "testB"}:
-        parts = [path / f"{split}{domain}" for domain in "AB"]
-        a, b = (_one_domain(part, image_size, strict=strict) for part in parts)
-        if a.channels != b.channels:  # one of them is grey
-            a, b = (_one_domain(part, image_size, strict=strict, channels=3) for part in parts)
-        return DomainPair(path.name, a, b)
-    if "train" in folders:
-        names = ("train",) if split == "train" else ("test", "val", "validation")
-        path = next((path / name for name in names if name in folders), path / split)
-    elif split == "test":
-        raise DataError(f"{path} holds no part to test on: no folder test, val or testA")
-    return _one_domain(path, image_size, strict=strict)
+    folders, training = _part(path, split)
+    left_out = LeftOut(strict)
+    listings = [_list(folder) for folder in folders]
+    channels = None
+    if split == "test" and training:  # is what the part to learn from is, down to the numbers of its classes
+        models = [_list(folder) for folder in training]
+        listings = [_labelled_as(listing, model) for listing, model in zip(listings, models, strict=True)]
+        channels = 1 if all(_looks_grey(image, image_size) for model in models for image in model.images) else 3
+    checked = [_check(listing, image_size, left_out) for listing in listings]
+    channels = channels or (1 if all(grey for _, grey in checked) else 3)
+    sets = [_open(listing, channels, image_size, left_out) for listing, _ in checked]
+    return sets[0] if len(sets) == 1 else DomainPair(path.name, sets[0], sets[1])
+
+
+def _part(path: Path, split: Split) -> tuple[list[Path], list[Path]]:
+    """The folder of a part, or the two of its domains; and those of the part to learn from, where it has folders of its own."""
+    names = {name + domain for part in _PARTS.values() for name in part for domain in ("", *_DOMAINS)}
+    folders: dict[str, Path] = {}
+    others: list[Path] = []
+    for child in _children(path):
+        name = child.name.lower()
+        if not child.is_dir():
+            continue
+        if name in folders:
+            raise DataError(f"{path} holds {folders[name].name} and {child.name}: keep one of them")
+        if name in names:
+            folders[name] = child
+        else:
+            others.append(child)
+
+    domains = _DOMAINS if any(name.endswith(_DOMAINS) for name in folders) else ("",)
+    parts: dict[Split, list[Path | None]] = {
+        part: [next((folders[name + domain] for name in known if name + domain in folders), None) for domain in domains]
+        for part, known in _PARTS.items()
+    }
+    training = [folder for folder in parts["train"] if folder is not None]
+    if domains == ("",) and not training:
+        if split == "test":
+            raise NoTestPartError(f"{path} holds no part to test on: no folder test, val or testA")
+        return [path], []
+    for domain, folder in zip(domains, parts[split], strict=True):
+        if folder is None:
+            kind = NoTestPartError if split == "test" and not any(parts[split]) else DataError
+            raise kind(f"{path / (split + domain.upper())} is not there")
+    if not any(parts["test"]) and (ignored := [child.name for child in others if image_paths(child)]):
+        _log.warning("of %s only %s is learned from, and not %s", path, training[0].name, ", ".join(ignored[:5]))
+    return [folder for folder in parts[split] if folder is not None], training if len(training) == len(domains) else []
 
 
 def image_paths(folder: Path) -> list[Path]:
@@ -53,44 +116,75 @@ def _children(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _one_domain(folder: Path, image_size: int, *, strict: bool, channels: int | None = None) -> ImageDataset:
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not there")
+def _list(folder: Path) -> _Listing:
     images = image_paths(folder)
-    labels: list[int] | None = None
-    captions: list[str] | None = None
-    classes: tuple[str, ...] | None = None
     by_class = {child.name: image_paths(child) for child in _children(folder) if child.is_dir()}
+    listing = _Listing(folder, images)
     if (folder / _METADATA).exists():
         images, captions = map(list, zip(*_read_metadata(folder), strict=True))
+        listing = _Listing(folder, images, captions=captions)
     elif images and any(by_class.values()):
         raise DataError(f"{folder} mixes images and folders of images: {_describe(folder)}; keep one or the other")
     elif any(by_class.values()):
-        empty = [name for name, paths in by_class.items() if not paths]
-        if empty:
+        if empty := [name for name, paths in by_class.items() if not paths]:
             raise DataError(f"{folder} has a folder a class, and {', '.join(empty[:5])} holds no image")
-        classes = tuple(by_class)
         images = [path for paths in by_class.values() for path in paths]
         labels = [label for label, paths in enumerate(by_class.values()) for _ in paths]
+        listing = _Listing(folder, images, labels, tuple(by_class))
     if len(images) < 2:
         count = "a single image" if images else "no images"
         raise DataError(f"{folder} holds {count}: {_describe(folder)}; images end in {', '.join(ENDINGS)}")
-    channels = channels or (1 if all(_grey_or_damaged(path) for path in images) else 3)
-    files = ImageFiles(images, channels, image_size, strict=strict)
-    targets = None if labels is None else torch.tensor(labels)
-    if len(images) * channels * image_size**2 > _MAX_IN_MEMORY:
-        return ImageDataset(str(folder), files, targets, classes, captions)
-    good, pixels = files.read_good()
-    if len(good) < 2:
-        raise DataError(f"of the {len(images)} images in {folder} {len(good)} can be read: at least 2 are needed")
-    kept = None if captions is None else [captions[index] for index in good.tolist()]
-    return ImageDataset(str(folder), pixels, None if targets is None else targets[good], classes, kept)
+    return listing
 
 
-def _grey_or_damaged(path: Path) -> bool:
+def _labelled_as(held: _Listing, model: _Listing) -> _Listing:
+    """`held` with the numbers that `model` gives its classes.
+
+    Raises:
+        DataError: it has a class that `model` has not, or lacks labels or captions that `model` has.
+    """
+    if model.captions is not None and held.captions is None:
+        raise DataError(f"{model.folder} has captions, and {held.folder} has none: it needs a {_METADATA} too")
+    if model.classes is None:
+        return held
+    if held.classes is None or held.labels is None:
+        raise DataError(f"{model.folder} has a folder a class, and {held.folder} has not: sort its images into such")
+    for name in held.classes:
+        if name not in model.classes:
+            near = {known.lower(): known for known in model.classes}
+            hint = difflib.get_close_matches(name.lower(), near, 1)
+            raise DataError(
+                f"{held.folder} has a class {name!r}, and {model.folder} has not"
+                + (f": did you mean {near[hint[0]]!r}?" if hint else "")
+            )
+    numbers = [model.classes.index(name) for name in held.classes]
+    return replace(held, classes=model.classes, labels=[numbers[label] for label in held.labels])
+
+
+def _check(listing: _Listing, image_size: int, left_out: LeftOut) -> tuple[_Listing, bool]:
+    """The images that can be used, as far as their headers show, and whether all of them are grey."""
+    headers = read_headers(listing.images, image_size, left_out)
+    usable = {index: header for index, header in enumerate(headers) if header is not None}
+    return listing.take([*usable]), all(header.grey for header in usable.values())
+
+
+def _open(listing: _Listing, channels: int, image_size: int, left_out: LeftOut) -> ImageDataset:
+    files = ImageFiles(listing.images, channels, image_size, left_out)
+    pixels: ImageFiles | torch.Tensor = files
+    if len(listing.images) * channels * image_size**2 <= _MAX_IN_MEMORY:
+        good, pixels = files.read_good()
+        listing = listing.take(good)
+    if len(listing.images) < 2:
+        why = f": {left_out.first}" if left_out.first else ""
+        raise DataError(f"fewer than 2 of the images in {listing.folder} can be used{why}")
+    labels = None if listing.labels is None else torch.tensor(listing.labels, dtype=torch.int64, device="cpu")
+    return ImageDataset(str(listing.folder), pixels, labels, listing.classes, listing.captions)
+
+
+def _looks_grey(path: Path, image_size: int) -> bool:
     try:
-        return is_grey(path)
-    except DamagedImageError:
+        return read_header(path, image_size).grey
+    except UnusableImageError:
         return True
 
 

@@ -19,7 +19,7 @@ class BatchSampler:
         self.seed = seed
         self.position = position
         self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)
+        self._order = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def next(self) -> Tensor:
         """The next batch's indices: (batch_size,), int64."""
@@ -43,6 +43,7 @@ class BatchSampler:
     def _epoch_order(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             key = (self.seed * 1_000_003 + epoch) % 2**63
-            self._order = torch.randperm(self.size, generator=torch.Generator().manual_seed(key))
+            draw = torch.Generator("cpu").manual_seed(key)
+            self._order = torch.randperm(self.size, generator=draw, device="cpu")
             self._epoch = epoch
         return self._order

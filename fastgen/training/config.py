@@ -28,7 +28,7 @@ class TrainConfig:
     data: str = "digits"
     """Data set to learn from: a name, or a path."""
     strict: bool = False
-    """A damaged image ends the run; otherwise it is named in the log and left out."""
+    """An image that is damaged or too small ends the run; otherwise it is named in the log and left out."""
     steps: int = 5000
     """Training steps in all."""
     image_size: int = 32

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.data import Batch, DomainPair, ImageDataset, load_dataset
+from fastgen.data.folders import NoTestPartError
 from fastgen.errors import DataError
 from fastgen.metrics import (
     ClassifierShare,
@@ -122,7 +123,7 @@ def _real(name: str, image_size: int) -> _Real | _RealPair:
     try:
         held = load_dataset(name, image_size, split="test")
         note = "the held-out images are the data set's own test part"
-    except DataError:
+    except NoTestPartError:
         note = "there is no test part: half of the images, which the model was trained on, stand for it"
         if isinstance(data, DomainPair):
             (a, held_a), (b, held_b) = _halves(data.a), _halves(data.b)

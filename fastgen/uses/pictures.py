@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgen.data import image_paths, is_grey, read_image, save_grid
-from fastgen.data.decode import DamagedImageError
+from fastgen.data.decode import UnusableImageError
 from fastgen.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def transform_pictures(
             if channels == 3 and not grey_as_colour and is_grey(path):
                 raise DataError(f"{path} is grey, and the model needs colour")
             pixels = torch.from_numpy(read_image(path, channels, image_size=image_size).copy())
-        except DamagedImageError as error:
+        except UnusableImageError as error:
             if strict or len(paths) == 1:
                 raise
             _log.warning("left out: %s", error)

@@ -139,21 +139,27 @@ def test_a_damaged_image_is_named_and_left_out(folder, kept, kind, caplog):
     data = load(folder)
     batch = data.batch(torch.arange(len(data)))
     assert f"left out: {folder / '2.png'}" in caplog.text and len(caplog.records) == 1
-    assert batch.images[:, 1].mean((1, 2)).tolist() == ([-1, -1, 1] if kept == "memory" else [-1, -1, -1, 1])
+    stands_in = kept == "files" and kind == "no pixels"  # all else shows in the header, before anything is drawn
+    assert batch.images[:, 1].mean((1, 2)).tolist() == ([-1, -1, -1, 1] if stands_in else [-1, -1, 1])
     with pytest.raises(DataError, match=r"2\.png is"):
         load(folder, strict=True).all()
 
 
-def test_a_stand_in_brings_its_own_label_and_caption(tmp_path, monkeypatch):
+def test_a_stand_in_brings_its_own_label_and_caption(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(folders, "_MAX_IN_MEMORY", 0)
     fill(tmp_path / "a", COLOURS[:1])
     fill(tmp_path / "b", COLOURS[1:3])
-    (tmp_path / "a" / "1.png").write_bytes(b"no image")
-    assert load(tmp_path).batch(torch.tensor([0, 2])).labels.tolist() == [1, 1]
+    data = load(tmp_path)
+    (tmp_path / "a" / "1.png").unlink()  # while a model learns from them
+    fill(tmp_path / "b", COLOURS[1:2], size=(3, 3))
+    assert data.batch(torch.tensor([0, 2])).labels.tolist() == [1, 1]
+    assert [record.message.split("/")[-1][:21] for record in caplog.records] == [
+        "1.png is no longer th", "1.png is 3x3 pixels: ",
+    ]  # fmt: skip
     for path in tmp_path.rglob("*.png"):
         path.write_bytes(b"no image")
     with pytest.raises(DataError, match="none of the 3 images"):
-        load(tmp_path).batch(torch.tensor([0]))
+        data.batch(torch.tensor([0]))
 
 
 def test_folders_of_no_use_say_what_they_hold(tmp_path, monkeypatch):
@@ -186,9 +192,23 @@ def test_folders_of_no_use_say_what_they_hold(tmp_path, monkeypatch):
         load(tmp_path / "one", split="best")
 
 
-def test_images_that_are_too_small_are_named(folder, kept):
-    with pytest.raises(DataError, match=r"1\.png is 12x10 pixels: too small for images of 11x11"):
-        load(folder, 11).all()
+def test_images_that_are_too_small_are_left_out_before_training(folder, kept, caplog):
+    fill(folder, COLOURS[:1], size=(9, 12))
+    data = load(folder, 10)
+    assert "left out: " in caplog.text and "1.png is 9x12 pixels: too small for images of 10x10" in caplog.text
+    assert data.all().images[:, 0].mean((1, 2)).tolist() == [-1, -1, 1] and len(caplog.records) == 1
+    with pytest.raises(DataError, match=r"1\.png is 9x12 pixels: too small"):
+        load(folder, 10, strict=True)
+    with pytest.raises(
+        DataError, match=r"fewer than 2 of the images in .* can be used: .*1\.png is 9x12 pixels: too small"
+    ):
+        load(folder, 11)
+
+
+def test_of_many_that_are_left_out_some_are_named(tmp_path, kept, caplog):
+    fill(tmp_path, COLOURS[:3] * 10, size=(9, 9))
+    fill(tmp_path, COLOURS[:2])
+    assert len(load(tmp_path, 10)) == 2 and len(caplog.records) == 21 and "more than 20 images" in caplog.text
 
 
 def test_grey_stays_grey_and_joins_colour(tmp_path):
