@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def save_grid(
 
     Raises:
         UsageError: the images or the ending are of no use.
-        FastgenError: the format cannot hold this picture; a file that was there stays as it was.
+        FastgenError: a value is NaN, or the format cannot hold this picture; a file that was there stays as it was.
     """
     pixels = _to_pixels(images)
     path, format = Path(path), picture_format(path)
@@ -72,6 +73,10 @@ def _to_pixels(images: np.ndarray) -> np.ndarray:
     """(N, 1 or 3, H, W), uint8."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise UsageError(f"images must be (N, 1 or 3, H, W) with N > 0, not {tuple(images.shape)}")
+    if np.isnan(images).any():  # which would be black
+        raise FastgenError(
+            f"image {np.isnan(images).any((1, 2, 3)).argmax()} of {len(images)} (from 0) holds NaN: not written"
+        )
     return np.clip(np.rint((images.astype(np.float32) + 1) * np.float32(127.5)), 0, 255).astype(np.uint8)
 
 
@@ -79,7 +84,7 @@ def _write(picture: Image.Image, path: Path, format: str, **options: Any) -> Non
     encoded = io.BytesIO()
     try:
         picture.save(encoded, format, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError, struct.error) as error:
         raise FastgenError(f"{path} cannot be written as {format}: {error}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path):

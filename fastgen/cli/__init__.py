@@ -1,7 +1,9 @@
 """The command line: parses, calls, prints. A command imports what it needs, so that help costs no import of torch."""
 
+import io
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 (failure), 2 (misuse) or 130 (interrupted). FASTGEN_DEBUG=1 lets errors through.
     """
+    # an image that Pillow finds large is either refused by name or of use
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit of .* pixels")
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:

@@ -67,8 +67,10 @@ def _draw_way(model: Any, n: int, points: int, seed: int, label: int | None, tex
     import torch
 
     from fastgen.data import save_animation, save_grid
+    from fastgen.training.run import check_seed
     from fastgen.uses import interpolate
 
+    check_seed(seed)
     moving = out.suffix.lower() == ".gif"
     draw = torch.Generator().manual_seed(seed)
     images = interpolate(model, n, points=points, closed=moving, label=label, text=text, generator=draw)
@@ -137,6 +139,8 @@ def inpaint(
 
     model = _load_vae(run)
     missing = torch.from_numpy(read_image(mask, 1, image_size=model.config.image_size)[0] >= 128)
+    if not missing.any():
+        raise UsageError(f"mask {mask} is nowhere white (128 of 255 or more): nothing would be filled in")
     _transform(model, pictures, out, strict, lambda image: inpaint(model, image, missing, steps=steps))
 
 
@@ -328,8 +332,8 @@ def tune(
     from fastgen.training.loop import choose_device
     from fastgen.training.recipes import RECIPES
 
-    if batch < 1:
-        raise UsageError(f"batch must be at least 1, not {batch}")
+    if not 1 <= batch <= 2**16:
+        raise UsageError(f"batch must be between 1 and {2**16}, not {batch}")
     if Path(system).is_dir():
         model = load_model(Path(system))
     else:
@@ -357,10 +361,10 @@ def _networks(model: Any, n: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
     import torch
 
-    config = model.config
+    config, cpu = model.config, {"dtype": torch.float32, "device": "cpu"}
 
     def images(channels: int) -> Any:
-        return torch.rand(n, channels, config.image_size, config.image_size) * 2 - 1
+        return torch.rand(n, channels, config.image_size, config.image_size, **cpu) * 2 - 1
 
     if hasattr(model, "a_to_b"):
         a, b = images(config.channels_a), images(config.channels_b)
@@ -370,12 +374,12 @@ def _networks(model: Any, n: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         return {"model": (model, (images(config.channels),))}
     takes = list(inspect.signature(model.generate).parameters)[1:]
     conditions = {
-        "labels": lambda: torch.arange(n) % config.classes,
-        "condition": lambda: torch.randn(n, config.condition),
+        "labels": lambda: torch.arange(n, device="cpu") % config.classes,
+        "condition": lambda: torch.randn(n, config.condition, **cpu),
     }
     given = tuple(conditions[name]() for name in takes)
     return {
-        "generator": (model.generator, (torch.randn(n, config.nz), *given)),
+        "generator": (model.generator, (torch.randn(n, config.nz, **cpu), *given)),
         "discriminator": (model.discriminator, (images(config.channels), *given)),
     }
 

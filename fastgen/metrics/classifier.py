@@ -6,6 +6,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from fastgen.data.bundled import load_digit_bitmaps
 from fastgen.errors import UsageError
+from fastgen.metrics._check import check_finite
 
 SURE = 0.9  # probability from which the classifier counts as sure
 
@@ -61,10 +62,16 @@ class DigitClassifier:
         )
 
     def probabilities(self, images: Tensor) -> np.ndarray:
-        """Probability of each class by itself, (N, 10), of images (N, 1, H, W) in [-1, 1], H and W at least 8."""
+        """Probability of each class by itself, (N, 10), of images (N, 1, H, W) in [-1, 1], H and W at least 8.
+
+        Raises:
+            UsageError: images of another shape.
+            DataError: an image is not finite.
+        """
         if images.dim() != 4 or images.shape[1] != 1 or min(images.shape[2:]) < 8:
             raise UsageError(f"images must be (N, 1, H, W) with H and W at least 8, not {tuple(images.shape)}")
         bitmaps = (adaptive_avg_pool2d(images.detach().float().cpu(), 8) + 1) * 8
+        check_finite("images", bitmaps)
         return self._predict(bitmaps.flatten(1).numpy())
 
     def _predict(self, features: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import DataError, UsageError
+from fastgen.metrics._check import check_finite
 from fastgen.metrics.features import FeatureExtractor
 
 _NEIGHBOUR = 3
@@ -38,19 +39,20 @@ class Reference:
 
     Raises:
         UsageError: fewer than 10 images of a kind, or images of several shapes.
+        DataError: an image, or what the extractor makes of it, is not finite.
     """
 
     def __init__(self, real: Tensor, held: Tensor, extractor: FeatureExtractor) -> None:
         self.shape = real.shape[1:]
-        self._check("real", real)
-        self._check("held", held)
         self.extractor = extractor
-        self._real, _ = extractor(real)
-        self._held, self._held_logits = extractor(held)
+        self._real, _ = self._features("real", real)
+        self._held, self._held_logits = self._features("held", held)
 
-    def _check(self, name: str, images: Tensor) -> None:
+    def _features(self, name: str, images: Tensor, count: int | None = None) -> tuple[Tensor, Tensor | None]:
         if images.dim() != 4 or len(images) < 10 or images.shape[1:] != self.shape:
             raise UsageError(f"{name} must be 10 or more images of {tuple(self.shape)}, not {tuple(images.shape)}")
+        check_finite(name, images)
+        return self.extractor(images[:count], name)
 
     def compare(self, generated: Tensor, *, seed: int = 0) -> dict[str, Figure]:
         """FID, KID, Inception Score, precision and recall of images (N, C, H, W) in [-1, 1], each beside held's.
@@ -67,11 +69,10 @@ class Reference:
 
         Raises:
             UsageError: fewer than 10 images, or images of another shape.
-            DataError: torchmetrics is not installed.
+            DataError: an image, or what the extractor makes of it, is not finite, or torchmetrics is not installed.
         """
-        self._check("generated", generated)
         count = min(len(generated), len(self._held))
-        features, logits = self.extractor(generated[:count])
+        features, logits = self._features("generated", generated, count)
         real, held = self._real, self._held[:count]
         base = (
             f"{count} generated images against {len(real)} real ones; the real figure is of {count} other real images "
@@ -79,7 +80,10 @@ class Reference:
         )
         subset = min(100, count, len(real))
         figures: dict[str, Figure] = {}
-        with torch.random.fork_rng(devices=[]):
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.device("cpu"),
+        ):  # torchmetrics makes tensors where the process says
             torch.manual_seed(seed)
             figures["fid"] = Figure(_fid(features, real), f"FID, {base}", "lower", _fid(held, real))
             protocol = f"KID, mean of {_KID_SUBSETS} subsets of {subset}, {base}"
@@ -111,9 +115,10 @@ class _Given(nn.Module):
 
 def _fid(features: Tensor, real: Tensor) -> float:
     metric = _metric("fid", "FrechetInceptionDistance", feature=_Given(features.shape[1]))
-    metric.update(real.double(), real=True)
-    metric.update(features.double(), real=False)
-    return float(metric.compute())
+    origin = real.double().mean(0)  # the distance is the same from anywhere, and from here rounding takes least of it
+    metric.update(real.double() - origin, real=True)
+    metric.update(features.double() - origin, real=False)
+    return max(0.0, float(metric.compute()))  # rounding leaves equal sets a little below
 
 
 def _kid(features: Tensor, real: Tensor, subset: int) -> float:
@@ -143,5 +148,7 @@ def _metric(module: str, name: str, **options):
 
 def _share_inside(points: Tensor, manifold: Tensor) -> float:
     """Share of the points (N, D) that lie within the distance of a point of the manifold (M, D) to its third neighbour."""
+    points, manifold = (x.double() - manifold[0].double() for x in (points, manifold))  # so that equal ones are at 0
+    rounding = 1e-7 * manifold.norm(dim=1).max()  # of distances, which are roots of differences of products
     radii = torch.cdist(manifold, manifold).kthvalue(_NEIGHBOUR + 1, dim=1).values  # the nearest is the point itself
-    return float((torch.cdist(points, manifold) <= radii).any(1).float().mean())
+    return float((torch.cdist(points, manifold) <= radii + rounding).any(1).double().mean())

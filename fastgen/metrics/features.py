@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from fastgen.data import Batch, ImageDataset
 from fastgen.errors import FastgenError
+from fastgen.metrics._check import check_finite
 
 _BATCH = 256
 _SIDE = 32  # the small classifier sees images of at most this size
@@ -26,21 +28,39 @@ class FeatureExtractor:
     """What it is, what it was trained on and how it resizes: part of the protocol of each figure."""
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features (N, D) and logits (N, K) or None, float32, a few images at a time."""
-        parts = [self.network(batch) for batch in images.detach().float().split(_BATCH)]
-        logits = [part for _, part in parts if part is not None]
-        return torch.cat([features for features, _ in parts]), torch.cat(logits) if logits else None
+    def __call__(self, images: Tensor, name: str = "images") -> tuple[Tensor, Tensor | None]:
+        """Features (N, D) and logits (N, K) or None, float32 on the CPU, a few images at a time.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1].
+            name: of the images, for errors.
+
+        Raises:
+            DataError: an image, or what the network makes of it, is not finite.
+        """
+        check_finite(name, images)
+        with torch.autocast(images.device.type, enabled=False):
+            parts = [self.network(batch) for batch in images.detach().float().split(_BATCH)]
+        features = torch.cat([part for part, _ in parts]).float().cpu()
+        check_finite(f"the features of {name}", features)
+        found = [part for _, part in parts if part is not None]
+        if not found:
+            return features, None
+        logits = torch.cat(found).float().cpu()
+        check_finite(f"the logits of {name}", logits)
+        return features, logits
 
 
 class _Classifier(nn.Module):
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
+        where: Any = {"device": "cpu", "dtype": torch.float32}
         for inputs, outputs, stride in ((channels, 16, 2), (16, 32, 2), (32, 64, 2), (64, 64, 1)):
-            layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+            convolution = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False, **where)
+            layers += [convolution, nn.BatchNorm2d(outputs, **where), nn.ReLU()]
         self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(64, classes)
+        self.head = nn.Linear(64, classes, **where)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         side = min(_SIDE, images.shape[2])
@@ -50,6 +70,8 @@ class _Classifier(nn.Module):
         return features, self.head(features)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train_classifier(data: ImageDataset, held: ImageDataset | None = None, *, steps: int = 200) -> FeatureExtractor:
     """A small convolutional classifier of a real data set, whose last hidden layer gives 64 features.
 
@@ -60,7 +82,18 @@ def train_classifier(data: ImageDataset, held: ImageDataset | None = None, *, st
         data: what to train on.
         held: images that it is not trained on; the description says how many of them it classifies rightly.
         steps: batches of 128 images.
+
+    Raises:
+        DataError: an image is not finite.
     """
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):  # whatever the process has set
+        return _train_classifier(data, held, steps)
+
+
+def _train_classifier(data: ImageDataset, held: ImageDataset | None, steps: int) -> FeatureExtractor:
+    for images in (data.images, None if held is None else held.images):
+        if isinstance(images, Tensor) and images.is_floating_point():
+            check_finite(data.name, images)
     classes = None if data.labels is None or data.classes is None else len(data.classes)
     draw = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
@@ -79,6 +112,7 @@ def train_classifier(data: ImageDataset, held: ImageDataset | None = None, *, st
     model.requires_grad_(False).eval()
     first = model(_some(data, draw).images)[0]
     mean, std = first.mean(0), first.std()  # so that figures of one data set and another are of one magnitude
+    std = std.where(std > 0, 1)  # 0 of images that are all the same
     task = f"its {classes} classes" if classes else "quarter turns, as there are no labels"
     side = min(_SIDE, data.image_size)
     resize = (
@@ -90,7 +124,7 @@ def train_classifier(data: ImageDataset, held: ImageDataset | None = None, *, st
         f"64 features of a classifier (4 convolutions) trained on {len(data)} real images of {data.name} for {task}, "
         f"at {side}x{side} pixels{resize}"
     )
-    if held is not None:
+    if held is not None and (held.labels is not None or not classes):
         images, targets = _lesson(_some(held, draw), classes, draw)
         correct = (model(images)[1].argmax(1) == targets).float().mean().item()
         description += f"; it is right for {correct:.1%} of {len(images)} others"
@@ -140,6 +174,7 @@ def inception() -> FeatureExtractor | None:
 
     def network(images: Tensor) -> tuple[Tensor, Tensor]:
         pixels = ((images.expand(-1, 3, -1, -1) + 1) * 127.5).round().clamp(0, 255).byte().cpu()
-        return model(pixels, return_features=True), model(pixels, no_output_bias=True).log()
+        shares = model(pixels, no_output_bias=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return model(pixels, return_features=True), shares.log()
 
     return FeatureExtractor(network, "2048 features of Inception v3 (2015-12-05), which resizes to 299x299")

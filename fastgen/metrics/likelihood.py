@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgen.errors import UsageError
+from fastgen.metrics._check import check_finite
 
 _PASSES = 1024  # latents decoded at once
 
@@ -26,14 +27,19 @@ def vae_log_likelihood(
         The ELBO, E[log p(x|z) + log p(z) - log q(z|x)] over the K samples, and the importance-weighted bound
         log(1/K sum p(x|z) p(z) / q(z|x)) (Burda et al. 2016, arXiv:1509.00519), each (N,) float64. The second is never
         below the first and nears log p(x) as K grows.
+
+    Raises:
+        UsageError: no samples.
+        DataError: an image, or what the model makes of it, is not finite.
     """
     if samples < 1:
         raise UsageError(f"samples must be at least 1, not {samples}")
+    check_finite("images", images)
     weights = []
     for part in images.split(max(1, _PASSES // samples)):
         mu, logvar = model.encode(part)
         device = mu.device if generator is None else generator.device
-        noise = torch.randn(samples, *mu.shape, generator=generator, device=device).to(mu)
+        noise = torch.randn(samples, *mu.shape, generator=generator, device=device, dtype=torch.float32).to(mu)
         z = mu + (logvar / 2).exp() * noise  # (K, n, nz)
         repeated = part.expand(samples, *part.shape).flatten(0, 1)
         log_px = -model.nll(model.decode(z.flatten(0, 1)), repeated).double().view(samples, len(part))
@@ -41,6 +47,7 @@ def vae_log_likelihood(
         log_ratio = (noise.square() + logvar - z.square()).double().sum(2) / 2
         weights.append(log_px + log_ratio)
     joined = torch.cat(weights, 1)
+    check_finite("what the model makes of the images", joined.T)
     return joined.mean(0), joined.logsumexp(0) - math.log(samples)
 
 
@@ -50,9 +57,14 @@ class PCAGaussian:
     Args:
         images: (N, C, H, W), N > latent; it is fitted on them by maximum likelihood, in float64.
         latent: principal directions with a variance of their own; all others share one.
+
+    Raises:
+        UsageError: more directions than images or pixels.
+        DataError: an image is not finite.
     """
 
     def __init__(self, images: Tensor, latent: int) -> None:
+        check_finite("images", images)
         x = images.flatten(1).double()
         dimensions = x.shape[1]
         if not 0 < latent < min(len(x), dimensions):

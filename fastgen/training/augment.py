@@ -22,7 +22,9 @@ def augment(images: Tensor, names: Iterable[str], generator: torch.Generator) ->
 
 def _uniform(images: Tensor, generator: torch.Generator) -> Tensor:
     """(N, 1, 1, 1) in [0, 1)."""
-    return torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device, images.dtype)
+    return torch.rand(len(images), 1, 1, 1, generator=generator, dtype=torch.float32, device="cpu").to(
+        images.device, images.dtype
+    )
 
 
 def _color(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -35,7 +37,9 @@ def _color(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def _translation(images: Tensor, generator: torch.Generator) -> Tensor:
     size, reach = images.shape[-1], images.shape[-1] // 8
-    rows, columns = torch.randint(0, 2 * reach + 1, (2, len(images), 1), generator=generator).to(images.device)
+    rows, columns = torch.randint(0, 2 * reach + 1, (2, len(images), 1), generator=generator, device="cpu").to(
+        images.device
+    )
     pixels = torch.arange(size, device=images.device)
     padded = F.pad(images, (reach,) * 4).permute(0, 2, 3, 1)  # (N, H, W, C)
     sample = torch.arange(len(images), device=images.device)[:, None, None]
@@ -44,7 +48,7 @@ def _translation(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def _cutout(images: Tensor, generator: torch.Generator) -> Tensor:
     size, half = images.shape[-1], images.shape[-1] // 2
-    centers = torch.randint(0, size + 1, (2, len(images), 1), generator=generator).to(images.device)
+    centers = torch.randint(0, size + 1, (2, len(images), 1), generator=generator, device="cpu").to(images.device)
     pixels = torch.arange(size, device=images.device)
     rows, columns = ((pixels >= center - half // 2) & (pixels < center + half - half // 2) for center in centers)
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)

@@ -69,6 +69,7 @@ class TrainConfig:
         for name in ("ema_decay", "beta1", "beta2"):
             self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         self._check("lr", 0 < self.lr < float("inf"), "positive")
+        self._check("data", bool(self.data.strip()), "a name or a path")
 
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
@@ -131,6 +132,11 @@ class MLPGANTraining(GANTraining):
     """Units of each hidden layer."""
     generator_norm: Literal["batch", "none"] = "none"
     """Norm after the generator's hidden layers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.generator_norm == "batch":
+            self._check("batch_size", self.batch_size > 1, "at least 2 for generator_norm batch")
 
 
 @dataclass(frozen=True)
@@ -267,6 +273,16 @@ class VAETraining(TrainConfig):
     """Weight of the KL term."""
     warm_up: float = 0.1
     """Share of the steps over which that weight grows from 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.architecture == "conv" and self.image_size >> self.halvings == 1:  # and batch norm takes two values
+            self._check("batch_size", self.batch_size > 1, f"at least 2 for image_size {self.image_size}")
+
+    @property
+    def halvings(self) -> int:
+        """How often the convolutions halve the image, to about 4x4 pixels."""
+        return max(1, (self.image_size // 4).bit_length() - 1)
 
 
 @dataclass(frozen=True)

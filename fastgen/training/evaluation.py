@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,16 +46,28 @@ class Evaluation:
         return document if self.recognised is None else document | {"classifier_sure_share": asdict(self.recognised)}
 
 
-def evaluate_model(model: Any, config: TrainConfig, n: int, seed: int) -> Evaluation:
+def evaluate_model(
+    model: Any, config: TrainConfig, n: int, seed: int, class_names: Sequence[str] | None = None
+) -> Evaluation:
     """The figures of a model that was trained with `config`.
 
     Args:
         n: number of samples; of a CycleGAN and for a VAE's likelihood at most 200 held-out images are taken.
         seed: of the noise.
+        class_names: what the model's labels stand for, where that is known.
 
     Raises:
-        DataError: the data set cannot be loaded any more.
+        DataError: the data set cannot be loaded any more, or has other classes, or a figure is not finite.
     """
+    with torch.autocast("cpu", enabled=False):
+        result = _evaluate(model, config, n, seed, class_names)
+    for name, figure in result.figures.items():
+        if not math.isfinite(figure.value):
+            raise DataError(f"{name} of the model is {figure.value}: what it makes of some of the images is not finite")
+    return result
+
+
+def _evaluate(model: Any, config: TrainConfig, n: int, seed: int, class_names: Sequence[str] | None) -> Evaluation:
     try:
         real = _real(config.data, config.image_size)
     except _TooFewError as error:
@@ -61,6 +75,7 @@ def evaluate_model(model: Any, config: TrainConfig, n: int, seed: int) -> Evalua
         return Evaluation({}, None)
     if isinstance(real, _RealPair):
         return Evaluation(_translation_figures(model, real, min(n, _TRANSLATED), seed), None)
+    check_classes(class_names, real.data, config.data)
     figures, batch = _samples(model, real, n, seed)
     if hasattr(model, "encode"):
         figures |= _likelihood_figures(model, real, seed)
@@ -72,16 +87,25 @@ def sample_like(model: Any, data: ImageDataset, n: int, seed: int) -> Batch:
     """`n` images of the model, with labels and captions that are asked of it, where it takes them: the classes in turn, or
     captions of the data.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     classes = getattr(model.config, "classes", None)
     if isinstance(classes, int):
-        labels = torch.arange(n) % classes
+        labels = torch.arange(n, device="cpu") % classes
         return Batch(model.sample(n, generator=generator, labels=labels), labels)
     if hasattr(model, "text_encoder"):
-        asked = data.batch(torch.randint(len(data), (n,), generator=torch.Generator().manual_seed(seed)))
+        draw = torch.Generator("cpu").manual_seed(seed)
+        asked = data.batch(torch.randint(len(data), (n,), generator=draw, device="cpu"))
         images = model.sample(n, generator=generator, captions=asked.captions)
         return Batch(images, asked.labels, asked.captions)
     return Batch(model.sample(n, generator=generator))
+
+
+def check_classes(class_names: Sequence[str] | None, data: ImageDataset, name: str) -> None:
+    """Raises DataError unless the labels of `data` stand for the classes that a model was trained on, if these are known."""
+    now = data.classes
+    if class_names is not None and now is not None and tuple(class_names) != now:
+        changed = sorted({*class_names} ^ {*now}) or ["their order"]
+        raise DataError(f"the classes of {name} are not those that the model learned: {', '.join(changed[:5])} changed")
 
 
 class _TooFewError(DataError):
@@ -143,18 +167,21 @@ def _real(name: str, image_size: int) -> _Real | _RealPair:
     if isinstance(data, DomainPair):
         return _RealPair(pair, others, note)
     assert isinstance(held, ImageDataset)
-    return _Real(_some(data), _some(held, 1000), classifier_for(name), note)
+    return _Real(_some(data), _some(held, 1000), classifier_for(name) if image_size >= 8 else None, note)
 
 
 def _halves(data: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    first, second = order.tensor_split(2)
+    first, second = _shuffled(data).tensor_split(2)
     return _subset(data, first), _subset(data, second)
 
 
 def _some(data: ImageDataset, most: int = _MAX_IMAGES) -> ImageDataset:
     most = min(most, max(10, _MAX_VALUES // (data.channels * data.image_size**2)))
-    return _subset(data, torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:most])
+    return _subset(data, _shuffled(data)[:most])
+
+
+def _shuffled(data: ImageDataset) -> Tensor:
+    return torch.randperm(len(data), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
 
 
 def _subset(data: ImageDataset, indices: Tensor) -> ImageDataset:
@@ -164,7 +191,7 @@ def _subset(data: ImageDataset, indices: Tensor) -> ImageDataset:
 
 def _joined(pair: DomainPair) -> ImageDataset:
     images = torch.cat([pair.a.all().images, pair.b.all().images])
-    labels = (torch.arange(len(images)) >= len(pair.a)).long()
+    labels = (torch.arange(len(images), device="cpu") >= len(pair.a)).long()
     return ImageDataset(pair.name, images, labels, ("a", "b"))
 
 
@@ -199,7 +226,7 @@ def _samples(model: Any, real: _Real, n: int, seed: int) -> tuple[dict[str, Figu
 def _judged(model: Any, batch: Batch) -> float:
     """What the discriminator says of images and of what goes with them."""
     outputs = []
-    for indices in torch.arange(len(batch)).split(256):
+    for indices in torch.arange(len(batch), device="cpu").split(256):
         conditions = []
         if hasattr(model, "text_encoder"):
             assert batch.captions is not None
@@ -213,7 +240,7 @@ def _judged(model: Any, batch: Batch) -> float:
 
 def _likelihood_figures(model: Any, real: _Real, seed: int) -> dict[str, Figure]:
     held = real.held.all().images[:_LIKELIHOOD_IMAGES]
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator("cpu").manual_seed(seed)
     elbo, bound = vae_log_likelihood(model, held, samples=_LIKELIHOOD_SAMPLES, generator=draw)
     gaussian = model.config.likelihood == "gaussian"
     latent, fitted = model.config.nz, None

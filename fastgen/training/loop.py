@@ -1,19 +1,22 @@
+import contextlib
 import dataclasses
+import json
 import math
 import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgen import __version__
 from fastgen.data import DomainPair, ImageDataset, load_dataset, save_grid
-from fastgen.errors import CheckpointError, FastgenError, UsageError
+from fastgen.errors import CheckpointError, DataError, FastgenError, UsageError
 from fastgen.training import checkpoint, run
 from fastgen.training.config import TrainConfig
-from fastgen.training.evaluation import Evaluation
+from fastgen.training.evaluation import Evaluation, check_classes
 from fastgen.training.nonfinite import NotFiniteError, trace
 from fastgen.training.progress import Interruption, Progress
 from fastgen.training.recipes import RECIPES, Recipe
@@ -35,6 +38,8 @@ class TrainResult:
     """None if interrupted, or if there is nothing to measure with."""
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(config: TrainConfig, out: str | Path, *, resume: bool = False) -> TrainResult:
     """Trains a system and leaves a run folder.
 
@@ -57,13 +62,20 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False) -> Trai
         _check_same_run(run.read_config(folder), config)
     device = choose_device(config.device)
     data = load_dataset(config.data, config.image_size, strict=config.strict)
-    with run.claim(folder, new=not resume):
+    with run.claim(folder, new=not resume), _without_autocast(device):
         try:
             return _train(config, folder, data, device, resume)
         except NotFiniteError as error:
             failure = error.with_traceback(None)  # whose frames hold the recipe, and the memory of its networks
         where = _trace(config, folder, data, device, failure.step)
         raise FastgenError(f"{failure}; {where}")
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Turns a caller's autocast off: a run has its own, and inside of another the casts of weights would outlive their step."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False, cache_enabled=False)
 
 
 def _start(
@@ -75,9 +87,11 @@ def _start(
     if type(position) is not int or position < 0:
         raise CheckpointError(f"{folder / checkpoint.NAME} is damaged: no position in the data")
     torch.manual_seed(config.seed)
-    noise = torch.Generator().manual_seed(config.seed)
+    noise = torch.Generator("cpu").manual_seed(config.seed)
     recipe = RECIPES[config.system](config, data, device, noise, state)
     recipe.position = position
+    if resume:
+        _check_same_data(meta.get("model"), recipe)
     return meta["step"], recipe
 
 
@@ -155,8 +169,20 @@ def _save(folder: Path, step: int, config: TrainConfig, recipe: Recipe) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise NotFiniteError(f"{name} is not finite", step)
     model = {"name": recipe.model_name, "options": recipe.model_options, "averaged": recipe.averaged}
+    if recipe.class_names is not None:
+        model["class_names"] = recipe.class_names
     meta = {"fastgen": __version__, "config": config.to_json(), "model": model, "position": recipe.position}
     checkpoint.save_checkpoint(folder, step, tensors, meta)
+
+
+def _check_same_data(stored: Any, recipe: Recipe) -> None:
+    """Raises DataError if what a model learns from the data (channels, classes, words) is no longer what it was."""
+    stored = stored if isinstance(stored, dict) else {}
+    check_classes(stored.get("class_names"), recipe.sources[0], recipe.config.data)
+    options = json.loads(json.dumps(recipe.model_options))  # lists, as they are stored
+    for name, before in (stored.get("options") or options).items():
+        if options.get(name) != before:
+            raise DataError(f"{recipe.config.data} is not what the run learned from: {name} of its model would change")
 
 
 def _check_same_run(stored: TrainConfig, config: TrainConfig) -> None:

@@ -91,7 +91,7 @@ def write_report(
         '<meta name=viewport content="width=device-width, initial-scale=1">'
         f"<title>{_escape(title)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
-    write_atomically(folder / "report.html", page.encode())
+    write_atomically(folder / "report.html", page.encode(errors="backslashreplace"))
 
 
 def _escape(value: Any) -> str:

@@ -20,7 +20,7 @@ from fastgen.models import create_model
 from fastgen.training import checkpoint
 from fastgen.training.config import TrainConfig, config_from_json
 from fastgen.training.evaluation import Evaluation, evaluate_model
-from fastgen.training.recipes.base import Recipe, load_module
+from fastgen.training.recipes.base import Recipe, load_module, plain_defaults
 from fastgen.training.report import write_report
 
 _log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _load(folder: Path) -> tuple[dict[str, Any], Any]:
     meta, tensors = checkpoint.load(folder)
     spec: Any = meta.get("model")
     try:
-        with torch.device("meta"):  # sizes a hostile file makes up cost nothing
+        with plain_defaults("meta"):  # sizes a hostile file makes up cost nothing
             model = create_model(spec["name"], **spec["options"])
         for part in spec["averaged"]:
             model.get_submodule(part)
@@ -123,18 +123,22 @@ def sample(model: Any, n: int, seed: int, **conditions: Any) -> Tensor:
     """`n` images of the model, of the `labels` or `captions` given, the same for the same seed on the same machine."""
     if not hasattr(model, "sample"):
         raise UsageError(f"a {type(model).__name__} draws nothing from noise: give it images with `fastgen translate`")
-    _check_count_and_seed(model, n, seed)
+    _check_count(model, n)
+    check_seed(seed)
     return model.sample(n, generator=torch.Generator().manual_seed(seed), **conditions)
 
 
-def _check_count_and_seed(model: Any, n: int, seed: int) -> None:
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed must be between 0 and 2^63, not {seed}")
+
+
+def _check_count(model: Any, n: int) -> None:
     config = model.config
     channels = config.channels if hasattr(config, "channels") else config.channels_a
     most = max(1, _MAX_SAMPLED // (channels * getattr(config, "image_size", 1) ** 2))
     if not 1 <= n <= most:
         raise UsageError(f"n must be between 1 and {most} for images of this size, not {n}")
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"seed must be between 0 and 2^63, not {seed}")
 
 
 def evaluate(folder: str | Path, n: int = 1000, seed: int = 0) -> Evaluation:
@@ -147,8 +151,9 @@ def evaluate(folder: str | Path, n: int = 1000, seed: int = 0) -> Evaluation:
     folder = Path(folder)
     meta, model = _load(folder)
     config = _config_of(folder, meta)
-    _check_count_and_seed(model, n, seed)
-    result = evaluate_model(model, config, n, seed)
+    _check_count(model, n)
+    check_seed(seed)
+    result = evaluate_model(model, config, n, seed, meta["model"].get("class_names"))
     document = {"data": config.data, "step": meta["step"], "seed": seed, "n": n, **result.to_json()}
     checkpoint.write_atomically(folder / "evaluation.json", json.dumps(document, indent=2).encode())
     _write_report(folder, config, meta["step"], model, result)

@@ -11,13 +11,16 @@ def conditions(model: Any, n: int, *, label: int | None = None, text: str | None
     """Arguments of `model.sample(n, ...)` for `n` images of a class or of a text; empty if neither is given.
 
     Raises:
-        UsageError: the model does not take what is given.
+        UsageError: the model does not take what is given, or has no such class.
     """
     takes = inspect.signature(model.sample).parameters if hasattr(model, "sample") else {}
     for name, given, argument in (("class", label, "labels"), ("text", text, "captions")):
         if given is not None and argument not in takes:
             raise UsageError(f"a {name} is given, and this {type(model).__name__} draws without one")
-    labels = {} if label is None else {"labels": torch.full((n,), label)}
+    classes = getattr(getattr(model, "config", None), "classes", 2**31)
+    if label is not None and not 0 <= label < classes:
+        raise UsageError(f"the class must be between 0 and {classes - 1}, not {label}")
+    labels = {} if label is None else {"labels": torch.full((n,), label, dtype=torch.int64, device="cpu")}
     return labels if text is None else {**labels, "captions": [text] * n}
 
 
@@ -37,7 +40,8 @@ class Drawing(nn.Module):
                 f"a {type(model).__name__} draws from {' and '.join(takes)}, and not from noise and labels alone"
             )
         self.model = model
-        self.example: tuple[Tensor, ...] = (model.latent(1), *(torch.zeros(1, dtype=torch.int64) for _ in takes))
+        z: Tensor = model.latent(1)
+        self.example = (z, *(torch.zeros(1, dtype=torch.int64, device=z.device) for _ in takes))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.model.generate(*inputs)
@@ -76,7 +80,7 @@ def interpolate(
     ends = model.latent(points, generator=generator)
     if closed:
         ends = torch.cat([ends, ends[:1]])
-    position = torch.linspace(0, len(ends) - 1, frames + closed, dtype=torch.float64)[:frames]
+    position = torch.linspace(0, len(ends) - 1, frames + closed, dtype=torch.float64, device=ends.device)[:frames]
     start = position.long().clamp(max=len(ends) - 2)
     z = slerp(ends[start], ends[start + 1], (position - start).to(ends)[:, None])
     extra: tuple[Tensor, ...] = ()

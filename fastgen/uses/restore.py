@@ -23,6 +23,7 @@ def reconstruct(model: Any, images: Tensor) -> Tensor:
     return model.decode(model.encode(images)[0])
 
 
+@torch.inference_mode(False)  # a search needs gradients
 def denoise(model: Any, images: Tensor, *, std: float, steps: int = 100) -> Tensor:
     """Images without their noise.
 
@@ -36,6 +37,7 @@ def denoise(model: Any, images: Tensor, *, std: float, steps: int = 100) -> Tens
     return _most_probable(model, images, images, lambda x: x, std, steps)
 
 
+@torch.inference_mode(False)  # a search needs gradients
 def inpaint(model: Any, images: Tensor, mask: Tensor, *, steps: int = 100) -> Tensor:
     """Images with what is missing filled in; the rest stays as it is.
 
@@ -57,6 +59,7 @@ def inpaint(model: Any, images: Tensor, mask: Tensor, *, steps: int = 100) -> Te
     return images.where(~missing, _most_probable(model, images, images, lambda x: x * known, 0.0, steps))
 
 
+@torch.inference_mode(False)  # a search needs gradients
 def upscale(model: Any, images: Tensor, *, steps: int = 100) -> Tensor:
     """Images at the model's size, whose squares of pixels have the means that were given.
 
@@ -88,7 +91,7 @@ def _most_probable(
     with torch.no_grad():
         z = model.encode(guess)[0]
     with torch.enable_grad():
-        z.requires_grad_()
+        known, z = known.clone(), z.clone().requires_grad_()  # which may come from inference mode
         optimizer = torch.optim.Adam([z], _LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
         for _ in range(steps):

@@ -29,33 +29,36 @@ def translate(
         tile: height and width of a tile.
         overlap: pixels that neighbours share at least.
 
+    A picture that is smaller than the network takes, or of a size that it does not take, is continued by its last row and
+    column; the result is cut to its size.
+
     Returns:
         (N, C', H, W) in [-1, 1].
     """
     if not hasattr(model, "translate"):
         raise UsageError(f"a {type(model).__name__} translates nothing: it takes a CycleGAN")
     config = model.config
-    multiple = 2**config.unet_depth if getattr(config, "generator", "") == "unet" else 4
-    return in_tiles(lambda part: model.translate(part, direction), images, tile, overlap, multiple)
+    unet = getattr(config, "generator", "") == "unet"
+    multiple, least = (2**config.unet_depth,) * 2 if unet else (4, 8)
+    return in_tiles(lambda part: model.translate(part, direction), images, tile, overlap, multiple, least)
 
 
 @torch.no_grad()
 def in_tiles(
-    function: Callable[[Tensor], Tensor], images: Tensor, tile: int, overlap: int, multiple: int = 1
+    function: Callable[[Tensor], Tensor], images: Tensor, tile: int, overlap: int, multiple: int = 1, least: int = 1
 ) -> Tensor:
-    """function(images) computed in tiles; heights and widths it is given are multiples of `multiple`."""
+    """function(images) computed in tiles; heights and widths it is given are multiples of `multiple` from `least` up."""
     grid = math.gcd(multiple, 4)  # where tiles start: strided layers see them as they see the whole
-    if tile < 1 or tile % multiple or not 0 <= overlap <= min(tile // 2, tile - grid):
-        raise UsageError(
-            f"tile must be a multiple of {multiple} and at least twice overlap, not {tile} with overlap {overlap}"
-        )
+    if tile < least or tile % multiple or not 0 <= overlap <= min(tile // 2, tile - grid):
+        wanted = f"a multiple of {multiple}" + (f" from {least}" if least > multiple else "")
+        raise UsageError(f"tile must be {wanted} and at least twice overlap, not {tile} with overlap {overlap}")
     height, width = images.shape[2:]
-    bottom, right = (-size % (grid if size > tile else multiple) for size in (height, width))
+    bottom, right = (max(-size % (grid if size > tile else multiple), least - size) for size in (height, width))
     images = pad(images, (0, right, 0, bottom), "replicate")
     rows, columns = (_starts(size, tile, overlap, grid) for size in images.shape[2:])
     if len(rows) == len(columns) == 1:
         return function(images)[:, :, :height, :width]
-    total, weights = None, torch.zeros(images.shape[2:])
+    total, weights = None, torch.zeros(images.shape[2:], dtype=torch.float32, device="cpu")
     for top in rows:
         for left in columns:
             part = function(images[:, :, top : top + tile, left : left + tile]).float()
@@ -82,8 +85,9 @@ def _starts(size: int, tile: int, overlap: int, grid: int) -> list[int]:
 
 def _fade(start: int, starts: list[int], size: int, overlap: int) -> Tensor:
     """Weight of each of a tile's pixels: 0 for a quarter of the overlap, whose surroundings are cut off, then up to 1."""
-    ramp = ((torch.arange(overlap) + 0.5 - overlap / 4) / max(overlap / 2, 1)).clamp(0, 1)
-    weights = torch.ones(size)
+    pixels = torch.arange(overlap, dtype=torch.float32, device="cpu")
+    ramp = ((pixels + 0.5 - overlap / 4) / max(overlap / 2, 1)).clamp(0, 1)
+    weights = torch.ones(size, dtype=torch.float32, device="cpu")
     if start != starts[0]:
         weights[:overlap] *= ramp
     if start != starts[-1]:

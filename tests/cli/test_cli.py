@@ -70,7 +70,7 @@ def test_tune_a_run(run, tmp_path, capsys, monkeypatch, options):
 
 
 def test_tune_names_what_it_does_not_know(run, capsys):
-    assert "batch must be at least 1, not 0" in fails(capsys, 2, "tune", run, "--batch", 0)
+    assert "batch must be between 1 and 65536, not 0" in fails(capsys, 2, "tune", run, "--batch", 0)
     assert "unknown model 'dcgn': did you mean dcgan" in fails(capsys, 2, "tune", "dcgn")
     assert "seconds must be positive" in fails(capsys, 2, "tune", "lsgan", "--batch", 1, "--seconds", 0)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastgen.data import ImageDataset
-from fastgen.errors import FastgenError, UsageError
+from fastgen.errors import DataError, FastgenError, UsageError
 from fastgen.metrics import FeatureExtractor, Reference, inception, train_classifier
 
 pytest.importorskip("torchmetrics")
@@ -131,3 +131,56 @@ def test_inception_comes_from_a_file_at_hand(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTGEN_INCEPTION", str(path))
     with pytest.raises(FastgenError, match="is not a TorchScript file"):
         inception()
+
+
+def nan_at(images, at, value=float("nan")):
+    images = images.clone()
+    images[at, 0, 1, 1] = value
+    return images
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_image_that_is_not_finite_is_named(value):
+    bad = nan_at(normal(30), 17, value)
+    for which, sets in (("generated", (bad, normal(20), normal(20))), ("real", (normal(20), bad, normal(20)))):
+        with pytest.raises(DataError, match=f"{which} must be finite, and of 30 images number 17"):
+            compare(*sets, PIXELS)
+    overflow = FeatureExtractor(lambda images: (images.flatten(1) * 1e38, None), "large numbers")
+    with pytest.raises(DataError, match="the features of held must be finite, and of 20 images number 3"):
+        compare(normal(20), normal(20) / 100, nan_at(normal(20) / 100, 3, 40.0), overflow)
+    with pytest.raises(DataError, match="stripes must be finite, and of 200 images number 5"):
+        train_classifier(ImageDataset("stripes", nan_at(stripes(200, 0).images, 5, value)), steps=1)
+
+
+def test_constant_and_huge_images_have_figures():
+    one, others = torch.full((30, 1, 2, 2), 0.7), normal(40, seed=1)
+    same = compare(one, one, one, PIXELS)
+    assert same["fid"].value == 0 and same["precision"].value == same["recall"].value == 1
+    assert compare(one, one - 0.5, one - 0.5, PIXELS)["fid"].value == pytest.approx(4 * 0.5**2)
+    collapsed = compare(one, others, others, PIXELS)
+    mean, variance = others.flatten(1).double().mean(0), others.flatten(1).double().var(0).sum()
+    assert collapsed["fid"].value == pytest.approx(((mean - 0.7).square().sum() + variance).item(), rel=1e-6)
+    assert collapsed["recall"].value == 0
+    huge = compare(torch.full((20, 1, 2, 2), 1e30), others, others, PIXELS)
+    assert huge["fid"].value == pytest.approx(4e60) and huge["precision"].value == 0
+    constant = ImageDataset("grey", torch.zeros(40, 1, 8, 8))
+    figures = Reference(constant.images, constant.images, train_classifier(constant, constant, steps=2))
+    assert figures.compare(constant.images)["fid"].value == 0
+
+
+def test_what_the_process_has_set_changes_no_figure():
+    sets, images = [stripes(60, 0), stripes(60, 1)], [stripes(40, seed).images for seed in range(3)]
+
+    def figures():
+        return compare(images[2], images[0], images[1], train_classifier(*sets, steps=2))
+
+    expected = figures()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            found = figures()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert found == expected

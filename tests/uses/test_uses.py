@@ -9,7 +9,7 @@ from torch.nn.functional import avg_pool2d, conv2d, interpolate, mse_loss, pad
 
 from fastgen import uses
 from fastgen.data import save_animation
-from fastgen.errors import DataError, UsageError
+from fastgen.errors import DataError, FastgenError, UsageError
 from fastgen.uses.draw import slerp
 from fastgen.uses.translate import in_tiles
 
@@ -191,8 +191,11 @@ def test_pictures_of_a_folder(tmp_path, caplog):
     def negative(image):
         return -image
 
+    written = uses.transform_pictures(source, out, negative, 3)
+    assert [path.name for path in written] == ["a.bmp.png", "a.png.png"]
+    assert "b.png is grey, and the model needs colour" in caplog.text
     with pytest.raises(DataError, match=r"b\.png is grey, and the model needs colour"):
-        uses.transform_pictures(source, out, negative, 3)
+        uses.transform_pictures(source, out, negative, 3, strict=True)
     written = uses.transform_pictures(source, out, negative, 3, grey_as_colour=True)
     assert [path.name for path in written] == ["a.bmp.png", "a.png.png", "b.png"] and "left out" in caplog.text
     with Image.open(out / "a.png.png") as picture:
@@ -210,3 +213,75 @@ def test_pictures_of_a_folder(tmp_path, caplog):
             uses.transform_pictures(*arguments, negative, 3)
     with pytest.raises(DataError, match=r"c\.png is not an image"):
         uses.transform_pictures(source, out, negative, 3, grey_as_colour=True, strict=True)
+
+
+def test_a_picture_that_fails_leaves_the_others(tmp_path, caplog):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name, size in (("a", (3, 9)), ("b", (9, 9)), ("c", (2, 2))):
+        Image.new("L", size).save(source / f"{name}.png")
+
+    def reflect(image):
+        return pad(image, (3, 3, 3, 3), "reflect")
+
+    (written,) = uses.transform_pictures(source, out, reflect, 1)
+    assert written.name == "b.png" and "a.png: RuntimeError: " in caplog.text and "c.png: " in caplog.text
+    with pytest.raises(RuntimeError, match=r"[Pp]adding"):
+        uses.transform_pictures(source, out, reflect, 1, strict=True)
+    (source / "b.png").unlink()
+    with pytest.raises(RuntimeError, match=r"[Pp]adding"):  # as for a function that is wrong
+        uses.transform_pictures(source, out, reflect, 1)
+    with pytest.raises(FastgenError, match="not finite"):
+        uses.transform_pictures(source, out, lambda image: image / 0, 1)
+
+    def wrong(image):
+        raise UsageError("tile must be")
+
+    with pytest.raises(UsageError, match="tile must be"):
+        uses.transform_pictures(source, out, wrong, 1)
+
+
+class Picky:
+    """A network that takes what a ResNet takes."""
+
+    config = SimpleNamespace(generator="resnet")
+
+    def translate(self, images, direction):
+        assert all(side % 4 == 0 and side >= 8 for side in images.shape[2:])
+        return images
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 100), (70, 2), (4, 4), (9, 12)])
+def test_thin_pictures_are_continued_and_cut(size):
+    images = torch.rand(1, 3, *size)
+    torch.testing.assert_close(uses.translate(Picky(), images, tile=64, overlap=32), images)
+    with pytest.raises(UsageError, match="tile must be a multiple of 4 from 8"):
+        uses.translate(Picky(), images, tile=4, overlap=0)
+
+
+def test_classes_and_defaults(vae, images):
+    for label in (-1, 10, 2**70):
+        with pytest.raises(UsageError, match=f"the class must be between 0 and 9, not {label}"):
+            uses.conditions(
+                SimpleNamespace(sample=ClassDrawer().sample, config=SimpleNamespace(classes=10)), 2, label=label
+            )
+    whole = torch.rand(1, 3, 40, 40)
+
+    def results():
+        with torch.inference_mode():
+            return [
+                uses.denoise(vae, images, std=0.5, steps=3), uses.upscale(vae, avg_pool2d(images, 2), steps=3),
+                uses.inpaint(vae, images, images[0, 0] > 0, steps=3), uses.translate(Picky(), whole, tile=16, overlap=8),
+                uses.conditions(ClassDrawer(), 3, label=2)["labels"],
+            ]  # fmt: skip
+
+    expected = results()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for mine, its in zip(found, expected, strict=True):
+        assert mine.dtype == its.dtype and torch.equal(mine, its)

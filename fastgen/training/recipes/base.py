@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
+from torch.overrides import TorchFunctionMode
 
 from fastgen.data import Batch, BatchSampler, DomainPair, ImageDataset
 from fastgen.errors import CheckpointError, DataError
@@ -62,9 +63,10 @@ class Recipe(ABC):
         ]
         self.model_options = self.make_model_options()
         if state is not None:
-            with torch.device("meta"):
+            with plain_defaults("meta"):
                 _check_fits(create_model(self.model_name, **self.model_options), _under(state, "model."), "model.")
-        model: Any = create_model(self.model_name, **self.model_options)
+        with plain_defaults():
+            model: Any = create_model(self.model_name, **self.model_options)
         self.model = model.to(device, memory_format=torch.channels_last)  # a quarter faster on the CPU too
         self.extra = self.make_extra().to(device)
         self.optimizers = {name: self._make_optimizer(parts) for name, parts in self.parts.items()}
@@ -91,6 +93,11 @@ class Recipe(ABC):
     def make_extra(self) -> nn.Module:
         """What has state besides the model, as buffers."""
         return nn.Module()
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """What the labels that the model is given stand for; None if it is given none."""
+        return None
 
     def one_set(self) -> ImageDataset:
         """The data.
@@ -198,6 +205,23 @@ class Recipe(ABC):
         if config.optimizer == "sgd":
             return SGD(parameters, config.lr, config.beta1, fused=True)
         return Adam(parameters, config.lr, (config.beta1, config.beta2), fused=True)
+
+
+class _Float32(TorchFunctionMode):
+    """What is made without a dtype is float32 in the context, whatever torch.set_default_dtype says; in this thread alone."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn) and kwargs.get("dtype") is None:
+            kwargs["dtype"] = torch.float32
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def plain_defaults(device: str = "cpu") -> Iterator[None]:
+    """Models that are made in the context are float32 on `device`, whatever the process has set."""
+    with torch.device(device), _Float32():
+        yield
 
 
 @contextlib.contextmanager

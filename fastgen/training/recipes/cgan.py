@@ -26,9 +26,13 @@ class CGANRecipe(DCGANRecipe):
             "condition": config.condition,
         }
 
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.one_set().classes
+
     def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
         assert batch.labels is not None  # make_model_options asked for them
         return (batch.labels,)
 
     def sample_conditions(self, model: Any, n: int) -> tuple[Tensor, ...]:
-        return ((torch.arange(n) % self.model_options["classes"]).to(self.device),)
+        return (torch.arange(n, device=self.device) % self.model_options["classes"],)

@@ -67,7 +67,7 @@ class CycleGANRecipe(Recipe):
             self.update("generators", total)
 
         pool: Any = self.extra
-        d_loss = torch.zeros((), device=self.device)
+        d_loss = torch.zeros((), dtype=torch.float32, device=self.device)
         for discriminator, real, fake, shown in (
             (model.discriminator_a, a, fake_a, pool["a"]),
             (model.discriminator_b, b, fake_b, pool["b"]),
@@ -82,7 +82,7 @@ class CycleGANRecipe(Recipe):
     def calibrate(self, model: Any) -> None:
         for source, generator in ((self.data.a, model.a_to_b), (self.data.b, model.b_to_a)):
             count = min(256, len(source))
-            for indices in (torch.arange(count) * len(source) // count).split(32):
+            for indices in (torch.arange(count, device="cpu") * len(source) // count).split(32):
                 generator(source.batch(indices).to(self.device).images)
 
     def sample(self, n: int, seed: int) -> Tensor:
@@ -90,7 +90,7 @@ class CycleGANRecipe(Recipe):
         columns = []
         for source, direction in ((self.data.a, "a_to_b"), (self.data.b, "b_to_a")):
             each = -(-n // 4)
-            images = source.batch(torch.arange(each) * len(source) // each).images.to(self.device)
+            images = source.batch(torch.arange(each, device="cpu") * len(source) // each).images.to(self.device)
             columns += [images, self.ema.model.translate(images, direction)]
         channels = max(images.shape[1] for images in columns)
         columns = [images.expand(-1, channels, -1, -1) for images in columns]
@@ -107,8 +107,8 @@ class ImagePool(nn.Module):
 
     def __init__(self, size: int, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.register_buffer("images", torch.zeros(size, *shape))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("images", torch.zeros(size, *shape, dtype=torch.float32, device="cpu"))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     def forward(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Each image, or with a chance of one half one from the pool, whose place it takes once the pool is full."""
@@ -117,7 +117,7 @@ class ImagePool(nn.Module):
             if (count := int(self.count)) < size:
                 self.images[count] = image
                 self.count += 1
-            elif torch.rand((), generator=generator) < 0.5:
-                place = int(torch.randint(size, (), generator=generator))
+            elif torch.rand((), generator=generator, dtype=torch.float32, device="cpu") < 0.5:
+                place = int(torch.randint(size, (), generator=generator, device="cpu"))
                 shown[at], self.images[place] = self.images[place].clone(), image
         return shown

@@ -12,6 +12,8 @@ from fastgen.training.augment import augment
 from fastgen.training.config import DCGANTraining, GANTraining, MLPGANTraining
 from fastgen.training.recipes.base import Recipe, frozen
 
+_CALIBRATION = 4096  # images that the statistics of batch norms are estimated from
+
 
 class GANRecipe(Recipe):
     """`d_steps` updates of the discriminator, then one of the generator, on the images that it was shown last.
@@ -66,7 +68,8 @@ class GANRecipe(Recipe):
         self, step: int, real: Tensor, fake: Tensor, conditions: tuple[Tensor, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What the settings add to the discriminator's loss, and each of it before its weight."""
-        config, total, report = self.config, torch.zeros((), device=self.device), {}
+        config, report = self.config, {}
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
         if config.r1_gamma and step % config.r1_every == 0:
             real = real.detach().requires_grad_()
             report["r1"] = losses.r1_penalty(self.judge(real, *conditions), real)
@@ -82,7 +85,7 @@ class GANRecipe(Recipe):
         return augment(images, self.config.augmentations, self.noise)
 
     def calibrate(self, model: Any) -> None:
-        z = model.latent(4096, generator=torch.Generator().manual_seed(self.config.seed))
+        z = model.latent(_CALIBRATION, generator=torch.Generator().manual_seed(self.config.seed))
         for part in zip(*(tensor.split(256) for tensor in (z, *self.sample_conditions(model, len(z)))), strict=True):
             model.generate(*part)
 

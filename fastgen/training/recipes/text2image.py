@@ -42,7 +42,8 @@ class Text2ImageRecipe(DCGANRecipe):
         discriminator, (condition,) = self.model.discriminator, conditions
         assert batch.captions is not None  # make_model_options asked for them
         kinds = batch.captions if batch.labels is None else batch.labels.tolist()
-        wrong = torch.tensor([at for at, kind in enumerate(kinds) if kind != kinds[at - 1]], device=self.device).long()
+        others = [at for at, kind in enumerate(kinds) if kind != kinds[at - 1]]
+        wrong = torch.tensor(others, dtype=torch.int64, device=self.device)
         with self.autocast():
             features = discriminator.features(torch.cat([real, fake]))
             features = torch.cat([features, features[wrong]])

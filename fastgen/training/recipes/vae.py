@@ -29,8 +29,7 @@ class VAERecipe(Recipe):
         }
         if config.architecture == "mlp":
             return options | {"width": 25 * config.width}
-        halvings = max(1, (config.image_size // 4).bit_length() - 1)  # to about 4x4 pixels
-        return options | {"widths": [config.width * 2**level for level in range(halvings)]}
+        return options | {"widths": [config.width * 2**level for level in range(config.halvings)]}
 
     def step(self, step: int) -> dict[str, Tensor]:
         config, model = self.config, self.model
@@ -59,8 +58,9 @@ class VAERecipe(Recipe):
     def _some(self) -> Iterator[tuple[Tensor, torch.Generator]]:
         """Images of the data, spread out, and a source of noise: always the same."""
         count = min(2048, len(self.data))
+        count -= count % 256 == 1  # batch norm cannot take a last batch of one
         noise = torch.Generator(self.device).manual_seed(self.config.seed)
-        for indices in (torch.arange(count) * len(self.data) // count).split(256):
+        for indices in (torch.arange(count, device="cpu") * len(self.data) // count).split(256):
             yield self.data.batch(indices).to(self.device).images, noise
 
     def sample(self, n: int, seed: int) -> Tensor:
