@@ -361,7 +361,8 @@ def _networks(model: Any, n: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
     import torch
 
-    config, cpu = model.config, {"dtype": torch.float32, "device": "cpu"}
+    config = model.config
+    cpu: Any = {"dtype": torch.float32, "device": "cpu"}
 
     def images(channels: int) -> Any:
         return torch.rand(n, channels, config.image_size, config.image_size, **cpu) * 2 - 1

@@ -1,6 +1,6 @@
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -56,12 +56,15 @@ def run_train(kind: type[TrainConfig], arguments: list[str]) -> int:
 
 
 def _parse(config: TrainConfig, arguments: list[str]) -> _Options[TrainConfig]:
+    """The options given; their values are checked here, as tyro would draw a box around the one line of an error."""
     kind = type(config)
-    return tyro.cli(
-        _Options[kind],  # type: ignore[valid-type]
+    unchecked = type(kind.__name__, (kind,), {"__post_init__": lambda self: None, "__module__": kind.__module__})
+    options = tyro.cli(
+        _Options[unchecked],  # type: ignore[valid-type]
         prog=f"fastgen train {kind.system}",
         description="Train on a data set; leaves a run folder: settings, metrics, checkpoint, samples, plots. "
         "The defaults are a recipe that works.",
         args=arguments,
-        default=_Options(config, out=tyro.MISSING),
+        default=_Options(unchecked(**vars(config)), out=tyro.MISSING),
     )
+    return replace(options, config=kind(**vars(options.config)))

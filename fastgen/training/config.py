@@ -61,8 +61,9 @@ class TrainConfig:
     """Decay a step of the averaged weights, which make the samples."""
 
     def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            _check_type(field.name, typing.get_type_hints(type(self))[field.name], getattr(self, field.name))
+            _check_type(field.name, hints[field.name], getattr(self, field.name))
         for kind in type(self).__mro__:
             for name, (least, most) in vars(kind).get("ranges", {}).items():
                 self._check(name, least <= getattr(self, name) <= most, f"between {least} and {most}")

@@ -15,6 +15,7 @@ from fastgen.errors import UsageError
 
 _STD = 0.1  # of the pixels given z, for a model that does not say
 _LEARNING_RATE = 0.1
+_MAX_STEPS = 10**6
 
 
 @torch.no_grad()
@@ -84,8 +85,8 @@ def _most_probable(
     model: Any, known: Tensor, guess: Tensor, degrade: Callable[[Tensor], Tensor], noise: float, steps: int
 ) -> Tensor:
     """decode(z) for the z that fits `known` best; `guess` is an image to start from."""
-    if steps < 0:
-        raise UsageError(f"steps must not be negative, got {steps}")
+    if not 0 <= steps <= _MAX_STEPS:
+        raise UsageError(f"steps must be between 0 and {_MAX_STEPS}, not {steps}")
     log_std = getattr(model, "log_std", None)
     std = _STD if log_std is None else float(log_std.detach().exp())
     with torch.no_grad():

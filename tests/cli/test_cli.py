@@ -86,6 +86,9 @@ def test_resume_takes_the_stored_settings(run, tmp_path, capsys):
 def test_misuse_is_one_line_and_exit_code_2(run, tmp_path, capsys):
     assert "did you mean train" in fails(capsys, 2, "trian")
     assert "unknown model 'dcgn': did you mean dcgan" in fails(capsys, 2, "train", "dcgn", "--out", tmp_path / "a")
+    assert "steps must be between 1 and 1000000000, not 0" in fails(
+        capsys, 2, "train", "dcgan", "--steps", 0, "--out", tmp_path / "a"
+    )
     line = fails(capsys, 2, "train", "dcgan", "--data", "digts", "--out", tmp_path / "a")
     assert "unknown data set 'digts': did you mean digits" in line
     for n in (0, -1, 10_000_000):
@@ -104,7 +107,6 @@ def test_misuse_is_one_line_and_exit_code_2(run, tmp_path, capsys):
         "train",
         "train dcgan",
         "train dcgan --out x --steps no",
-        "train dcgan --out x --steps 0",
         "generate",
         "info 3",
     ],

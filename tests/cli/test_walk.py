@@ -1,0 +1,198 @@
+"""Every option of every system and command, at and beyond its edges: it works, or one line says why not.
+
+The options are read from the settings' classes and the commands' signatures, so that a new one is walked too.
+"""
+
+import dataclasses
+import functools
+import inspect
+import os
+import types
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("sklearn")
+
+import fastgen.data
+from fastgen import cli
+from fastgen.cli import main
+from fastgen.errors import FastgenError, UsageError
+from fastgen.metrics import train_classifier
+from fastgen.training import CONFIGS, loop, run, train
+from fastgen.training.recipes import gan
+
+NUMBERS = [0, 1, 2, -1, 10**30]
+EDGES = {
+    int: NUMBERS,
+    float: [0.0, 1.0, -1.0, 1e30, float("nan"), float("inf")],
+    str: ["", "x", "."],
+    bool: [True, False],
+}
+GAN = {"nz": 2, "ngf": 2, "ndf": 2}
+TINY = {
+    "gan": {"nz": 2, "width": 4, "image_size": 8},
+    "vae": {"nz": 2, "width": 2, "image_size": 8},
+    "cgan": {**GAN, "embedding": 2},
+    "text2image": {**GAN, "text_width": 4, "text_layers": 1, "condition": 2},
+    "cyclegan": {"ngf": 2, "ndf": 2, "image_size": 16, "unet_depth": 2, "blocks": 1, "pool_size": 2},
+}  # fmt: skip
+
+
+def edges(wanted):
+    """Values of a type at and beyond its edges."""
+    if typing.get_origin(wanted) is typing.Annotated:
+        return edges(typing.get_args(wanted)[0])
+    if typing.get_origin(wanted) is typing.Literal:
+        return list(typing.get_args(wanted))
+    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
+        return edges(typing.get_args(wanted)[0])
+    return EDGES[wanted]
+
+
+@functools.cache
+def small(name, image_size, *, strict=False):
+    """Nine images of a data set, or of each of its domains."""
+
+    def some(data):
+        labels, captions = (None if values is None else values[:9] for values in (data.labels, data.captions))
+        return dataclasses.replace(data, images=data.images[:9], labels=labels, captions=captions)
+
+    data = fastgen.data.load_dataset(name, image_size, strict=strict)
+    if isinstance(data, fastgen.data.DomainPair):
+        return dataclasses.replace(data, a=some(data.a), b=some(data.b))
+    return some(data)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick(tmp_path_factory):
+    """Small data; nothing waits for the disk; what follows training has tests of its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("here"))
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(loop, "load_dataset", small)
+        patch.setattr(run, "finish_run", lambda *arguments: None)
+        patch.setattr(loop, "_GRID", 4)
+        patch.setattr(gan, "_CALIBRATION", 8)
+        yield
+    torch.set_num_threads(threads)
+
+
+def settings_at_edges(system):
+    """Settings that differ from tiny ones by an option's edge, with a batch of one image; those refused are left out."""
+    kind = CONFIGS[system]
+    hints, own = typing.get_type_hints(kind), {*vars(kind)["__annotations__"]}
+    tiny = TINY.get(system, GAN) | {"steps": 1, "batch_size": 1}
+    for field in dataclasses.fields(kind):
+        if system != "gan" and field.name not in own | {"batch_size", "image_size", "precision", "optimizer"}:
+            continue  # what all systems have is walked once
+        for value in edges(hints[field.name]):
+            try:
+                yield field.name, value, kind(**(tiny | {field.name: value}))
+            except UsageError as error:
+                assert field.name in str(error) or "batch_size" in str(error)
+
+
+@pytest.mark.parametrize("system", CONFIGS)
+def test_training_with_settings_at_their_edges(system, tmp_path):
+    done = 0
+    for number, (name, value, config) in enumerate(settings_at_edges(system)):
+        try:
+            train(config, tmp_path / str(number))
+            done += 1
+        except (UsageError, FastgenError, OSError):
+            pass  # one line on the command line
+        except Exception as error:
+            raise AssertionError(f"{system} with {name} {value!r}: {type(error).__name__}: {error}") from error
+    assert done > 5
+
+
+def check(capsys, arguments):
+    """Runs a command, which must succeed or say in one line why not; returns the exit code."""
+    arguments = [str(argument) for argument in arguments]
+    try:
+        code = main(arguments)
+    except SystemExit as exit:  # the parser's own page, for what is no value of the option's type
+        code = exit.code
+        assert code == 2, arguments
+        return code
+    except Exception as error:
+        raise AssertionError(f"{' '.join(arguments)}: {type(error).__name__}: {error}") from error
+    errors = capsys.readouterr().err.splitlines()
+    said = [line for line in errors if line.startswith("fastgen: error: ")]
+    assert (code in (0, 1, 2) and len(said) == bool(code) and errors[-1:] == said) or not code, (
+        arguments,
+        code,
+        errors,
+    )
+    return code
+
+
+@pytest.fixture(scope="module")
+def things(quick, tmp_path_factory):
+    """Paths by name: runs of four systems, a plan, pictures, a mask, an empty folder and a file of text."""
+    root = tmp_path_factory.mktemp("things")
+    for system in ("gan", "vae", "cgan", "cyclegan"):
+        train(CONFIGS[system](**TINY[system], steps=1, batch_size=2), root / system)
+    (root / "pictures").mkdir()
+    for name, size in (("thin", (1, 40)), ("wide", (40, 9))):
+        Image.new("L", size, 99).save(root / "pictures" / f"{name}.png")
+    Image.linear_gradient("L").save(root / "mask.png")
+    (root / "empty").mkdir()
+    (root / "text").write_text("no picture")
+    assert main(["export", str(root / "vae"), "--plan", str(root / "plan")]) == 0
+    return root
+
+
+COMMANDS = {  # arguments that work; a name of `things` stands for its path
+    "generate": ["cgan", "--n", "2", "--out", "a.png"],
+    "reconstruct": ["vae", "pictures", "--out", "out"],
+    "denoise": ["vae", "pictures", "--out", "out", "--steps", "1"],
+    "inpaint": ["vae", "pictures", "--mask", "mask.png", "--out", "out", "--steps", "1"],
+    "upscale": ["vae", "pictures", "--out", "out", "--factor", "8", "--steps", "1"],
+    "translate": ["cyclegan", "pictures", "--out", "out"],
+    "export": ["vae", "--plan", "b"],
+    "bench": ["latency", "plan", "--seconds", "0.01"],
+    "tune": ["gan", "--seconds", "0.01", "--batch", "1"],
+    "evaluate": ["cgan", "--n", "12"],
+    "info": [],
+    "build": None,  # compiles
+}
+
+
+def test_every_command_is_walked():
+    assert set(COMMANDS) == set(cli._COMMANDS)
+
+
+@pytest.mark.parametrize("command", [name for name, base in COMMANDS.items() if base is not None])
+def test_commands_with_options_at_their_edges(command, things, capsys, monkeypatch):
+    monkeypatch.setattr("fastgen.training.evaluation.load_dataset", held_small)
+    monkeypatch.setattr("fastgen.training.evaluation.train_classifier", functools.partial(train_classifier, steps=1))
+    monkeypatch.setattr("fastgen.training.evaluation.classifier_for", lambda name: None)
+    base = [str(things / part) if (things / part).exists() else part for part in COMMANDS[command]]
+    assert check(capsys, [command, *base]) == 0
+    hints = typing.get_type_hints(cli._COMMANDS[command], include_extras=True)
+    position = 0
+    for name, parameter in inspect.signature(cli._COMMANDS[command]).parameters.items():
+        positional = parameter.annotation.startswith("Positional")
+        paths = ["", "nothing", things / "empty", things / "text", things / "pictures"]
+        wanted = typing.get_args(hints[name])[0] if positional else hints[name]
+        for value in paths if wanted is Path else edges(wanted):
+            if positional:
+                check(capsys, [command, *base[:position], value, *base[position + 1 :]])
+            elif isinstance(value, bool):
+                check(capsys, [command, *base, f"--{'' if value else 'no-'}{name.replace('_', '-')}"])
+            else:
+                flag = "--class" if name == "label" else "--" + name.replace("_", "-")
+                check(capsys, [command, *base, flag, value])
+        position += positional
+
+
+def held_small(name, image_size, *, split="train", strict=False):
+    data = fastgen.data.load_dataset(name, image_size, split=split)
+    return dataclasses.replace(data, images=data.images[:40], labels=data.labels[:40], captions=None)
