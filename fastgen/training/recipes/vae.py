@@ -58,7 +58,7 @@ class VAERecipe(Recipe):
     def _some(self) -> Iterator[tuple[Tensor, torch.Generator]]:
         """Images of the data, spread out, and a source of noise: always the same."""
         count = min(2048, len(self.data))
-        count -= count % 256 == 1  # batch norm cannot take a last batch of one
+        count -= count > 1 and count % 256 == 1  # batch norm cannot take a last batch of one
         noise = torch.Generator(self.device).manual_seed(self.config.seed)
         for indices in (torch.arange(count, device="cpu") * len(self.data) // count).split(256):
             yield self.data.batch(indices).to(self.device).images, noise
