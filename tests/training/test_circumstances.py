@@ -79,7 +79,7 @@ def test_a_run_keeps_its_classes(classes, tmp_path):
     more = dataclasses.replace(config, steps=2)
     for part in ("train", "test"):
         (classes / part / "a").rename(classes / part / "c")
-    with pytest.raises(DataError, match="the classes of .*data are not those that the model learned: a, c changed"):
+    with pytest.raises(DataError, match=r"the classes of .*data are not those that the model learned: a, c changed"):
         train(more, run, resume=True)
     with pytest.raises(DataError, match="not those that the model learned"):
         evaluate(run, 10)
@@ -92,7 +92,7 @@ def test_a_part_held_out_that_is_wrong_is_not_replaced_by_half_of_the_other(clas
     config = CONFIGS["gan"](**GAN | {"data": str(classes), "width": 4, "image_size": 8})
     run = train(config, tmp_path / "run").folder
     (classes / "test" / "a").rename(classes / "test" / "other")
-    with pytest.raises(DataError, match="test has a class 'other', and .*train has not"):
+    with pytest.raises(DataError, match=r"test has a class 'other', and .*train has not"):
         evaluate(run, 10)
 
 
