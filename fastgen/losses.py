@@ -97,8 +97,8 @@ def gradient_penalty(
         generator: of the points; drawn on its device.
     """
     device = real.device if generator is None else generator.device
-    share = torch.rand(len(real), 1, 1, 1, generator=generator, device=device).to(real.device, real.dtype)
-    between = torch.lerp(real.detach(), fake.detach(), share).requires_grad_()
+    share = torch.rand(len(real), 1, 1, 1, generator=generator, dtype=torch.float32, device=device)
+    between = torch.lerp(real.detach(), fake.detach(), share.to(real.device, real.dtype)).requires_grad_()
     gradient = _input_gradient(discriminator(between), between)
     return (gradient.norm(dim=1) - 1).square().mean()
 

@@ -87,7 +87,7 @@ def reconstruct(run: Positional[Path], pictures: Positional[Path], out: Path, st
         run: Run folder of a VAE.
         pictures: Folder of pictures, or one; each is scaled down and cut to the model's size.
         out: Folder to write to.
-        strict: A damaged picture is an error; otherwise it is named and left out.
+        strict: A picture that cannot be used is an error; otherwise it is named and left out.
     """
     from fastgen.uses import reconstruct
 
@@ -111,7 +111,7 @@ def denoise(
         out: Folder to write to.
         std: Standard deviation of the noise; black is -1 and white 1.
         steps: Steps of the search for the picture.
-        strict: A damaged picture is an error; otherwise it is named and left out.
+        strict: A picture that cannot be used is an error; otherwise it is named and left out.
     """
     from fastgen.uses import denoise
 
@@ -130,7 +130,7 @@ def inpaint(
         mask: Picture that is white where the pictures are to be filled in, scaled and cut as they are.
         out: Folder to write to.
         steps: Steps of the search for the picture.
-        strict: A damaged picture is an error; otherwise it is named and left out.
+        strict: A picture that cannot be used is an error; otherwise it is named and left out.
     """
     import torch
 
@@ -160,7 +160,7 @@ def upscale(
         out: Folder to write to.
         factor: How many times higher and wider they become.
         steps: Steps of the search for the picture.
-        strict: A damaged picture is an error; otherwise it is named and left out.
+        strict: A picture that cannot be used is an error; otherwise it is named and left out.
     """
     from fastgen.uses import upscale
 
@@ -189,7 +189,7 @@ def translate(
         direction: From the first domain to the second, or back.
         tile: Height and width of the tiles that a large picture is worked on in.
         overlap: Pixels that neighbouring tiles share.
-        strict: A damaged picture is an error; otherwise it is named and left out.
+        strict: A picture that cannot be used is an error; otherwise it is named and left out.
     """
     from fastgen.training import load_model
     from fastgen.uses import transform_pictures, translate

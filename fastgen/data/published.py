@@ -119,8 +119,10 @@ def _read_cifar_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _read_cifar_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         content = _ArraysOnly(io.BytesIO(_read(path)), encoding="bytes").load()
-        pixels = np.asarray(content[b"data"], np.uint8).reshape(-1, 3, 32, 32)
-        return pixels, np.asarray(content[b"labels"], np.int64)
+        pixels = np.asarray(content[b"data"])
+        if pixels.dtype != np.uint8:
+            raise DataError(f"{path} is not a batch of CIFAR-10: its pixels are {pixels.dtype}, not uint8")
+        return pixels.reshape(-1, 3, 32, 32), np.asarray(content[b"labels"], np.int64)
     except DataError:
         raise
     except Exception as error:  # a damaged pickle fails in any way

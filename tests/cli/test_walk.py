@@ -149,6 +149,17 @@ def things(quick, tmp_path_factory):
     return root
 
 
+def test_training_with_paths_at_their_edges(things, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "load_dataset", fastgen.data.load_dataset)
+    base = ["train", "gan", "--steps", 1, "--batch-size", 1]
+    for path in ("", "nothing", "no/thing", things / "empty", things / "text", things / "pictures", things / "vae"):
+        assert check(capsys, [*base, "--out", "a", "--data", path]) in (1, 2)
+        if path != "no/thing":
+            check(capsys, [*base, "--out", path, "--resume"])
+            check(capsys, [*base, "--out", path, "--data", "colour-to-grey"])
+    assert check(capsys, [*base[:3], "nan", "--out", "a"]) == check(capsys, [*base, "--lr", "nan", "--out", "a"]) == 2
+
+
 COMMANDS = {  # arguments that work; a name of `things` stands for its path
     "generate": ["cgan", "--n", "2", "--out", "a.png"],
     "reconstruct": ["vae", "pictures", "--out", "out"],

@@ -277,6 +277,10 @@ def test_cifar10(tmp_path):
         batch = load(tmp_path / kind, 32).all()
         assert torch.equal(batch.images, torch.from_numpy(pixels).float() / 127.5 - 1)
         assert batch.labels.tolist() == list(range(10)) and batch.captions[0] == "a photo of an airplane"
+    batch = {b"data": pixels[:2].reshape(2, -1) / 255, b"labels": [0, 1]}
+    (tmp_path / "py" / "data_batch_2").write_bytes(pickle.dumps(batch, 3))
+    with pytest.raises(DataError, match=r"data_batch_2 is not a batch of CIFAR-10: its pixels are float64"):
+        load(tmp_path / "py")
     (tmp_path / "bin" / "data_batch_3.bin").write_bytes(b"cut short")
     with pytest.raises(DataError, match=r"data_batch_3\.bin is damaged: 9 bytes"):
         load(tmp_path / "bin")

