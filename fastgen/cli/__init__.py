@@ -12,6 +12,7 @@ import tyro
 from fastgen import __version__
 from fastgen.cli import commands
 from fastgen.cli.train import run_train
+from fastgen.cli.tune import tune
 from fastgen.errors import FastgenError, UsageError, out_of_memory, unknown_name
 from fastgen.training.config import CONFIGS
 
@@ -25,7 +26,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "export": commands.export,
     "evaluate": commands.evaluate,
     "bench": commands.bench,
-    "tune": commands.tune,
+    "tune": tune,
     "info": commands.info,
     "build": commands.build,
 }

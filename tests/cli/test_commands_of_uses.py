@@ -105,7 +105,7 @@ def test_generate_draws_what_is_asked_for(runs, tmp_path, capsys):
     for system, options, message in (
         ("vae", ("--class", 1), "a class is given, and this VAE draws without one"),
         ("cgan", ("--text", "one"), "a text is given, and this CGAN"),
-        ("cgan", ("--class", 10), "labels must be between 0 and 9, not 10"),
+        ("cgan", ("--class", 10), "the class must be between 0 and 9, not 10"),
         ("cgan", ("--interpolate", 2), "say which class or text"),
         ("text2image", (), "captions must say what to draw"),
         ("vae", ("--interpolate", 1), "points at least 2"),
