@@ -89,7 +89,7 @@ def settings_at_edges(system):
     hints, own = typing.get_type_hints(kind), {*vars(kind)["__annotations__"]}
     tiny = TINY.get(system, GAN) | {"steps": 1, "batch_size": 1}
     for field in dataclasses.fields(kind):
-        if system != "gan" and field.name not in own | {"batch_size", "image_size", "precision", "optimizer"}:
+        if system != "gan" and field.name not in own | {"batch_size"}:
             continue  # what all systems have is walked once
         for value in edges(hints[field.name]):
             try:
