@@ -109,7 +109,7 @@ def test_training_with_settings_at_their_edges(system, tmp_path):
             pass  # one line on the command line
         except Exception as error:
             raise AssertionError(f"{system} with {name} {value!r}: {type(error).__name__}: {error}") from error
-    assert done > 5
+    assert done > 1
 
 
 def check(capsys, arguments):

@@ -250,7 +250,7 @@ def damaged(run, tmp_path, change):
         ("model", None, "describes no known model"),
         ("model", {"name": ["dcgan"], "options": {}, "averaged": ["generator"]}, "describes no known model"),
         ("model", {"name": "dcgan", "options": {"nz": 10**30}, "averaged": ["generator"]}, "describes no known model"),
-        ("model", {"name": "dcgan", "options": {"ngf": 10**7}, "averaged": ["generator"]}, "another architecture"),
+        ("model", {"name": "dcgan", "options": {"ngf": 2**16}, "averaged": ["generator"]}, "another architecture"),
         (
             "model",
             {"name": "dcgan", "options": {"__class__": 1}, "averaged": ["generator"]},
