@@ -40,8 +40,8 @@ class Drawing(nn.Module):
                 f"a {type(model).__name__} draws from {' and '.join(takes)}, and not from noise and labels alone"
             )
         self.model = model
-        z: Tensor = model.latent(1)
-        self.example = (z, *(torch.zeros(1, dtype=torch.int64, device=z.device) for _ in takes))
+        z = model.latent(1)
+        self.example: tuple[Tensor, ...] = (z, *(torch.zeros(1, dtype=torch.int64, device=z.device) for _ in takes))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.model.generate(*inputs)
