@@ -103,7 +103,7 @@ def test_small_convolutions_are_pytorchs(kind, monkeypatch):
     for mine, theirs in zip(fused.state_dict().values(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, theirs)
     for mine, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
-        scale = theirs.grad.abs().max().item()  # of sums whose terms cancel: spectral norm's gradient, and that of batch norm
+        scale = theirs.grad.abs().max().item()  # the gradients of both norms are sums whose terms cancel
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-5 * scale)
 
     with fastgen.use_impl("cpp"):
