@@ -47,6 +47,7 @@ PYBIND11_MODULE(_runtime, m) {
         return std::make_unique<Plan>(std::move(file), threads);
       }))
       .def_static("load", [](const std::string& path, int threads) { return std::make_unique<Plan>(fastgen::plan::File::read(path), threads); })
+      .def("file", [](const Plan& plan) { return py::bytes(plan.file()); })
       .def("run", run)
       .def("tune", &Plan::tune, py::call_guard<py::gil_scoped_release>())
       .def("profile", &Plan::profile, py::call_guard<py::gil_scoped_release>())

@@ -167,6 +167,11 @@ std::vector<Step> check_file(const char* bytes, size_t size) {
   return steps;
 }
 
+void seal(std::string& bytes) {
+  const uint32_t checksum = crc32(bytes.data() + kChecksummed, bytes.size() - kChecksummed);
+  memcpy(bytes.data() + offsetof(Header, checksum), &checksum, sizeof(checksum));
+}
+
 bool runs(cpu::Algorithm algorithm, const Step& step, bool bfloat16) {
   using cpu::Algorithm;
   const bool statistics = step.norm != Norm::none && step.norm != Norm::affine;

@@ -11,6 +11,9 @@ Header check_header(const char* bytes, size_t size);
 // The whole file; returns its steps.
 std::vector<Step> check_file(const char* bytes, size_t size);
 
+// Writes the checksum into a file.
+void seal(std::string& bytes);
+
 // Whether the algorithm can compute the step, on some processor.
 bool runs(cpu::Algorithm algorithm, const Step& step, bool bfloat16);
 

@@ -171,7 +171,7 @@ void Plan::place_values() {
 std::unique_ptr<Plan::Workspace> Plan::lease(int64_t images) const {
   std::unique_ptr<Workspace> workspace;
   {
-    const std::lock_guard<std::mutex> lock(idle_mutex_);
+    const std::lock_guard<std::mutex> lock(sharing());
     if (!idle_.empty()) {
       workspace = std::move(idle_.back());
       idle_.pop_back();
@@ -189,7 +189,7 @@ std::unique_ptr<Plan::Workspace> Plan::lease(int64_t images) const {
 }
 
 void Plan::give_back(std::unique_ptr<Workspace> workspace) const {
-  const std::lock_guard<std::mutex> lock(idle_mutex_);
+  const std::lock_guard<std::mutex> lock(sharing());
   idle_.push_back(std::move(workspace));
 }
 
@@ -301,6 +301,13 @@ const cpu::PackedConvolution& Plan::packed(size_t i, int64_t n) const {
     mine.packed = cpu::pack_convolution(geometry(s), s.c, s.kind == Kind::conv_transpose, algorithm(i, n), value(s.weight), value(s.bias), parallel_);
   });
   return *mine.packed;
+}
+
+std::string Plan::file() const {
+  std::string bytes(file_.bytes.get(), file_.size);
+  memcpy(bytes.data() + sizeof(Header), steps_.data(), steps_.size() * sizeof(Step));
+  seal(bytes);
+  return bytes;
 }
 
 namespace {

@@ -81,6 +81,9 @@ class Plan {
   // Seconds that each step takes in the network for `n` images, or as many as run at once, the least of `repeats`.
   std::vector<double> profile(int64_t n, int64_t repeats) const;
 
+  // The bytes of a file of this plan, with the algorithms that it uses.
+  std::string file() const;
+
   const Header& header() const { return header_; }
   const std::vector<Step>& steps() const { return steps_; }
   const std::vector<End>& inputs() const { return inputs_; }
@@ -115,7 +118,6 @@ class Plan {
   int threads_;
   cpu::ParallelFor parallel_;
   std::vector<std::unique_ptr<Convolution>> convolutions_;  // for few images and for many
-  mutable std::mutex idle_mutex_;
   mutable std::vector<std::unique_ptr<Workspace>> idle_;
 
   void find_ends();

@@ -110,16 +110,26 @@ class Pool {
 // Pools are never destroyed, their threads detached. A child process has none of its parent's threads: it makes a pool of its own.
 std::atomic<Pool*> made{nullptr};
 
+void in_child() {
+  made.store(nullptr, std::memory_order_release);
+  sharing().unlock();
+}
+
+[[maybe_unused]] const int registered = pthread_atfork([] { sharing().lock(); }, [] { sharing().unlock(); }, in_child);
+
 Pool& pool() {
   if (Pool* found = made.load(std::memory_order_acquire)) return *found;
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { made.store(nullptr, std::memory_order_release); });
-  (void)registered;
   Pool* const mine = new Pool(thread_count() - 1);
   Pool* other = nullptr;
   return made.compare_exchange_strong(other, mine) ? *mine : *other;
 }
 
 }  // namespace
+
+std::mutex& sharing() {
+  static std::mutex& lock = *new std::mutex;  // never destroyed: threads may outlive the statics
+  return lock;
+}
 
 int thread_count() {
   static const int count = [] {

@@ -21,7 +21,8 @@ class Input(NamedTuple):
 
 
 class Plan:
-    """A network whose weights are packed once, on threads of its own. Several Python threads may call one plan.
+    """A network whose weights are packed once, on threads of its own. Several Python threads may call one plan, and processes
+    that are forked from one that has it; copy, deepcopy and pickle make it anew from its bytes, with threads= as given here.
 
     Args:
         data: the bytes of a plan file, as fastgen.Engine.save and `fastgen export` write it: numbers, no code.
@@ -33,7 +34,7 @@ class Plan:
 
     def __init__(self, data: bytes, *, threads: int | None = None) -> None:
         try:
-            self._open(runtime.load().Plan(bytes(data), _checked(threads)))
+            self._open(runtime.load().Plan(bytes(data), _checked(threads)), threads)
         except RuntimeError as error:
             raise PlanError(f"the plan cannot be used: {error}") from None
 
@@ -45,16 +46,23 @@ class Plan:
         native = runtime.load()
         plan = cls.__new__(cls)
         try:
-            plan._open(native.Plan.load(os.fspath(path), _checked(threads)))
+            plan._open(native.Plan.load(os.fspath(path), _checked(threads)), threads)
         except RuntimeError as error:
             raise PlanError(f"{os.fspath(path)}: {error}") from None
         return plan
 
-    def _open(self, plan: Any) -> None:
-        self._plan = plan
+    def _open(self, plan: Any, threads: int | None) -> None:
+        self._plan, self._threads = plan, threads
         self.inputs = tuple(Input(shape, None if shape else rows) for shape, rows in plan.inputs)
         self.output_shapes: tuple[tuple[int, ...], ...] = tuple(shape for shape, _ in plan.outputs)
         self.precision: str = plan.precision
+
+    def to_bytes(self) -> bytes:
+        """The bytes of a plan file, with the algorithms that tune() chose."""
+        return self._plan.file()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_bytes, (self.to_bytes(), self._threads)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -111,6 +119,10 @@ class Plan:
     def profile(self, n: int = 1, repeats: int = 20) -> list[float]:
         """The least seconds that each step takes in the network for `n` images, of `repeats` runs."""
         return self._plan.profile(n, repeats)
+
+
+def _from_bytes(data: bytes, threads: int | None) -> Plan:
+    return Plan(data, threads=threads)
 
 
 def _checked(threads: int | None) -> int:
