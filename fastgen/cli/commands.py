@@ -242,7 +242,7 @@ def export(run: Positional[Path], plan: Path = Path("generator.fgplan")) -> None
     model = Drawing(load_model(run))
     engine = Engine(model, model.example, impl="cpp")
     engine.save(plan)
-    print(f"{plan}: {plan.stat().st_size / 1e6:.1f} MB, differs from the model by at most {engine.error:.1e}")
+    print(f"{plan}: {plan.stat().st_size / 1e6:.1f} MB, differs from the model by {engine.error:.1e} (relative L2)")
 
 
 def bench(what: Positional[Literal["latency"]], plan: Positional[Path], batch: int = 1, seconds: float = 3.0) -> None:

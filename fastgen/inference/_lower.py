@@ -16,9 +16,15 @@ from fastgen.runtime._file import Size, Step
 
 def lower(module: nn.Module, *inputs: Tensor) -> tuple[list[Step], tuple[int, ...], tuple[int, ...]]:
     """The steps of module(*inputs), and the shapes of an image of its first input and last output. Raises UnsupportedError."""
-    for x in inputs:
-        if x.dim() not in ((2, 4) if x.is_floating_point() else (1,)):
-            raise UnsupportedError(f"its input has {x.dim()} dimensions")
+    for i, x in enumerate(inputs):
+        is_image = x.dtype == torch.float32 and x.dim() in (2, 4)
+        is_labels = x.dtype in (torch.int64, torch.int32) and x.dim() == 1
+        if not (is_image or is_labels) or x.layout != torch.strided or len(x) != len(inputs[0]):
+            layout = "" if x.layout == torch.strided else f" of layout {x.layout}"
+            raise UnsupportedError(
+                f"input {i} is {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}{layout}, where plans take float32 (N, C) "
+                "and (N, C, H, W), and labels as int64 (N,)"
+            )
     starts, outputs = record(module, *inputs)
     lowering = _Lowering(starts)
     for node in in_order(outputs):
@@ -47,8 +53,10 @@ class _Lowering:
                 raise UnsupportedError(f"its output is of shape (N, {', '.join(map(str, node.shape))})")
             if self.values[node] in self.labels:
                 raise UnsupportedError("its output is labels")
-        if len(outputs) == 1 and self.values[outputs[0]] == len(self.steps) and not self.lies_flat(outputs[0]):
-            return
+        if len(outputs) == 1 and self.values[outputs[0]] == len(self.steps):
+            shape, computed = outputs[0].shape, self.steps[-1].output
+            if shape == computed if len(shape) == 3 else not self.lies_flat(outputs[0]):
+                return
         for node in outputs:
             value = self.values[node]
             size = self.sizes[value] if len(node.shape) == 1 else _size(node.shape)
