@@ -18,6 +18,7 @@ from fastgen.ops import use_impl
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOST = 16  # numbers of images whose graphs are kept
+_switching = threading.RLock()  # PyTorch's switches are the process's: what a thread puts back is what it found
 
 
 class Recorded(NamedTuple):
@@ -85,6 +86,13 @@ class Graphs:
                 self._idle = torch.cuda.current_stream(x.device).record_event()
             return out if len(out) > 1 else out[0]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, also a pickled one, records anew."""
+        return {**vars(self), "_recorded": OrderedDict(), "_lock": None, "_idle": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
     def _call(self, x: Tensor) -> Any:
         x = x.to(self._dtype)
         return self._module(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
@@ -108,14 +116,17 @@ def _prepared(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @contextlib.contextmanager
 def multiplying(precision: str) -> Iterator[None]:
-    """float32 is multiplied as "tf32" or, for other precisions, exactly, by PyTorch's kernels and fastgen's."""
+    """float32 is multiplied as "tf32" or, for other precisions and on a CPU, exactly, by PyTorch's kernels and fastgen's."""
+    cudnn, matmul, mkldnn = torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends.mkldnn
     # That of cudnn.rnn too: PyTorch raises an error where it asks for both and they differ.
-    switches: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
+    on_gpu: tuple[Any, ...] = (cudnn.conv, cudnn.rnn, matmul)  # type: ignore[attr-defined]
+    on_cpu: tuple[Any, ...] = (mkldnn.conv, mkldnn.matmul)  # type: ignore[attr-defined]
+    with _switching:
+        before = [(switch, switch.fp32_precision) for switch in (*on_gpu, *on_cpu)]
+        for switch, _ in before:
+            switch.fp32_precision = "tf32" if precision == "tf32" and switch in on_gpu else "ieee"
+        try:
+            yield
+        finally:
+            for switch, value in before:
+                switch.fp32_precision = value

@@ -17,6 +17,10 @@ class UnsupportedError(Exception):
     """The module computes something that a plan cannot."""
 
 
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 SAME = "same"
 
 
@@ -79,7 +83,7 @@ def _embedding(input, weight, padding_idx=None, max_norm=None, *_, **__):
 def _one_hot(tensor, num_classes=-1):
     if num_classes < 1:
         raise UnsupportedError("one_hot without num_classes")
-    return "embedding", (tensor,), {"weight": torch.eye(num_classes)}
+    return "embedding", (tensor,), {"weight": torch.eye(num_classes, dtype=torch.float32, device="cpu")}
 
 
 def _images(input, name: str) -> None:

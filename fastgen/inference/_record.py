@@ -1,18 +1,24 @@
-"""What a module computes for an example: the calls of PyTorch's functions on values that come from its input."""
+"""What a module computes for an example: the calls of PyTorch's functions on values that come from its input.
+
+A plan takes any number of images, so a forward that asks how many there are runs for other numbers too, without computing: it
+must call the same functions.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from inspect import getattr_static
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from fastgen.inference._readers import ARITHMETIC, READERS, SAME, UnsupportedError
+from fastgen.inference._readers import ARITHMETIC, READERS, SAME, UnsupportedError, first_line
 from fastgen.nn import Sequential
 
 
@@ -34,10 +40,26 @@ _QUIET = {
 }  # fmt: skip
 
 
+# Numbers of images at which forwards are found that do something else for few or for many.
+_NUMBERS = (*range(1, 18), 24, 25, *(2**k + i for k in (5, 6, 7, 8, 9, 10) for i in (-1, 0, 1)), 100, 1000)
+
+
+class _Call(NamedTuple):
+    """A call that was recorded, and of each result the node, the dtype, and what it shares with the first argument."""
+
+    reads: tuple[str, tuple[Node, ...], dict[str, Any]]
+    results: list[tuple[Node, torch.dtype, Literal["", "memory", "all"]]]
+    is_one: bool
+
+
 class _Recorder(TorchFunctionMode):
+    """Records the calls, and whether the number of images was asked for."""
+
     def __init__(self, inputs: list[Tensor]):
         super().__init__()
         self.batch = inputs[0].shape[0]
+        self.asked = False
+        self.calls: list[_Call] = []
         self.inputs = [Node("input" if x.is_floating_point() else "labels", (), tuple(x.shape[1:])) for x in inputs]
         # The tensor too: its id stays its own.
         self.known: dict[int, tuple[Tensor, Node]] = {id(x): (x, n) for x, n in zip(inputs, self.inputs, strict=True)}
@@ -47,9 +69,10 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        leaves = tree_leaves((args, kwargs))
         involved = [leaf for leaf in leaves if isinstance(leaf, Tensor) and self.node(leaf)]
         if not involved or func in _QUIET or getattr(func, "__name__", "") == "__get__":
+            self.asked = self.asked or (bool(involved) and _tells_batch(func, *args, **kwargs))
             result = func(*args, **kwargs)
             if involved and isinstance(result, Tensor):  # such as .T or .data
                 raise UnsupportedError("an attribute of a value that is computed")
@@ -68,23 +91,34 @@ class _Recorder(TorchFunctionMode):
         constants = [value for value in options.values() if isinstance(value, Tensor)]
         if any(node is None for node in nodes) or any(self.node(value) for value in constants):
             raise UnsupportedError(f"{name} of values and constants")
-        old = self.node(args[0]) if args and isinstance(args[0], Tensor) else None
-        result = func(*args, **kwargs)
-        if isinstance(result, tuple | list):
-            for part in result:
-                self._know(name, part, Node(kind, nodes, tuple(part.shape[1:]), dict(options)), involved)  # type: ignore[arg-type]
-                options["start"] += part.shape[1]
-            return result
-        node = nodes[0] if kind == SAME else Node(kind, nodes, tuple(result.shape[1:]), options)  # type: ignore[arg-type]
-        assert node is not None
-        if old not in (None, node) and result is args[0]:  # in place: all that share the value see it
-            for key, (tensor, value) in self.known.items():
-                if tensor.untyped_storage().data_ptr() == result.untyped_storage().data_ptr():
-                    if value is not old:
-                        raise UnsupportedError(f"{name} in place on a view")
-                    self.known[key] = (tensor, node)
-        self._know(name, result, node, involved)
+        first = args[0] if args else None
+        old = self.node(first) if isinstance(first, Tensor) else None
+        reads = (kind, cast(tuple[Node, ...], nodes), options)
+        result, made = self._run(functools.partial(func, *args, **kwargs), first, reads)
+        for value, node in zip([result] if isinstance(result, Tensor) else result, made, strict=True):
+            if old not in (None, node) and value is first:  # in place: all that share the value see it
+                for key, (tensor, known_as) in self.known.items():
+                    if _share_memory(tensor, value):
+                        if known_as is not old:
+                            raise UnsupportedError(f"{name} in place on a view")
+                        self.known[key] = (tensor, node)
+            self._know(name, value, node, involved)
         return result
+
+    def _run(self, call: Callable, first: Any, reads: tuple) -> tuple[Any, list[Node]]:
+        """The result of the call, and the node of each tensor in it."""
+        result = call()
+        kind, nodes, options = reads
+        results: list[Any] = []
+        start = options.get("start", 0)
+        for value in [result] if isinstance(result, Tensor) else result:
+            its_options = options if isinstance(result, Tensor) else {**options, "start": start}
+            node = nodes[0] if kind == SAME else Node(kind, nodes, tuple(value.shape[1:]), its_options)
+            shares = isinstance(first, Tensor) and _share_memory(first, value)
+            results.append((node, value.dtype, "all" if value is first else "memory" if shares else ""))
+            start += value.shape[1] if value.dim() > 1 else 0
+        self.calls.append(_Call(reads, results, isinstance(result, Tensor)))
+        return result, [node for node, *_ in results]
 
     def _know(self, name: str, result: Tensor, node: Node, involved: list[Tensor]) -> None:
         # Integers: labels, and what is chosen by them, until arithmetic makes them float32.
@@ -97,10 +131,61 @@ class _Recorder(TorchFunctionMode):
         self.known[id(result)] = (result, node)
 
 
+class _OtherCallError(Exception):
+    """A forward does something else than what was recorded."""
+
+
+class _Replay(_Recorder):
+    """Compares the calls with those that were recorded for another number of images. None computes: each has results of the
+    right shapes, which take no memory."""
+
+    def __init__(self, inputs: list[Tensor], recorded: _Recorder):
+        super().__init__(inputs)
+        self.known = {id(x): (x, node) for x, node in zip(inputs, recorded.inputs, strict=True)}
+        self.expected, self.at = recorded.calls, 0
+
+    def _run(self, call: Callable, first: Any, reads: tuple) -> tuple[Any, list[Node]]:
+        if self.at == len(self.expected):
+            raise _OtherCallError
+        expected = self.expected[self.at]
+        self.at += 1
+        (kind, nodes, options), before = reads, expected.reads[2]
+        if (kind, nodes, options.keys()) != (*expected.reads[:2], before.keys()):
+            raise _OtherCallError
+        if not all(_are_equal(options[name], before[name]) for name in options):
+            raise _OtherCallError
+        made = [node for node, *_ in expected.results]
+        if kind == "view":  # its arguments are not in the node
+            result = call()
+            if result.shape != (self.batch, *made[0].shape):
+                raise _OtherCallError
+            return result, made
+        results = []
+        for node, dtype, shares in expected.results:
+            if shares == "all":
+                results.append(first)
+            elif shares and kind == SAME:
+                results.append(first.detach())
+            else:
+                results.append(_without_memory((self.batch, *node.shape), dtype))
+        return results[0] if expected.is_one else tuple(results), made
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _tells_batch(func: Any, x: Any, dim: int | None = None, *_: Any, **__: Any) -> bool:
+    """Whether the call, of those that compute nothing, tells the number of images."""
+    if func is Tensor.size:
+        return dim is None or dim % x.dim() == 0
+    return func in (Tensor.numel, Tensor.__len__) or getattr(func, "__self__", None) in (Tensor.shape, Tensor.nbytes)
+
+
 @contextlib.contextmanager
 def unfused(module: nn.Module) -> Iterator[None]:
     """fastgen's layers call PyTorch's one by one."""
-    fused = [m for m in module.modules() if type(m).forward is Sequential.forward and "forward" not in vars(m)]
+    fused = [m for m in module.modules() if is_fused(m)]
     for m in fused:
         m.forward = functools.partial(nn.Sequential.forward, m)  # type: ignore[method-assign,arg-type]
     try:
@@ -108,6 +193,11 @@ def unfused(module: nn.Module) -> Iterator[None]:
     finally:
         for m in fused:
             del m.forward
+
+
+def is_fused(module: nn.Module) -> bool:
+    # Statically: a ScriptModule's forward is a descriptor that raises.
+    return getattr_static(type(module), "forward") is Sequential.forward and "forward" not in vars(module)
 
 
 def tensors(result: object) -> tuple[Tensor, ...]:
@@ -126,6 +216,43 @@ def record(module: nn.Module, *inputs: Tensor) -> tuple[list[Node], list[Node]]:
     """(inputs, outputs) of module(*inputs). Raises UnsupportedError."""
     given = [x.clone() for x in inputs]
     recorder = _Recorder(given)
+    outputs = _outputs(module, given, recorder)
+    if recorder.asked:
+        _check_numbers(module, inputs, recorder, outputs)
+    for node in outputs:
+        node.uses += 1
+    for node in in_order(outputs):
+        for before in node.inputs:
+            before.uses += 1
+    return recorder.inputs, outputs
+
+
+def _check_numbers(module: nn.Module, inputs: tuple[Tensor, ...], recorded: _Recorder, outputs: list[Node]) -> None:
+    """Raises UnsupportedError unless the module calls the same functions for any number of images."""
+    for n in _NUMBERS:
+        given = [_without_memory((n, *x.shape[1:]), x.dtype) for x in inputs]
+        replay = _Replay(given, recorded)
+        try:
+            same = _outputs(module, given, replay) == outputs and replay.at == len(recorded.calls)
+        except _OtherCallError:
+            same = False
+        except Exception as error:  # the model's own code may raise anything
+            raise UnsupportedError(f"it takes {len(inputs[0])} images, and not {n}: {first_line(error)}") from error
+        if not same:
+            raise UnsupportedError(f"it computes something else for {n} images than for {len(inputs[0])}")
+
+
+def _without_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype, device="cpu").expand(shape)
+
+
+def _are_equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or torch.equal(a, b)
+    return type(a) is type(b) and a == b
+
+
+def _outputs(module: nn.Module, given: list[Tensor], recorder: _Recorder) -> list[Node]:
     with torch.no_grad(), unfused(module), recorder:
         result = module(*given)
     outputs: list[Node] = []
@@ -136,18 +263,7 @@ def record(module: nn.Module, *inputs: Tensor) -> tuple[list[Node], list[Node]]:
                 "its output does not come from its input" if node is None else f"its output is {value.dtype}"
             )
         outputs.append(node)
-    seen: set[int] = set()
-    todo = list(outputs)
-    for node in outputs:
-        node.uses += 1
-    while todo:
-        node = todo.pop()
-        if id(node) not in seen:
-            seen.add(id(node))
-            for before in node.inputs:
-                before.uses += 1
-                todo.append(before)
-    return recorder.inputs, outputs
+    return outputs
 
 
 def in_order(outputs: list[Node]) -> list[Node]:

@@ -197,7 +197,8 @@ def test_parts_that_are_not_known_run_through_pytorch_and_are_named(tmp_path):
             return F.gelu(super()._shortcut(x))
 
     whole = fastgen.Engine(Gelu(4, 4).eval(), torch.rand(1, 4, 8, 8))
-    assert {part.runs for part in whole.parts} == {"plan"} and whole.plan is None
+    assert whole.parts[0] == fastgen.inference.Part("", "PyTorch", "gelu") and whole.plan is None
+    assert {part.name for part in whole.parts if part.runs == "plan"} == {"c1", "c2", "c_sc"}
 
 
 def test_the_model_stays_as_it_is_and_the_engine_keeps_its_weights():
