@@ -234,7 +234,11 @@ def _check(model: object, example_inputs: object, precision: str, impl: str) -> 
         raise TypeError(
             f"example_inputs must be a tensor or a tuple of tensors, got {[type(i).__name__ for i in inputs]}"
         )
+    if any(nn.parameter.is_lazy(value) for value in (*model.parameters(), *model.buffers())):
+        raise UsageError("model has lazy modules that have not seen an input: call it once before")
     for x in inputs:
+        if x.is_nested:
+            raise TypeError("example_inputs must be tensors of one shape, got a nested one")
         if x.dim() < (2 if x.is_floating_point() and len(inputs) == 1 else 1) or x.shape[0] < 1:
             raise UsageError(f"example_inputs must be a batch of at least one, got shape {tuple(x.shape)}")
         if x.shape[0] != inputs[0].shape[0]:

@@ -114,11 +114,11 @@ class Plan:
 
     def tune(self, n: int) -> list[int]:
         """Measures the algorithms of each convolution for `n` images and uses the fastest; see Engine."""
-        return self._plan.tune(n)
+        return self._plan.tune(_positive("n", n))
 
     def profile(self, n: int = 1, repeats: int = 20) -> list[float]:
         """The least seconds that each step takes in the network for `n` images, of `repeats` runs."""
-        return self._plan.profile(n, repeats)
+        return self._plan.profile(_positive("n", n), _positive("repeats", repeats))
 
 
 def _from_bytes(data: bytes, threads: int | None) -> Plan:
@@ -126,9 +126,17 @@ def _from_bytes(data: bytes, threads: int | None) -> Plan:
 
 
 def _checked(threads: int | None) -> int:
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
+    if threads is None:
+        return 0
+    if not isinstance(threads, int) or threads < 1:
         raise ValueError(f"threads must be a positive integer or None, got {threads!r}")
-    return threads or 0
+    return min(threads, 1 << 16)  # the plan takes no more than there are
+
+
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
 
 
 def _array(name: str, value: object, wanted: Input) -> np.ndarray:

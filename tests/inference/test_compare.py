@@ -268,6 +268,16 @@ def test_a_forward_that_asks_for_the_number_and_does_the_same(name):
             torch.testing.assert_close(engine(given), model(given), rtol=1e-4, atol=1e-5)
 
 
+def test_a_module_that_refuses_some_numbers_of_images():
+    """Batch norm by the batch's own statistics takes no single vector."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval()
+    engine = fastgen.Engine(model, torch.randn(2, 3))
+    assert engine.parts[0].reason.startswith("it takes 2 images, and not 1: Expected more than 1 value")
+    for call in (engine, lambda x: fastgen.Engine(model, x)):
+        with pytest.raises(ValueError, match="Expected more than 1 value"):
+            call(torch.randn(1, 3))
+
+
 def test_modules_that_write_into_their_input():
     model, x = nn.Sequential(nn.LeakyReLU(0.2, inplace=True), nn.Conv2d(3, 4, 3)).eval(), torch.randn(2, 3, 8, 8)
     before = x.clone()

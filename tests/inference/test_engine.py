@@ -271,6 +271,8 @@ def test_non_finite_values_come_out_as_pytorch_computes_them():
             UsageError,
             "got meta and a model on cpu: move one",
         ),
+        ({"model": nn.LazyLinear(3)}, UsageError, "lazy modules that have not seen an input"),
+        ({"example_inputs": torch.nested.nested_tensor([torch.rand(3)])}, TypeError, "got a nested one"),
         ({"precision": "fp8"}, UsageError, "fp32, tf32, bf16, fp16, got 'fp8'"),
         ({"precision": "fp16"}, UsageError, "no kernels on a CPU"),
         ({"impl": "cuda"}, UsageError, "'auto', 'cpp', 'reference', got 'cuda'"),

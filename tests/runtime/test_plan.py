@@ -231,6 +231,15 @@ def test_another_version_and_other_files_are_refused(tmp_path):
         Plan.load(tmp_path / "none.fgplan")
     with pytest.raises(ValueError, match="threads must be"):
         Plan(small(), threads=0)
+    assert Plan(small(), threads=10**30).threads >= 1
+
+
+@pytest.mark.parametrize("wrong", (0, -1, 1.5, None))
+def test_no_number_of_images_or_repeats_makes_it_crash(wrong):
+    plan = Plan(small())
+    for call, name in ((plan.tune, "n"), (plan.profile, "n"), (lambda repeats: plan.profile(1, repeats), "repeats")):
+        with pytest.raises(ValueError, match=f"{name} must be a positive integer, got {wrong}"):
+            call(wrong)
 
 
 @pytest.mark.parametrize("bfloat16", (False, True))
