@@ -42,7 +42,8 @@ def compare(
         error = _error([tensors(call(*copies(batch))) for batch in batches], expected)
         allowed = 4 * 2.0 ** -(_BITS[precision] + 1)
         if error > allowed:
-            allowed = max(allowed, 3 * _error(_rounded(module, batches, _BITS[precision]), expected))
+            rounded = _rounded(module, batches[:1], _BITS[precision])  # one batch shows its size, and this takes long
+            allowed = max(allowed, 3 * _error(rounded, expected[:1]))
     if not error <= allowed:
         raise UnsupportedError(
             f"the output differs from the module's by {error:.1e} (relative L2), and rounding explains {allowed:.1e}"
@@ -121,6 +122,9 @@ class _Rounding(TorchFunctionMode):
 
 def _round(x: Tensor, bits: int) -> None:
     """To the nearest number of so many bits behind the point, in place."""
+    if bits == 7:  # faster
+        x.detach().copy_(x.detach().to(torch.bfloat16))
+        return
     drop = 23 - bits
     number = x.detach().view(torch.int32)
     nearest = (number + ((number >> drop) & 1) + ((1 << (drop - 1)) - 1)) >> drop << drop
