@@ -128,9 +128,9 @@ def everything(impl: str) -> list[torch.Tensor]:
         found += [y, first, *torch.autograd.grad(first.square().sum(), (x, weight))]
 
     def discriminator(images):
-        return ops.conv2d_norm_act(images, weight, norm="none", impl=impl).flatten(1).mean(1)
+        return ops.conv2d_norm_act(images, weight, norm="none", activation="tanh", impl=impl).flatten(1).mean(1)
 
-    found += [losses.gradient_penalty(discriminator, real, fake, generator=drawn())]
+    found += [losses.gradient_penalty(discriminator, real, 1 - fake, generator=drawn())]
     found += [losses.r1_penalty(discriminator(real), real), losses.gaussian_nll(real, fake, 0.3)]
     return found
 
