@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,10 @@ _ACTIVATIONS = {
     nn.Sigmoid: "sigmoid",
     nn.SiLU: "silu",
 }
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+_NORMS = (*_BATCH, *_INSTANCE, nn.GroupNorm)
+_NORMS_OF_IMAGES = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm)
+_KINDS = dict.fromkeys([*_CONVOLUTIONS, *_NORMS, *_ACTIVATIONS])
 
 
 def fusable(
@@ -56,30 +60,31 @@ def fusable(
     """
     at = start
 
-    def take(*types: type[nn.Module]) -> nn.Module | None:
+    def take(types: Container[type[nn.Module]]) -> nn.Module | None:
         nonlocal at
-        if at < len(modules) and kind(modules[at]) in types and is_plain(modules[at]) and _pads_fusably(modules[at]):
+        if at < len(modules) and kind(modules[at]) in types and is_plain(modules[at]):
             at += 1
             return modules[at - 1]
         return None
 
-    convolution = take(nn.ConvTranspose2d, nn.Conv2d)
-    of_images = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)
-    norm = take(nn.GroupNorm, *(_BATCH + _INSTANCE if convolution is None else of_images))
-    activation = take(*_ACTIVATIONS)
+    convolution: Any = take(_CONVOLUTIONS)
+    if convolution is not None and not _pads_fusably(convolution):
+        return None, None, None, start
+    norm = take(_NORMS if convolution is None else _NORMS_OF_IMAGES)
+    activation = take(_ACTIVATIONS)
     return convolution, norm, activation, at if at - start > 1 else start
 
 
-def _pads_fusably(module: nn.Module) -> bool:
-    """Whether a convolution's padding is one that the ops have; others have none."""
-    if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        return True
-    return module.padding_mode in ("zeros", "reflect") and not isinstance(module.padding, str)
+def _pads_fusably(convolution: nn.Conv2d | nn.ConvTranspose2d) -> bool:
+    """Whether its padding is one that the ops have."""
+    return convolution.padding_mode in ("zeros", "reflect") and not isinstance(convolution.padding, str)
 
 
 def kind(module: nn.Module) -> type[nn.Module]:
     """The module's class, past those that parametrizations and fastgen.fuse put in its place: they compute the same."""
     cls = type(module)
+    if cls in _KINDS:  # the usual case
+        return cls
     base = cls.__bases__[0] if cls.__module__ == "torch.nn.utils.parametrize" else cls
     return getattr(base, "stands_for", base)
 
