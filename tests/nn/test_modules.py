@@ -91,10 +91,10 @@ def test_small_convolutions_are_pytorchs(kind, monkeypatch):
     """They give PyTorch's bits; larger ones, and what is asked for, are the op's."""
     monkeypatch.setattr(_modules, "SMALL", SMALL)
     torch.manual_seed(0)
-    layer = nn.utils.parametrizations.spectral_norm(kind(4, 6, 4, 2, 1, bias=False).double())
-    plain = nn.Sequential(layer, nn.BatchNorm2d(6, momentum=None), nn.LeakyReLU(0.2, inplace=True)).double()
+    layer = nn.utils.parametrizations.spectral_norm(kind(4, 6, 4, 2, 1, bias=False))
+    plain = nn.Sequential(layer, nn.BatchNorm2d(6, momentum=None), nn.LeakyReLU(0.2, inplace=True))
     fused = fastgen.fuse(copy.deepcopy(plain))
-    x = torch.randn(3, 4, 8, 8, dtype=torch.float64)
+    x = torch.randn(3, 4, 8, 8)
     op = "conv2d_norm_act" if kind is nn.Conv2d else "conv_transpose2d_norm_act"
     plainly, own = calls(op)
     for one in (fused, plain):
@@ -109,7 +109,7 @@ def test_small_convolutions_are_pytorchs(kind, monkeypatch):
     with fastgen.use_impl("cpp"):
         fused(x)
     assert calls(op) == (plainly + 1, own + 1)
-    many = torch.randn(3, 4, 400, 400, dtype=torch.float64)
+    many = torch.randn(3, 4, 400, 400)
     with torch.no_grad():
         fused(many)
     assert calls(op) == (plainly + 1, own + 2)
