@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.ops import without_weight_grads
-
 
 def minimax_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """-E[log D(x)] - E[log(1 - D(G(z)))] with D = sigmoid(logit) (Goodfellow et al. 2014, arXiv:1406.2661)."""
@@ -105,8 +103,7 @@ def gradient_penalty(
 
 def _input_gradient(logits: Tensor, images: Tensor) -> Tensor:
     """grad_x of each image's own logit: (N, C*H*W)."""
-    with without_weight_grads():
-        (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gradient.flatten(1)
 
 

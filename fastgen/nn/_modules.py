@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from fastgen import ops
 from fastgen.nn.spectral_norm import undivided
 from fastgen.ops import _over_sigma, _processor, _rules
-from fastgen.ops._dispatch import count, runs_auto
+from fastgen.ops._check import FLOATING
+from fastgen.ops._dispatch import count, is_pytorchs, runs_auto
 from fastgen.ops._geometry import Geometry
-from fastgen.ops._layout import like
+from fastgen.ops._layout import Like
 from fastgen.ops.norm_act import Tail
 
 # Where the forward pre-hooks are defined that do nothing but compute a module's weight.
@@ -24,6 +31,11 @@ _WEIGHT_HOOKS = (
 SMALL = {True: 100_000_000, False: 20_000_000}  # multiplications of a convolution, with gradients and without
 _BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+# How many dimensions their batches have; for the other norms any number from 2.
+_DIMENSIONS: dict[type[nn.Module], tuple[int, ...]] = {
+    nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,),
+    nn.InstanceNorm1d: (3,), nn.InstanceNorm2d: (4,), nn.InstanceNorm3d: (5,),
+}  # fmt: skip
 _ACTIVATIONS = {
     nn.Identity: "identity",
     nn.ReLU: "relu",
@@ -32,6 +44,10 @@ _ACTIVATIONS = {
     nn.Sigmoid: "sigmoid",
     nn.SiLU: "silu",
 }
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+_NORMS = (*_BATCH, *_INSTANCE, nn.GroupNorm)
+_NORMS_OF_IMAGES = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm)
+_KINDS = dict.fromkeys([*_CONVOLUTIONS, *_NORMS, *_ACTIVATIONS])
 
 
 def fusable(
@@ -44,38 +60,44 @@ def fusable(
     """
     at = start
 
-    def take(*types: type[nn.Module]) -> nn.Module | None:
+    def take(types: Container[type[nn.Module]]) -> nn.Module | None:
         nonlocal at
-        if at < len(modules) and kind(modules[at]) in types and is_plain(modules[at]) and _pads_fusably(modules[at]):
+        if at < len(modules) and kind(modules[at]) in types and is_plain(modules[at]):
             at += 1
             return modules[at - 1]
         return None
 
-    convolution = take(nn.ConvTranspose2d, nn.Conv2d)
-    of_images = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)
-    norm = take(nn.GroupNorm, *(_BATCH + _INSTANCE if convolution is None else of_images))
-    activation = take(*_ACTIVATIONS)
+    convolution: Any = take(_CONVOLUTIONS)
+    if convolution is not None and not _pads_fusably(convolution):
+        return None, None, None, start
+    norm = take(_NORMS if convolution is None else _NORMS_OF_IMAGES)
+    activation = take(_ACTIVATIONS)
     return convolution, norm, activation, at if at - start > 1 else start
 
 
-def _pads_fusably(module: nn.Module) -> bool:
-    """Whether a convolution's padding is one that the ops have; others have none."""
-    if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        return True
-    return module.padding_mode in ("zeros", "reflect") and not isinstance(module.padding, str)
+def _pads_fusably(convolution: nn.Conv2d | nn.ConvTranspose2d) -> bool:
+    """Whether its padding is one that the ops have."""
+    return convolution.padding_mode in ("zeros", "reflect") and not isinstance(convolution.padding, str)
 
 
 def kind(module: nn.Module) -> type[nn.Module]:
     """The module's class, past those that parametrizations and fastgen.fuse put in its place: they compute the same."""
     cls = type(module)
+    if cls in _KINDS:  # the usual case
+        return cls
     base = cls.__bases__[0] if cls.__module__ == "torch.nn.utils.parametrize" else cls
     return getattr(base, "stands_for", base)
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's forward alone, and before it hooks that compute a convolution's weight."""
+    """Whether calling the module runs its class's forward alone, and before it hooks that compute a convolution's weight: no
+    other hooks of its own, nor of all modules."""
     return not (
-        module._forward_hooks
+        _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+        or module._forward_hooks
         or (module._forward_pre_hooks and not _computes_weight(module))
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -105,16 +127,51 @@ def steps(sequential: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn
 
 
 def run(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activation: nn.Module | None) -> Tensor:
-    """What calling the three modules in turn computes, in one op, unless their own are faster."""
+    """What calling the three modules in turn computes, in one op, unless their own are faster or no op takes x as they do."""
+    if not _is_batch(x, convolution, norm) or is_pytorchs():
+        return _in_turn(x, convolution, norm, activation)
     if convolution is not None and _synchronizes(norm) is None and _is_small(x, convolution):
         count("conv2d_norm_act" if kind(convolution) is nn.Conv2d else "conv_transpose2d_norm_act", "reference")
-        for module in (convolution, norm, activation):
-            x = x if module is None else kind(module).forward(module, x)
-        return x
+        return _in_turn(x, convolution, norm, activation)
+    try:
+        y = _in_one(x, convolution, norm, activation)
+    except (TypeError, ValueError):
+        # An op's check refuses it: the modules know better, or theirs is the error to see.
+        return _in_turn(x, convolution, norm, activation)
+    if isinstance(norm, _BATCH) and _counts(norm):
+        norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+    return y
+
+
+def _in_turn(x: Tensor, *modules: nn.Module | None) -> Tensor:
+    for module in modules:
+        x = x if module is None else kind(module).forward(module, x)
+    return x
+
+
+def _is_batch(x: Tensor, convolution: Any, norm: Any) -> bool:
+    """Whether x is what the ops are written for: a batch of as many dimensions and channels as the modules say, of a dtype and
+    layout that kernels have. The modules know what to do with others: with an image alone, which some take, or integers."""
+    if not _is_dense(x):
+        return False
+    if convolution is not None:
+        weight = convolution._parameters.get("weight")  # None where a parametrization computes it
+        return x.dim() == 4 and x.shape[1] == convolution.in_channels and (weight is None or _is_dense(weight))
+    channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+    dimensions = _DIMENSIONS.get(kind(norm))
+    return (x.dim() > 1 if dimensions is None else x.dim() in dimensions) and x.shape[1] == channels
+
+
+def _is_dense(x: Tensor) -> bool:
+    known = type(x) is Tensor or type(x) is nn.Parameter or type(x).__module__.startswith("torch._subclasses.")
+    return known and x.dtype in FLOATING and x.layout is torch.strided and not (x.is_nested or x.is_meta)
+
+
+def _in_one(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activation: nn.Module | None) -> Tensor:
     arguments: dict[str, Any] = {"activation": _ACTIVATIONS[kind(activation)] if activation is not None else "identity"}
     if isinstance(activation, nn.LeakyReLU):
         arguments.update(negative_slope=activation.negative_slope, inplace=activation.inplace)
-    arguments.update(_norm_arguments(norm, x))
+    arguments.update(_norm_arguments(norm))
     if convolution is None:
         return ops.norm_act(x, **arguments)
     assert isinstance(convolution, (nn.Conv2d, nn.ConvTranspose2d))
@@ -158,15 +215,16 @@ def _is_small(x: Tensor, convolution: Any) -> bool:
 
     Not where another implementation is asked for, nor where memory is to be saved, nor in a graph that is compiled.
     """
-    if x.device.type != "cpu" or x.dim() != 4 or torch.compiler.is_compiling() or not runs_auto():
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not runs_auto():
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     processor = _processor.here()
     if not processor.torch_multiplies(dtype):
         return False
     if dtype == torch.bfloat16:
-        kind_of_weight = like(convolution.weight)._replace(dtype=dtype)
-        if _rules.torch_is_wrong(processor, _geometry(convolution), x.shape, kind_of_weight):
+        # Not its weight: each access to that may be a power iteration.
+        weight = Like(torch.Size((1, 1, *convolution.kernel_size)), dtype, x.device, False)
+        if _rules.torch_is_wrong(processor, _geometry(convolution), x.shape, weight):
             return False
     n, _, height, width = x.shape
     pixels = n * height * width
@@ -177,8 +235,13 @@ def _is_small(x: Tensor, convolution: Any) -> bool:
     return products < SMALL[torch.is_grad_enabled()] and not getattr(convolution, "memory_efficient", False)
 
 
-def _norm_arguments(norm: nn.Module | None, x: Tensor) -> dict[str, Any]:
-    """The norm's parameters, and what its forward does: counters, cumulative averages, statistics that are not tracked."""
+def _counts(norm: Any) -> bool:
+    """Whether a batch norm counts this batch."""
+    return norm.training and norm.track_running_stats and norm.num_batches_tracked is not None
+
+
+def _norm_arguments(norm: nn.Module | None) -> dict[str, Any]:
+    """The norm's parameters, and what its forward does: cumulative averages, statistics that are not tracked."""
     if norm is None:
         return {"norm": "none"}
     if isinstance(norm, nn.GroupNorm):
@@ -187,14 +250,8 @@ def _norm_arguments(norm: nn.Module | None, x: Tensor) -> dict[str, Any]:
     assert isinstance(norm, (*_BATCH, *_INSTANCE))
     momentum = 0.0 if norm.momentum is None else norm.momentum
     tracks = norm.track_running_stats
-    if isinstance(norm, _BATCH):
-        dims: dict[type, tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
-        if x.dim() not in dims.get(kind(norm), (2, 3, 4, 5)):
-            raise ValueError(f"{type(norm).__name__} does not take an input of shape {tuple(x.shape)}")
-        if norm.training and tracks and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if norm.momentum is None:  # a cumulative average
-                momentum = 1.0 / float(norm.num_batches_tracked)
+    if isinstance(norm, _BATCH) and norm.momentum is None and _counts(norm):
+        momentum = 1.0 / (float(norm.num_batches_tracked) + 1.0)  # type: ignore[arg-type]  # a cumulative average
     use_running = tracks or not norm.training
     training = norm.training or (norm.running_mean is None if isinstance(norm, _BATCH) else not tracks)
     return {

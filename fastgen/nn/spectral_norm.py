@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm as _Hook
 
 from fastgen import ops
+from fastgen.ops import _autograd
 
 M = TypeVar("M", bound=nn.Module)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -74,7 +75,7 @@ class SpectralNorm(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         if weight.dim() == 1:
             return F.normalize(weight, dim=0, eps=self.eps)
-        if self._group is not None and not torch.compiler.is_compiling():
+        if self._group is not None and not (torch.compiler.is_compiling() or _autograd.transforms()):
             step = self._group.step(self, weight)
             if step is not None and step.out is not None:
                 wanted = torch.is_grad_enabled() and weight.requires_grad
@@ -90,7 +91,7 @@ class SpectralNorm(nn.Module):
         step = self._group.step(self, weight, divide=False) if self._group is not None else None
         if step is None:
             with torch.no_grad():
-                step = _Step((), None, *self._computed(weight, divide=False)[1:])
+                step = _Step((), (), None, *self._computed(weight, divide=False)[1:])
         if torch.is_grad_enabled() and weight.requires_grad:
             return _Normalized.apply(weight, None, step, self.dim), step.sigma
         return weight, step.sigma
@@ -102,9 +103,9 @@ class SpectralNorm(nn.Module):
             training=self.training, divide=divide,
         )  # fmt: skip
         if self.training:
-            with torch.no_grad():  # in place: DataParallel's replicas share the buffers
-                self._u.copy_(results[2])
-                self._v.copy_(results[3])
+            with torch.no_grad():
+                for buffer, new in zip((self._u, self._v), results[2:], strict=True):
+                    _keep(buffer, new)
         return results
 
     def right_inverse(self, value: Tensor) -> Tensor:
@@ -135,9 +136,15 @@ def _load_old_names(module: nn.Module, name: str) -> None:
     module.register_load_state_dict_pre_hook(rename)
 
 
+def _keep(buffer: Tensor, value: Tensor) -> None:
+    """buffer.copy_(value), which torch.func lets pass: DataParallel's replicas share the buffers."""
+    torch.ops.aten.clone.out(value.detach(), out=buffer)
+
+
 class _Step(NamedTuple):
     """One weight's results, and what they are the results of."""
 
+    read: tuple[Tensor, ...]  # kept, or their memory might become that of others
     stamp: tuple
     out: Tensor | None  # None: nobody has asked for it yet
     sigma: Tensor
@@ -169,8 +176,8 @@ class SpectralNormGroup:
     one a call. Each access still has its own graph, so D(real) and D(fake) may go backward together or one by one.
 
     Changes are seen by the parameters' version counters, which optimizers, load_state_dict and torch.no_grad() code count;
-    after writing through `.data`, or replaying a CUDA graph, call update(). Within torch.compile each weight is computed for
-    itself, at each call.
+    after writing through `.data`, or replaying a CUDA graph, call update(). Within torch.compile and torch.func,
+    and where tensors made in inference mode have no counter, each weight is computed for itself, at each access.
 
     Args:
         model: any module with weights normalized by fastgen.nn.spectral_norm or torch.nn.utils.parametrizations.
@@ -216,22 +223,34 @@ class SpectralNormGroup:
                 vectors = [t for norm in norms for t in (norm._u, norm._v)]
                 torch._foreach_copy_(vectors, [t for of in zip(*results[2:], strict=True) for t in of])
             for norm, weight, out, *rest in zip(norms, weights, *results, strict=True):
-                self._steps[norm] = _Step(_stamp(norm, weight), out if divided else None, *rest)
+                read = (weight, norm._u, norm._v)
+                self._steps[norm] = _Step(read, _stamp(norm, *read), out if divided else None, *rest)
 
     def step(self, norm: SpectralNorm, weight: Tensor, divide: bool = True) -> _Step | None:
         """The results of this parametrization as of this step of the optimizer, with weight / sigma if `divide`; None if it is
         not the group's own, as in a replica."""
         if not any(norm is member and weight is parametrized.original for member, parametrized in self._members):
             return None
+        if weight.is_inference() or norm._u.is_inference():
+            return None
         (self._undivided.discard if divide else self._undivided.add)(norm)  # what the next update leaves out
-        step = self._steps.get(norm)
-        if step is None or step.stamp != _stamp(norm, weight):
-            self.update()
-            step = self._steps[norm]
+        while not self._is_current(step := self._steps.get(norm), norm, weight):
+            self.update()  # again where another thread changed something meanwhile
+        assert step is not None
         if divide and step.out is None:
             with torch.no_grad():
                 step = self._steps[norm] = step._replace(out=(weight / step.sigma).to(weight.dtype))
         return step
+
+    def _is_current(self, step: _Step | None, norm: SpectralNorm, weight: Tensor) -> bool:
+        now = (weight, norm._u, norm._v)
+        if step is None or any(old is not new for old, new in zip(step.read, now, strict=True)):
+            return False
+        return step.stamp == _stamp(norm, *now)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files: what was computed is of this model's tensors alone."""
+        return self.__dict__ | {"_steps": {}}
 
     def sigmas(self) -> list[Tensor]:
         """The largest singular value of each weight, as of the last computation."""
@@ -243,9 +262,10 @@ class SpectralNormGroup:
             norm._group = None
 
 
-def _stamp(norm: SpectralNorm, weight: Tensor) -> tuple:
+def _stamp(norm: SpectralNorm, *read: Tensor) -> tuple:
     # A result made in inference mode cannot serve a backward pass.
-    return weight._version, weight.data_ptr(), weight.dtype, norm.training, torch.is_inference_mode_enabled()
+    mode = norm.training, torch.is_inference_mode_enabled()
+    return *mode, *((t._version, t.data_ptr(), t.dtype) for t in read)
 
 
 class OldSpectralNorm(_Hook):
@@ -261,8 +281,8 @@ class OldSpectralNorm(_Hook):
         )  # fmt: skip
         if do_power_iteration:
             with torch.no_grad():
-                u.copy_(new[0])
-                v.copy_(new[1])
+                for buffer, value in zip((u, v), new, strict=True):
+                    _keep(buffer, value)
         return out
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 _calls: dict[str, Callable] = {}  # by the name of a registered op
 
@@ -26,6 +30,11 @@ def call(name: str, *inputs):
     ):
         return getattr(torch.ops.fastgen, name).default(*inputs)
     return _calls[name](*inputs)
+
+
+def transforms() -> bool:
+    """Whether the calls under way are to be mapped or differentiated by torch.func, or forward."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def register(name: str, backward: Callable, setup_context: Callable) -> None:
@@ -59,6 +68,11 @@ def register(name: str, backward: Callable, setup_context: Callable) -> None:
 
     compute, setup = (op_of_lists, setup_of_lists) if lists else (op, setup_context)
 
+    def refuse(*_):
+        raise NotImplementedError(
+            f"{name} has no forward derivatives: ask for impl='reference', or for 'auto', which takes that then"
+        )
+
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             output = compute(*inputs)
@@ -71,10 +85,26 @@ def register(name: str, backward: Callable, setup_context: Callable) -> None:
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     # They ask for the two parts of forward apart.
     parts |= {"forward": staticmethod(lambda *inputs: compute(*inputs)), "setup_context": staticmethod(setup)}
+    parts["jvp"] = staticmethod(refuse)
     transformed = type(function.__name__, (torch.autograd.Function,), {**parts, "generate_vmap_rule": True})
+
+    def refuse_duals(inputs):
+        for leaf in pytree.tree_leaves(inputs):
+            if isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None:
+                refuse()
 
     def run(*inputs):
         """Where the dispatcher comes to, past transforms."""
+        if forward_ad._current_level >= 0:
+            refuse_duals(inputs)
+        if (
+            torch._C._are_functorch_transforms_active()
+        ):  # as in a compiled graph: this level is the one to differentiate
+            with enable_single_level_autograd_function():
+                return differentiable(*inputs)
+        return differentiable(*inputs)
+
+    def differentiable(*inputs):
         if torch.is_grad_enabled():
             for i in tensors:
                 if inputs[i] is not None and inputs[i].requires_grad:
@@ -86,14 +116,46 @@ def register(name: str, backward: Callable, setup_context: Callable) -> None:
             return op(*inputs)
 
     def start(*inputs):
+        if forward_ad._current_level >= 0:
+            refuse_duals(inputs)
         if not torch._C._are_functorch_transforms_active():
             return run(*inputs)
         if not lists:
             return transformed.apply(*inputs)
         return nested(transformed.apply(inputs[lists:], *itertools.chain(*inputs[:lists])))
 
+    def mapped(info, in_dims, *inputs):
+        """torch.func.vmap, by one call for each of what is mapped."""
+        leaves, tree = pytree.tree_flatten(inputs)
+        dims = pytree.tree_flatten(in_dims, is_leaf=lambda dim: dim is None)[0]
+        each = [leaf.unbind(dim) if dim is not None else (leaf,) * info.batch_size
+                for leaf, dim in zip(leaves, dims, strict=True)]  # fmt: skip
+        results = [op(*pytree.tree_unflatten(of_one, tree)) for of_one in zip(*each, strict=True)]
+        outputs, tree = pytree.tree_flatten(results[0])
+        stacked = [torch.stack(of_all) for of_all in zip(*map(pytree.tree_leaves, results), strict=True)]
+        return pytree.tree_unflatten(stacked, tree), pytree.tree_unflatten([0] * len(outputs), tree)
+
     torch.library.impl(name, "Autograd")(run)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"fastgen::{name.removeprefix('fastgen::')}", "FuncTorchBatched"
+    ):
+        torch.library.register_vmap(name, mapped)
     _calls[name.removeprefix("fastgen::")] = start
+
+
+def is_wanted(ctx: Any, at: int) -> bool:
+    """Whether the backward pass under way is to compute the gradient of an input, the at-th of the tensors.
+
+    Of torch.autograd.grad(inputs=) needs_input_grad knows nothing; PyTorch's own ops leave out what it does not ask for.
+    """
+    if not ctx.needs_input_grad[at]:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[at][0])
+    except RuntimeError:  # a leaf that is asked for
+        return True
 
 
 def split(tensors: Sequence, parts: int) -> list[list]:

@@ -62,7 +62,7 @@ def _operands(question: Question) -> tuple[Geometry, Tensor, Tensor, Tensor]:
     images_last = question.flag if question.what == "weight_grad" else question.channels_last
 
     def random(shape: tuple[int, ...], last: bool) -> Tensor:
-        made = torch.randn(shape, device=question.device).to(question.dtype)
+        made = torch.randn(shape, dtype=torch.float32, device=question.device).to(question.dtype)
         return made.contiguous(memory_format=memory_format(last))
 
     x, weight = random(question.x, images_last), random(question.weight, question.channels_last)

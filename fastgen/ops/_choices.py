@@ -31,7 +31,6 @@ FOLDER = "choices"  # in the cache folder
 _FLAGS = {"forward": "batch_stats", "weight_grad": "channels_last_images"}
 _log = logging.getLogger("fastgen")
 _tables: dict[str, Mapping[str, str]] = {}  # device -> question, or name of an op -> implementation
-_recorder: dict[Question, bool] | None = None
 
 
 class Question(NamedTuple):
@@ -91,8 +90,8 @@ def _is_static(*sizes: int) -> bool:
 @_memory.constant
 def _measured(guess: bool, *parts: Any) -> str | None:
     question = Question(*parts)
-    if _recorder is not None:
-        _recorder[question] = guess
+    if (recorder := _memory.recorder.get()) is not None:
+        recorder[question] = guess
     table = _table(question.device)
     found = table.get(str(question)) if table else None
     able = found and _dispatch.why_not("conv2d_norm_act", found.split()[0], question.device, question.dtype) is None
@@ -113,14 +112,10 @@ def _table(device: str) -> Mapping[str, str]:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[dict[Question, bool]]:
-    """Within the context the questions that are asked are written down, each with the rules' guess."""
-    global _recorder
-    before, _recorder = _recorder, {}
-    forget()  # so that all are asked anew
-    try:
-        yield _recorder
-    finally:
-        _recorder = before
+    """Within the context the questions that this thread asks are written down, each with the rules' guess."""
+    asked: dict[Question, bool] = {}
+    with _memory.recorder.set_to(asked):
+        yield asked
 
 
 def forget() -> None:

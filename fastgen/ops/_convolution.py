@@ -14,24 +14,21 @@ from torch.utils.checkpoint import checkpoint
 from fastgen.ops import _autograd, _check, _dispatch, _synchronized
 from fastgen.ops import norm_act as tails
 from fastgen.ops._geometry import Geometry, Pair
-from fastgen.ops._layout import is_channels_last, like, memory_format
+from fastgen.ops._layout import is_channels_last, like, memory_format, sizes_to_choose_by
+from fastgen.ops._settings import Setting
 
-_weight_grads = True  # unset by without_weight_grads
+_weight_grads = Setting("weight_grads", True)
 
 
 @contextlib.contextmanager
 def without_weight_grads() -> Iterator[None]:
-    """Within the context a backward pass of the fused convolutions leaves out the gradients of weight and bias.
+    """Within the context the backward passes that this thread asks for leave out the gradients of the fused convolutions'
+    weights and biases. With create_graph=True the second backward, outside of it, is complete.
 
-    For a backward pass that asks only for the input's gradient of a network whose weights require theirs (R1, WGAN-GP): an
-    operator in Python is not told what is asked for. With create_graph=True the second backward is complete.
+    torch.autograd.grad(inputs=) computes what is asked for alone without it, as gradient penalties do.
     """
-    global _weight_grads
-    before, _weight_grads = _weight_grads, False
-    try:
+    with _weight_grads.set_to(False):
         yield
-    finally:
-        _weight_grads = before
 
 
 def convolve(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,9 +49,9 @@ def _mirrored(x: Tensor, padding: Pair) -> Tensor:
 def _composed(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """PyTorch's convolution, with fastgen's gradients where one of them wins."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        kind, last = like(weight), is_channels_last(x) or is_channels_last(weight)
-        if (x.requires_grad and geometry.wins_input_grad(x.shape, kind)) or (
-            weight.requires_grad and geometry.wins_weight_grad(x.shape, kind, last)
+        kind, last, sizes = like(weight), is_channels_last(x) or is_channels_last(weight), sizes_to_choose_by(x)
+        if (x.requires_grad and geometry.wins_input_grad(sizes, kind)) or (
+            weight.requires_grad and geometry.wins_weight_grad(sizes, kind, last)
         ):
             return _autograd.call("convolution", x, weight, bias, *geometry.arguments())
     return convolve(geometry, x, weight, bias)
@@ -142,8 +139,9 @@ ARGUMENTS = (
 
 def wanted(ctx, bias: int) -> tuple[tuple[bool, bool], bool]:
     """Whether gradients of x and weight are, the first two inputs, and of the bias, by its place among them."""
-    of_x, of_weight = ctx.needs_input_grad[:2]
-    return (of_x, of_weight and _weight_grads), ctx.needs_input_grad[bias] and _weight_grads
+    parameters = _weight_grads.get()
+    of_weight, of_bias = (parameters and _autograd.is_wanted(ctx, at) for at in (1, bias))
+    return (_autograd.is_wanted(ctx, 0), of_weight), of_bias
 
 
 # PyTorch's convolution, so that its gradients can be chosen.
@@ -200,7 +198,7 @@ def _setup_weight_grad(ctx, inputs, output):
 def _weight_grad_backward(ctx, direction):
     """It is linear in both factors: the convolution with `direction` as its weight, and that one's input gradient."""
     grad, x = ctx.saved_tensors
-    of_grad, of_x = ctx.needs_input_grad[:2]
+    of_grad, of_x = (_autograd.is_wanted(ctx, at) for at in (0, 1))
     return (
         plain(ctx.geometry, x, direction) if of_grad else None,
         gradients(ctx.geometry, grad, x, direction, (True, False))[0] if of_x else None,
@@ -254,7 +252,7 @@ def call(
         pre = call(x, weight, bias, geometry, alone, memory_efficient, impl)
         return _synchronized.norm_act(pre, tail, _dispatch.choose("norm_act", impl, pre))
     op, arguments = geometry.fused()
-    chosen = _dispatch.choose(op, impl, x, geometry.wins(x.shape, like(weight), batch_stats))
+    chosen = _dispatch.choose(op, impl, x, geometry.wins(sizes_to_choose_by(x), like(weight), batch_stats))
     if chosen == "reference":
         return tails.reference(convolve(geometry, x, weight, bias), tail)
     options = tail.options()
@@ -360,24 +358,27 @@ def define(op: str, geometry_schema: str, geometry_of: Callable[..., Geometry]) 
         return out, pre, *tails.fake_moments(x, sizes, mean, norm, num_groups)
 
     def setup(ctx, inputs, output):
-        x, weight, _, norm_weight, norm_bias, mean, var, residual, *rest = inputs
+        x, weight, bias, norm_weight, norm_bias, mean, var, residual, *rest = inputs
         ctx.options, ctx.geometry, save = rest[:5], geometry_of(*rest[5:-1]), rest[-1]
         ctx.plain = ctx.options[0] == "none" and ctx.options[3] == "identity"
         ctx.save, ctx.adds, pre = save, residual is not None, output[1]
+        ctx.lacks_pre = not (save or ctx.plain or tails.needs_output_alone(ctx.options))
         if not save and tails.needs_output_alone(ctx.options):
             pre, residual = output[0], None
-        elif not (save or ctx.plain):
-            raise RuntimeError(f"{name} was called with save=False on a tensor that requires a gradient")
         ctx.batch_stats = ctx.options[0] != "none" and mean is None
         if ctx.batch_stats:
             mean, var = output[2:]
-        ctx.save_for_backward(x, weight, norm_weight, norm_bias, mean, var, residual, pre)
+        ctx.save_for_backward(
+            x, weight, bias if ctx.lacks_pre else None, norm_weight, norm_bias, mean, var, residual, pre
+        )
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
 
     def backward(ctx, grad_out, grad_pre, grad_mean, grad_var):
         """Both steps are differentiable ops; what a second backward asks of `pre` arrives as grad_pre."""
-        x, weight, norm_weight, norm_bias, mean, var, residual, pre = ctx.saved_tensors
+        x, weight, bias, norm_weight, norm_bias, mean, var, residual, pre = ctx.saved_tensors
+        if ctx.lacks_pre:  # its caller did not know: torch.compile does not within torch.func.grad
+            pre = convolve(ctx.geometry, x, weight, bias).contiguous(memory_format=layout(x, weight))
         grad, of_tail = grad_out, (None, None, None)
         if grad_out is not None and not ctx.plain:
             grad, *of_tail = tails.norm_act_grads(

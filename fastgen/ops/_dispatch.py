@@ -17,16 +17,19 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 from fastgen._build import cuda, native
 from fastgen._build.native import CUDA_ON_CPU, INTERPRETED
 from fastgen.errors import FastgenError, UsageError
 from fastgen.ops import _autograd, _memory
+from fastgen.ops._settings import Setting
 
 IMPLEMENTATIONS = ("reference", "cpp", "cuda", "triton")
 _WRITTEN: dict[str, tuple[str, ...]] = {}  # op -> the implementations it has
-_override = "auto"  # set by use_impl
+_override = Setting("impl", "auto")  # of use_impl
 _used: Counter[tuple[str, str]] = Counter()
+_counting = threading.Lock()
 _asked = threading.local()  # .tier: of a GPU's, what the call under way asked for; Triton's may be followed by a tile
 _defining = threading.Lock()  # a thread that defines an op of fastgen_cuda: no op can be defined twice
 _log = logging.getLogger("fastgen")
@@ -49,19 +52,17 @@ def _checked(impl: str, source: str) -> str:
 def use_impl(impl: str) -> Iterator[None]:
     """Within the context every op whose `impl` is "auto" runs this implementation, or raises with the reason it cannot.
 
-    Process-wide, not per thread. Raises UsageError for an unknown name.
+    For the calling thread, and the backward passes that it asks for, as with torch.autocast. Threads that are started within
+    it, such as nn.DataParallel's, begin with auto; FASTGEN_IMPL is for all of a process. Raises UsageError for an unknown name.
     """
-    global _override
-    before, _override = _override, _checked(impl, "use_impl")
-    try:
+    with _override.set_to(_checked(impl, "use_impl")):
         yield
-    finally:
-        _override = before
 
 
 def asked() -> str:
     """The implementation that use_impl or the environment asks for, or "auto"."""
-    return os.environ.get("FASTGEN_IMPL", "auto") if _override == "auto" else _override
+    impl = _override.get()
+    return os.environ.get("FASTGEN_IMPL", "auto") if impl == "auto" else impl
 
 
 def why_not(op: str, impl: str, device: str, dtype: torch.dtype | None = None) -> str | None:
@@ -271,18 +272,43 @@ def choose(op: str, impl: str, x: torch.Tensor, wins: str | None = "own", counte
     """
     device = x.device.type if x.device.index is None else f"{x.device.type}:{x.device.index}"
     best = wins or "composed"  # under torch.compile with dynamic sizes, `wins` becomes a guard here
-    return _choose(op, _override if impl == "auto" else impl, device, x.dtype, best, counted)
+    if impl == "auto":
+        impl = "reference" if is_pytorchs() else _override.get()
+    return _choose(op, impl, device, x.dtype, best, counted)
+
+
+def is_pytorchs() -> bool:
+    """Whether the calls under way are for what knows PyTorch's ops alone, forward derivatives and ONNX, and no implementation
+    is asked for."""
+    return (forward_ad._current_level >= 0 or exports_onnx()) and asked() == "auto"
+
+
+def exports_onnx() -> bool:
+    is_traced = torch.compiler.is_exporting() if torch.compiler.is_compiling() else torch._C._is_tracing()
+    return is_traced and _is_in_onnx_export()
+
+
+@_memory.constant
+def _is_in_onnx_export() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
 def count(op: str, impl: str) -> None:
     """Adds a call to implementations_used."""
-    _used[op, impl] += 1
+    with _counting:
+        _used[op, impl] += 1
+
+
+if hasattr(os, "register_at_fork"):  # a child begins with the lock free, whatever other threads were at
+    os.register_at_fork(before=_counting.acquire, after_in_parent=_counting.release, after_in_child=_counting.release)
 
 
 def implementations_used() -> dict[str, dict[str, int]]:
     """Calls so far in this process: op -> implementation -> count (a compiled graph counts once)."""
     used: dict[str, dict[str, int]] = {}
-    for (op, impl), count in sorted(_used.items()):
+    with _counting:
+        counts = sorted(_used.items())
+    for (op, impl), count in counts:
         used.setdefault(op, {})[impl] = count
     return used
 

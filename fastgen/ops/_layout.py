@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,16 @@ class Like(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     channels_last: bool
+
+
+def sizes_to_choose_by(x: Tensor) -> Sequence[int]:
+    """x's shape, for a choice between kernels. An exported graph is for all sizes that are not fixed: its choice is that for
+    batches of 32, and no bound on them."""
+    if not torch.compiler.is_exporting():
+        return x.shape
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # here: it takes long to import
+
+    return [size if has_static_value(size) else 32 for size in x.shape]
 
 
 def like(x: Tensor) -> Like:

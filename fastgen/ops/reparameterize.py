@@ -149,7 +149,11 @@ def _sample(
     prior = [_prior(name, value, mu) if given else None
              for name, value in (("prior_mean", prior_mean), ("prior_logvar", prior_logvar))]  # fmt: skip
     checked = options.checked()
-    key = torch.randint(2**63 - 1, (2,), generator=generator, device=mu.device)
+    if _dispatch.exports_onnx():  # which has noise of its own, and no operators for that of a key
+        sizes = (checked[0], *mu.shape) if checked[0] else mu.shape
+        eps = torch.randn(sizes, dtype=accumulation_dtype(mu), device=mu.device)
+        return _formula(mu, logvar, prior[0], prior[1], eps, 0, *checked)
+    key = torch.randint(2**63 - 1, (2,), generator=generator, dtype=torch.int64, device=mu.device)
     chosen = _dispatch.choose("reparameterize", impl, mu)
     if chosen == "reference":
         eps = _noise_like(reference_normal, mu, key, checked[0])
@@ -176,7 +180,7 @@ def _philox(key: Tensor, blocks: int) -> Tensor:
     """The words of counters 0 to blocks - 1: (*batch, blocks, 4)."""
     low = 0xFFFFFFFF
     seed, offset = key[..., :1], key[..., 1:]
-    block = torch.arange(blocks, device=key.device).expand(*key.shape[:-1], blocks)
+    block = torch.arange(blocks, dtype=torch.int64, device=key.device).expand(*key.shape[:-1], blocks)
     c = [block & low, block >> 32, (offset & low).expand_as(block), ((offset >> 32) & low).expand_as(block)]
     for i in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]  # modulo 2^64

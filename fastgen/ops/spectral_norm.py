@@ -121,6 +121,8 @@ def _checked_dim(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> int:
         if tuple(vector.shape) != (size,):
             raise ValueError(f"{name} must have shape ({size},) for a weight {tuple(weight.shape)} and dim {dim}, "
                              f"got {tuple(vector.shape)}")  # fmt: skip
+        if vector.dtype not in (weight.dtype, torch.float32):
+            raise TypeError(f"{name} is {vector.dtype}, weight is {weight.dtype}: convert {name} to that or to float32")
         if vector.device != weight.device:
             raise ValueError(f"{name} is on {vector.device}, weight on {weight.device}: move one of them")
     return dim % weight.dim()

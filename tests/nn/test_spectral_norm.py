@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrizations, parametrize
 
 import fastgen.nn
@@ -195,6 +196,55 @@ def test_group_copies_casts_and_loads():
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
     with pytest.raises(ValueError, match="there are none"):
         fastgen.nn.SpectralNormGroup(nn.Linear(2, 2))
+
+
+def test_group_sees_vectors_and_swapped_parameters():
+    """u and v that were loaded or written to, and parameters of functional_call, whose memory is soon another's."""
+    model = discriminator().eval()
+    single, x = copy.deepcopy(model), torch.randn(2, 3, 8, 8)
+    fastgen.nn.SpectralNormGroup(model)
+    with torch.no_grad():
+        model(x)
+        vectors = {name: F.normalize(torch.randn_like(value), dim=0) for name, value in model.named_buffers()}
+        for one in (model, single):
+            one.load_state_dict(vectors, strict=False)
+        torch.testing.assert_close(model(x), single(x))
+        for one in (model, single):
+            one[0].parametrizations.weight[0]._u.copy_(torch.ones(8) / 8**0.5)
+        torch.testing.assert_close(model(x), single(x))
+        for step in range(1, 20):
+            found = []
+            for one in (model, single):
+                swapped = {name: step * value + 1 for name, value in one.named_parameters()}
+                found.append(functional_call(one, swapped, (x,)))
+                del swapped
+            torch.testing.assert_close(*found)
+    with torch.inference_mode():
+        made = discriminator()
+        fastgen.nn.SpectralNormGroup(made)
+        torch.testing.assert_close(made.eval()(x), discriminator().eval()(x))
+
+
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("grouped", (False, True))
+def test_functional_transforms(grouped, training):
+    """Gradients, those of each sample and forward ones; vectors move as PyTorch's do."""
+    x, found = torch.randn(3, 3, 8, 8, dtype=torch.float64), []
+    for norm in (fastgen.nn.spectral_norm, parametrizations.spectral_norm):
+        model = discriminator(norm).double().train(training)
+        if grouped and norm is fastgen.nn.spectral_norm:
+            fastgen.nn.SpectralNormGroup(model)
+        parameters = {name: value.detach() for name, value in model.named_parameters()}
+
+        def loss(parameters, x, model=model):
+            return functional_call(model, parameters, (x,)).square().mean()
+
+        found.append([grad(loss)(parameters, x), *(value.clone() for value in model.buffers())])
+        each = vmap(grad(lambda parameters, image, loss=loss: loss(parameters, image[None])), (None, 0))
+        found[-1] += [each(parameters, x), *(value.clone() for value in model.buffers())]
+        model.eval()  # in training PyTorch's has none
+        found[-1] += [jvp(lambda parameters, loss=loss: loss(parameters, x), (parameters,), (parameters,))]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)  # the first vectors are float32's
 
 
 CONVOLUTIONS = {

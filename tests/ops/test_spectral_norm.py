@@ -268,6 +268,10 @@ def test_errors():
             call()
     with pytest.raises(TypeError, match="weight must be float32"):
         ops.spectral_norm(weight.long(), u, v)
+    for name, vectors in (("u", (u.double(), v)), ("v", (u, v.bfloat16()))):
+        for impl in IMPLEMENTATIONS:
+            with pytest.raises(TypeError, match=f"{name} is .*, weight is torch.float32: convert {name}"):
+                ops.spectral_norm(weight, *vectors, impl=impl)
 
 
 @pytest.mark.parametrize("isa", ("baseline", "avx2"))

@@ -1,0 +1,71 @@
+"""torch.func over the ops, compiled too, and what they say to forward derivatives."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.func import grad, jvp, vmap
+
+from fastgen import ops
+from tests.cases import OWN
+
+X, WEIGHT = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((2, 3, 6, 6), (4, 3, 3, 3)))
+U, V = torch.ones(4) / 2, torch.ones(27) / 27**0.5
+FUNCTIONS = {
+    "conv2d_norm_act": lambda w, impl: ops.conv2d_norm_act(X, w, norm="instance", activation="tanh", impl=impl),
+    "norm_act": lambda w, impl: ops.norm_act(w, norm="group", num_groups=3, activation="silu", impl=impl),
+    "spectral_norm": lambda w, impl: ops.spectral_norm(w, U, V, impl=impl)[0],
+}
+
+
+@pytest.fixture(params=FUNCTIONS)
+def function(request):
+    return FUNCTIONS[request.param]
+
+
+@pytest.mark.parametrize("requires_grad", (False, True))
+@pytest.mark.parametrize("dim", (0, -1))
+def test_vmap(function, dim, requires_grad):
+    """With gradients and without, nested, the mapped dimension anywhere, and without PyTorch's warning of a slow fallback."""
+    many = torch.stack([WEIGHT, 2 * WEIGHT, 1 - WEIGHT]).requires_grad_(requires_grad)
+    expected = torch.stack([function(w, "reference") for w in many])
+    torch.testing.assert_close(vmap(lambda w: function(w, OWN), dim)(many.movedim(0, dim)), expected)
+    torch.testing.assert_close(vmap(vmap(lambda w: function(w, OWN)))(many[None])[0], expected)
+    with torch.no_grad():
+        torch.testing.assert_close(vmap(lambda w: function(w, OWN))(many), expected)
+
+
+def test_vmap_of_gradients(function):
+    def loss(w, impl):
+        return function(w, impl).pow(3).sum()
+
+    many = torch.stack([WEIGHT, 2 * WEIGHT])
+    for over in (lambda impl: vmap(grad(lambda w: loss(w, impl))),
+                 lambda impl: grad(lambda m: vmap(lambda w: loss(w, impl))(m).sum()),
+                 lambda impl: vmap(grad(lambda w: grad(lambda w: loss(w, impl))(w).square().sum()))):  # fmt: skip
+        torch.testing.assert_close(over(OWN)(many), over("reference")(many), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("transform", (grad, lambda f: vmap(grad(f))), ids=("grad", "vmap-grad"))
+def test_compile(function, transform):
+    """One graph; torch.compile does not know there whether a gradient is wanted."""
+    torch._dynamo.reset()
+    at = WEIGHT if transform is grad else torch.stack([WEIGHT, 2 * WEIGHT])
+    compiled = torch.compile(transform(lambda w: function(w, OWN).pow(3).sum()), backend="aot_eager", fullgraph=True)
+    expected = transform(lambda w: function(w, "reference").pow(3).sum())(at)
+    torch.testing.assert_close(compiled(at), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_derivatives(function):
+    """By auto, which is PyTorch there; of an implementation that has none an error, and nowhere a derivative that is lost."""
+    tangent = torch.ones_like(WEIGHT)
+    expected = jvp(lambda w: function(w, "reference"), (WEIGHT,), (tangent,))
+    torch.testing.assert_close(jvp(lambda w: function(w, "auto"), (WEIGHT,), (tangent,)), expected)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(WEIGHT, tangent)
+        torch.testing.assert_close(tuple(forward_ad.unpack_dual(function(dual, "auto"))), expected)
+        assert torch.equal(function(WEIGHT, OWN), function(WEIGHT.clone(), OWN))
+        with pytest.raises(NotImplementedError, match="no forward derivatives: ask for impl='reference'"):
+            function(dual, OWN)
+    for transform in (torch.func.jacfwd, torch.func.hessian, lambda f: torch.func.linearize(f, WEIGHT)[1]):
+        with pytest.raises(NotImplementedError, match="no forward derivatives"):
+            transform(lambda w: function(w, OWN).pow(2).sum())(WEIGHT)
