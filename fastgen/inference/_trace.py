@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dis
 import functools
+import importlib
 import inspect
 import itertools
 import pickle
@@ -79,6 +80,9 @@ def trace(module: nn.Module) -> Trace:
     for name in ("is_autocast_enabled", "is_inference_mode_enabled"):
         if name in asked:
             raise UntraceableError(f"it asks {name}")
+    if any("checkpoint" in name for name in asked):
+        # Its first call would, while torch.fx has replaced the functions of `math`: graphs compiled later would break at each.
+        importlib.import_module("torch._dynamo")
     with _arguments.asked_by(functions):
         for mode, fixed in itertools.product(modes, _arguments.ways(forward, functions)):
             for graph in _paths(module, mode, fixed, found):

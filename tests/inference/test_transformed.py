@@ -1,5 +1,8 @@
 """A fused model goes through torch.compile, torch.export, torch.fx and DistributedDataParallel."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -65,3 +68,28 @@ def test_distributed_data_parallel(pair, tmp_path):
 def test_symbolic_trace_by_the_user(pair):
     fused, plain, x = pair
     assert_close(torch.fx.symbolic_trace(fused)(x), plain(x), 1e-4, "output")
+
+
+COMPILED_LATER = """
+import math
+import torch
+import torch.utils.checkpoint
+from torch import nn
+import fastgen
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU()
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(lambda x: self.act(self.conv(x)), x, use_reentrant=False)
+
+fastgen.fuse(Net())
+assert torch.compile(lambda x: x * math.prod((2, 3)), fullgraph=True, backend="eager")(torch.ones(1)) == 6
+"""
+
+
+def test_fuse_does_not_break_later_graphs():
+    """torch.fx replaces the functions of `math` while it traces: torch._dynamo must not be imported then."""
+    done = subprocess.run([sys.executable, "-c", COMPILED_LATER], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
