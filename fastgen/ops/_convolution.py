@@ -92,7 +92,7 @@ def gradients(
     own, kind = _has_kernels(x), like(weight)
     more = x if x.shape[1] > grad.shape[1] else grad
     own_x = own_weight = grad_x = grad_weight = None
-    if own and of_x and geometry.has_opposite(x.shape, weight.shape):
+    if own and of_x:
         own_x = _asked() or geometry.wins_input_grad(x.shape, kind)
     if own and of_weight:
         own_weight = _asked() or geometry.wins_weight_grad(x.shape, kind, is_channels_last(more))
@@ -100,7 +100,11 @@ def gradients(
         grad_weight = _dispatch.call("convolution_weight_grad", own_weight, grad, x, weight, *geometry.arguments())
     if own_x is not None:
         inner, sizes = geometry.inner(x.shape)
-        grad_x = unmirrored(geometry, plain(inner.opposite(sizes, weight.shape), grad, weight, sigma, own_x), x)
+        grad_x = plain(inner.opposite(sizes, weight.shape), grad, weight, sigma, own_x)
+        if geometry.is_opposite_larger(x.shape, weight.shape):
+            last = memory_format(is_channels_last(grad_x))
+            grad_x = grad_x[:, :, : x.shape[2], : x.shape[3]].contiguous(memory_format=last)
+        grad_x = unmirrored(geometry, grad_x, x)
     rest = (of_x and own_x is None, of_weight and own_weight is None)
     if any(rest):
         found = aten_gradients(geometry, grad, x, _divided(weight, sigma) if rest[0] else weight, rest)

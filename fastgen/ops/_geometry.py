@@ -101,8 +101,6 @@ class Geometry(NamedTuple):
     @remembered
     def wins_input_grad(self, x: Sequence[int], weight: Like) -> str | None:
         """The same of x's gradient, which is the opposite convolution; by rule where that one's does."""
-        if not self.has_opposite(x, weight.shape):
-            return None
         inner, read = self.inner(x)
         processor, opposite, sizes = _processor.here(), inner.opposite(read, weight.shape), self.sizes(x, weight.shape)
         if _rules.torch_is_wrong(processor, opposite, sizes, weight):
@@ -111,7 +109,8 @@ class Geometry(NamedTuple):
         return _choices.best("input_grad", self, x, weight, False, guess)
 
     @remembered
-    def has_opposite(self, x: Sequence[int], weight: Sequence[int]) -> bool:
-        """Whether x's gradient is the opposite convolution: not with an output_padding of a stride or more."""
+    def is_opposite_larger(self, x: Sequence[int], weight: Sequence[int]) -> bool:
+        """Whether the opposite convolution gives more than x's gradient, which it starts with: where output_padding is a stride
+        or more."""
         inner, read = self.inner(x)
-        return inner.opposite(read, weight).sizes(self.sizes(x, weight), weight)[2:] == read[2:]
+        return inner.opposite(read, weight).sizes(self.sizes(x, weight), weight)[2:] != read[2:]

@@ -119,10 +119,9 @@ def test_gradcheck(case, impl, own_kernels):
 def test_composed(case, grads, monkeypatch):
     """What auto runs where the convolution's own kernel does not win: PyTorch's, and fastgen's norm and activation."""
     own = "cpp" if grads == "cpp" else None
-    opposite_has_sizes = "output_padding" not in case.options
     monkeypatch.setattr(_convolution.Geometry, "wins", lambda *_: None)
     monkeypatch.setattr(_convolution.Geometry, "wins_weight_grad", lambda *_: own)
-    monkeypatch.setattr(_convolution.Geometry, "wins_input_grad", lambda *_: own if opposite_has_sizes else None)
+    monkeypatch.setattr(_convolution.Geometry, "wins_input_grad", lambda *_: own)
     tensors = case.tensors(torch.float64)
     upstream = torch.randn_like(case.call({name: t.clone() for name, t in tensors.items()}, impl="reference"))
     before = ops.implementations_used().get(case.op, {}).get("composed", 0)

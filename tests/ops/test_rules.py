@@ -88,10 +88,12 @@ def test_kernels_of_three_without_avx512(name):
     assert not weight_grad(name, STRIDED, (1, 64, 16, 16), few, True)
 
 
-# (transposed, batch, channels in and out, kernel, stride, padding, dilation, height and width): all is narrow, or padding
+# (transposed, batch, channels in and out, kernel, stride, padding, dilation, height and width, output_padding): all is narrow,
+# or padding
 WRONG_IN_BFLOAT16 = [
     (True, 1, 16, 16, (4, 4), (2, 2), (1, 1), (1, 1), (9, 1)),
     (True, 4, 48, 8, (4, 4), (2, 2), (2, 2), (2, 2), (8, 1)),
+    (True, 2, 16, 8, (3, 4), (2, 2), (3, 3), (3, 3), (6, 2), (2, 2)),  # x's gradient is a part of the opposite's
     (False, 1, 8, 8, (4, 3), (1, 3), (1, 2), (1, 2), (7, 2)),
     (False, 2, 16, 1, (4, 5), (1, 2), (1, 2), (1, 2), (7, 5)),
     (False, 4, 1, 32, (3, 2), (2, 2), (0, 1), (1, 1), (8, 1)),
@@ -100,8 +102,8 @@ WRONG_IN_BFLOAT16 = [
 
 
 def rule(kind):
-    transposed, n, inputs, outputs, kernel, stride, padding, dilation, size = kind
-    geometry = Geometry(stride, padding, (0, 0) if transposed else None, 1, dilation)
+    transposed, n, inputs, outputs, kernel, stride, padding, dilation, size, *output_padding = kind
+    geometry = Geometry(stride, padding, (*output_padding, (0, 0))[0] if transposed else None, 1, dilation)
     shape = (inputs, outputs, *kernel) if transposed else (outputs, inputs, *kernel)
     return geometry, (n, inputs, *size), Like(shape, torch.bfloat16, torch.device("cpu"), False)
 
@@ -134,6 +136,8 @@ def test_narrow_images_in_bfloat16(kind, impl, poisoned):
     """With AMX PyTorch's own numbers are arbitrary, or the process ends."""
     geometry, shape, weight = rule(kind)
     options = {"stride": geometry.stride, "padding": geometry.padding, "dilation": geometry.dilation}
+    if geometry.transposed:
+        options["output_padding"] = geometry.output_padding
     op = getattr(ops, geometry.fused()[0])
     for _ in range(2):
         tensors = [torch.randn(size).bfloat16().requires_grad_() for size in (shape, weight.shape)]
