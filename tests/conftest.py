@@ -10,6 +10,12 @@ from fastgen.nn import _modules
 from fastgen.ops import _dispatch
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers in every run, in any order of the tests."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def poisoned():
     """Uninitialized memory holds NaN: an output that is not written wholly shows."""
