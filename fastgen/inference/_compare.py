@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from fastgen.inference._call import Inputs
 from fastgen.inference._readers import UnsupportedError, first_line
 from fastgen.inference._record import tensors, unfused
-from fastgen.inference._trace import clone
+from fastgen.inference._trace import clone, randomness
 
 # Bits behind the point that a value keeps. In float32 those that Winograd's algorithm leaves right in one layer.
 _BITS = {"fp32": 17, "tf32": 10, "fp16": 10, "bf16": 7}
@@ -32,17 +32,27 @@ def compare(
     least as often as a plan, and needs no kernels of that precision. Over 80 networks a plan's difference was 0.4 to 1.3 times
     that; three times, since of outputs of few numbers some are near 0 by chance.
 
-    The module stays as it is: copies run, and meet the first batch once more at the end, when they have seen others.
+    The module stays as it is: copies run, and meet the first batch once more at the end, when they have seen others. All begin
+    with the same random numbers. What draws none where the module does has kept those of its making, and is refused.
     """
     batches = [tuple(_images(x, n) for x in example) for n in numbers]
     batches.append(batches[0])
     with torch.no_grad():
         reference = clone(module, share=False)
-        expected = [_expected(reference, batch, len(example[0])) for batch in batches]
-        error = _error([tensors(call(*copies(batch))) for batch in batches], expected)
+        with randomness() as drawn:
+            expected = [_expected(reference, batch, len(example[0])) for batch in batches]
+            draws = drawn()
+        with randomness() as drawn:
+            found = [tensors(call(*copies(batch))) for batch in batches]
+            if draws and not drawn():
+                raise UnsupportedError("it draws random numbers, also in evaluation mode")
+        error = _error(found, expected)
         allowed = 4 * 2.0 ** -(_BITS[precision] + 1)
         if error > allowed:
-            rounded = _rounded(module, batches[:1], _BITS[precision])  # one batch shows its size, and this takes long
+            with randomness():
+                rounded = _rounded(
+                    module, batches[:1], _BITS[precision]
+                )  # one batch shows its size, and this takes long
             allowed = max(allowed, 3 * _error(rounded, expected[:1]))
     if not error <= allowed:
         raise UnsupportedError(

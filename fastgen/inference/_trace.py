@@ -102,7 +102,7 @@ def _paths(module: nn.Module, mode: tuple[bool, bool], fixed: dict[str, Any], fo
             root = clone(module, share=True)
             root.train(mode[0])
             tracer.prepare(root)
-            with _randomness() as drawn, torch.set_grad_enabled(mode[1]), warnings.catch_warnings():
+            with randomness() as drawn, torch.set_grad_enabled(mode[1]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 graph = tracer.trace(root, fixed)
                 if drawn():
@@ -209,7 +209,7 @@ _signature = functools.cache(functools.partial(inspect.signature, follow_wrapped
 
 
 @contextlib.contextmanager
-def _randomness() -> Iterator[Callable[[], bool]]:
+def randomness() -> Iterator[Callable[[], bool]]:
     """Puts the random number generators back at the end; yields whether they were used since the start."""
     numpy = sys.modules.get("numpy")
     before = random.getstate(), torch.get_rng_state(), numpy and numpy.random.get_state()

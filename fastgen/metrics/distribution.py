@@ -131,7 +131,9 @@ def _kid(features: Tensor, real: Tensor, subset: int) -> float:
 
 def _inception_score(logits: Tensor, splits: int) -> float:
     metric = _metric("inception", "InceptionScore", feature=_Given(logits.shape[1]), splits=splits)
-    metric.update(logits.double())
+    logits = logits.double()
+    # A class that no image is of would give 0 * log(0): a share of exp(-500) is 0 in the score too.
+    metric.update((logits - logits.amax(1, keepdim=True)).clamp(min=-500))
     return float(metric.compute()[0])
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from fastgen.data import Batch, ImageDataset
-from fastgen.errors import FastgenError
+from fastgen.errors import DataError, FastgenError, UsageError, out_of_memory
 from fastgen.metrics._check import check_finite
 
 _BATCH = 256
@@ -37,10 +37,11 @@ class FeatureExtractor:
 
         Raises:
             DataError: an image, or what the network makes of it, is not finite.
+            UsageError: the network returns something else than features and logits.
         """
         check_finite(name, images)
         with torch.autocast(images.device.type, enabled=False):
-            parts = [self.network(batch) for batch in images.detach().float().split(_BATCH)]
+            parts = [self._checked(batch) for batch in images.detach().float().split(_BATCH)]
         features = torch.cat([part for part, _ in parts]).float().cpu()
         check_finite(f"the features of {name}", features)
         found = [part for _, part in parts if part is not None]
@@ -49,6 +50,18 @@ class FeatureExtractor:
         logits = torch.cat(found).float().cpu()
         check_finite(f"the logits of {name}", logits)
         return features, logits
+
+    def _checked(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        result = self.network(images)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise UsageError(f"network must return features and logits (or None), not a {type(result).__name__}")
+        for name, value in zip(("features (N, D)", "logits (N, K)"), result, strict=True):
+            if value is None and name.startswith("logits"):
+                continue
+            if not isinstance(value, Tensor) or value.dim() != 2 or len(value) != len(images):
+                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise UsageError(f"network must return {name} for N images, not {found} for {len(images)}")
+        return result
 
 
 class _Classifier(nn.Module):
@@ -84,10 +97,27 @@ def train_classifier(data: ImageDataset, held: ImageDataset | None = None, *, st
         steps: batches of 128 images.
 
     Raises:
-        DataError: an image is not finite.
+        DataError: an image is not finite, or there are none, or labels that are no classes.
+        UsageError: steps below 1.
     """
+    if steps < 1:
+        raise UsageError(f"steps must be at least 1, got {steps}")
+    for part in (data,) if held is None else (data, held):
+        _check_labels(part)
     with torch.device("cpu"), torch.autocast("cpu", enabled=False):  # whatever the process has set
         return _train_classifier(data, held, steps)
+
+
+def _check_labels(data: ImageDataset) -> None:
+    if len(data) < 1:
+        raise DataError(f"{data.name} holds no images")
+    if data.labels is None or data.classes is None:
+        return
+    if len(data.labels) != len(data):
+        raise DataError(f"{data.name} has {len(data)} images, but {len(data.labels)} labels")
+    low, high, count = int(data.labels.min()), int(data.labels.max()), len(data.classes)
+    if low < 0 or high >= count:
+        raise DataError(f"the labels of {data.name} must be 0 to {count - 1}, and run from {low} to {high}")
 
 
 def _train_classifier(data: ImageDataset, held: ImageDataset | None, steps: int) -> FeatureExtractor:
@@ -174,7 +204,13 @@ def inception() -> FeatureExtractor | None:
 
     def network(images: Tensor) -> tuple[Tensor, Tensor]:
         pixels = ((images.expand(-1, 3, -1, -1) + 1) * 127.5).round().clamp(0, 255).byte().cpu()
-        shares = model(pixels, no_output_bias=True).clamp(min=torch.finfo(torch.float32).tiny)
-        return model(pixels, return_features=True), shares.log()
+        try:
+            shares = model(pixels, no_output_bias=True).clamp(min=torch.finfo(torch.float32).tiny)
+            return model(pixels, return_features=True), shares.log()
+        except RuntimeError as error:  # TorchScript's, whatever it is
+            if out_of_memory(error):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise FastgenError(f"{path} is not the Inception of NVlabs/stylegan3: {reason}") from error
 
     return FeatureExtractor(network, "2048 features of Inception v3 (2015-12-05), which resizes to 299x299")

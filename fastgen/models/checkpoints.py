@@ -211,6 +211,9 @@ def _contents(content: Any, states: list[tuple[str, State]]) -> str:
 
 def _check_sizes(state: State, size: int) -> None:
     """Refuses tensors that a file of `size` bytes does not hold, before anything is made for them."""
+    for name, value in state.items():
+        if value.is_meta:
+            raise CheckpointError(f"holds no data of {name}, which was saved from the meta device")
     if sum(value.numel() * value.element_size() for value in state.values()) > 4 * size + 2**20:  # some may be shared
         largest = max(state, key=lambda name: state[name].numel())
         raise CheckpointError(f"{largest} is larger than its data")

@@ -46,9 +46,15 @@ def here() -> Processor:
 
 @functools.cache
 def _found() -> Processor:
-    return Processor(
-        torch.backends.cpu.get_cpu_capability(),
-        torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-        native.load() is None and torch.ops.fastgen.multiplies_bf16(),
-    )
+    tracing = torch._C._get_tracing_state()
+    # torch.jit.trace records every operator, and knows none that returns a bool.
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        return Processor(
+            torch.backends.cpu.get_cpu_capability(),
+            torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+            torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+            native.load() is None and torch.ops.fastgen.multiplies_bf16(),
+        )
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]

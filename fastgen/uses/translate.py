@@ -52,6 +52,8 @@ def in_tiles(
     if tile < least or tile % multiple or not 0 <= overlap <= min(tile // 2, tile - grid):
         wanted = f"a multiple of {multiple}" + (f" from {least}" if least > multiple else "")
         raise UsageError(f"tile must be {wanted} and at least twice overlap, not {tile} with overlap {overlap}")
+    if images.dim() != 4 or min(images.shape[1:]) < 1:
+        raise UsageError(f"images must be (N, C, H, W) with C, H and W above 0, got shape {tuple(images.shape)}")
     height, width = images.shape[2:]
     bottom, right = (max(-size % (grid if size > tile else multiple), least - size) for size in (height, width))
     images = pad(images, (0, right, 0, bottom), "replicate")

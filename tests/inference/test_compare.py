@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import random
 
 import numpy as np
 import pytest
@@ -291,3 +292,34 @@ def test_the_reason_is_logged_once(caplog):
     with caplog.at_level(logging.WARNING, "fastgen"):
         fastgen.Engine(Stateful(counts).eval(), torch.randn(1, 3, 8, 8))
     assert len(caplog.records) == 1 and "calls changes with every call" in caplog.text
+
+
+NOISE = {
+    "rand of one": lambda x: x + torch.rand(1),
+    "a scalar": lambda x: x * torch.rand(()),
+    "item": lambda x: x * (1 + torch.rand(1).item()),
+    "random": lambda x: x * (1 + random.random()),
+    "numpy": lambda x: x * (1 + float(np.random.rand())),
+    "small": lambda x: x + 1e-7 * torch.rand(1),
+}
+
+
+class Noisy(nn.Module):
+    def __init__(self, noise):
+        super().__init__()
+        self.conv, self.noise = nn.Conv2d(3, 4, 3), noise
+
+    def forward(self, x):
+        return self.noise(self.conv(x))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("noise", NOISE)
+def test_noise_is_not_frozen(noise, precision):
+    """A number that is drawn in every call would be a constant of the plan; of the rest there are plans."""
+    model = Noisy(NOISE[noise]).eval()
+    x = torch.randn(2, 3, 8, 8)
+    engine = fastgen.Engine(model, x, precision=precision)
+    assert str(engine.parts[0]) == "the model: PyTorch (it draws random numbers, also in evaluation mode)"
+    assert [(part.name, part.runs) for part in engine.parts[1:]] == [("conv", "plan")]
+    assert noise == "small" or not torch.equal(engine(x), engine(x))

@@ -5,7 +5,7 @@ import torch
 
 from fastgen.data import ImageDataset
 from fastgen.errors import DataError, FastgenError, UsageError
-from fastgen.metrics import FeatureExtractor, Reference, inception, train_classifier
+from fastgen.metrics import FeatureExtractor, Reference, distribution, inception, train_classifier
 
 pytest.importorskip("torchmetrics")
 
@@ -184,3 +184,37 @@ def test_what_the_process_has_set_changes_no_figure():
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
     assert found == expected
+
+
+def test_inception_score_of_classes_that_never_occur():
+    """exp(KL) of two classes out of three in equal shares is 2, where the third has a share of nothing."""
+    logits = torch.tensor([[1e4, 0.0, -1e4], [0.0, 1e4, -1e4]]).repeat(10, 1)
+    assert distribution._inception_score(logits, 1) == pytest.approx(2.0)
+    assert distribution._inception_score(logits[::2], 1) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("result", "says"),
+    [
+        (lambda x: x.flatten(1), "must return features and logits"),
+        (lambda x: (x.mean((1, 2, 3)), None), r"features \(N, D\) for N images, not \(12,\) for 12"),
+        (lambda x: (x, None), r"features \(N, D\)"),
+        (lambda x: (x.flatten(1)[:3], None), r"features \(N, D\) for N images, not \(3, 256\) for 12"),
+        (lambda x: (x.flatten(1), x.flatten(1)[:2]), r"logits \(N, K\)"),
+    ],
+)
+def test_what_an_extractor_must_return(result, says):
+    with pytest.raises(UsageError, match=says):
+        FeatureExtractor(result, "mine")(torch.zeros(12, 1, 16, 16))
+
+
+def test_what_a_classifier_is_trained_on():
+    images, classes = torch.rand(6, 1, 8, 8), ("a", "b")
+    with pytest.raises(DataError, match="the labels of x must be 0 to 1, and run from 0 to 5"):
+        train_classifier(ImageDataset("x", images, torch.arange(6), classes), steps=1)
+    with pytest.raises(DataError, match="x has 6 images, but 5 labels"):
+        train_classifier(ImageDataset("x", images, torch.zeros(5).long(), classes), steps=1)
+    with pytest.raises(DataError, match="x holds no images"):
+        train_classifier(ImageDataset("x", images[:0]), steps=1)
+    with pytest.raises(UsageError, match="steps must be at least 1, got 0"):
+        train_classifier(ImageDataset("x", images), steps=0)

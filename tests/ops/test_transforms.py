@@ -1,5 +1,8 @@
 """torch.func over the ops, compiled too, and what they say to forward derivatives."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -69,3 +72,19 @@ def test_forward_derivatives(function):
     for transform in (torch.func.jacfwd, torch.func.hessian, lambda f: torch.func.linearize(f, WEIGHT)[1]):
         with pytest.raises(NotImplementedError, match="no forward derivatives"):
             transform(lambda w: function(w, OWN).pow(2).sum())(WEIGHT)
+
+
+TRACED = """
+import torch
+from torch import nn
+import fastgen
+model = nn.Sequential(nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 3, 3), nn.Tanh()).eval()
+x, other = torch.randn(2, 16, 8, 8), torch.randn(5, 16, 8, 8)
+traced = torch.jit.trace(fastgen.fuse(model), x)  # the first call in this process: the processor is not known yet
+torch.testing.assert_close(traced(other), model(other), rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_jit_trace_is_the_first_call():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", TRACED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
