@@ -163,7 +163,9 @@ def fusion_report(model: nn.Module) -> FusionReport:
         found.append((is_fused, run, tuple(names[member] for member in run.members)))
     for sequential, runs in plan.sequentials.items():
         found.extend((type(sequential).forward is Sequential.forward, *run) for run in runs)
-    order = list(names.values())
+    order = {
+        name: at for at, (name, _) in enumerate(model.named_modules(remove_duplicate=False))
+    }  # a module may have several
     entries: dict[bool, list[FusedRun]] = {True: [], False: []}
     members: set[nn.Module] = set()
     for is_fused, run, of in found:
@@ -171,7 +173,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
             members.update(run.members)
             entries[is_fused].append(_entry(run, of, plan.notes.get(run, "")))
     for runs_of in entries.values():
-        runs_of.sort(key=lambda run: order.index(run.names[0]))
+        runs_of.sort(key=lambda run: order[run.names[0]])
     left = [
         Unfused(name, _plan.reason(module, name, model, plan))
         for module, name in names.items()

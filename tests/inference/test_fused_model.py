@@ -326,3 +326,31 @@ def test_what_cannot_be_copied_is_fused_where_it_is():
 def test_bad_model(call):
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
         call({})
+
+
+class SharedBySequentials(nn.Module):
+    """A convolution that is an attribute and a member of two Sequentials, so it has three names."""
+
+    def __init__(self):
+        super().__init__()
+        self.act, self.first, self.second, self.norm = (
+            nn.ReLU(),
+            nn.Conv2d(3, 4, 1),
+            nn.Conv2d(4, 4, 1),
+            nn.BatchNorm2d(4),
+        )
+        self.block = nn.Sequential(self.second, self.norm, self.act)
+        self.block2 = nn.Sequential(self.second, self.act)
+
+    def forward(self, x):
+        return self.block2(self.block(self.act(self.norm(self.second(self.act(self.norm(self.first(x))))))))
+
+
+def test_a_module_of_several_names_is_reported():
+    model, x = SharedBySequentials().eval(), torch.randn(2, 3, 5, 5)
+    fused = fastgen.fuse(model)
+    torch.testing.assert_close(fused(x), model(x))
+    said = fastgen.fusion_report(fused)
+    assert {name for run in said.fused for name in run.names} <= {
+        name for name, _ in model.named_modules(remove_duplicate=False)
+    }
