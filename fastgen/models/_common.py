@@ -50,10 +50,12 @@ class Generative(nn.Module):
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model is in eval mode within the context; afterwards each of its modules has the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def evaluating(model: Any) -> Iterator[None]:
+    """The model is in eval mode within the context; afterwards each of its modules has the mode that it had. What is no
+    nn.Module has no mode."""
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    if modes:
+        model.eval()
     try:
         yield
     finally:

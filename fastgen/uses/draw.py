@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import UsageError
+from fastgen.models import evaluating
 
 
 def conditions(model: Any, n: int, *, label: int | None = None, text: str | None = None) -> dict[str, Any]:
@@ -87,10 +88,12 @@ def interpolate(
     if "labels" in given:
         extra = (given["labels"].to(z.device),)
     elif "captions" in given:
-        extra = (model.text_encoder(given["captions"]),)
+        with evaluating(model):
+            extra = (model.text_encoder(given["captions"]),)
     elif wanted := {"labels", "captions"} & set(inspect.signature(model.sample).parameters):
         raise UsageError(f"this {type(model).__name__} draws with {' and '.join(wanted)}: say which class or text")
-    return torch.cat([model.generate(*part) for part in zip(*(x.split(64) for x in (z, *extra)), strict=True)])
+    with evaluating(model):
+        return torch.cat([model.generate(*part) for part in zip(*(x.split(64) for x in (z, *extra)), strict=True)])
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from fastgen.errors import UsageError
+from fastgen.models import evaluating
 
 _STD = 0.1  # of the pixels given z, for a model that does not say
 _LEARNING_RATE = 0.1
@@ -21,7 +22,8 @@ _MAX_STEPS = 10**6
 @torch.no_grad()
 def reconstruct(model: Any, images: Tensor) -> Tensor:
     """decode(mean of q(z | images)), of images (N, C, H, W) in [-1, 1]."""
-    return model.decode(model.encode(images)[0])
+    with evaluating(model):
+        return model.decode(model.encode(images)[0])
 
 
 @torch.inference_mode(False)  # a search needs gradients
@@ -69,7 +71,7 @@ def upscale(model: Any, images: Tensor, *, steps: int = 100) -> Tensor:
         steps: of the search for the latent.
     """
     side, (height, width) = model.config.image_size, images.shape[2:]
-    if height != width or side % height or height == side:
+    if height != width or height < 1 or side % height or height == side:
         raise UsageError(f"images must be squares of {side} pixels over 2, 3, ..., not {height}x{width}")
     factor = side // height
 
@@ -89,16 +91,17 @@ def _most_probable(
         raise UsageError(f"steps must be between 0 and {_MAX_STEPS}, not {steps}")
     log_std = getattr(model, "log_std", None)
     std = _STD if log_std is None else float(log_std.detach().exp())
-    with torch.no_grad():
-        z = model.encode(guess)[0]
-    with torch.enable_grad():
-        known, z = known.clone(), z.clone().requires_grad_()  # which may come from inference mode
-        optimizer = torch.optim.Adam([z], _LEARNING_RATE)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-        for _ in range(steps):
-            misfit = (degrade(model.decode(z)) - known).square().sum() / (std**2 + noise**2)
-            (z.grad,) = torch.autograd.grad((misfit + z.square().sum()) / 2, z)
-            optimizer.step()
-            schedule.step()
-    with torch.no_grad():
-        return model.decode(z)
+    with evaluating(model):
+        with torch.no_grad():
+            z = model.encode(guess)[0]
+        with torch.enable_grad():
+            known, z = known.clone(), z.clone().requires_grad_()  # which may come from inference mode
+            optimizer = torch.optim.Adam([z], _LEARNING_RATE)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+            for _ in range(steps):
+                misfit = (degrade(model.decode(z)) - known).square().sum() / (std**2 + noise**2)
+                (z.grad,) = torch.autograd.grad((misfit + z.square().sum()) / 2, z)
+                optimizer.step()
+                schedule.step()
+        with torch.no_grad():
+            return model.decode(z)

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import avg_pool2d, conv2d, interpolate, mse_loss, pad
 
+import fastgen
 from fastgen import uses
 from fastgen.data import save_animation
 from fastgen.errors import DataError, FastgenError, UsageError
@@ -285,3 +286,29 @@ def test_classes_and_defaults(vae, images):
         torch.set_default_device(None)
     for mine, its in zip(found, expected, strict=True):
         assert mine.dtype == its.dtype and torch.equal(mine, its)
+
+
+def test_a_model_in_training_is_used_as_in_evaluation():
+    """Its batch norms keep their statistics, and an image does not depend on the others."""
+    model = fastgen.create_model("vae", image_size=16, channels=1, widths=(4, 8), nz=4).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images, mask = torch.rand(3, 1, 16, 16) * 2 - 1, torch.zeros(16, 16, dtype=torch.bool)
+    mask[:, :8] = True
+    for use in (
+        lambda x: uses.reconstruct(model, x),
+        lambda x: uses.denoise(model, x, std=0.1, steps=2),
+        lambda x: uses.inpaint(model, x, mask, steps=2),
+        lambda x: uses.upscale(model, x[:, :, ::4, ::4], steps=2),
+    ):
+        torch.testing.assert_close(use(images)[:1], use(images[:1]))
+    uses.interpolate(model, 3)
+    assert model.training
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_images_of_no_pixels():
+    model = fastgen.create_model("vae", image_size=16, channels=1, widths=(4, 8), nz=4)
+    with pytest.raises(UsageError, match=r"images must be squares of 16 pixels .* not 0x0"):
+        uses.upscale(model, torch.zeros(1, 1, 0, 0))
+    with pytest.raises(UsageError, match=r"with C, H and W above 0, got shape \(1, 1, 0, 5\)"):
+        in_tiles(lambda x: x, torch.zeros(1, 1, 0, 5), 8, 0)
