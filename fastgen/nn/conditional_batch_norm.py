@@ -16,6 +16,7 @@ class ConditionalBatchNorm2d(nn.Module):
         convolution: a Conv2d or ConvTranspose2d with C output channels to run before, in one op with the norm.
 
     forward(x, labels): x (N, C, H, W), or the convolution's input; labels (N,) int64 below num_classes. Returns (N, C, H, W).
+    Raises ValueError for labels of another shape.
     """
 
     def __init__(
@@ -36,6 +37,10 @@ class ConditionalBatchNorm2d(nn.Module):
         nn.init.zeros_(self.bias.weight)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        if labels.shape != x.shape[:1]:  # others would broadcast
+            raise ValueError(
+                f"labels must be one per image, of shape ({len(x)},), got {tuple(labels.shape)} for x {tuple(x.shape)}"
+            )
         y = self.norm(x)
         gain, bias = (of(labels)[:, :, None, None].to(y.dtype) for of in (self.gain, self.bias))
         return bias.addcmul(gain, y)

@@ -113,3 +113,10 @@ def test_small_convolutions_are_pytorchs(kind, monkeypatch):
     with torch.no_grad():
         fused(many)
     assert calls(op) == (plainly + 1, own + 2)
+
+
+@pytest.mark.parametrize("labels", ([0], [[0], [1]], 0))
+def test_labels_of_a_conditional_norm_do_not_broadcast(labels):
+    norm = fastgen.nn.ConditionalBatchNorm2d(4, 3)
+    with pytest.raises(ValueError, match=r"labels must be one per image, of shape \(2,\), got"):
+        norm(torch.randn(2, 4, 5, 5), torch.tensor(labels))
