@@ -41,11 +41,11 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def unknown_name(kind: str, name: object, names: Iterable[str]) -> UsageError:
-    """The error for a name that is not among `names`: it shows the nearest of them, and all."""
+def unknown_name(kind: str, name: object, names: Iterable[str], note: str = "") -> UsageError:
+    """The error for a name that is not among `names`: it shows the nearest of them, and all, and ends with `note`."""
     import difflib
 
     names = sorted(names)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return UsageError(f"unknown {kind} {name!r}: {hint}there are: {', '.join(names)}")
+    return UsageError(f"unknown {kind} {name!r}: {hint}there are: {', '.join(names)}{note}")

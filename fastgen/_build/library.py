@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgen._build import cache, toolchain
+from fastgen._build import cache, environment, toolchain
 from fastgen.errors import FastgenError
 
 logger = logging.getLogger("fastgen")
@@ -59,6 +59,7 @@ class Library(ABC):
         if self._outcome is None:
             with self._lock:
                 if self._outcome is None:
+                    environment.check()
                     try:
                         self._outcome = self.open_or_build()
                     except FastgenError as error:

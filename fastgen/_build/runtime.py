@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from types import ModuleType
 
-from fastgen._build import cache, toolchain
+from fastgen._build import cache, environment, toolchain
 from fastgen._build.toolchain import CFLAGS, CSRC
 from fastgen.errors import FastgenError
 
@@ -27,6 +27,7 @@ def load(build: bool = False) -> ModuleType:
     global _module
     with _lock:
         if _module is None:
+            environment.check()
             made_from, suffixes = digest(), importlib.machinery.EXTENSION_SUFFIXES
             # The first suffix names this Python. No compiler is asked for its version, so that a plan starts at once.
             key = f"runtime-{made_from}-{suffixes[0].strip('.').removesuffix('.so')}"

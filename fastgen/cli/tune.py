@@ -39,6 +39,8 @@ def tune(
 
     if not 1 <= batch <= 2**16:
         raise UsageError(f"batch must be between 1 and {2**16}, not {batch}")
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"seconds must be positive and finite, not {seconds}")
     if Path(system).is_dir():
         model = load_model(Path(system))
     else:

@@ -45,5 +45,5 @@ def load_dataset(
         return BUNDLED[name_or_path](image_size, split)
     path = Path(name_or_path)
     if not path.exists() and path.name == name_or_path:
-        raise unknown_name("data set", name_or_path, BUNDLED)
+        raise unknown_name("data set", name_or_path, BUNDLED, f"; nor is there a folder {str(path.absolute())!r}")
     return load_folder(path, image_size, split, strict=strict)

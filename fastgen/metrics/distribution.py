@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import DataError, UsageError
-from fastgen.metrics._check import check_finite
+from fastgen.metrics._check import check_finite, check_images
 from fastgen.metrics.features import FeatureExtractor
 
 _NEIGHBOUR = 3
@@ -43,12 +43,14 @@ class Reference:
     """
 
     def __init__(self, real: Tensor, held: Tensor, extractor: FeatureExtractor) -> None:
+        check_images("real", real)
         self.shape = real.shape[1:]
         self.extractor = extractor
         self._real, _ = self._features("real", real)
         self._held, self._held_logits = self._features("held", held)
 
     def _features(self, name: str, images: Tensor, count: int | None = None) -> tuple[Tensor, Tensor | None]:
+        check_images(name, images)
         if images.dim() != 4 or len(images) < 10 or images.shape[1:] != self.shape:
             raise UsageError(f"{name} must be 10 or more images of {tuple(self.shape)}, not {tuple(images.shape)}")
         check_finite(name, images)

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from fastgen.data import Batch, ImageDataset
 from fastgen.errors import DataError, FastgenError, UsageError, out_of_memory
-from fastgen.metrics._check import check_finite
+from fastgen.metrics._check import check_finite, check_images
 
 _BATCH = 256
 _SIDE = 32  # the small classifier sees images of at most this size
@@ -39,6 +39,7 @@ class FeatureExtractor:
             DataError: an image, or what the network makes of it, is not finite.
             UsageError: the network returns something else than features and logits.
         """
+        check_images(name, images)
         check_finite(name, images)
         with torch.autocast(images.device.type, enabled=False):
             parts = [self._checked(batch) for batch in images.detach().float().split(_BATCH)]

@@ -16,6 +16,7 @@ from torch.nn.modules.module import (
 )
 
 from fastgen import ops
+from fastgen.errors import UsageError
 from fastgen.nn.spectral_norm import undivided
 from fastgen.ops import _over_sigma, _processor, _rules
 from fastgen.ops._check import FLOATING
@@ -135,6 +136,8 @@ def run(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activa
         return _in_turn(x, convolution, norm, activation)
     try:
         y = _in_one(x, convolution, norm, activation)
+    except UsageError:  # the environment names no implementation or instruction set
+        raise
     except (TypeError, ValueError):
         # An op's check refuses it: the modules know better, or theirs is the error to see.
         return _in_turn(x, convolution, norm, activation)

@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from torch.autograd import forward_ad
 
-from fastgen._build import cuda, native
+from fastgen._build import cuda, environment, native
 from fastgen._build.native import CUDA_ON_CPU, INTERPRETED
 from fastgen.errors import FastgenError, UsageError
 from fastgen.ops import _autograd, _memory
@@ -327,7 +327,12 @@ def _triton_version() -> str:
 
 
 def info() -> str:
-    """A table op x implementation with the reason for each absence, and what this machine is. Builds nothing."""
+    """A table op x implementation with the reason for each absence, and what this machine is. Builds nothing.
+
+    Raises UsageError for a variable of the environment that has no meaning.
+    """
+    environment.check()
+    _checked(asked(), "FASTGEN_IMPL")
     build = native.status()
     lines = [
         f"fastgen {_version()}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",

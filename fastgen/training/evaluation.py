@@ -200,6 +200,8 @@ def _samples(model: Any, real: _Real, n: int, seed: int) -> tuple[dict[str, Figu
     figures = {}
     if n >= 10:
         figures = real.reference.compare(batch.images, seed=seed)
+    else:
+        _log.warning("FID, KID, precision and recall are left out: they take 10 samples or more, not %d", n)
     held = real.held.all()
     if isinstance(getattr(model, "discriminator", None), nn.Module):
         figures["discriminator"] = Figure(

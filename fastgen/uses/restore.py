@@ -64,7 +64,7 @@ def inpaint(model: Any, images: Tensor, mask: Tensor, *, steps: int = 100) -> Te
 
 @torch.inference_mode(False)  # a search needs gradients
 def upscale(model: Any, images: Tensor, *, steps: int = 100) -> Tensor:
-    """Images at the model's size, whose squares of pixels have the means that were given.
+    """Images at the model's size, whose squares of pixels have the means that were given, as far as [-1, 1] allows.
 
     Args:
         images: (N, C, h, w) in [-1, 1], h and w the model's `config.image_size` over a whole number.

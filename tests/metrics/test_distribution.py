@@ -218,3 +218,12 @@ def test_what_a_classifier_is_trained_on():
         train_classifier(ImageDataset("x", images[:0]), steps=1)
     with pytest.raises(UsageError, match="steps must be at least 1, got 0"):
         train_classifier(ImageDataset("x", images), steps=0)
+
+
+def test_images_are_floating_point():
+    images = torch.rand(12, 1, 2, 2)
+    for bad, found in (((images * 255).byte(), "a tensor of torch.uint8"), ([images], "a list")):
+        with pytest.raises(UsageError, match=rf"must be a tensor of floating point numbers in \[-1, 1\], not {found}"):
+            compare(bad, images, images, PIXELS)
+        with pytest.raises(UsageError, match="real must be a tensor of floating point"):
+            Reference(bad, images, PIXELS)

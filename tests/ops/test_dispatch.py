@@ -215,3 +215,32 @@ def test_other_instruction_sets(isa):
     environment = os.environ | {"FASTGEN_CPU_ISA": isa}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("FASTGEN_IMPL", "nothing", "FASTGEN_IMPL: unknown implementation 'nothing'"),
+        ("FASTGEN_CPU_ISA", "sse", "FASTGEN_CPU_ISA must be one of baseline, avx2, avx512, got 'sse'"),
+        ("FASTGEN_WINOGRAD", "maybe", "FASTGEN_WINOGRAD must be one of 0, always, got 'maybe'"),
+        ("FASTGEN_THREADS", "-3", "FASTGEN_THREADS must be a positive integer, got '-3'"),
+    ],
+)
+def test_an_environment_that_has_no_meaning(name, value, says):
+    """Not ignored: not by a fused model either, which leaves to its modules what an op refuses."""
+    code = """
+import torch
+from torch import nn
+import fastgen
+from fastgen.errors import UsageError
+for call in (lambda: fastgen.fuse(nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU()))(torch.zeros(8, 64, 32, 32)), fastgen.info):
+    try:
+        call()
+    except UsageError as error:
+        print(error)
+"""
+    if _dispatch.INTERPRETED or _dispatch.CUDA_ON_CPU:
+        pytest.skip("no C++ kernels are loaded")
+    environment = os.environ | {name: value}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert [line.startswith(says) for line in done.stdout.splitlines()] == [True, True], done.stdout
