@@ -225,7 +225,8 @@ SAMPLER = [
 SAMPLER_LARGE = [OpCase("reparameterize_kl", "2M", {"mu": (16384, 128), "logvar": (16384, 128)}, bench=True)]
 SPECTRAL = [
     OpCase("spectral_norm", name, {"weight": shape, "u": (shape[dim],), "v": (math.prod(shape) // shape[dim],)},
-           {"dim": dim} | options)
+           # a sum of 70,000 in float64, by AVX2 in one thread, is 36 units of roundoff off (AVX-512: 1; PyTorch: 6)
+           {"dim": dim} | options, floor=8.0 if name == "wide" else 4.0)
     for name, shape, dim, options in (
         ("linear", (7, 5), 0, {}),
         ("linear-dim1", (6, 5), 1, {"n_power_iterations": 2}),

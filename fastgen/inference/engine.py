@@ -40,8 +40,8 @@ class Engine:
     1025 and must call the same functions for each, or else runs through PyTorch. The output is compared with the module's for
     several inputs and numbers of images; `error` is the relative L2 difference, and one that rounding to the precision does not
     explain is refused, as is a module whose parameters, buffers or other attributes change from call to call, or that draws
-    random numbers (fastgen/inference/_compare.py says the bounds). A state elsewhere, in globals or in objects of other classes,
-    is not seen.
+    random numbers (fastgen/inference/_compare.py says the bounds). A state elsewhere, in globals or in other objects, is not
+    seen.
 
     An engine has a precision of its own: the caller's autocast changes nothing, nor do grad mode, the default dtype and device
     or the number of threads, which is torch.get_num_threads() at creation. Where hooks of all modules are registered then,
