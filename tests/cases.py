@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastgen import ops
 from fastgen.ops import _dispatch
+from fastgen.ops._processor import Processor
 
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -268,3 +269,11 @@ ON_GPU = [
     _conv("dcgan128-last", (64, 64, 64, 64), (64, 3, 4, 4), norm="none", activation="tanh", stride=2, padding=1, bench=True),
     _conv("biggan-like-up", (64, 768, 16, 16), (768, 384, 4, 4), **_DCGAN),
 ]  # fmt: skip
+# Classes of processors, by name, whose rules are tested whichever is at hand.
+PROCESSORS = {
+    "avx2": Processor(),
+    "avx512": Processor("AVX512", torch_bf16=True),
+    "avx512_bf16": Processor("AVX512", torch_bf16=True, own_bf16=True),
+    "amx": Processor("AVX512", torch_bf16=True, torch_fp16=True, own_bf16=True),
+    "neon": Processor("DEFAULT"),
+}

@@ -97,9 +97,8 @@ def register(name: str, backward: Callable, setup_context: Callable) -> None:
         """Where the dispatcher comes to, past transforms."""
         if forward_ad._current_level >= 0:
             refuse_duals(inputs)
-        if (
-            torch._C._are_functorch_transforms_active()
-        ):  # as in a compiled graph: this level is the one to differentiate
+        if torch._C._are_functorch_transforms_active():
+            # As in a compiled graph: this level is the one to differentiate.
             with enable_single_level_autograd_function():
                 return differentiable(*inputs)
         return differentiable(*inputs)
@@ -116,10 +115,10 @@ def register(name: str, backward: Callable, setup_context: Callable) -> None:
             return op(*inputs)
 
     def start(*inputs):
-        if forward_ad._current_level >= 0:
-            refuse_duals(inputs)
         if not torch._C._are_functorch_transforms_active():
             return run(*inputs)
+        if forward_ad._current_level >= 0:
+            refuse_duals(inputs)
         if not lists:
             return transformed.apply(*inputs)
         return nested(transformed.apply(inputs[lists:], *itertools.chain(*inputs[:lists])))
@@ -136,9 +135,7 @@ def register(name: str, backward: Callable, setup_context: Callable) -> None:
         return pytree.tree_unflatten(stacked, tree), pytree.tree_unflatten([0] * len(outputs), tree)
 
     torch.library.impl(name, "Autograd")(run)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"fastgen::{name.removeprefix('fastgen::')}", "FuncTorchBatched"
-    ):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "FuncTorchBatched"):
         torch.library.register_vmap(name, mapped)
     _calls[name.removeprefix("fastgen::")] = start
 

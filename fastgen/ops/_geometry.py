@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 from fastgen.ops import _choices, _processor, _rules
 from fastgen.ops._layout import Like
 from fastgen.ops._memory import remembered
 
 Pair = tuple[int, int]  # height, width
+Rule: TypeAlias = Callable[..., bool]  # of _rules
 
 
 class Geometry(NamedTuple):
@@ -83,30 +84,35 @@ class Geometry(NamedTuple):
 
         As measured on this chip (`_choices`), else by `_rules`, where "own" is the one that auto takes.
         """
-        processor = _processor.here()
-        if _rules.torch_is_wrong(processor, self, x, weight):
-            return "own"
-        guess = _rules.forward(processor, self, x, weight, batch_stats)
-        return _choices.best("forward", self, x, weight, batch_stats, guess)
+        return self._best("forward", x, weight, batch_stats, _rules.forward, self, x)
 
     @remembered
     def wins_weight_grad(self, x: Sequence[int], weight: Like, channels_last: bool) -> str | None:
         """The same of the weight's gradient, where the images with more channels are `channels_last`."""
-        processor = _processor.here()
-        if _rules.torch_is_wrong(processor, self, x, weight):
-            return "own"
-        guess = _rules.weight_grad(processor, self, x, weight, channels_last)
-        return _choices.best("weight_grad", self, x, weight, channels_last, guess)
+        return self._best("weight_grad", x, weight, channels_last, _rules.weight_grad, self, x)
 
     @remembered
     def wins_input_grad(self, x: Sequence[int], weight: Like) -> str | None:
         """The same of x's gradient, which is the opposite convolution; by rule where that one's does."""
         inner, read = self.inner(x)
-        processor, opposite, sizes = _processor.here(), inner.opposite(read, weight.shape), self.sizes(x, weight.shape)
-        if _rules.torch_is_wrong(processor, opposite, sizes, weight):
+        opposite, sizes = inner.opposite(read, weight.shape), self.sizes(x, weight.shape)
+        return self._best("input_grad", x, weight, False, _rules.forward, opposite, sizes)
+
+    def _best(
+        self,
+        what: str,
+        x: Sequence[int],
+        weight: Like,
+        flag: bool,
+        rule: Rule,
+        computed: Geometry,
+        reads: Sequence[int],
+    ) -> str | None:
+        """The answer to a question of `_choices`, where `computed` on images of the shape `reads` is what is to be computed."""
+        processor = _processor.here()
+        if _rules.torch_is_wrong(processor, computed, reads, weight):
             return "own"
-        guess = _rules.forward(processor, opposite, sizes, weight, False)
-        return _choices.best("input_grad", self, x, weight, False, guess)
+        return _choices.best(what, self, x, weight, flag, rule(processor, computed, reads, weight, flag))
 
     @remembered
     def is_opposite_larger(self, x: Sequence[int], weight: Sequence[int]) -> bool:

@@ -13,9 +13,8 @@ from fastgen.ops._settings import Setting
 F = TypeVar("F", bound=Callable[..., Any])
 _LARGEST = 4096  # entries; more kinds of calls than a process has, unless its sizes never repeat
 _memories: list[dict[tuple, Any]] = []
-recorder: Setting[dict | None] = Setting(
-    "recorder", None
-)  # who sets one is asked everything anew: see _choices.recorded
+# A thread that sets one is asked everything anew: see _choices.recorded.
+recorder: Setting[dict | None] = Setting("recorder", None)
 
 
 def remembered(function: F) -> F:

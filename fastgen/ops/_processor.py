@@ -28,16 +28,6 @@ class Processor(NamedTuple):
         return {torch.bfloat16: self.torch_bf16, torch.float16: self.torch_fp16}.get(dtype, True)
 
 
-# Classes of processors, by name, for tests of the rules and for tables.
-PROCESSORS = {
-    "avx2": Processor(),
-    "avx512": Processor("AVX512", torch_bf16=True),
-    "avx512_bf16": Processor("AVX512", torch_bf16=True, own_bf16=True),
-    "amx": Processor("AVX512", torch_bf16=True, torch_fp16=True, own_bf16=True),
-    "neon": Processor("DEFAULT"),
-}
-
-
 @constant
 def here() -> Processor:
     """The processor at hand. A constant of compiled graphs."""

@@ -20,8 +20,7 @@ from fastgen.errors import UsageError
 from fastgen.ops import _autograd, _choices, _convolution, _dispatch, _processor
 from fastgen.ops._geometry import Geometry
 from fastgen.ops._layout import Like, like
-from fastgen.ops._processor import PROCESSORS
-from tests.cases import SMALL
+from tests.cases import PROCESSORS, SMALL
 from tests.ops.test_cases import error, observe
 
 if _dispatch.INTERPRETED or _dispatch.CUDA_ON_CPU:

@@ -13,7 +13,8 @@ from fastgen.nn import _modules
 from fastgen.ops import _choices, _memory, _processor, _rules
 from fastgen.ops._geometry import Geometry
 from fastgen.ops._layout import Like
-from fastgen.ops._processor import PROCESSORS
+from fastgen.ops._processor import Processor
+from tests.cases import PROCESSORS
 
 STRIDED, TRANSPOSED = Geometry((2, 2), (1, 1), None, 1, (1, 1)), Geometry((2, 2), (1, 1), (1, 1), 1, (1, 1))
 PLAIN = STRIDED._replace(stride=(1, 1))
@@ -168,7 +169,7 @@ def test_the_processor_at_hand_within_limits():
         done = subprocess.run(
             [sys.executable, "-c", FOUND], capture_output=True, text=True, env=os.environ | limits, check=True
         )
-        return eval(done.stdout, {"Processor": type(PROCESSORS["avx2"])})
+        return eval(done.stdout, {"Processor": Processor})
 
     assert not found(**{ISA: "avx2"}).own_bf16
     limited = found(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41", **{ISA: "baseline"})
