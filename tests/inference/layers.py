@@ -183,3 +183,11 @@ class Swish(nn.Module):
 @pattern("", {"1": "no op computes a Conv1d", "3": "no convolution or norm", "4": "no op computes a GELU"})
 def nothing_fuses():
     return nn.Sequential(nn.Flatten(2), nn.Conv1d(4, 4, 1), nn.Linear(36, 6), nn.ReLU(), nn.GELU())
+
+
+def iterated(model):
+    """Old spectral norm begins with random vectors: not iterated, sigma may be near 0 and the outputs thousands."""
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.randn(2, 3, 8, 8))
+    return model

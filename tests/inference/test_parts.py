@@ -9,6 +9,7 @@ from torch import nn
 import fastgen
 from fastgen.errors import FastgenError, UsageError
 from fastgen.inference import Part
+from tests.inference.layers import iterated
 
 
 class Call(nn.Module):
@@ -59,7 +60,9 @@ CASES = {
         {"": "softmax", "first": "plan", "last": "plan"},
     ),
     "old spectral norm beside what no plan has": (
-        lambda: nn.Sequential(nn.utils.spectral_norm(conv()), nn.GLU(dim=1), nn.utils.spectral_norm(conv(4)), nn.GELU()),
+        lambda: iterated(
+            nn.Sequential(nn.utils.spectral_norm(conv()), nn.GLU(dim=1), nn.utils.spectral_norm(conv(4)), nn.GELU())
+        ),
         {"0": "plan", "1": "glu", "2": "plan", "3": "gelu"},
     ),
     "each its own reason": (

@@ -20,6 +20,7 @@ import fastgen
 from fastgen.errors import FastgenError
 from fastgen.inference._graphs import Graphs, multiplying
 from fastgen.runtime import Plan
+from tests.inference.layers import iterated
 from tests.inference.test_graphs import Recorder
 
 
@@ -265,7 +266,7 @@ def test_hooks_of_all_modules_are_called(register, caplog):
 
 
 def test_what_a_modules_own_hooks_compute_lies_in_the_plan():
-    model, x = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.ReLU()), torch.randn(2, 3, 8, 8)
+    model, x = iterated(nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.ReLU())), torch.randn(2, 3, 8, 8)
     model[1].register_forward_hook(lambda module, given, output: output * 2)
     model.eval()
     engine = fastgen.Engine(model, x, impl="cpp")
