@@ -24,7 +24,8 @@ def pytest_configure(config):
 
 
 def peak_gflops() -> float:
-    """What the machine reaches in float32, the best of several matrix products and convolutions: the ceiling of the tables."""
+    """What the machine reaches in float32, the best of several matrix products and convolutions: the ceiling of the
+    tables."""
     a, b = torch.randn(2, 1536, 1536)
     x = torch.randn(4, 256, 32, 32).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(256, 256, 3, 3).contiguous(memory_format=torch.channels_last)
@@ -65,12 +66,13 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 @pytest.fixture
 def measure(benchmark, pytestconfig) -> Callable[..., None]:
-    """measure(calls, facts, table=, row=) times a line of a table of the report: column -> call, and column -> its facts.
+    """measure(calls, facts, table=, row=) times a line of a table of the report: column -> call, and column -> its
+    facts.
 
-    The columns take turns, so that what the machine does meanwhile falls on all alike; a turn is some calls in a row, after a
-    pause in which the threads of the one before stop spinning, and some that are not counted: one, or those of WARM seconds.
-    Facts: `correct` and `error`, `mebibytes` (the peak of the memory that a call allocates); of the line: `flops` and `bytes`,
-    where they are known.
+    The columns take turns, so that what the machine does meanwhile falls on all alike; a turn is some calls in a row,
+    after a pause in which the threads of the one before stop spinning, and some that are not counted: one, or those of
+    WARM seconds. Facts: `correct` and `error`, `mebibytes` (the peak of the memory that a call allocates); of the line:
+    `flops` and `bytes`, where they are known.
     """
 
     def run(

@@ -1,11 +1,12 @@
-"""Fastgen's ops on a GPU: parity, then time beside PyTorch's. python -m benchmarks.gpu FOLDER writes FOLDER/<gpu>.json and .md.
+"""Fastgen's ops on a GPU: parity, then time beside PyTorch's. python -m benchmarks.gpu FOLDER writes FOLDER/<gpu>.json
+and .md.
 
-It does one stage after the other, writes after each, and stops in time for 9 minutes in all; of the same commit the next run
-does what this one left. Before the times it measures what `auto` is to choose, into the file of this chip that fastgen brings:
-commit that too.
+It does one stage after the other, writes after each, and stops in time for 9 minutes in all; of the same commit the
+next run does what this one left. Before the times it measures what `auto` is to choose, into the file of this chip that
+fastgen brings: commit that too.
 
-Times are medians over CUDA events with a cold L2 cache, in one process; every row says whether its result was right. Without a
-GPU it says what it skips and runs the kernels' proofs.
+Times are medians over CUDA events with a cold L2 cache, in one process; every row says whether its result was right.
+Without a GPU it says what it skips and runs the kernels' proofs.
 """
 
 import copy
@@ -84,9 +85,11 @@ def as_modelled(case: OpCase, inputs: dict[str, torch.Tensor]) -> dict[str, floa
 
 
 def floors() -> None:
-    """Prints what H200's rates leave to each layer, by its shapes and as Triton's kernels are launched. In the interpreter."""
+    """Prints what H200's rates leave to each layer, by its shapes and as Triton's kernels are launched. In the
+    interpreter."""
     print(
-        "| bfloat16, channels_last | forward, floor, ms | as launched | forward + backward, floor | as launched | measured |"
+        "| bfloat16, channels_last | forward, floor, ms | as launched | forward + backward, floor | as launched | "
+        "measured |"
     )
     print("|---" * 6 + "|")
     for case in LAYERS:
@@ -227,7 +230,8 @@ def others(scratch: torch.Tensor):
 
 
 def networks(clock: Clock, device: str = "cuda", batch: int = 512) -> Iterator[dict]:
-    """Rows of DCGAN-64 as a whole, in bfloat16: a training step, and its generator in inference, one image at a time."""
+    """Rows of DCGAN-64 as a whole, in bfloat16: a training step, and its generator in inference, one image at a
+    time."""
     torch.manual_seed(0)
     model = GAN().to(device)
     inputs = [t.to(device) for t in model.inputs(batch)]
@@ -312,7 +316,8 @@ def measure(case: OpCase, dtype: torch.dtype, scratch: torch.Tensor) -> Iterator
 
 
 def said(*command: str) -> str:
-    """What a command prints; "unknown" where there is no such program, or it fails: a copy without git's folder, say."""
+    """What a command prints; "unknown" where there is no such program, or it fails: a copy without git's folder,
+    say."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError:
@@ -374,7 +379,8 @@ def add_rows(document: dict, rows: Iterator[dict]) -> None:
 
 
 def started(file: Path, about: dict) -> dict:
-    """The document to go on with: what the file holds of the same commit, if it is known, and machine, else an empty one."""
+    """The document to go on with: what the file holds of the same commit, if it is known, and machine, else an empty
+    one."""
     before = json.loads(file.read_text()) if file.exists() else {}
     same = before and before["environment"] | {"date": about["date"]} == about and about["commit"] != "unknown"
     kept = before if same else {"wrong": [], "sanitizer": [], "rows": [], "done": []}

@@ -31,8 +31,8 @@ def tiers(device: str = "cuda:0") -> dict[str, str | None]:
 def parity(document: dict) -> None:
     """What differs from the float64 reference by more than the table allows, and what compute-sanitizer says.
 
-    A case has a process of its own: most of the time is the compiler's, and a kernel that hangs or writes where it may not
-    takes its process with it.
+    A case has a process of its own: most of the time is the compiler's, and a kernel that hangs or writes where it may
+    not takes its process with it.
     """
     tiers()  # builds the CUDA kernels, once
     deadline = time.monotonic() + PARITY
@@ -102,7 +102,8 @@ def wrong_of(index: int, device: str = "cuda") -> list[str]:
 
 
 def agrees(case: OpCase, tier: str, device: str) -> bool:
-    """Whether a sampler's or a spectral norm's results and gradients are the reference's, of the same key, in float32."""
+    """Whether a sampler's or a spectral norm's results and gradients are the reference's, of the same key, in
+    float32."""
     found = []
     for impl in ("reference", tier):
         torch.manual_seed(0)  # the CPU's for the inputs, the GPU's for the key
@@ -117,7 +118,8 @@ def agrees(case: OpCase, tier: str, device: str) -> bool:
 
 
 def sanitized() -> list[str]:
-    """What compute-sanitizer says of the CUDA kernels over the smallest cases: a line for each tool that is not content."""
+    """What compute-sanitizer says of the CUDA kernels over the smallest cases: a line for each tool that is not
+    content."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{CUDA_HOME}/bin")

@@ -207,8 +207,10 @@ def table(document: dict[str, Any]) -> str:
     lines = [
         "# Quality on the bundled data",
         "",
-        "Made by `make quality`; one row alone by `make quality ROW=name`. Each trains with the command line's defaults and "
-        f"what stands beside its name, on images that are not measured with, for at most {_MINUTES} minutes on two cores. "
+        "Made by `make quality`; one row alone by `make quality ROW=name`. Each trains with the command line's "
+        "defaults and "
+        f"what stands beside its name, on images that are not measured with, for at most {_MINUTES} minutes on two "
+        f"cores. "
         "✓ meets its target, ✗ does not.",
         "",
         "| row | figure | value | target | beside | training |",

@@ -13,7 +13,8 @@ _CEILINGS = {
 
 
 def report(document: dict) -> str:
-    """Markdown: a table for each `table`, a line for each `row`, a cell for each `column` (see benchmarks/conftest.py)."""
+    """Markdown: a table for each `table`, a line for each `row`, a cell for each `column` (see
+    benchmarks/conftest.py)."""
     machine, commit = document["machine_info"], document["commit_info"]
     lines = [
         f"{machine['cpu']}, {machine['threads']} threads ({machine['capability']}), torch {machine['torch']}, "

@@ -1,4 +1,5 @@
-"""The training loop: each system's step beside its modules unfused, what the loop adds to a step, and how fast files load."""
+"""The training loop: each system's step beside its modules unfused, what the loop adds to a step, and how fast files
+load."""
 
 import contextlib
 
@@ -62,7 +63,8 @@ def test_systems(system, measure):
 
 
 def test_overhead(measure):
-    """All that the loop does around forward, backward and optimizer: the next batch, averaged weights, losses for the log."""
+    """All that the loop does around forward, backward and optimizer: the next batch, averaged weights, losses for the
+    log."""
     data = load_dataset("photos", 64)
     trained = recipe(data)
     (batch,) = trained.next_batches()

@@ -1,4 +1,5 @@
-"""Spectral norm in training beside PyTorch's parametrization, eager and compiled, float32; and in a discriminator's step."""
+"""Spectral norm in training beside PyTorch's parametrization, eager and compiled, float32; and in a discriminator's
+step."""
 
 import functools
 
@@ -34,7 +35,8 @@ def normalized(model):
 
 
 def standing(model):
-    """What fused convolutions take, whose kernels divide by sigma: the weights themselves, with weight / sigma's gradient."""
+    """What fused convolutions take, whose kernels divide by sigma: the weights themselves, with weight / sigma's
+    gradient."""
     return [norm.parts(weight)[0] for norm, weight in map(undivided, model)]
 
 
@@ -74,7 +76,8 @@ def test_access(row, what, fused, measure):
         access = standing if fused and group is not None else access
         calls[peer] = functools.partial(accesses, model, group, originals, upstream, access)
         facts[peer] = {"error": worst, "correct": worst < 1e-5}
-    # W for the iteration, W and its quotient; then the gradient and W for their product, the gradient again and the result.
+    # W for the iteration, W and its quotient; then the gradient and W for their product, the gradient again and the
+    # result.
     passes = (1 if fused else 3) + (4 if what != "forward" else 0)
     table = "spectral_norm, access of fused convolutions in training" if fused else "spectral_norm, access in training"
     measure(calls, facts, table=table, row=f"{row}, {what}", bytes=passes * sum(w.numel() for w in originals) * 4)

@@ -1,4 +1,5 @@
-"""Whole networks in training: users' own modules under fuse, beside eager PyTorch and torch.compile, in both memory formats."""
+"""Whole networks in training: users' own modules under fuse, beside eager PyTorch and torch.compile, in both memory
+formats."""
 
 import copy
 import functools

@@ -40,8 +40,9 @@ class Work:
 
 
 def work(case: OpCase, dtype: torch.dtype, backward: bool = False) -> Work:
-    """What fastgen's own passes move. Forward: each input read and the output written; with statistics of the batch also what
-    the convolution leaves is written and read again. Backward: two passes over the norm, and two more products."""
+    """What fastgen's own passes move. Forward: each input read and the output written; with statistics of the batch
+    also what the convolution leaves is written and read again. Backward: two passes over the norm, and two more
+    products."""
     moved, flops = case.bytes(dtype), case.flops()
     out = 1
     for size in case._output_shape():
@@ -62,8 +63,8 @@ def as_launched(launches: Iterable[tuple], chip: Chip) -> float:
 
 
 def of_launch(launch: tuple) -> Work:
-    """Every tensor that the kernel is given, once: partial sums, statistics and copies with them; and all products of its
-    tiles, those that a mask hides with them."""
+    """Every tensor that the kernel is given, once: partial sums, statistics and copies with them; and all products of
+    its tiles, those that a mask hides with them."""
     kernel, grid, arguments, _ = launch
     leaves = [t for value in arguments.values() for t in (value if isinstance(value, tuple) else (value,))]
     tensors = {id(t): t for t in leaves if isinstance(t, Tensor)}

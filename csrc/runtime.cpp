@@ -31,7 +31,8 @@ void run(const Plan& plan, int64_t n, const std::vector<uintptr_t>& in, const st
   std::vector<float*> to;
   for (const uintptr_t address : in) from.push_back(reinterpret_cast<const void*>(address));
   for (const uintptr_t address : out) to.push_back(reinterpret_cast<float*>(address));
-  if (from.size() != plan.inputs().size() || to.size() != plan.outputs().size()) throw std::invalid_argument("run needs an address an input and output");
+  if (from.size() != plan.inputs().size() || to.size() != plan.outputs().size())
+    throw std::invalid_argument("run needs an address an input and output");
   plan.run(n, from, to);
 }
 
@@ -46,7 +47,8 @@ PYBIND11_MODULE(_runtime, m) {
         std::copy(view.begin(), view.end(), file.bytes.get());
         return std::make_unique<Plan>(std::move(file), threads);
       }))
-      .def_static("load", [](const std::string& path, int threads) { return std::make_unique<Plan>(fastgen::plan::File::read(path), threads); })
+      .def_static("load", [](const std::string& path,
+                             int threads) { return std::make_unique<Plan>(fastgen::plan::File::read(path), threads); })
       .def("file", [](const Plan& plan) { return py::bytes(plan.file()); })
       .def("run", run)
       .def("tune", &Plan::tune, py::call_guard<py::gil_scoped_release>())

@@ -86,8 +86,8 @@ def gradient_penalty(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """E[(|grad_x D(x)| - 1)^2] at random points x between real and generated images, to be weighted by lambda, 10 in the
-    paper (Gulrajani et al. 2017, arXiv:1704.00028, algorithm 1).
+    """E[(|grad_x D(x)| - 1)^2] at random points x between real and generated images, to be weighted by lambda, 10 in
+    the paper (Gulrajani et al. 2017, arXiv:1704.00028, algorithm 1).
 
     Args:
         discriminator: images -> logits (N,), of which each depends on its own image alone (no batch norm).
@@ -109,8 +109,8 @@ def _input_gradient(logits: Tensor, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def clip_weights_(parameters: Iterable[Tensor], limit: float) -> None:
-    """Clamps the parameters to [-limit, limit] in place, after each step of a Wasserstein GAN's discriminator (Arjovsky et
-    al. 2017, arXiv:1701.07875, algorithm 1).
+    """Clamps the parameters to [-limit, limit] in place, after each step of a Wasserstein GAN's discriminator (Arjovsky
+    et al. 2017, arXiv:1701.07875, algorithm 1).
     """
     torch._foreach_clamp_min_(clipped := list(parameters), -limit)
     torch._foreach_clamp_max_(clipped, limit)
@@ -163,7 +163,8 @@ def identity_loss(same: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
 
 
 def feature_matching_loss(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
-    """Mean over layers of |E[f(x)] - E[f(G(z))]|^2 / dimension of f (Salimans et al. 2016, arXiv:1606.03498, section 3.1).
+    """Mean over layers of |E[f(x)] - E[f(G(z))]|^2 / dimension of f (Salimans et al. 2016, arXiv:1606.03498, section
+    3.1).
 
     Args:
         real, fake: the discriminator's features of each layer, (N, ...); no gradient flows into `real`.

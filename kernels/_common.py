@@ -32,10 +32,12 @@ def recorded():
 
 def launch(kernel, grid: tuple[int, ...], like: Tensor, *, warps: int = 4, stages: int = 2, maxnreg: int | None = None,
            **arguments: Any) -> None:  # fmt: skip
-    """Runs the kernel on the device and current stream of `like`. Raises ValueError for a grid larger than a GPU takes."""
+    """Runs the kernel on the device and current stream of `like`. Raises ValueError for a grid larger than a GPU
+    takes."""
     if any(size > most for size, most in zip(grid, _MOST, strict=False)):
         raise ValueError(
-            f"{kernel.fn.__name__} needs a grid of {grid} programs, and a GPU takes {_MOST[: len(grid)]}: compute fewer "
+            f"{kernel.fn.__name__} needs a grid of {grid} programs, and a GPU takes {_MOST[: len(grid)]}: compute "
+            f"fewer "
             "images or groups at a time, or ask for another implementation (impl='reference')"
         )
     options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": maxnreg} if maxnreg else {})
@@ -108,7 +110,8 @@ def pair(like: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
 
 
 def channel_lines(x: Tensor, channels_last: bool, per_sample: bool, sets: int | None = None) -> Lines:
-    """The lines of x (n, c, *) that share a channel, or a set of neighbouring ones; of each sample for itself if per_sample."""
+    """The lines of x (n, c, *) that share a channel, or a set of neighbouring ones; of each sample for itself if
+    per_sample."""
     n, c = x.shape[:2]
     s = x.numel() // max(1, n * c)
     sets = c if sets is None else sets

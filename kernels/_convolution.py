@@ -1,8 +1,8 @@
 """Convolution, strided or transposed, with what follows it: an implicit matrix product on tensor cores.
 
 Rows are output pixels, columns output channels, the sum runs over taps and input channels. The pixels of a transposed
-convolution that share (pixel + padding) mod stride, an output phase, share their taps: each phase is a product of its own, and
-nothing is multiplied by the zeros between the pixels of its input. A strided convolution has one phase.
+convolution that share (pixel + padding) mod stride, an output phase, share their taps: each phase is a product of its
+own, and nothing is multiplied by the zeros between the pixels of its input. A strided convolution has one phase.
 
 The epilogue adds the bias and then either normalizes with given statistics and activates, or leaves that to
 kernels/norm_act.py and stores parts of the batch's statistics, one a tile, from the float32 sums. Products of few tiles
@@ -38,8 +38,8 @@ def phase(
     q, size, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     TAP_STEP: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Along one dimension: the phase's first output pixel, how many it has of `size`, the input pixel that its first tap reads
-    for the first of them, its first tap and how many taps, each TAP_STEP from the last."""
+    """Along one dimension: the phase's first output pixel, how many it has of `size`, the input pixel that its first
+    tap reads for the first of them, its first tap and how many taps, each TAP_STEP from the last."""
     if not TRANSPOSED:
         return q, size, q - PADDING, q, q + KERNEL
     first = (q + (STRIDE - PADDING % STRIDE) % STRIDE) % STRIDE  # first + PADDING = q mod STRIDE
@@ -179,8 +179,9 @@ class Tile(NamedTuple):
         return "x".join(map(str, self))
 
 
-# All configurations there are, larger ones first, made for registers and shared memory alone; fastgen.tune measures them.
-# "gathered": tensor cores, with loads of one value at a time (channels apart in memory, or no multiple of 16 of them).
+# All configurations there are, larger ones first, made for registers and shared memory alone; fastgen.tune measures
+# them. "gathered": tensor cores, with loads of one value at a time (channels apart in memory, or no multiple of 16 of
+# them).
 TILES = {
     "16 bits": (
         Tile(128, 128, 32, 8, 4),
@@ -221,8 +222,8 @@ def _is_gathered(channels_last: bool, channels: int) -> bool:
 
 
 def choose_tile(kind: str, rows: int, columns: int, products: int, programs: int, measured: str = "") -> Tile:
-    """For `products` products of this size on a chip that runs so many programs at a time: the tile that was measured fastest,
-    by its str(), if it is of this kind, else the largest that fills the chip."""
+    """For `products` products of this size on a chip that runs so many programs at a time: the tile that was measured
+    fastest, by its str(), if it is of this kind, else the largest that fills the chip."""
     tiles = TILES[kind]
     for tile in tiles:
         if str(tile) == measured:
@@ -245,10 +246,10 @@ def splits_of(programs: int, steps: int, wanted: int, most: int = 32) -> int:
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, mean: Tensor | None,
-    var: Tensor | None, residual: Tensor | None, norm: str, num_groups: int, eps: float, activation: str, slope: float,
-    stride: Sequence[int], padding: Sequence[int], output_padding: Sequence[int] | None, groups: int,
-    dilation: Sequence[int], reflect: bool, save: bool, measured: str = "",
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    mean: Tensor | None, var: Tensor | None, residual: Tensor | None, norm: str, num_groups: int, eps: float,
+    activation: str, slope: float, stride: Sequence[int], padding: Sequence[int], output_padding: Sequence[int] | None,
+    groups: int, dilation: Sequence[int], reflect: bool, save: bool, measured: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The ops fastgen::conv_transpose2d_norm_act (with output_padding) and fastgen::conv2d_norm_act.
 
@@ -307,13 +308,14 @@ def forward(
         norm_weight=contiguous(norm_weight) if in_epilogue else None,
         norm_bias=contiguous(norm_bias) if in_epilogue else None, mean=contiguous(mean) if in_epilogue else None,
         var=contiguous(var) if in_epilogue else None,
-        **(parts._asdict() if parts else dict.fromkeys(Parts._fields)), eps=eps, slope=slope, samples=n, channels=in_group,
-        out_channels=out_group, height=height, width=width, out_height=sizes[0], out_width=sizes[1],
-        **dict(zip(("xn", "xc", "xh", "xw"), x.stride(), strict=True)), wi=weight.stride(i_axis), wo=weight.stride(o_axis),
-        wh=weight.stride(2), ww=weight.stride(3), **dict(zip(("on", "oc", "oh", "ow"), out.stride(), strict=True)),
-        row_tiles=row_tiles, split_steps=triton.cdiv(steps, splits), split_size=out.numel(), KH=kernel[0], KW=kernel[1],
-        SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[1], DH=dilation[0], DW=dilation[1], TH=tap_step[0],
-        TW=tap_step[1], GROUPS=groups, TRANSPOSED=transposed, REFLECT=reflect, FLAT=flat, NORM=in_epilogue and norm != "none",
+        **(parts._asdict() if parts else dict.fromkeys(Parts._fields)), eps=eps, slope=slope, samples=n,
+        channels=in_group, out_channels=out_group, height=height, width=width, out_height=sizes[0], out_width=sizes[1],
+        **dict(zip(("xn", "xc", "xh", "xw"), x.stride(), strict=True)), wi=weight.stride(i_axis),
+        wo=weight.stride(o_axis), wh=weight.stride(2), ww=weight.stride(3), **dict(zip(("on", "oc", "oh", "ow"),
+        out.stride(), strict=True)), row_tiles=row_tiles, split_steps=triton.cdiv(steps, splits),
+        split_size=out.numel(), KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[1],
+        DH=dilation[0], DW=dilation[1], TH=tap_step[0], TW=tap_step[1], GROUPS=groups, TRANSPOSED=transposed,
+        REFLECT=reflect, FLAT=flat, NORM=in_epilogue and norm != "none",
         ACTIVATION=name_of(activation) if in_epilogue else "identity", SPLIT=splits > 1,
         PRECISION="tf32" if precision == "tf32" else "ieee", INTERPRETED=INTERPRETED, WIDE=wide(x, weight, out, target),
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,

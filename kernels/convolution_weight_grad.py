@@ -1,8 +1,10 @@
-"""The gradient of a convolution's weight, strided or transposed: a matrix product on tensor cores whose sum runs over pixels.
+"""The gradient of a convolution's weight, strided or transposed: a matrix product on tensor cores whose sum runs over
+pixels.
 
-Of x and the output's gradient one is read once at each of its own pixels (i, j), the inner one: x of a transposed convolution,
-the gradient of a strided one. The outer one is read at (i, j) * stride - padding + tap * dilation. Rows are channels of the
-inner one, columns taps and channels of the outer one: both kinds of weight have their dimensions in this order.
+Of x and the output's gradient one is read once at each of its own pixels (i, j), the inner one: x of a transposed
+convolution, the gradient of a strided one. The outer one is read at (i, j) * stride - padding + tap * dilation. Rows
+are channels of the inner one, columns taps and channels of the outer one: both kinds of weight have their dimensions in
+this order.
 
 There are few tiles and long sums: these are split (split-K) into float32 tensors, which are added in a fixed order.
 """
@@ -27,16 +29,16 @@ FEW = 64  # fewer channels than this are flattened with the taps where their loa
 
 @triton.jit
 def correlate(
-    inner, outer, out, rows, channels, pixels, inner_height, inner_width, height, width, xn, xc, xh, xw, yn, yc, yh, yw, wr,
-    wc, wh, ww, chunk, split_size, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
-    PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, REFLECT: tl.constexpr, FLAT: tl.constexpr,
+    inner, outer, out, rows, channels, pixels, inner_height, inner_width, height, width, xn, xc, xh, xw, yn, yc, yh, yw,
+    wr, wc, wh, ww, chunk, split_size, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, REFLECT: tl.constexpr, FLAT: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of one group: ROWS channels of `inner` by COLUMNS of `outer`, over `chunk` of the pixels, DEPTH at a time.
 
-    rows, channels: of a group, of inner and outer. height, width: outer's. A tile has one tap; FLAT: taps and channels are one
-    dimension, for few channels.
+    rows, channels: of a group, of inner and outer. height, width: outer's. A tile has one tap; FLAT: taps and channels
+    are one dimension, for few channels.
     """
     if FLAT:
         column_tiles = tl.cdiv(KH * KW * channels, COLUMNS)
@@ -113,8 +115,8 @@ def kind_of(inner: Tensor, outer: Tensor, groups: int) -> str:
 
 
 def weight_grad(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], output_padding: Sequence[int],
-    groups: int, dilation: Sequence[int], reflect: bool, tile: str = "",
+    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int],
+    output_padding: Sequence[int], groups: int, dilation: Sequence[int], reflect: bool, tile: str = "",
 ) -> Tensor:  # fmt: skip
     """The op fastgen::convolution_weight_grad. tile: the fastest one's str(), if it was measured."""
     inner, outer = operands(grad, x, bool(output_padding))
@@ -141,9 +143,10 @@ def weight_grad(
         **dict(zip(("xn", "xc", "xh", "xw"), inner.stride(), strict=True)),
         **dict(zip(("yn", "yc", "yh", "yw"), outer.stride(), strict=True)),
         **dict(zip(("wr", "wc", "wh", "ww"), out.stride(), strict=True)), chunk=chunk, split_size=out.numel(),
-        KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[1], DH=dilation[0], DW=dilation[1],
-        REFLECT=reflect, FLAT=flat, PRECISION="tf32" if _convolution.precision_of(x) == "tf32" else "ieee",
-        INTERPRETED=INTERPRETED, WIDE=wide(inner, outer, target), ROWS=chosen.rows, COLUMNS=chosen.columns, DEPTH=chosen.depth,
+        KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[1], DH=dilation[0],
+        DW=dilation[1], REFLECT=reflect, FLAT=flat,
+        PRECISION="tf32" if _convolution.precision_of(x) == "tf32" else "ieee", INTERPRETED=INTERPRETED,
+        WIDE=wide(inner, outer, target), ROWS=chosen.rows, COLUMNS=chosen.columns, DEPTH=chosen.depth,
     )  # fmt: skip
     if splits > 1:
         across = power_of_2(splits)

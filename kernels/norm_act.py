@@ -1,7 +1,9 @@
-"""activation(normalize(x) * weight + bias + residual): the statistics in one pass, the rest in another; backward in two.
+"""activation(normalize(x) * weight + bias + residual): the statistics in one pass, the rest in another; backward in
+two.
 
-Statistics and sums are float32: each lane of a tile keeps its own mean and squared deviations (Welford), tiles and splits are
-merged in a fixed order (Chan, Golub and LeVeque, 1983), so that results do not depend on the order in which programs run.
+Statistics and sums are float32: each lane of a tile keeps its own mean and squared deviations (Welford), tiles and
+splits are merged in a fixed order (Chan, Golub and LeVeque, 1983), so that results do not depend on the order in which
+programs run.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ def tile_of(
     lines, per_sample, outer_line, inner_line, length, inner, outer_step, inner_step, WHOLE: tl.constexpr,
     WIDE: tl.constexpr, LINES: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """The program's tile: its lines, whether there are such, where its values lie, whether there are such; is it the first?"""
+    """The program's tile: its lines, whether there are such, where its values lie, whether there are such; is it the
+    first?"""
     program = program_id(WIDE)
     tiles = tl.cdiv(length, VALUES)
     line = program // tiles * LINES + tl.arange(0, LINES)
@@ -74,8 +77,8 @@ def tile_of(
 
 @triton.jit
 def moments(
-    x, means, m2s, counts, lines, per_sample, outer_line, inner_line, length, inner, outer_step, inner_step, chunk, splits,
-    WHOLE: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr, VALUES: tl.constexpr,
+    x, means, m2s, counts, lines, per_sample, outer_line, inner_line, length, inner, outer_step, inner_step, chunk,
+    splits, WHOLE: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Parts (splits, lines) of the lines' means and sums of squared deviations."""
     part, line, valid, start, stop = part_of(lines, length, chunk, splits, WIDE, LINES)
@@ -152,9 +155,9 @@ def per_channel(pointer, channel, valid, default: tl.constexpr):
 
 @triton.jit
 def apply(
-    x, summands, summand_step, x_bias, out, residual, weight, bias, mean, var, means, m2s, counts, new_mean, new_var, eps,
-    slope, channels, group, lines, per_sample, outer_line, inner_line, length, inner, outer_step, inner_step, stat_lines,
-    splits, SUM: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr,
+    x, summands, summand_step, x_bias, out, residual, weight, bias, mean, var, means, m2s, counts, new_mean, new_var,
+    eps, slope, channels, group, lines, per_sample, outer_line, inner_line, length, inner, outer_step, inner_step,
+    stat_lines, splits, SUM: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr,
     WIDE: tl.constexpr, LINES: tl.constexpr, VALUES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The second pass. With parts of statistics (means, m2s) their merge is stored in new_mean and new_var.
@@ -209,9 +212,9 @@ def backward_z(
 
 @triton.jit
 def backward_sums(
-    grad_out, x, residual, weight, bias, mean, var, sums, dots, eps, slope, channels, group, lines, per_sample, outer_line,
-    inner_line, length, inner, outer_step, inner_step, chunk, splits, PER_SAMPLE: tl.constexpr, ACTIVATION: tl.constexpr,
-    WHOLE: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr, VALUES: tl.constexpr,
+    grad_out, x, residual, weight, bias, mean, var, sums, dots, eps, slope, channels, group, lines, per_sample,
+    outer_line, inner_line, length, inner, outer_step, inner_step, chunk, splits, PER_SAMPLE: tl.constexpr,
+    ACTIVATION: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Parts (splits, lines) of the sums of g and of g * normalized x, g the gradient before the activation."""
     part, line, valid, start, stop = part_of(lines, length, chunk, splits, WIDE, LINES)
@@ -246,13 +249,14 @@ def merge_sums(parts, line, valid, lines, splits, SPLITS: tl.constexpr):
 
 @triton.jit
 def backward_apply(
-    grad_out, x, residual, weight, bias, mean, var, sums, dots, grad_x, grad_residual, grad_weight, grad_bias, eps, slope,
-    channels, group, lines, per_sample, outer_line, inner_line, length, inner, outer_step, inner_step, splits,
-    NORM: tl.constexpr, PER_SAMPLE: tl.constexpr, BATCH_STATS: tl.constexpr, GROUPED: tl.constexpr, ACTIVATION: tl.constexpr,
-    WHOLE: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr, VALUES: tl.constexpr, SPLITS: tl.constexpr,
+    grad_out, x, residual, weight, bias, mean, var, sums, dots, grad_x, grad_residual, grad_weight, grad_bias, eps,
+    slope, channels, group, lines, per_sample, outer_line, inner_line, length, inner, outer_step, inner_step, splits,
+    NORM: tl.constexpr, PER_SAMPLE: tl.constexpr, BATCH_STATS: tl.constexpr, GROUPED: tl.constexpr,
+    ACTIVATION: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr, VALUES: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The second pass. GROUPED: sums and dots are those of gain * g over the values that share statistics, divided by their
-    count; else they are parts of those of g over the line."""
+    """The second pass. GROUPED: sums and dots are those of gain * g over the values that share statistics, divided by
+    their count; else they are parts of those of g over the line."""
     line, valid, at, inside, is_first = tile_of(
         lines, per_sample, outer_line, inner_line, length, inner, outer_step, inner_step, WHOLE, WIDE, LINES, VALUES
     )
@@ -290,7 +294,8 @@ def backward_apply(
 
 
 def split(lines: Lines, like: Tensor, tile: tuple[int, int]) -> tuple[int, int]:
-    """(splits, chunk): into how many programs a line's values go, and how many values each of them takes, to fill the chip."""
+    """(splits, chunk): into how many programs a line's values go, and how many values each of them takes, to fill the
+    chip."""
     groups = triton.cdiv(lines.lines, tile[0])
     wanted = min(MOST_SPLITS, triton.cdiv(4 * multiprocessors(like), groups), triton.cdiv(lines.length, tile[1]))
     chunk = triton.cdiv(triton.cdiv(lines.length, max(1, wanted)), tile[1]) * tile[1]
@@ -326,8 +331,8 @@ class Parts(NamedTuple):
         splits = len(merged.counts)
         launch(
             merge, (triton.cdiv(lines, 64) * splits,), self.means, **self._asdict(), new_means=merged.means,
-            new_m2s=merged.m2s, new_counts=merged.counts, lines=lines, parts=parts, chunk=chunk, splits=splits, LINES=64,
-            PARTS=16,
+            new_m2s=merged.m2s, new_counts=merged.counts, lines=lines, parts=parts, chunk=chunk, splits=splits,
+            LINES=64, PARTS=16,
         )  # fmt: skip
         return merged
 
@@ -340,8 +345,8 @@ def statistics(x: Tensor, channels_last: bool, norm: str, num_groups: int) -> Pa
     splits, chunk = split(stat, x, tile)
     parts = Parts.empty(x, splits, stat.lines)
     launch(
-        moments, (triton.cdiv(stat.lines, tile[0]) * splits,), x, x=x, **parts._asdict(), **stat.arguments(), chunk=chunk,
-        splits=splits, WIDE=wide(x), LINES=tile[0], VALUES=tile[1],
+        moments, (triton.cdiv(stat.lines, tile[0]) * splits,), x, x=x, **parts._asdict(), **stat.arguments(),
+        chunk=chunk, splits=splits, WIDE=wide(x), LINES=tile[0], VALUES=tile[1],
     )  # fmt: skip
     return parts
 
@@ -368,11 +373,11 @@ def normalize(
         apply, (triton.cdiv(lines.lines, tile[0]) * triton.cdiv(lines.length, tile[1]),), x,
         x=x if summed is None else summed, summands=1 if summed is None else len(summed), summand_step=x.numel(),
         x_bias=contiguous(x_bias), out=out, residual=residual, weight=contiguous(weight), bias=contiguous(bias),
-        mean=contiguous(mean), var=contiguous(var), means=means, m2s=m2s, counts=counts, new_mean=new_mean, new_var=new_var,
-        eps=eps, slope=slope, channels=c, group=group, **lines.arguments(), stat_lines=1 if means is None else means.shape[1],
-        splits=1 if means is None else len(means), SUM=summed is not None, NORM=norm != "none",
-        ACTIVATION=name_of(activation), WIDE=wide(x), LINES=tile[0], VALUES=tile[1],
-        SPLITS=1 if means is None else power_of_2(len(means)),
+        mean=contiguous(mean), var=contiguous(var), means=means, m2s=m2s, counts=counts, new_mean=new_mean,
+        new_var=new_var, eps=eps, slope=slope, channels=c, group=group, **lines.arguments(),
+        stat_lines=1 if means is None else means.shape[1], splits=1 if means is None else len(means),
+        SUM=summed is not None, NORM=norm != "none", ACTIVATION=name_of(activation), WIDE=wide(x), LINES=tile[0],
+        VALUES=tile[1], SPLITS=1 if means is None else power_of_2(len(means)),
     )  # fmt: skip
     return out, new_mean, new_var
 
@@ -413,9 +418,10 @@ def backward(
     lines = channel_lines(x, channels_last, per_sample) if norm != "none" else one_line(x)
     tile = lines.tile()
     shared = dict(
-        grad_out=grad_out, x=x, residual=residual, weight=contiguous(weight), bias=contiguous(bias), mean=contiguous(mean),
-        var=contiguous(var), eps=eps, slope=negative_slope, channels=c, group=group, **lines.arguments(),
-        PER_SAMPLE=per_sample, ACTIVATION=name_of(activation), WIDE=wide(x), LINES=tile[0], VALUES=tile[1],
+        grad_out=grad_out, x=x, residual=residual, weight=contiguous(weight), bias=contiguous(bias),
+        mean=contiguous(mean), var=contiguous(var), eps=eps, slope=negative_slope, channels=c, group=group,
+        **lines.arguments(), PER_SAMPLE=per_sample, ACTIVATION=name_of(activation), WIDE=wide(x), LINES=tile[0],
+        VALUES=tile[1],
     )  # fmt: skip
     sums = dots = None
     of_weight, of_bias = pair(x, lines.lines if normalizes else 0)
@@ -433,9 +439,10 @@ def backward(
                 (of.view(-1, c) * gain).view(-1, group).sum(1) / (group * lines.length) for of in (of_bias, of_weight)
             )
     launch(
-        backward_apply, (triton.cdiv(lines.lines, tile[0]) * triton.cdiv(lines.length, tile[1]),), x, sums=sums, dots=dots,
-        grad_x=grad_x, grad_residual=None if residual is None else grad_residual, grad_weight=of_weight, grad_bias=of_bias,
-        splits=splits, NORM=normalizes, BATCH_STATS=batch_stats, GROUPED=grouped, SPLITS=power_of_2(splits), **shared,
+        backward_apply, (triton.cdiv(lines.lines, tile[0]) * triton.cdiv(lines.length, tile[1]),), x, sums=sums,
+        dots=dots, grad_x=grad_x, grad_residual=None if residual is None else grad_residual, grad_weight=of_weight,
+        grad_bias=of_bias, splits=splits, NORM=normalizes, BATCH_STATS=batch_stats, GROUPED=grouped,
+        SPLITS=power_of_2(splits), **shared,
     )  # fmt: skip
     if per_sample:
         of_weight, of_bias = (of.view(-1, c).sum(0) for of in (of_weight, of_bias))

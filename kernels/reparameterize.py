@@ -1,7 +1,8 @@
-"""z = mu + exp(logvar / 2) * noise, the divergence from the prior, and their gradients; the noise is drawn in registers.
+"""z = mu + exp(logvar / 2) * noise, the divergence from the prior, and their gradients; the noise is drawn in
+registers.
 
-docs/random.md says which noise a key stands for. The key stays on the device, so that a CUDA graph's replay, whose key is drawn
-anew, draws anew.
+docs/random.md says which noise a key stands for. The key stays on the device, so that a CUDA graph's replay, whose key
+is drawn anew, draws anew.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def words(key, counter):
 def noise(key, start, column, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr):
     """Normals (ROWS, 4 * COUNTERS) of the elements start (ROWS, 1) + column (1, 4 * COUNTERS).
 
-    ALIGNED: every row starts at a counter's first element, so that each counter is drawn once. Else each element draws its own.
+    ALIGNED: every row starts at a counter's first element, so that each counter is drawn once. Else each element draws
+    its own.
     """
     if ALIGNED:
         first = tl.reshape(tl.min(column, 1), (1, 1))
@@ -88,8 +90,8 @@ def noise(key, start, column, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COUNTER
 
 @triton.jit
 def place(rows, length, WIDE: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr):
-    """The program's batch and how many there are, its rows, where they start (ROWS, 1), its columns (1, 4 * COUNTERS), which of
-    their elements there are, its number along the rows, and the size of all rows."""
+    """The program's batch and how many there are, its rows, where they start (ROWS, 1), its columns (1, 4 * COUNTERS),
+    which of their elements there are, its number along the rows, and the size of all rows."""
     tiles = tl.cdiv(rows, ROWS)
     programs = tiles * tl.cdiv(length, 4 * COUNTERS)  # of a batch
     batch = program_id(WIDE) // programs
@@ -129,10 +131,11 @@ def divergence(mu, logvar, prior_mean, prior_logvar, at, inside):
 
 @triton.jit
 def sample(
-    mu, logvar, key, prior_mean, prior_logvar, z, kl, low, high, free_bits, rows, length, samples, ALIGNED: tl.constexpr,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr,
+    mu, logvar, key, prior_mean, prior_logvar, z, kl, low, high, free_bits, rows, length, samples,
+    ALIGNED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
-    """mu (batch, rows, length), z (batch, samples, rows, length); kl (chunks, batch, rows), parts of the rows' divergence."""
+    """mu (batch, rows, length), z (batch, samples, rows, length); kl (chunks, batch, rows), parts of the rows'
+    divergence."""
     batch, batches, row, start, column, inside, chunk, size = place(rows, length, WIDE, ROWS, COUNTERS)
     at = batch * size + start + column
     mean = tl.load(mu + at, inside, 0.0).to(tl.float32)
@@ -152,9 +155,9 @@ def sample(
 
 @triton.jit
 def sample_backward(
-    grad_z, grad_kl, mu, logvar, key, prior_mean, prior_logvar, grad_mu, grad_logvar, grad_prior_mean, grad_prior_logvar, low,
-    high, free_bits, beta, rows, length, samples, ALIGNED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-    COUNTERS: tl.constexpr,
+    grad_z, grad_kl, mu, logvar, key, prior_mean, prior_logvar, grad_mu, grad_logvar, grad_prior_mean,
+    grad_prior_logvar, low, high, free_bits, beta, rows, length, samples, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
     batch, _, row, start, column, inside, _, size = place(rows, length, WIDE, ROWS, COUNTERS)
     at = batch * size + start + column
@@ -201,9 +204,10 @@ def _launch(kernel, mu: Tensor, key: Tensor, num_samples: int, by_row: bool, **a
     if arguments.get("kl", False) is True:
         arguments["kl"] = mu.new_empty((chunks, batch, rows), dtype=torch.float32)
     launch(
-        kernel, (triton.cdiv(rows, tile_rows) * chunks * batch,), mu, mu=mu, key=key.contiguous(), rows=rows, length=length,
-        samples=max(1, num_samples), **arguments, ALIGNED=length % 4 == 0 or rows * max(1, num_samples) == 1,
-        WIDE=mu.numel() * max(1, num_samples) >= 2**31 - 2**20, ROWS=tile_rows, COUNTERS=columns // 4,
+        kernel, (triton.cdiv(rows, tile_rows) * chunks * batch,), mu, mu=mu, key=key.contiguous(), rows=rows,
+        length=length, samples=max(1, num_samples), **arguments, ALIGNED=length % 4 == 0 or rows * max(1,
+        num_samples) == 1, WIDE=mu.numel() * max(1, num_samples) >= 2**31 - 2**20, ROWS=tile_rows,
+        COUNTERS=columns // 4,
     )  # fmt: skip
     return arguments.get("kl")
 

@@ -1,16 +1,16 @@
 """weight / sigma for many weights: one launch for a power iteration, however many weights there are.
 
-A weight is a matrix W of rows along its `dim` and columns along the rest. One pass over W gives t = W v of some rows and what
-they add to s = W^T t, while they are in the cache; then those parts are added; then u = t / |t|, v = s / |s| and, with
-W^T u = s / |t|, sigma = u^T W v = (s / |t|) . v need no further pass, and a last one writes them and weight / sigma. With
-v_first the same holds of the transposed matrix, u and v in each other's place.
+A weight is a matrix W of rows along its `dim` and columns along the rest. One pass over W gives t = W v of some rows
+and what they add to s = W^T t, while they are in the cache; then those parts are added; then u = t / |t|, v = s / |s|
+and, with W^T u = s / |t|, sigma = u^T W v = (s / |t|) . v need no further pass, and a last one writes them and weight /
+sigma. With v_first the same holds of the transposed matrix, u and v in each other's place.
 
-The three steps' programs are one launch. Each draws a ticket, all of a step before those of the next, and waits until those of
-its weight have arrived whose results it reads. They drew before it, so they run or are done, whatever the order in which a GPU
-starts programs: none waits for ever.
+The three steps' programs are one launch. Each draws a ticket, all of a step before those of the next, and waits until
+those of its weight have arrived whose results it reads. They drew before it, so they run or are done, whatever the
+order in which a GPU starts programs: none waits for ever.
 
-Sums are float32, in a fixed order. A ticket's weight and its part of it stand in a table on the device, which is made once for
-the shapes; the tensors' addresses come as arguments.
+Sums are float32, in a fixed order. A ticket's weight and its part of it stand in a table on the device, which is made
+once for the shapes; the tensors' addresses come as arguments.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def field(table, weight, FIELD: tl.constexpr):
 def part_of(table, blocks, ticket, WIDE: tl.constexpr):
     """The ticket's weight, its number among that weight's; rows, inner and columns of the matrix, and spread.
 
-    Element (r, m) lies at m / inner * rows * inner + r * inner + m % inner, where m counts columns in memory's order: column
-    m % spread * (columns / spread) + m / spread of the matrix. WIDE: what is computed from them has 64 bits.
+    Element (r, m) lies at m / inner * rows * inner + r * inner + m % inner, where m counts columns in memory's order:
+    column m % spread * (columns / spread) + m / spread of the matrix. WIDE: what is computed from them has 64 bits.
     """
     at = blocks + 2 * ticket
     weight, number = tl.load(at), tl.load(at + 1)
@@ -85,8 +85,8 @@ def products(
     weights, vectors, others, table, blocks, ticket, t, parts, norms, COUNT: tl.constexpr, TRANSPOSED: tl.constexpr,
     ITERATE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Some lines (rows, or columns if TRANSPOSED) of t = W vector. ITERATE: their part of W^T t, and |t|^2; else other . t.
-    Returns the weight."""
+    """Some lines (rows, or columns if TRANSPOSED) of t = W vector. ITERATE: their part of W^T t, and |t|^2; else other
+    . t. Returns the weight."""
     index, number, rows, inner, columns, spread = part_of(table, blocks, ticket, WIDE)
     lines = columns if TRANSPOSED else rows
     length = rows if TRANSPOSED else columns
@@ -204,13 +204,13 @@ def finish(
 
 @triton.jit
 def iterate(
-    weights, outs, us, vs, new_us, new_vs, sigmas, table, lines, sums, elements, line_count, sum_count, counters, t, parts, s,
-    t_norms, s_norms, eps, COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, ITERATE: tl.constexpr, LAST: tl.constexpr,
-    DIVIDE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    weights, outs, us, vs, new_us, new_vs, sigmas, table, lines, sums, elements, line_count, sum_count, counters, t,
+    parts, s, t_norms, s_norms, eps, COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, ITERATE: tl.constexpr,
+    LAST: tl.constexpr, DIVIDE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The ticket's part of one of the three steps; counters: tickets drawn, then who has arrived from the first step and from
-    the second, a weight each. ITERATE: else sigma of the given u and v."""
+    """The ticket's part of one of the three steps; counters: tickets drawn, then who has arrived from the first step
+    and from the second, a weight each. ITERATE: else sigma of the given u and v."""
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
     arrived = counters + 1
     if ticket < line_count:
@@ -223,7 +223,8 @@ def iterate(
         index = add_parts(table, sums, ticket - line_count, arrived, parts, s, s_norms, TRANSPOSED, WIDE, PARTS, WIDTH)
         arrive(arrived + COUNT + index)
     else:
-        finish(weights, outs, us, vs, new_us, new_vs, sigmas, table, elements, ticket - line_count - sum_count, arrived, t, s,
+        finish(weights, outs, us, vs, new_us, new_vs, sigmas, table, elements, ticket - line_count - sum_count, arrived,
+        t, s,
                t_norms, s_norms, eps, COUNT, TRANSPOSED, ITERATE, LAST, DIVIDE, WIDE, CHUNK)  # fmt: skip
 
 
@@ -277,7 +278,8 @@ class Plan:
             of_t, of_s = (columns, rows) if transposed else (rows, columns)
             tiles, chunks = triton.cdiv(of_t, ROWS), triton.cdiv(of_s, WIDTH)
             fields += [
-                rows, inner, columns, spread, self.t, self.parts, self.s, len(lines), tiles, len(sums), chunks, len(elements),
+                rows, inner, columns, spread, self.t, self.parts, self.s, len(lines), tiles, len(sums), chunks,
+                len(elements),
             ]  # fmt: skip
             lines += [(index, tile) for tile in range(tiles)]
             sums += [(index, chunk) for chunk in range(chunks)]
@@ -298,8 +300,8 @@ class Plan:
 def _kept(tables: Sequence[list], device: torch.device) -> list[Tensor]:
     """int32 tensors of the tables, in memory of their own.
 
-    A thread that warms up or records a CUDA graph allocates from the graph's memory, where nothing may stay (torch.compile
-    looks): another one makes them.
+    A thread that warms up or records a CUDA graph allocates from the graph's memory, where nothing may stay
+    (torch.compile looks): another one makes them.
     """
     with ThreadPoolExecutor(1) as thread:
         return list(thread.map(lambda table: torch.tensor(table, dtype=torch.int32, device=device), tables))
@@ -351,10 +353,10 @@ def _forward(weights, us, vs, dims, n_power_iterations, eps, v_first, divide):
         launch(
             iterate, (len(plan.lines) + sums + len(elements),), like, weights=tuple(dense), outs=tuple(outs),
             us=tuple(given[0]), vs=tuple(given[1]), new_us=tuple(news[0]), new_vs=tuple(news[1]), sigmas=tuple(sigmas),
-            table=plan.table, lines=plan.lines, sums=plan.sums, elements=elements, line_count=len(plan.lines), sum_count=sums,
-            counters=counters[i], t=t, parts=parts, s=s, t_norms=t_norms, s_norms=s_norms, eps=eps, COUNT=plan.count,
-            TRANSPOSED=v_first, ITERATE=iterates, LAST=last, DIVIDE=divides, ROWS=ROWS, COLUMNS=COLUMNS, PARTS=PARTS,
-            WIDTH=WIDTH, CHUNK=CHUNK, WIDE=wide(*dense), warps=8,
+            table=plan.table, lines=plan.lines, sums=plan.sums, elements=elements, line_count=len(plan.lines),
+            sum_count=sums, counters=counters[i], t=t, parts=parts, s=s, t_norms=t_norms, s_norms=s_norms, eps=eps,
+            COUNT=plan.count, TRANSPOSED=v_first, ITERATE=iterates, LAST=last, DIVIDE=divides, ROWS=ROWS,
+            COLUMNS=COLUMNS, PARTS=PARTS, WIDTH=WIDTH, CHUNK=CHUNK, WIDE=wide(*dense), warps=8,
         )  # fmt: skip
         given = news  # a weight's are written when all its products are done
     if divide:

@@ -15,7 +15,8 @@ from fastgen.ops._processor import Processor
 
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
-# The implementation that the tests hold against the reference. With TRITON_INTERPRET=1, as tests/kernels runs them: triton.
+# The implementation that the tests hold against the reference. With TRITON_INTERPRET=1, as tests/kernels runs them:
+# triton.
 OWN = "triton" if _dispatch.INTERPRETED else "cuda" if _dispatch.CUDA_ON_CPU else "cpp"
 
 
@@ -143,20 +144,21 @@ CASES = [
     _norm_act("batch-5d", (2, 3, 2, 3, 4), training=True, activation="sigmoid"),
     _norm_act("batch-plain", (2, 3, 4, 5), affine=False, running=False, training=True, activation="identity"),
     _norm_act("instance", (3, 4, 5, 6), norm="instance", running=False, activation="relu"),
-    _norm_act("instance-running", (2, 3, 4, 4), norm="instance", training=True, activation="leaky_relu", negative_slope=0.2),
-    _norm_act("instance-eval", (2, 3, 4, 4), norm="instance", activation="sigmoid"),
+    _norm_act("instance-running", (2, 3, 4, 4), norm="instance", training=True, activation="leaky_relu",
+    negative_slope=0.2), _norm_act("instance-eval", (2, 3, 4, 4), norm="instance", activation="sigmoid"),
     _norm_act("none", (2, 3, 5, 5), affine=False, running=False, norm="none", activation="tanh"),
     OpCase("norm_act", "group", {"x": (3, 6, 4, 5), "norm_weight": (6,), "norm_bias": (6,)},
            {"norm": "group", "num_groups": 2, "activation": "silu"}),
-    OpCase("norm_act", "residual", {"x": (3, 4, 5, 3), "residual": (3, 4, 5, 3), "norm_weight": (4,), "norm_bias": (4,)},
+    OpCase("norm_act", "residual", {"x": (3, 4, 5, 3), "residual": (3, 4, 5, 3), "norm_weight": (4,), "norm_bias": (4,
+    )},
            {"training": True, "activation": "relu"}),
     OpCase("norm_act", "residual-none", {"x": (2, 4, 5, 3), "residual": (2, 4, 5, 3)},
            {"norm": "none", "activation": "tanh"}),
     _norm_act("one-channel", (5, 1, 3, 3), training=True, eps=1e-3),
     OpCase("norm_act", "inplace-residual", {"x": (2, 4, 5, 3), "residual": (2, 4, 5, 3)},
            {"norm": "none", "activation": "leaky_relu", "negative_slope": 0.2, "inplace": True}),
-    OpCase("norm_act", "relu-residual", {"x": (2, 4, 5, 3), "residual": (2, 4, 5, 3)}, {"norm": "none", "activation": "relu"}),
-    _conv("dcgan-first", (5, 12, 1, 1), (12, 8, 4, 4), training=True, activation="relu"),
+    OpCase("norm_act", "relu-residual", {"x": (2, 4, 5, 3), "residual": (2, 4, 5, 3)}, {"norm": "none",
+    "activation": "relu"}), _conv("dcgan-first", (5, 12, 1, 1), (12, 8, 4, 4), training=True, activation="relu"),
     _conv("dcgan-middle", (3, 6, 4, 4), (6, 9, 4, 4), training=True, activation="relu", stride=2, padding=1),
     _conv("dcgan-last", (2, 5, 6, 6), (5, 3, 4, 4), norm="none", activation="tanh", stride=2, padding=1),
     _conv("eval", (2, 4, 5, 3), (4, 35, 4, 4), bias=True, stride=2, padding=1, negative_slope=0.2),
@@ -165,26 +167,32 @@ CASES = [
           padding=1, output_padding=1, activation="relu"),
     _conv("instance-running", (2, 4, 5, 4), (4, 3, 3, 3), norm="instance", training=True, activation="silu"),
     # PyTorch's own error in the gain's gradient is 8 units here for one memory order and 25 for the other.
-    replace(_conv("groups", (2, 6, 4, 5), (6, 2, 3, 2), bias=True, training=True, groups=3, stride=(2, 1), padding=(1, 0),
+    replace(_conv("groups", (2, 6, 4, 5), (6, 2, 3, 2), bias=True, training=True, groups=3, stride=(2, 1), padding=(1,
+    0),
           activation="sigmoid"), sum_floor=32.0),
-    _conv("dilation", (2, 3, 5, 4), (3, 4, 2, 3), training=True, stride=2, padding=2, dilation=(2, 3), output_padding=(1, 2),
+    _conv("dilation", (2, 3, 5, 4), (3, 4, 2, 3), training=True, stride=2, padding=2, dilation=(2, 3),
+    output_padding=(1, 2),
           activation="identity"),
     _conv("gaps", (2, 3, 3, 3), (3, 4, 2, 1), bias=True, training=True, stride=3, output_padding=2, activation="silu"),
     _conv("unpadded", (2, 3, 6, 9), (3, 5, 3, 3), norm="none", stride=2, negative_slope=0.2),
     _conv("linear", (2, 3, 3, 4), (3, 5, 3, 3), bias=True, norm="none", activation="identity"),
     _conv("wide-rows", (1, 3, 40, 21), (3, 2, 4, 4), training=True, stride=2, padding=1),
-    _conv("group-residual", (2, 4, 3, 3), (4, 6, 4, 4), residual=(2, 6, 6, 6), running=False, norm="group", num_groups=3,
+    _conv("group-residual", (2, 4, 3, 3), (4, 6, 4, 4), residual=(2, 6, 6, 6), running=False, norm="group",
+    num_groups=3,
           stride=2, padding=1, activation="silu"),
-    _conv2d("patchgan-first", (2, 3, 8, 7), (5, 3, 4, 4), bias=True, norm="none", stride=2, padding=1, negative_slope=0.2),
-    _conv2d("inplace", (2, 3, 8, 7), (5, 3, 4, 4), bias=True, norm="none", stride=2, negative_slope=0.2, inplace=True),
-    _conv2d("patchgan-middle", (2, 4, 8, 8), (20, 4, 4, 4), training=True, stride=2, padding=1, negative_slope=0.2),
-    _conv2d("many-channels", (2, 18, 7, 6), (5, 18, 3, 3), bias=True, training=True, stride=2, padding=1, activation="relu"),
-    _conv2d("mirrored", (2, 3, 9, 12), (5, 3, 3, 3), norm="none", stride=2, padding=1, padding_mode="reflect",
+    _conv2d("patchgan-first", (2, 3, 8, 7), (5, 3, 4, 4), bias=True, norm="none", stride=2, padding=1,
+    negative_slope=0.2), _conv2d("inplace", (2, 3, 8, 7), (5, 3, 4, 4), bias=True, norm="none", stride=2,
+    negative_slope=0.2, inplace=True), _conv2d("patchgan-middle", (2, 4, 8, 8), (20, 4, 4, 4), training=True, stride=2,
+    padding=1, negative_slope=0.2), _conv2d("many-channels", (2, 18, 7, 6), (5, 18, 3, 3), bias=True, training=True,
+    stride=2, padding=1, activation="relu"), _conv2d("mirrored", (2, 3, 9, 12), (5, 3, 3, 3), norm="none", stride=2,
+    padding=1, padding_mode="reflect",
             activation="relu"),
     _conv2d("eval", (2, 4, 5, 6), (3, 4, 3, 3), bias=True, padding=1, activation="relu"),
-    _conv2d("cyclegan-first", (1, 3, 9, 8), (4, 3, 7, 7), bias=True, norm="instance", affine=False, running=False, padding=3,
+    _conv2d("cyclegan-first", (1, 3, 9, 8), (4, 3, 7, 7), bias=True, norm="instance", affine=False, running=False,
+    padding=3,
             padding_mode="reflect", activation="relu"),
-    _conv2d("cyclegan-block", (2, 4, 5, 6), (4, 4, 3, 3), bias=True, norm="instance", affine=False, running=False, padding=1,
+    _conv2d("cyclegan-block", (2, 4, 5, 6), (4, 4, 3, 3), bias=True, norm="instance", affine=False, running=False,
+    padding=1,
             padding_mode="reflect", activation="identity", residual=(2, 4, 5, 6)),
     _conv2d("unclip-block", (2, 3, 6, 5), (8, 3, 3, 3), bias=True, norm="group", num_groups=4, running=False, padding=1,
             activation="silu"),
@@ -196,8 +204,8 @@ CASES = [
     _conv("dcgan64-g1", (64, 512, 4, 4), (512, 256, 4, 4), **_DCGAN),
     _conv("dcgan64-g2", (64, 256, 8, 8), (256, 128, 4, 4), **_DCGAN),
     _conv("dcgan64-g3", (64, 128, 16, 16), (128, 64, 4, 4), **_DCGAN),
-    _conv("dcgan64-g4", (64, 64, 32, 32), (64, 3, 4, 4), norm="none", activation="tanh", stride=2, padding=1, bench=True),
-    _conv2d("dcgan64-d0", (64, 3, 64, 64), (64, 3, 4, 4), **_DCGAN_D | {"norm": "none"}),
+    _conv("dcgan64-g4", (64, 64, 32, 32), (64, 3, 4, 4), norm="none", activation="tanh", stride=2, padding=1,
+    bench=True), _conv2d("dcgan64-d0", (64, 3, 64, 64), (64, 3, 4, 4), **_DCGAN_D | {"norm": "none"}),
     _conv2d("dcgan64-d1", (64, 64, 32, 32), (128, 64, 4, 4), **_DCGAN_D),
     _conv2d("dcgan64-d2", (64, 128, 16, 16), (256, 128, 4, 4), **_DCGAN_D),
     _conv2d("dcgan64-d3", (64, 256, 8, 8), (512, 256, 4, 4), **_DCGAN_D),
@@ -209,7 +217,8 @@ CASES = [
             **_CYCLEGAN | {"norm": "none", "activation": "tanh"}),
     _conv2d("vae64-encoder", (64, 32, 32, 32), (64, 32, 3, 3), **_VAE),
     _conv("vae64-decoder", (64, 64, 16, 16), (64, 32, 3, 3), output_padding=1, **_VAE),
-    _conv2d("vae64-last", (64, 32, 64, 64), (3, 32, 3, 3), **_VAE | {"norm": "none", "activation": "tanh", "stride": 1}),
+    _conv2d("vae64-last", (64, 32, 64, 64), (3, 32, 3, 3), **_VAE | {"norm": "none", "activation": "tanh",
+    "stride": 1}),
 ]  # fmt: skip
 SAMPLER = [
     OpCase("reparameterize_kl", name, dict.fromkeys(("mu", "logvar", *prior), shape), options)
@@ -266,8 +275,8 @@ LARGE = [case for case in CASES if case.bench]
 # Measured on a GPU alone: layers of DCGAN-128 that DCGAN-64 has not, and one as large as BigGAN's.
 ON_GPU = [
     _conv("dcgan128-g1", (64, 1024, 4, 4), (1024, 512, 4, 4), **_DCGAN),
-    _conv("dcgan128-last", (64, 64, 64, 64), (64, 3, 4, 4), norm="none", activation="tanh", stride=2, padding=1, bench=True),
-    _conv("biggan-like-up", (64, 768, 16, 16), (768, 384, 4, 4), **_DCGAN),
+    _conv("dcgan128-last", (64, 64, 64, 64), (64, 3, 4, 4), norm="none", activation="tanh", stride=2, padding=1,
+    bench=True), _conv("biggan-like-up", (64, 768, 16, 16), (768, 384, 4, 4), **_DCGAN),
 ]  # fmt: skip
 # Classes of processors, by name, whose rules are tested whichever is at hand.
 PROCESSORS = {

@@ -1,10 +1,11 @@
 import os
 import tempfile
 
-# A thread of torch that waits gives its core away, read when torch is loaded: else it spins where the other workers compute.
+# A thread of torch that waits gives its core away, read when torch is loaded: else it spins where the other workers
+# compute.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# What torch.compile keeps is code for the vectors of the process that made it, and is taken by processes with other ones too
-# (PyTorch 2.13), where it writes out of bounds.
+# What torch.compile keeps is code for the vectors of the process that made it, and is taken by processes with other
+# ones too (PyTorch 2.13), where it writes out of bounds.
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
     os.path.join(

@@ -1,4 +1,5 @@
-"""What of `make gpu` runs without a GPU: its rows of whole networks, its parity by the CPU's kernels, and how a run goes on."""
+"""What of `make gpu` runs without a GPU: its rows of whole networks, its parity by the CPU's kernels, and how a run
+goes on."""
 
 import contextlib
 import json

@@ -1,4 +1,5 @@
-// Loops over short blocks that stay in the first-level cache. Included once per instruction set (see isa.h), after store.h.
+// Loops over short blocks that stay in the first-level cache. Included once per instruction set (see isa.h), after
+// store.h.
 namespace fastgen::cpu::FASTGEN_ISA {
 
 constexpr int64_t kBlock = 512;
@@ -26,8 +27,8 @@ inline void activate_grad_block(const A* grad, const A* z, A* out, int64_t count
   for (int64_t i = 0; i < count; ++i) out[i] = activate_grad<act>(grad[i], z[i], slope);
 }
 
-// body(std::integral_constant<Activation, act>): a loop of its own for each activation. The loop belongs in a function that takes
-// pointers: over what a lambda captures GCC 12 may leave it scalar.
+// body(std::integral_constant<Activation, act>): a loop of its own for each activation. The loop belongs in a function
+// that takes pointers: over what a lambda captures GCC 12 may leave it scalar.
 template <class F>
 inline void with_activation(Activation act, const F& body) {
   switch (act) {
@@ -52,16 +53,18 @@ inline void activate_grad_block(Activation act, const A* grad, const A* z, A* ou
   with_activation(act, [&](auto known) { activate_grad_block<known.value>(grad, z, out, count, slope); });
 }
 
-// The affine map of the normalisation: z = (x - center) * scale + shift, a coefficient a (row of stats,) channel; `repeat` times one
-// after another, for blocks of several pixels.
+// The affine map of the normalisation: z = (x - center) * scale + shift, a coefficient a (row of stats,) channel;
+// `repeat` times one after another, for blocks of several pixels.
 template <class A>
 struct Affine {
   Buffer<A> center, rstd, scale;
   Buffer<A> shift;  // (repeat, c)
 
   Affine(const NormAct& op, const NormActTensors& given, int64_t repeat = 1)
-      : center(scratch<A>(op.rows_of_stats() * repeat * op.c)), rstd(scratch<A>(op.rows_of_stats() * repeat * op.c)),
-        scale(scratch<A>(op.rows_of_stats() * repeat * op.c)), shift(scratch<A>(repeat * op.c)) {
+      : center(scratch<A>(op.rows_of_stats() * repeat * op.c)),
+        rstd(scratch<A>(op.rows_of_stats() * repeat * op.c)),
+        scale(scratch<A>(op.rows_of_stats() * repeat * op.c)),
+        shift(scratch<A>(repeat * op.c)) {
     const A* weight = static_cast<const A*>(given.weight);
     const int64_t period = repeat * op.c;
     for (int64_t row = 0; row < op.rows_of_stats(); ++row)
@@ -81,13 +84,14 @@ struct Affine {
   }
 };
 
-// Moments of `count` values from their deviations from a rounded mean: what the mean lacks is in the sum of the deviations.
+// Moments of `count` values from their deviations from a rounded mean: what the mean lacks is in the sum of the
+// deviations.
 inline Moments<double> moments_about(double mean, double sum, double squares, int64_t count) {
   return {static_cast<double>(count), mean + sum / count, std::max(0.0, squares - sum * sum / count)};
 }
 
-// Moments of `rows` rows of `c` channels, a channel a column, merged into out (c); blocks of rows in two passes. Short runs are
-// summed in the accumulation type, and those sums in double.
+// Moments of `rows` rows of `c` channels, a channel a column, merged into out (c); blocks of rows in two passes. Short
+// runs are summed in the accumulation type, and those sums in double.
 template <class T>
 void column_moments(const T* x, int64_t rows, int64_t c, Moments<double>* out) {
   using A = Acc<T>;

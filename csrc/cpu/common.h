@@ -1,4 +1,5 @@
-// Types shared by the CPU kernels. No torch: raw pointers, plain structs, and the parallel-for that the caller hands in.
+// Types shared by the CPU kernels. No torch: raw pointers, plain structs, and the parallel-for that the caller hands
+// in.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +28,9 @@ struct ParallelFor {
   int threads;
   std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>& body)> run;
 
-  void operator()(int64_t count, const std::function<void(int64_t begin, int64_t end)>& body) const { run(count, body); }
+  void operator()(int64_t count, const std::function<void(int64_t begin, int64_t end)>& body) const {
+    run(count, body);
+  }
 };
 
 struct BFloat16 {
@@ -68,16 +71,16 @@ inline __attribute__((always_inline)) void store(BFloat16* p, float value) {  //
 }
 
 // return function<T>(...) for the T of dtype
-#define FASTGEN_FOR_DTYPE(dtype, function, ...)                                    \
-  switch (dtype) {                                                                 \
-    case DType::float32: return function<float>(__VA_ARGS__);                      \
-    case DType::float64: return function<double>(__VA_ARGS__);                     \
-    case DType::bfloat16: return function<BFloat16>(__VA_ARGS__);                  \
-    case DType::float16: return function<Float16>(__VA_ARGS__);                    \
+#define FASTGEN_FOR_DTYPE(dtype, function, ...)                   \
+  switch (dtype) {                                                \
+    case DType::float32: return function<float>(__VA_ARGS__);     \
+    case DType::float64: return function<double>(__VA_ARGS__);    \
+    case DType::bfloat16: return function<BFloat16>(__VA_ARGS__); \
+    case DType::float16: return function<Float16>(__VA_ARGS__);   \
   }
 
-// Large blocks are kept by the thread that frees them, kMost bytes at most: the pages of a fresh one cost more than what is computed
-// in them. A block's size stands in the line before it.
+// Large blocks are kept by the thread that frees them, kMost bytes at most: the pages of a fresh one cost more than
+// what is computed in them. A block's size stands in the line before it.
 class Blocks {
  public:
   static void* take(size_t size) {
@@ -165,7 +168,8 @@ T* thread_scratch(int64_t count) {
   return buffer.get();
 }
 
-// Whether what a call reads and writes, of so many bytes, leaves the last cache before it is used again: half of a common one.
+// Whether what a call reads and writes, of so many bytes, leaves the last cache before it is used again: half of a
+// common one.
 inline bool leaves_cache(int64_t bytes) { return bytes > (16 << 20); }
 
 // Whether this processor multiplies pairs of bfloat16 by one instruction.

@@ -13,8 +13,8 @@
 
 namespace fastgen::cpu::FASTGEN_ISA {
 
-inline void conv2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors, const NormActTensors& given,
-                            const ParallelFor& parallel) {
+inline void conv2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors,
+                            const NormActTensors& given, const ParallelFor& parallel) {
   FASTGEN_FOR_DTYPE(op.dtype, convolve_norm_act, conv, op, false, tensors, given, parallel)
 }
 
@@ -23,8 +23,8 @@ inline void conv2d_norm_act(const Convolution& conv, const NormAct& op, const Co
 #ifdef FASTGEN_ONCE
 namespace fastgen::cpu {
 
-void conv2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors, const NormActTensors& given,
-                     const ParallelFor& parallel) {
+void conv2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors,
+                     const NormActTensors& given, const ParallelFor& parallel) {
   FASTGEN_DISPATCH(conv2d_norm_act, conv, op, tensors, given, parallel)
 }
 

@@ -9,15 +9,16 @@
 
 namespace fastgen::cpu {
 
-// Winograd's algorithms have tiles of m x m outputs of r x r taps. `rows`, for few output channels: the taps of a row of the
-// kernel are output channels of one matrix product, and their sums the output.
-// direct_bf16 and rows_bf16, for bfloat16 alone, multiply pairs of channels by one instruction that not all processors have.
+// Winograd's algorithms have tiles of m x m outputs of r x r taps. `rows`, for few output channels: the taps of a row
+// of the kernel are output channels of one matrix product, and their sums the output. direct_bf16 and rows_bf16, for
+// bfloat16 alone, multiply pairs of channels by one instruction that not all processors have.
 enum class Algorithm { direct, rows, winograd_4x2, winograd_4x3, direct_bf16, rows_bf16 };
 constexpr int64_t kAlgorithms = 6;
 
 // The algorithms that can compute a convolution to `c` channels; direct is always one.
 inline bool can_run(Algorithm algorithm, const Convolution& conv, int64_t c) {
-  const bool plain = conv.kh == conv.kw && conv.stride[0] == conv.stride[1] && conv.groups == 1 && conv.dilation[0] == 1 && conv.dilation[1] == 1;
+  const bool plain = conv.kh == conv.kw && conv.stride[0] == conv.stride[1] && conv.groups == 1 &&
+                     conv.dilation[0] == 1 && conv.dilation[1] == 1;
   switch (algorithm) {
     case Algorithm::direct: return true;
     case Algorithm::direct_bf16: return conv.ic / conv.groups % 2 == 0;
@@ -31,14 +32,15 @@ inline bool can_run(Algorithm algorithm, const Convolution& conv, int64_t c) {
   return false;
 }
 
-// FASTGEN_WINOGRAD: "0" turns Winograd's off, "always" uses them wherever they can be used, whatever it costs (for tests).
+// FASTGEN_WINOGRAD: "0" turns Winograd's off, "always" uses them wherever they can be used, whatever it costs (for
+// tests).
 inline bool winograd_is(const char* wanted) {
   const char* asked = getenv("FASTGEN_WINOGRAD");
   return asked && !strcmp(asked, wanted);
 }
 
-// The one to use: where it was measured to be the fastest (benchmarks/NOTES.md). least: lines of the smaller side's images from which
-// on a 3x3 kernel of stride 2 saves more by Winograd's algorithm than the tiles' edges cost.
+// The one to use: where it was measured to be the fastest (benchmarks/NOTES.md). least: lines of the smaller side's
+// images from which on a 3x3 kernel of stride 2 saves more by Winograd's algorithm than the tiles' edges cost.
 inline Algorithm choose(const Convolution& conv, const NormAct& op, int64_t least = 8) {
   const bool never = op.dtype == DType::float64 || winograd_is("0"), always = winograd_is("always");
   const bool wide = conv.ic >= 16 && op.c >= 16;
@@ -59,10 +61,13 @@ inline bool in_pairs(const Convolution& conv, const NormAct& op) {
 }
 
 // Floats of all weights in Winograd's transform.
-inline int64_t transformed_size(const Convolution& conv, int64_t c) { return conv.ic * c * (conv.stride[0] == 2 ? 100 : 36); }
+inline int64_t transformed_size(const Convolution& conv, int64_t c) {
+  return conv.ic * c * (conv.stride[0] == 2 ? 100 : 36);
+}
 
-// Whether each band of the output transforms the weights anew: where transformed ones are too many to be kept; or where they serve
-// few pixels (of one call, or all that there will be), as they then are read from memory about as often as transformed.
+// Whether each band of the output transforms the weights anew: where transformed ones are too many to be kept; or where
+// they serve few pixels (of one call, or all that there will be), as they then are read from memory about as often as
+// transformed.
 inline bool transforms_in_bands(const Convolution& conv, int64_t c, int64_t pixels) {
   return transformed_size(conv, c) * int64_t(sizeof(float)) > (16 << 20) || (conv.stride[0] == 1 && pixels <= 1600);
 }
@@ -72,28 +77,32 @@ inline int64_t packed_bytes(Algorithm algorithm, const Convolution& conv, int64_
   const int64_t plain = conv.ic / conv.groups * c * conv.kh * conv.kw;
   if (algorithm == Algorithm::direct_bf16 || algorithm == Algorithm::rows_bf16) return plain * 2;
   const bool winograd = algorithm == Algorithm::winograd_4x2 || algorithm == Algorithm::winograd_4x3;
-  return 4 * (winograd && !transforms_in_bands(conv, c, std::numeric_limits<int64_t>::max()) ? transformed_size(conv, c) : plain);
+  return 4 * (winograd && !transforms_in_bands(conv, c, std::numeric_limits<int64_t>::max()) ? transformed_size(conv, c)
+                                                                                             : plain);
 }
 
 // mean and var of `given` are written when op.batch_stats, else read.
-void conv2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors, const NormActTensors& given,
-                     const ParallelFor& parallel);
+void conv2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors,
+                     const NormActTensors& given, const ParallelFor& parallel);
 void conv_transpose2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors,
                                const NormActTensors& given, const ParallelFor& parallel);
 
-// The gradient of the weight, `out` with conv.weight_strides, from the gradient of the output (no norm), which `op` describes.
-void convolution_weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad, const void* x, void* out,
-                             const ParallelFor& parallel);
+// The gradient of the weight, `out` with conv.weight_strides, from the gradient of the output (no norm), which `op`
+// describes.
+void convolution_weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad,
+                             const void* x, void* out, const ParallelFor& parallel);
 
 // A convolution of float32 or bfloat16 whose weights (and bias, or null) are packed once, for any number of images.
 class PackedConvolution {
  public:
   virtual ~PackedConvolution() = default;
-  // x (n, ih, iw, ic) and out of op.dtype, bfloat16 if the algorithm asks for it. mean and var of `given` are written when
-  // op.batch_stats.
-  virtual void run(const NormAct& op, const void* x, const NormActTensors& given, void* out, const ParallelFor& parallel) const = 0;
+  // x (n, ih, iw, ic) and out of op.dtype, bfloat16 if the algorithm asks for it. mean and var of `given` are written
+  // when op.batch_stats.
+  virtual void run(const NormAct& op, const void* x, const NormActTensors& given, void* out,
+                   const ParallelFor& parallel) const = 0;
 };
-std::unique_ptr<PackedConvolution> pack_convolution(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm,
-                                                    const float* weight, const float* bias, const ParallelFor& parallel);
+std::unique_ptr<PackedConvolution> pack_convolution(const Convolution& conv, int64_t c, bool transposed,
+                                                    Algorithm algorithm, const float* weight, const float* bias,
+                                                    const ParallelFor& parallel);
 
 }  // namespace fastgen::cpu

@@ -20,8 +20,8 @@ struct WinogradSize {
 };
 
 template <class T>
-void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad_, const void* x_, void* out,
-                 const ParallelFor& parallel) {
+void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad_, const void* x_,
+                 void* out, const ParallelFor& parallel) {
   using A = Acc<T>;
   const int64_t* const s = conv.weight_strides;
 
@@ -32,11 +32,14 @@ void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, co
         return transposed ? WinogradAxis::transposed(in, size, kernel, conv.stride[i], conv.padding[i])
                           : WinogradAxis::conv(in, size, kernel, conv.stride[i], conv.padding[i], conv.reflect);
       };
-      const auto x = pixels_first<Stored<T>>(static_cast<const T*>(x_), op.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, parallel);
-      const auto grad = pixels_first<Stored<T>>(static_cast<const T*>(grad_), op.n, op.c, op.s, op.channels_last, parallel);
-      WinogradWeightGradient<A, m, r, 2>{op.n, conv.ic, conv.ih, conv.iw, op.c, axis(conv.ih, conv.oh, conv.kh, 0),
-                                         axis(conv.iw, conv.ow, conv.kw, 1)}
-          .run(x.get(), grad.get(), static_cast<T*>(out), {s[transposed ? 0 : 1], s[transposed ? 1 : 0], s[2], s[3]}, parallel);
+      const auto x = pixels_first<Stored<T>>(static_cast<const T*>(x_), op.n, conv.ic, conv.ih * conv.iw,
+                                             conv.x_channels_last, parallel);
+      const auto grad =
+          pixels_first<Stored<T>>(static_cast<const T*>(grad_), op.n, op.c, op.s, op.channels_last, parallel);
+      WinogradWeightGradient<A, m, r, 2>{
+          op.n, conv.ic, conv.ih, conv.iw, op.c, axis(conv.ih, conv.oh, conv.kh, 0), axis(conv.iw, conv.ow, conv.kw, 1)}
+          .run(x.get(), grad.get(), static_cast<T*>(out), {s[transposed ? 0 : 1], s[transposed ? 1 : 0], s[2], s[3]},
+               parallel);
     };
     switch (choose(conv, op, 4)) {
       case Algorithm::winograd_4x2: return winograd(WinogradSize<4, 2>{});
@@ -45,9 +48,11 @@ void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, co
     }
   }
 
-  const auto x = pixels_first<A>(static_cast<const T*>(x_), op.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, parallel);
+  const auto x =
+      pixels_first<A>(static_cast<const T*>(x_), op.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, parallel);
   const auto grad = pixels_first<A>(static_cast<const T*>(grad_), op.n, op.c, op.s, op.channels_last, parallel);
-  DirectWeightGradient<A> direct{op.n, conv.ih, conv.iw, conv.ic, conv.oh, conv.ow, op.c, conv.kh, conv.kw, {}, {}, {}, conv.groups, conv.reflect};
+  DirectWeightGradient<A> direct{op.n,    conv.ih, conv.iw, conv.ic, conv.oh, conv.ow,     op.c,
+                                 conv.kh, conv.kw, {},      {},      {},      conv.groups, conv.reflect};
   if (transposed) {
     std::swap(direct.bh, direct.sh);
     std::swap(direct.bw, direct.sw);
@@ -56,11 +61,12 @@ void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, co
   std::copy_n(conv.stride, 2, direct.stride);
   std::copy_n(conv.padding, 2, direct.padding);
   std::copy_n(conv.dilation, 2, direct.dilation);
-  direct.run((transposed ? grad : x).get(), (transposed ? x : grad).get(), static_cast<T*>(out), {s[1], s[0], s[2], s[3]}, parallel);
+  direct.run((transposed ? grad : x).get(), (transposed ? x : grad).get(), static_cast<T*>(out),
+             {s[1], s[0], s[2], s[3]}, parallel);
 }
 
-inline void convolution_weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad, const void* x, void* out,
-                                    const ParallelFor& parallel) {
+inline void convolution_weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad,
+                                    const void* x, void* out, const ParallelFor& parallel) {
   FASTGEN_FOR_DTYPE(op.dtype, weight_grad, conv, op, transposed, grad, x, out, parallel)
 }
 
@@ -69,8 +75,8 @@ inline void convolution_weight_grad(const Convolution& conv, const NormAct& op, 
 #ifdef FASTGEN_ONCE
 namespace fastgen::cpu {
 
-void convolution_weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad, const void* x, void* out,
-                             const ParallelFor& parallel) {
+void convolution_weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad,
+                             const void* x, void* out, const ParallelFor& parallel) {
   FASTGEN_DISPATCH(convolution_weight_grad, conv, op, transposed, grad, x, out, parallel)
 }
 

@@ -2,9 +2,9 @@
 // Included once per instruction set (see isa.h).
 namespace fastgen::cpu::FASTGEN_ISA {
 
-// How the output positions of one axis read the input: position o, tap k -> source[o * taps + k], -1 outside. Positions that the
-// same taps reach form a class: one a residue of the stride when transposed, and on a short axis the positions at the border
-// apart from the rest, so that no tap is multiplied with zeros.
+// How the output positions of one axis read the input: position o, tap k -> source[o * taps + k], -1 outside. Positions
+// that the same taps reach form a class: one a residue of the stride when transposed, and on a short axis the positions
+// at the border apart from the rest, so that no tap is multiplied with zeros.
 struct Axis {
   struct Class {
     std::vector<int64_t> taps, positions;
@@ -32,7 +32,8 @@ struct Axis {
   }
 
   // i = o * stride - padding + k * dilation, mirrored at both ends when the padding reflects
-  static Axis strided(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool reflect) {
+  static Axis strided(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
+                      bool reflect) {
     Axis axis{kernel, std::vector<int64_t>(static_cast<size_t>(out * kernel), -1), {}};
     for (int64_t o = 0; o < out; ++o) {
       std::vector<int64_t> reached, inside;
@@ -62,8 +63,8 @@ struct Axis {
 // A band: some rows of one image, or all rows of several small images; about kBandPixels output pixels, a unit of work.
 constexpr int64_t kBandPixels = 1024, kItems = 8;
 
-// joined: so many taps of a row of the kernel are read as one of so many times the channels, from rows that have `edge` pixels more at
-// either end; for few channels, where the tiles of one tap are too short.
+// joined: so many taps of a row of the kernel are read as one of so many times the channels, from rows that have `edge`
+// pixels more at either end; for few channels, where the tiles of one tap are too short.
 struct Direct {
   Axis rows, columns;
   int64_t joined = 1, edge = 0;
@@ -85,8 +86,8 @@ inline Direct direct(const Convolution& conv, bool transposed) {
   return {axis_of(conv, transposed, 0), axis_of(conv, transposed, 1)};
 }
 
-// y[oh][ow][c] = sum over kw of t[column(ow, kw)][kw * channels + c], t = sum over kh of x[row(oh, kh)] w[kh]: a product as wide as a row
-// of the kernel, for as few output channels as an image has.
+// y[oh][ow][c] = sum over kw of t[column(ow, kw)][kw * channels + c], t = sum over kh of x[row(oh, kh)] w[kh]: a
+// product as wide as a row of the kernel, for as few output channels as an image has.
 struct Rows {
   // Output positions ow, ow + ow_step, ... that read the input's iw, iw + iw_step, ... by the tap kw.
   struct Run {
@@ -96,13 +97,15 @@ struct Rows {
   int64_t taps, channels;
   std::vector<Run> runs;
 
-  Rows(Axis rows_, const Axis& columns, int64_t channels_) : rows(std::move(rows_)), taps(columns.taps), channels(channels_) {
+  Rows(Axis rows_, const Axis& columns, int64_t channels_)
+      : rows(std::move(rows_)), taps(columns.taps), channels(channels_) {
     for (int64_t kw = 0; kw < taps; ++kw) {
       Run run{kw, 0, 0, 0, 0, 0};
       for (int64_t ow = 0; ow < static_cast<int64_t>(columns.source.size()) / taps; ++ow) {
         const int64_t iw = columns.source[ow * taps + kw];
         if (iw < 0) continue;
-        const int64_t last_ow = run.ow + (run.count - 1) * run.ow_step, last_iw = run.iw + (run.count - 1) * run.iw_step;
+        const int64_t last_ow = run.ow + (run.count - 1) * run.ow_step,
+                      last_iw = run.iw + (run.count - 1) * run.iw_step;
         if (run.count == 1) run.ow_step = ow - last_ow, run.iw_step = iw - last_iw;
         if (run.count && ow - last_ow == run.ow_step && iw - last_iw == run.iw_step) {
           ++run.count;
@@ -128,8 +131,8 @@ Buffer<Acc<T>> pack_rows(const Convolution& conv, int64_t c, int64_t width, bool
   for (int64_t kh = 0; kh < conv.kh; ++kh)
     for (int64_t i = 0; i < conv.ic; ++i)
       for (int64_t column = 0; column < conv.kw * c; ++column)
-        packed[((kh * blocks + column / width) * conv.ic + i) * width + column % width] =
-            load(weight + kh * stride.row + i * stride.depth + column / c * stride.column + column % c * stride.channel);
+        packed[((kh * blocks + column / width) * conv.ic + i) * width + column % width] = load(
+            weight + kh * stride.row + i * stride.depth + column / c * stride.column + column % c * stride.channel);
   return packed;
 }
 
@@ -142,7 +145,8 @@ struct Packed {
 
   // x as `how` reads it.
   template <class T>
-  Pixels<A> pixels(const Convolution& conv, int64_t n, const T* x, bool channels_last, const ParallelFor& parallel) const {
+  Pixels<A> pixels(const Convolution& conv, int64_t n, const T* x, bool channels_last,
+                   const ParallelFor& parallel) const {
     auto plain = pixels_first<A>(x, n, conv.ic, conv.ih * conv.iw, channels_last, parallel);
     const Direct* const direct = std::get_if<Direct>(&how);
     if (!direct || direct->joined == 1) return plain;
@@ -153,8 +157,8 @@ struct Packed {
 
 // pixels: of the output, that the packed weights will serve.
 template <class T, int vectors>
-Packed<Acc<T>, vectors> pack(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm, int64_t pixels, const T* weight,
-                             const ParallelFor& parallel) {
+Packed<Acc<T>, vectors> pack(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm, int64_t pixels,
+                             const T* weight, const ParallelFor& parallel) {
   using A = Acc<T>;
   constexpr int64_t width = vectors * Vector<A>::size;
   if constexpr (std::is_same_v<A, float>) {
@@ -178,12 +182,13 @@ Packed<Acc<T>, vectors> pack(const Convolution& conv, int64_t c, bool transposed
       return winograd(Winograd<A, 4, 3, vectors>{conv.ic, conv.ih, conv.iw, c, rows(), columns(), expand});
   }
   if (algorithm == Algorithm::rows)
-    return {Rows(axis_of(conv, transposed, 0), axis_of(conv, transposed, 1), c), pack_rows(conv, c, width, transposed, weight)};
+    return {Rows(axis_of(conv, transposed, 0), axis_of(conv, transposed, 1), c),
+            pack_rows(conv, c, width, transposed, weight)};
   return {direct(conv, transposed), pack_weights(conv, c, width, transposed, weight, parallel)};
 }
 
-// The work of one call, over blocks of `vectors` vectors of output channels. dot: a float of x and of the weights is a pair of
-// bfloat16, and counts as one channel.
+// The work of one call, over blocks of `vectors` vectors of output channels. dot: a float of x and of the weights is a
+// pair of bfloat16, and counts as one channel.
 template <class T, int vectors, bool dot = false>
 struct Call {
   using A = Acc<T>;
@@ -214,7 +219,8 @@ struct Call {
 
   void run(const Direct& direct, const ParallelFor& parallel) {
     set_band(kBandPixels / op.s, kBandPixels / conv.ow);
-    const int64_t others = conv.groups * blocks() * ceil_div(op.n, images);  // enough work for some threads, if rows are left
+    const int64_t others =
+        conv.groups * blocks() * ceil_div(op.n, images);  // enough work for some threads, if rows are left
     set_band(images, std::min(band_rows, std::max<int64_t>(4, ceil_div(conv.oh, ceil_div(kItems, others)))));
     const int64_t bands = ceil_div(op.n, images) * bands_an_image(), band_size = images * band_rows * conv.ow * width;
     // Two blocks at once, if enough work is left for all threads.
@@ -236,19 +242,25 @@ struct Call {
     });
   }
 
-  // The same by Winograd's algorithm: bands outside, blocks inside, so that the blocks of a band share its transformed input.
+  // The same by Winograd's algorithm: bands outside, blocks inside, so that the blocks of a band share its transformed
+  // input.
   template <int m, int r>
   void run(const Winograd<A, m, r, vectors>& winograd, const ParallelFor& parallel) {
     const int64_t unit = m * winograd.rows.out_step, pixels_a_band = winograd.expand ? 8192 : 48 * unit * unit;
-    int64_t units = std::max<int64_t>(1, pixels_a_band / (conv.ow * unit)), several = std::clamp<int64_t>(pixels_a_band / op.s, 1, op.n);
-    if (!winograd.expand) {  // bands of units of an image, or of several images, such that threads finish together; of at least 16 tiles
-      const auto limit = [](int64_t& size, int64_t fair, int64_t tiles) { size = std::min(size, std::max(fair, ceil_div(16, tiles))); };
+    int64_t units = std::max<int64_t>(1, pixels_a_band / (conv.ow * unit)),
+            several = std::clamp<int64_t>(pixels_a_band / op.s, 1, op.n);
+    if (!winograd.expand) {  // bands of units of an image, or of several images, such that threads finish together; of
+                             // at least 16 tiles
+      const auto limit = [](int64_t& size, int64_t fair, int64_t tiles) {
+        size = std::min(size, std::max(fair, ceil_div(16, tiles)));
+      };
       limit(units, ceil_div(op.n * ceil_div(conv.oh, unit), 8 * parallel.threads), winograd.across());
       const int64_t a_thread = ceil_div(ceil_div(op.n, several), parallel.threads);
       limit(several, ceil_div(op.n, a_thread * parallel.threads), winograd.tiles_an_image(0, conv.oh));
     }
     set_band(several, units * unit);
-    const int64_t bands = ceil_div(op.n, images) * bands_an_image(), tiles = images * winograd.tiles_an_image(0, band_rows);
+    const int64_t bands = ceil_div(op.n, images) * bands_an_image(),
+                  tiles = images * winograd.tiles_an_image(0, band_rows);
     const int64_t items = parallel.threads > 1 ? 2 * parallel.threads : 1;  // at least, if there are enough blocks
     const int64_t together = ceil_div(blocks(), ceil_div(items, bands)), parts_a_band = ceil_div(blocks(), together);
     const int64_t band_size = ceil_div(images * band_rows * conv.ow * width, 16) * 16;
@@ -263,9 +275,11 @@ struct Call {
     parallel(bands * parts_a_band, [&](int64_t begin, int64_t end) {
       A* const memory = thread_scratch<A>(together * band_size + winograd.scratch_size(tiles));
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t first_block = item % parts_a_band * together, last_block = std::min(blocks(), first_block + together);
+        const int64_t first_block = item % parts_a_band * together,
+                      last_block = std::min(blocks(), first_block + together);
         const Band band = band_at(item / parts_a_band);
-        winograd.multiply(x, transformed.get(), packed, first_block, last_block, band, memory, memory + together * band_size);
+        winograd.multiply(x, transformed.get(), packed, first_block, last_block, band, memory,
+                          memory + together * band_size);
         A* z = memory;
         for (int64_t block = first_block; block < last_block; ++block) z = finish(block, band, z);
       }
@@ -289,7 +303,8 @@ struct Call {
             for (int64_t kh = 0; kh < conv.kh; ++kh) {
               const int64_t ih = plan.rows.source[oh * conv.kh + kh];
               if (ih < 0) continue;
-              for (int64_t p = 0; p < height; ++p) sources[taps * kPixels + p] = x + ((image * conv.ih + ih) * conv.iw + iw + p) * conv.ic;
+              for (int64_t p = 0; p < height; ++p)
+                sources[taps * kPixels + p] = x + ((image * conv.ih + ih) * conv.iw + iw + p) * conv.ic;
               weights[taps++] = packed + (kh * plan.blocks(width) + block) * conv.ic * width;
             }
             for (int64_t p = 0; p < height; ++p) to[p] = t + (iw + p) * columns + block * width;
@@ -323,29 +338,35 @@ struct Call {
 
   void put_row(const A* z, T* tensor, int64_t image, int64_t oh) const {
     for (int64_t channel = 0; channel < op.c; ++channel)
-      for (int64_t ow = 0; ow < conv.ow; ++ow) store(tensor + at(image, channel, oh * conv.ow + ow), z[channel * conv.ow + ow]);
+      for (int64_t ow = 0; ow < conv.ow; ++ow)
+        store(tensor + at(image, channel, oh * conv.ow + ow), z[channel * conv.ow + ow]);
   }
 
-  // The band's pixels of one class of rows and columns, kPixels at a time, in `count` blocks: one, or two that lie band_size apart.
-  void multiply(const Direct& direct, int64_t block, int64_t count, const Band& band, const Axis::Class& row, const Axis::Class& column,
-                const A* zeros, const A** pointers, A* z, int64_t band_size) const {
+  // The band's pixels of one class of rows and columns, kPixels at a time, in `count` blocks: one, or two that lie
+  // band_size apart.
+  void multiply(const Direct& direct, int64_t block, int64_t count, const Band& band, const Axis::Class& row,
+                const Axis::Class& column, const A* zeros, const A** pointers, A* z, int64_t band_size) const {
     const int64_t channels = conv.ic / conv.groups, depth = channels * direct.joined, group = block / blocks();
-    const int64_t down = row.taps.size(), beside = column.taps.size(), taps = down * beside, pixel = conv.ic, kernel = conv.kw / direct.joined, across = conv.iw + 2 * direct.edge;
+    const int64_t down = row.taps.size(), beside = column.taps.size(), taps = down * beside, pixel = conv.ic,
+                  kernel = conv.kw / direct.joined, across = conv.iw + 2 * direct.edge;
     const A** const weights = pointers;
     const A** const sources = pointers + count * taps;
     const A** const lines = sources + taps * kPixels;
     int64_t tap = 0;
     for (int64_t k = block; k < block + count; ++k)
       for (int64_t kh : row.taps)
-        for (int64_t kw : column.taps) weights[tap++] = packed + (k * conv.kh * kernel + kh * kernel + kw) * depth * width;
+        for (int64_t kw : column.taps)
+          weights[tap++] = packed + (k * conv.kh * kernel + kh * kernel + kw) * depth * width;
     const int64_t* const kws = column.taps.data();
     A* to[2 * kPixels];
     int filled = 0;
     const auto run_tile = [&] {
-      if (count == 2 && filled <= kPixels / 2)  // a small one of one block leaves registers, and the units that multiply, idle
+      if (count == 2 &&
+          filled <= kPixels / 2)  // a small one of one block leaves registers, and the units that multiply, idle
         kTiles<A, vectors, dot, 2>[filled - 1](sources, weights, taps, depth, to);
       else
-        for (int64_t k = 0; k < count; ++k) kTiles<A, vectors, dot>[filled - 1](sources, weights + k * taps, taps, depth, to + k * kPixels);
+        for (int64_t k = 0; k < count; ++k)
+          kTiles<A, vectors, dot>[filled - 1](sources, weights + k* taps, taps, depth, to + k* kPixels);
       filled = 0;
     };
     const auto first_oh = std::lower_bound(row.positions.begin(), row.positions.end(), band.first_row);
@@ -357,7 +378,8 @@ struct Call {
           const int64_t ih = direct.rows.source[oh * conv.kh + row.taps[i]];
           lines[i] = ih < 0 ? nullptr : x + (image * conv.ih + ih) * across * pixel + group * channels;
         }
-        A* const line = z + ((image - band.first_image) * (band.last_row - band.first_row) + oh - band.first_row) * conv.ow * width;
+        A* const line =
+            z + ((image - band.first_image) * (band.last_row - band.first_row) + oh - band.first_row) * conv.ow * width;
         for (const int64_t ow : column.positions) {
           const int64_t* const columns = direct.columns.source.data() + ow * kernel;
           const A** source = sources + filled;
@@ -376,7 +398,8 @@ struct Call {
 
   // The band's images of one block of channels, from z on; returns where the next block's are if they follow.
   A* finish(int64_t block, const Band& band, A* z) const {
-    for (int64_t image = band.first_image; image < band.last_image; ++image, z += (band.last_row - band.first_row) * conv.ow * width)
+    for (int64_t image = band.first_image; image < band.last_image;
+         ++image, z += (band.last_row - band.first_row) * conv.ow * width)
       finish(block, image, band.first_row, band.last_row, z);
     return z;
   }
@@ -384,12 +407,15 @@ struct Call {
   // Bias, statistics or normalisation + activation, and the store, for one block of channels of some rows of one image.
   void finish(int64_t block, int64_t image, int64_t first_row, int64_t last_row, A* z) const {
     const int64_t group = block / blocks(), first = group * (op.c / conv.groups) + block % blocks() * width;
-    const int64_t valid = std::min(width, (group + 1) * (op.c / conv.groups) - first), pixels = (last_row - first_row) * conv.ow;
+    const int64_t valid = std::min(width, (group + 1) * (op.c / conv.groups) - first),
+                  pixels = (last_row - first_row) * conv.ow;
     A shift[width] = {};
     if (bias) std::copy_n(bias + first, valid, shift);
     if (out && op.channels_last && valid == width && !pre && !affine && !residual) {
       T* const to = out + at(image, first, first_row * conv.ow);
-      with_activation(op.activation, [&](auto known) { put_activated<known.value>(z, pixels, shift, static_cast<A>(op.negative_slope), to, op.c); });
+      with_activation(op.activation, [&](auto known) {
+        put_activated<known.value>(z, pixels, shift, static_cast<A>(op.negative_slope), to, op.c);
+      });
       return;
     }
     if (parts) {
@@ -404,7 +430,8 @@ struct Call {
       std::copy_n(affine->scale.get() + first, valid, scale);
       std::copy_n(affine->shift.get() + first, valid, offset);
     }
-    for (int64_t start = 0; start < pixels; start += kChunk) {  // which stays in the first-level cache through all that follows
+    for (int64_t start = 0; start < pixels;
+         start += kChunk) {  // which stays in the first-level cache through all that follows
       A* const chunk = z + start * width;
       const int64_t count = std::min(kChunk, pixels - start), pixel = first_row * conv.ow + start;
       if (bias && !parts) each(chunk, count, [&](A value, int64_t k) { return value + shift[k]; });
@@ -437,32 +464,42 @@ struct Call {
   void put(const A* z, T* tensor, int64_t image, int64_t pixel, int64_t pixels, int64_t first, int64_t valid) const {
     if (!op.channels_last) {
       for (int64_t channel = 0; channel < valid; ++channel)
-        for (int64_t i = 0; i < pixels; ++i) store(tensor + at(image, first + channel, pixel + i), z[i * width + channel]);
+        for (int64_t i = 0; i < pixels; ++i)
+          store(tensor + at(image, first + channel, pixel + i), z[i * width + channel]);
       return;
     }
     for (int64_t i = 0; i < pixels; ++i) {
       T* const to = tensor + at(image, first, pixel + i);
-      if (valid < width)
-        store_block(to, z + i * width, valid);
+      if (valid < width) store_block(to, z + i * width, valid);
       else if constexpr (std::is_same_v<T, A>)
         memcpy(to, z + i * width, width * sizeof(A));  // of a constant size: a few moves
-      else
-        store_block(to, z + i * width, width);
+      else store_block(to, z + i * width, width);
     }
   }
 };
 
 // The convolution by packed weights, with what follows it.
 template <class T, int vectors, bool dot = false>
-void run_packed(const Packed<Acc<T>, vectors>& how, const Convolution& conv, const NormAct& op, const Acc<T>* pixels, const Acc<T>* bias,
-                const NormActTensors& given, T* pre, T* out, const ParallelFor& parallel) {
+void run_packed(const Packed<Acc<T>, vectors>& how, const Convolution& conv, const NormAct& op, const Acc<T>* pixels,
+                const Acc<T>* bias, const NormActTensors& given, T* pre, T* out, const ParallelFor& parallel) {
   using A = Acc<T>;
-  const bool later = op.normalize && op.batch_stats;  // the statistics come with the convolution, the rest is a pass over its output
+  const bool later =
+      op.normalize && op.batch_stats;  // the statistics come with the convolution, the rest is a pass over its output
   T* const sum = later && !pre ? out : pre;
   std::vector<Moments<double>> parts;
   const auto affine = op.normalize && !later ? std::make_unique<Affine<A>>(op, given) : nullptr;
-  Call<T, vectors, dot> call{conv, op, pixels, how.weights.get(), bias, affine.get(), later ? nullptr : static_cast<const T*>(given.residual), sum,
-                        later ? nullptr : out, later ? &parts : nullptr, 0, 0};
+  Call<T, vectors, dot> call{conv,
+                             op,
+                             pixels,
+                             how.weights.get(),
+                             bias,
+                             affine.get(),
+                             later ? nullptr : static_cast<const T*>(given.residual),
+                             sum,
+                             later ? nullptr : out,
+                             later ? &parts : nullptr,
+                             0,
+                             0};
   std::visit([&](const auto& algorithm) { call.run(algorithm, parallel); }, how.how);
   if (!later) return;
   merge_moments(op, parts, call.bands_an_image(), const_cast<void*>(given.mean), const_cast<void*>(given.var));
@@ -473,25 +510,29 @@ void run_packed(const Packed<Acc<T>, vectors>& how, const Convolution& conv, con
 template <int vectors>
 void convolve_in_pairs(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors,
                        const NormActTensors& given, const ParallelFor& parallel) {
-  const auto pixels = pixels_first<BFloat16>(static_cast<const BFloat16*>(tensors.x), op.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, parallel);
+  const auto pixels = pixels_first<BFloat16>(static_cast<const BFloat16*>(tensors.x), op.n, conv.ic, conv.ih * conv.iw,
+                                             conv.x_channels_last, parallel);
   Convolution pairs = conv;
   pairs.ic /= 2;
-  const Packed<float, vectors> packed{direct(pairs, transposed), pack_weights<true>(conv, op.c, vectors * Vector<float>::size, transposed,
-                                                                                    static_cast<const BFloat16*>(tensors.weight), parallel)};
+  const Packed<float, vectors> packed{direct(pairs, transposed),
+                                      pack_weights<true>(conv, op.c, vectors * Vector<float>::size, transposed,
+                                                         static_cast<const BFloat16*>(tensors.weight), parallel)};
   const auto ready = packed.pixels(pairs, op.n, reinterpret_cast<const float*>(pixels.get()), true, parallel);
   run_packed<BFloat16, vectors, true>(packed, pairs, op, ready.get(), static_cast<const float*>(tensors.bias), given,
-                                      static_cast<BFloat16*>(tensors.pre), static_cast<BFloat16*>(tensors.out), parallel);
+                                      static_cast<BFloat16*>(tensors.pre), static_cast<BFloat16*>(tensors.out),
+                                      parallel);
 }
 #endif
 
 template <class T, int vectors>
-void convolve(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors, const NormActTensors& given,
-              const ParallelFor& parallel) {
+void convolve(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors,
+              const NormActTensors& given, const ParallelFor& parallel) {
   using A = Acc<T>;
-  const auto packed = pack<T, vectors>(conv, op.c, transposed, choose(conv, op), op.n * op.s, static_cast<const T*>(tensors.weight), parallel);
+  const auto packed = pack<T, vectors>(conv, op.c, transposed, choose(conv, op), op.n * op.s,
+                                       static_cast<const T*>(tensors.weight), parallel);
   const auto pixels = packed.pixels(conv, op.n, static_cast<const T*>(tensors.x), conv.x_channels_last, parallel);
-  run_packed<T, vectors>(packed, conv, op, pixels.get(), static_cast<const A*>(tensors.bias), given, static_cast<T*>(tensors.pre),
-                         static_cast<T*>(tensors.out), parallel);
+  run_packed<T, vectors>(packed, conv, op, pixels.get(), static_cast<const A*>(tensors.bias), given,
+                         static_cast<T*>(tensors.pre), static_cast<T*>(tensors.out), parallel);
 }
 
 // Whether one vector is wide enough for the output channels (of `rows`: for those of a row of taps).

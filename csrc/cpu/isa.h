@@ -7,8 +7,8 @@
 //   void f(...) { FASTGEN_DISPATCH(f, ...); }
 //   #endif
 //
-// Headers with templates of other libraries come before FASTGEN_FILE, so that none is instantiated for one instruction set
-// and linked into another.
+// Headers with templates of other libraries come before FASTGEN_FILE, so that none is instantiated for one instruction
+// set and linked into another.
 #ifndef FASTGEN_ISA
 
 #include <cstdlib>
@@ -26,7 +26,8 @@ inline Isa isa() {
   static const Isa chosen = [] {
     Isa best = Isa::baseline;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = Isa::avx2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+      best = Isa::avx2;
     if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       best = Isa::avx512;
@@ -53,8 +54,9 @@ inline bool has_bf16_dot() {
 #if defined(__clang__)
 #define FASTGEN_TARGET_BEGIN(text) _Pragma(text)
 #define FASTGEN_TARGET_END _Pragma("clang attribute pop")
-#define FASTGEN_TARGET_AVX512 \
-  "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c\"))), apply_to = function)"
+#define FASTGEN_TARGET_AVX512                                                                                       \
+  "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c\"))), apply_to = " \
+  "function)"
 #define FASTGEN_TARGET_AVX2 "clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to = function)"
 #else
 #define FASTGEN_TARGET_BEGIN(text) _Pragma("GCC push_options") _Pragma(text)
@@ -87,11 +89,11 @@ FASTGEN_TARGET_END
 #undef FASTGEN_VECTOR_BYTES
 #undef FASTGEN_TILE_PIXELS
 
-#define FASTGEN_DISPATCH(function, ...)                                      \
-  switch (isa()) {                                                           \
-    case Isa::avx512: return avx512::function(__VA_ARGS__);                  \
-    case Isa::avx2: return avx2::function(__VA_ARGS__);                      \
-    default: return baseline::function(__VA_ARGS__);                         \
+#define FASTGEN_DISPATCH(function, ...)                     \
+  switch (isa()) {                                          \
+    case Isa::avx512: return avx512::function(__VA_ARGS__); \
+    case Isa::avx2: return avx2::function(__VA_ARGS__);     \
+    default: return baseline::function(__VA_ARGS__);        \
   }
 #define FASTGEN_TILE_PIXELS 6  // 16 registers: 6 x 2 accumulators, 2 weights, 1 input
 #else

@@ -21,7 +21,8 @@ inline __attribute__((always_inline)) Words multiply(Words a, uint64_t b) {
 }
 
 // The words of the counters of two vectors, whose chains of products run side by side.
-inline __attribute__((always_inline)) void philox(uint64_t seed, uint64_t offset, const Words (&block)[2], Words (&word)[2][4]) {
+inline __attribute__((always_inline)) void philox(uint64_t seed, uint64_t offset, const Words (&block)[2],
+                                                  Words (&word)[2][4]) {
   for (int i = 0; i < 2; ++i) {
     word[i][0] = block[i];
     word[i][1] = block[i] >> 32;
@@ -45,8 +46,8 @@ inline __attribute__((always_inline)) void philox(uint64_t seed, uint64_t offset
   }
 }
 
-// Standard normals of elements [first, first + count), from `out` on, which has room for count + kNoiseSlack; returns where
-// the first one is.
+// Standard normals of elements [first, first + count), from `out` on, which has room for count + kNoiseSlack; returns
+// where the first one is.
 inline const float* normals(uint64_t seed, uint64_t offset, uint64_t first, int64_t count, float* out) {
   const uint64_t begin = first / 4;
   const int64_t blocks = static_cast<int64_t>((first + count + 3) / 4 - begin);

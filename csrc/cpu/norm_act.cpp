@@ -21,8 +21,8 @@ struct Each {
   A operator[](int64_t i) const { return values[i]; }
 };
 
-// How many pixels of few channels make one row of the loops below: a power of two that divides the pixels. Nothing but the
-// coefficients and the sums, of which there are as many, knows that they are several.
+// How many pixels of few channels make one row of the loops below: a power of two that divides the pixels. Nothing but
+// the coefficients and the sums, of which there are as many, knows that they are several.
 inline int64_t pixels_a_row(const NormAct& op) {
   int64_t pixels = 1;
   while (op.channels_last && op.s % (2 * pixels) == 0 && 2 * pixels * op.c <= kBlock) pixels *= 2;
@@ -62,16 +62,16 @@ void for_each_element_block(const NormAct& op, const ParallelFor& parallel, cons
 // Calls body(coefficient) with each array of coefficients in the form that the layout wants.
 template <class A, class Body>
 inline void with_coefficients(const NormAct& op, const Affine<A>& affine, const Block& block, const Body& body) {
-  const A *center = affine.center.get() + block.k, *scale = affine.scale.get() + block.k, *shift = affine.shift.get() + block.channel;
-  if (op.channels_last)
-    body(Each<A>{center}, Each<A>{scale}, Each<A>{shift});
-  else
-    body(Same<A>{*center}, Same<A>{*scale}, Same<A>{*shift});
+  const A *center = affine.center.get() + block.k, *scale = affine.scale.get() + block.k,
+          *shift = affine.shift.get() + block.channel;
+  if (op.channels_last) body(Each<A>{center}, Each<A>{scale}, Each<A>{shift});
+  else body(Same<A>{*center}, Same<A>{*scale}, Same<A>{*shift});
 }
 
 // z = (x - center) * scale + shift + residual
 template <class T>
-inline void affine_block(const NormAct& op, const Affine<Acc<T>>& affine, const Block& block, const T* x, const T* residual, Acc<T>* z) {
+inline void affine_block(const NormAct& op, const Affine<Acc<T>>& affine, const Block& block, const T* x,
+                         const T* residual, Acc<T>* z) {
   with_coefficients(op, affine, block, [&](auto center, auto scale, auto shift) {
     for (int64_t i = 0; i < block.count; ++i) z[i] = (load(x + block.at + i) - center[i]) * scale[i] + shift[i];
   });
@@ -115,13 +115,16 @@ void apply(const NormAct& op, const void* x_, const NormActTensors& given, void*
   });
 }
 
-// Reductions run over chunks of the pixels whose size does not depend on the thread count, and so neither does the result. In rows.
+// Reductions run over chunks of the pixels whose size does not depend on the thread count, and so neither does the
+// result. In rows.
 inline int64_t rows_a_chunk(const NormAct& op) {
   if (!op.channels_last) return 1;
   const int64_t pixels = std::max(ceil_div(32768, op.c), ceil_div(op.s, 128));
   return ceil_div(pixels, pixels_a_row(op));
 }
-inline int64_t chunks_a_sample(const NormAct& op) { return op.channels_last ? ceil_div(rows_a_sample(op), rows_a_chunk(op)) : 1; }
+inline int64_t chunks_a_sample(const NormAct& op) {
+  return op.channels_last ? ceil_div(rows_a_sample(op), rows_a_chunk(op)) : 1;
+}
 
 // Moments of one contiguous plane: blocks in two passes, merged in double.
 template <class T>
@@ -151,8 +154,10 @@ Moments<double> plane_moments(const T* x, int64_t size) {
 template <class T>
 void moments(const NormAct& op, const void* x_, void* mean, void* var, const ParallelFor& parallel) {
   const T* x = static_cast<const T*>(x_);
-  const int64_t chunk = rows_a_chunk(op), chunks = chunks_a_sample(op), rows = rows_a_sample(op), pixels = pixels_a_row(op);
-  std::vector<Moments<double>> parts(static_cast<size_t>(op.n * chunks * pixels * op.c));  // (n, chunks, pixels of a row, c)
+  const int64_t chunk = rows_a_chunk(op), chunks = chunks_a_sample(op), rows = rows_a_sample(op),
+                pixels = pixels_a_row(op);
+  std::vector<Moments<double>> parts(
+      static_cast<size_t>(op.n * chunks * pixels * op.c));  // (n, chunks, pixels of a row, c)
   parallel(op.channels_last ? op.n * chunks : op.n * op.c, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (!op.channels_last) {
@@ -160,7 +165,8 @@ void moments(const NormAct& op, const void* x_, void* mean, void* var, const Par
         continue;
       }
       const int64_t row = i % chunks * chunk, length = pixels * op.c;
-      column_moments(x + (i / chunks * rows + row) * length, std::min(chunk, rows - row), length, parts.data() + i * length);
+      column_moments(x + (i / chunks * rows + row) * length, std::min(chunk, rows - row), length,
+                     parts.data() + i * length);
     }
   });
   merge_moments(op, parts, chunks * pixels, mean, var);
@@ -179,7 +185,8 @@ void add_sums(const Acc<T>* g, const T* x, Acc<T> center, int64_t count, double&
   sum_gx += all_gx;
 }
 
-// What the batch's statistics subtract from the gradient: dx = scale * g - offset - (x - mean) * slope, as Affine's coefficients.
+// What the batch's statistics subtract from the gradient: dx = scale * g - offset - (x - mean) * slope, as Affine's
+// coefficients.
 template <class A>
 struct StatsGrad {
   Buffer<A> offset, slope;
@@ -187,13 +194,13 @@ struct StatsGrad {
 
 // The sums of g and of g * (x - mean) become the gradients of weight and bias, and StatsGrad.
 template <class A>
-StatsGrad<A> merge_sums(const NormAct& op, const Affine<A>& affine, const std::vector<double>& g, const std::vector<double>& gx,
-                        int64_t chunks, A* grad_weight, A* grad_bias) {
+StatsGrad<A> merge_sums(const NormAct& op, const Affine<A>& affine, const std::vector<double>& g,
+                        const std::vector<double>& gx, int64_t chunks, A* grad_weight, A* grad_bias) {
   const int64_t rows = op.rows_of_stats(), merged = op.per_sample ? chunks : op.n * chunks, size = rows * op.sets;
   const int64_t period = pixels_a_row(op) * op.c;
   const double count = static_cast<double>((op.per_sample ? 1 : op.n) * op.s * (op.c / op.sets));
-  std::vector<double> set_g(static_cast<size_t>(size)), set_gx(static_cast<size_t>(size)), weight(static_cast<size_t>(op.c)),
-      bias(static_cast<size_t>(op.c));
+  std::vector<double> set_g(static_cast<size_t>(size)), set_gx(static_cast<size_t>(size)),
+      weight(static_cast<size_t>(op.c)), bias(static_cast<size_t>(op.c));
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t channel = 0; channel < op.c; ++channel) {
       double sum_g = 0, sum_gx = 0;
@@ -220,8 +227,8 @@ StatsGrad<A> merge_sums(const NormAct& op, const Affine<A>& affine, const std::v
 }
 
 template <class T>
-void backward(const NormAct& op, const void* grad_out_, const void* x_, const NormActTensors& given, const NormActGrads& grads,
-              const ParallelFor& parallel) {
+void backward(const NormAct& op, const void* grad_out_, const void* x_, const NormActTensors& given,
+              const NormActGrads& grads, const ParallelFor& parallel) {
   using A = Acc<T>;
   const T* grad_out = static_cast<const T*>(grad_out_);
   const T* x = static_cast<const T*>(x_);
@@ -253,10 +260,13 @@ void backward(const NormAct& op, const void* grad_out_, const void* x_, const No
     activate_grad_block(op.activation, view(grad_out + block.at, buffer, block.count), z, g, block.count, slope);
   };
 
-  // Pass 1: sums of g and of g * (x - mean), a (sample, chunk, channel): over short runs in A, and their sums in double.
-  const int64_t chunk = rows_a_chunk(op), chunks = chunks_a_sample(op), rows = rows_a_sample(op), pixels = pixels_a_row(op);
+  // Pass 1: sums of g and of g * (x - mean), a (sample, chunk, channel): over short runs in A, and their sums in
+  // double.
+  const int64_t chunk = rows_a_chunk(op), chunks = chunks_a_sample(op), rows = rows_a_sample(op),
+                pixels = pixels_a_row(op);
   const int64_t period = pixels * op.c;
-  std::vector<double> sums_g(static_cast<size_t>(op.n * chunks * period)), sums_gx(static_cast<size_t>(op.n * chunks * period));
+  std::vector<double> sums_g(static_cast<size_t>(op.n * chunks * period)),
+      sums_gx(static_cast<size_t>(op.n * chunks * period));
   parallel(op.channels_last ? op.n * chunks : op.n * op.c, [&](int64_t begin, int64_t end) {
     constexpr int64_t run = 16;
     A g[kBlock];
@@ -269,7 +279,8 @@ void backward(const NormAct& op, const void* grad_out_, const void* x_, const No
         });
         continue;
       }
-      const int64_t first = i / chunks * rows + i % chunks * chunk, last = std::min((i / chunks + 1) * rows, first + chunk);
+      const int64_t first = i / chunks * rows + i % chunks * chunk,
+                    last = std::min((i / chunks + 1) * rows, first + chunk);
       for (int64_t row = first; row < last; row += run) {
         std::fill_n(sum_g.get(), period, A(0));
         std::fill_n(sum_gx.get(), period, A(0));
@@ -291,8 +302,8 @@ void backward(const NormAct& op, const void* grad_out_, const void* x_, const No
   });
 
   // Pass 2: dx = scale * g - offset - (x - mean) * slope.
-  const StatsGrad<A> stats =
-      merge_sums(op, affine, sums_g, sums_gx, chunks * pixels, static_cast<A*>(grads.weight), static_cast<A*>(grads.bias));
+  const StatsGrad<A> stats = merge_sums(op, affine, sums_g, sums_gx, chunks * pixels, static_cast<A*>(grads.weight),
+                                        static_cast<A*>(grads.bias));
   parallel(op.n * rows_a_sample(op), [&](int64_t begin, int64_t end) {
     A buffer[kBlock];
     for_each_block(op, begin, end, [&](const Block& block) {
@@ -307,8 +318,7 @@ void backward(const NormAct& op, const void* grad_out_, const void* x_, const No
       with_coefficients(op, affine, block, [&](auto center, auto scale, auto) {
         if constexpr (std::is_same_v<decltype(center), Each<A>>)
           run(center, scale, Each<A>{offset}, Each<A>{slope_of_x});
-        else
-          run(center, scale, Same<A>{*offset}, Same<A>{*slope_of_x});
+        else run(center, scale, Same<A>{*offset}, Same<A>{*slope_of_x});
       });
       settle(grad_x + block.at, g, block.count);
     });
@@ -319,7 +329,8 @@ inline void norm_act_moments(const NormAct& op, const void* x, void* mean, void*
   FASTGEN_FOR_DTYPE(op.dtype, moments, op, x, mean, var, parallel)
 }
 
-inline void norm_act_apply(const NormAct& op, const void* x, const NormActTensors& given, void* out, const ParallelFor& parallel) {
+inline void norm_act_apply(const NormAct& op, const void* x, const NormActTensors& given, void* out,
+                           const ParallelFor& parallel) {
   FASTGEN_FOR_DTYPE(op.dtype, apply, op, x, given, out, parallel)
 }
 
@@ -335,13 +346,15 @@ namespace fastgen::cpu {
 
 bool can_dot_bf16() { return has_bf16_dot(); }
 
-void merge_moments(const NormAct& op, const std::vector<Moments<double>>& parts, int64_t chunks, void* mean, void* var) {
+void merge_moments(const NormAct& op, const std::vector<Moments<double>>& parts, int64_t chunks, void* mean,
+                   void* var) {
   const int64_t merged = op.per_sample ? chunks : op.n * chunks, channels = op.c / op.sets;
   for (int64_t row = 0; row < op.rows_of_stats(); ++row)
     for (int64_t set = 0; set < op.sets; ++set) {
       Moments<double> all;
       for (int64_t part = row * merged; part < (row + 1) * merged; ++part)
-        for (int64_t channel = set * channels; channel < (set + 1) * channels; ++channel) all.merge(parts[part * op.c + channel]);
+        for (int64_t channel = set * channels; channel < (set + 1) * channels; ++channel)
+          all.merge(parts[part * op.c + channel]);
       const int64_t k = row * op.sets + set;
       const double variance = all.m2 / all.count;
       if (op.dtype == DType::float64) {
@@ -358,12 +371,13 @@ void norm_act_moments(const NormAct& op, const void* x, void* mean, void* var, c
   FASTGEN_DISPATCH(norm_act_moments, op, x, mean, var, parallel)
 }
 
-void norm_act_apply(const NormAct& op, const void* x, const NormActTensors& given, void* out, const ParallelFor& parallel) {
+void norm_act_apply(const NormAct& op, const void* x, const NormActTensors& given, void* out,
+                    const ParallelFor& parallel) {
   FASTGEN_DISPATCH(norm_act_apply, op, x, given, out, parallel)
 }
 
-void norm_act_backward(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given, const NormActGrads& grads,
-                       const ParallelFor& parallel) {
+void norm_act_backward(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given,
+                       const NormActGrads& grads, const ParallelFor& parallel) {
   FASTGEN_DISPATCH(norm_act_backward, op, grad_out, x, given, grads, parallel)
 }
 

@@ -1,4 +1,5 @@
-// Tensors and weights in the order in which kernels read them. Included once per instruction set (see isa.h), after tile.h.
+// Tensors and weights in the order in which kernels read them. Included once per instruction set (see isa.h), after
+// tile.h.
 namespace fastgen::cpu::FASTGEN_ISA {
 
 // Values of a and b (its first has the number `size`).
@@ -42,10 +43,12 @@ inline void transpose(const A* from, int64_t from_step, A* to, int64_t to_step) 
   for (int i = 0; i < size; ++i) *reinterpret_cast<V*>(to + i * to_step) = row[i];
 }
 
-// to (size, width): the weights of one tap, of `depth` input channels in_step apart and `valid` output channels out_step apart, zeros
-// beyond. Channels that lie together are read together. pairs: of bfloat16, those of input channels 2 i and 2 i + 1 in one float.
+// to (size, width): the weights of one tap, of `depth` input channels in_step apart and `valid` output channels
+// out_step apart, zeros beyond. Channels that lie together are read together. pairs: of bfloat16, those of input
+// channels 2 i and 2 i + 1 in one float.
 template <bool pairs = false, class T>
-void copy_taps(const T* from, int64_t in_step, int64_t out_step, int64_t depth, int64_t valid, int64_t size, int64_t width, Acc<T>* to) {
+void copy_taps(const T* from, int64_t in_step, int64_t out_step, int64_t depth, int64_t valid, int64_t size,
+               int64_t width, Acc<T>* to) {
   if (depth < size || valid < width) std::fill_n(to, size * width, Acc<T>(0));
   const auto value = [](const T* at, [[maybe_unused]] int64_t step) {
     if constexpr (pairs) {
@@ -69,7 +72,8 @@ void copy_taps(const T* from, int64_t in_step, int64_t out_step, int64_t depth, 
     if constexpr (std::is_same_v<T, Acc<T>>)
       if (in_step == 1)
         for (; k + Vector<T>::size <= valid && depth % Vector<T>::size == 0; k += Vector<T>::size)
-          for (int64_t i = 0; i < depth; i += Vector<T>::size) transpose(from + k * out_step + i, out_step, to + i * width + k, width);
+          for (int64_t i = 0; i < depth; i += Vector<T>::size)
+            transpose(from + k * out_step + i, out_step, to + i * width + k, width);
     for (; k < valid; ++k)
       for (int64_t i = 0; i < depth; ++i) to[i * width + k] = value(from + i * step + k * out_step, in_step);
   }
@@ -91,15 +95,14 @@ Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channel
   auto copy = scratch<S>(n * c * s);
   S* out = copy.get();
   const auto convert = [](const T* value) -> S {
-    if constexpr (std::is_same_v<T, S>)
-      return *value;
-    else
-      return load(value);
+    if constexpr (std::is_same_v<T, S>) return *value;
+    else return load(value);
   };
   constexpr int64_t most = 16, lanes = Vector<Acc<T>>::size;
   parallel(n * ceil_div(s, most), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t base = block / ceil_div(s, most) * c * s, first = block % ceil_div(s, most) * most, pixels = std::min(most, s - first);
+      const int64_t base = block / ceil_div(s, most) * c * s, first = block % ceil_div(s, most) * most,
+                    pixels = std::min(most, s - first);
       S* const to = out + base + first * c;
       if (channels_last) {
         for (int64_t i = 0; i < pixels * c; ++i) to[i] = convert(x + base + first * c + i);
@@ -109,7 +112,8 @@ Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channel
       int64_t channel = 0;
       if constexpr (std::is_same_v<T, S> && std::is_same_v<T, Acc<T>>)
         for (; pixels == most && channel + lanes <= c; channel += lanes)
-          for (int64_t pixel = 0; pixel < most; pixel += lanes) transpose(from + channel * s + pixel, s, to + pixel * c + channel, c);
+          for (int64_t pixel = 0; pixel < most; pixel += lanes)
+            transpose(from + channel * s + pixel, s, to + pixel * c + channel, c);
       for (; channel < c; ++channel)
         for (int64_t pixel = 0; pixel < pixels; ++pixel) to[pixel * c + channel] = convert(from + channel * s + pixel);
     }
@@ -119,7 +123,8 @@ Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channel
 
 // x (rows, columns, c) with `edge` columns more at either end, zeros or x mirrored.
 template <class S>
-Buffer<S> with_edges(const S* x, int64_t rows, int64_t columns, int64_t c, int64_t edge, bool reflect, const ParallelFor& parallel) {
+Buffer<S> with_edges(const S* x, int64_t rows, int64_t columns, int64_t c, int64_t edge, bool reflect,
+                     const ParallelFor& parallel) {
   const int64_t wide = columns + 2 * edge;
   auto copy = scratch<S>(rows * wide * c);
   parallel(rows, [&](int64_t begin, int64_t end) {
@@ -148,13 +153,14 @@ inline WeightStrides weight_strides(const Convolution& conv, int64_t c, bool tra
   return {c / conv.groups * s[0], s[1], s[0], s[2], s[3]};
 }
 
-// The weights as (group, block, tap, ic / groups, width), zero where a block is wider than the group's channels. pairs: of bfloat16,
-// those of channels 2 i and 2 i + 1 in one float.
+// The weights as (group, block, tap, ic / groups, width), zero where a block is wider than the group's channels. pairs:
+// of bfloat16, those of channels 2 i and 2 i + 1 in one float.
 template <bool pairs = false, class T>
 Buffer<Acc<T>> pack_weights(const Convolution& conv, int64_t c, int64_t width, bool transposed, const T* weight,
                             const ParallelFor& parallel) {
   constexpr int64_t together = pairs ? 2 : 1, most = 16;
-  const int64_t depth = conv.ic / conv.groups / together, channels = c / conv.groups, blocks = ceil_div(channels, width);
+  const int64_t depth = conv.ic / conv.groups / together, channels = c / conv.groups,
+                blocks = ceil_div(channels, width);
   const int64_t taps = conv.kh * conv.kw, parts = ceil_div(depth, most);
   const WeightStrides stride = weight_strides(conv, c, transposed);
   auto packed = scratch<Acc<T>>(conv.groups * blocks * taps * depth * width);
@@ -162,10 +168,12 @@ Buffer<Acc<T>> pack_weights(const Convolution& conv, int64_t c, int64_t width, b
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item % parts * most, block = item / parts % blocks, group = item / parts / blocks;
       const int64_t count = std::min(most, depth - first), valid = std::min(width, channels - block * width);
-      const T* const from = weight + group * stride.group + first * together * stride.depth + block * width * stride.channel;
+      const T* const from =
+          weight + group * stride.group + first * together * stride.depth + block * width * stride.channel;
       for (int64_t tap = 0; tap < taps; ++tap)
-        copy_taps<pairs>(from + tap / conv.kw * stride.row + tap % conv.kw * stride.column, stride.depth, stride.channel, count, valid,
-                         count, width, packed.get() + (((group * blocks + block) * taps + tap) * depth + first) * width);
+        copy_taps<pairs>(from + tap / conv.kw * stride.row + tap % conv.kw * stride.column, stride.depth,
+                         stride.channel, count, valid, count, width,
+                         packed.get() + (((group * blocks + block) * taps + tap) * depth + first) * width);
     }
   });
   return packed;

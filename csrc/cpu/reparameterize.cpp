@@ -14,22 +14,27 @@
 
 namespace fastgen::cpu::FASTGEN_ISA {
 
-constexpr int64_t kElements = 512;      // that stay in the first-level cache
-constexpr int64_t kUnit = 16 * kElements;  // that one task computes; does not depend on the thread count, and so neither do sums
+constexpr int64_t kElements = 512;  // that stay in the first-level cache
+constexpr int64_t kUnit =
+    16 * kElements;  // that one task computes; does not depend on the thread count, and so neither do sums
 
 // A key's rows as tasks: whole short rows, or pieces of a long one. Each piece, or short row, has a sum of its own.
 struct Units {
   int64_t rows, size, pieces, rows_a_unit, units;
 
   explicit Units(const Reparameterize& op)
-      : rows(op.rows), size(op.size), pieces(std::max<int64_t>(1, ceil_div(size, kUnit))),
-        rows_a_unit(std::max<int64_t>(1, kUnit / std::max<int64_t>(1, size))), units(pieces > 1 ? rows * pieces : ceil_div(rows, rows_a_unit)) {}
+      : rows(op.rows),
+        size(op.size),
+        pieces(std::max<int64_t>(1, ceil_div(size, kUnit))),
+        rows_a_unit(std::max<int64_t>(1, kUnit / std::max<int64_t>(1, size))),
+        units(pieces > 1 ? rows * pieces : ceil_div(rows, rows_a_unit)) {}
 
   // body(begin, count) for each block of a unit's elements
   template <class Body>
   void for_each_block(int64_t unit, const Body& body) const {
     const int64_t begin = pieces > 1 ? unit / pieces * size + unit % pieces * kUnit : unit * rows_a_unit * size;
-    const int64_t end = pieces > 1 ? std::min(begin + kUnit, (unit / pieces + 1) * size) : std::min(rows, (unit + 1) * rows_a_unit) * size;
+    const int64_t end = pieces > 1 ? std::min(begin + kUnit, (unit / pieces + 1) * size)
+                                   : std::min(rows, (unit + 1) * rows_a_unit) * size;
     for (int64_t at = begin; at < end; at += kElements) body(at, std::min(kElements, end - at));
   }
 
@@ -80,7 +85,8 @@ struct Divergence {
 
   // at: of the block within all keys
   template <class T>
-  void load_block(const Reparameterize& op, const Gaussian<A>& q, const T* mean, const T* prior_logvar, int64_t at, int64_t count) {
+  void load_block(const Reparameterize& op, const Gaussian<A>& q, const T* mean, const T* prior_logvar, int64_t at,
+                  int64_t count) {
     shift = slope = q.mu;
     log_ratio = q.logvar;
     if (!mean) {
@@ -132,7 +138,8 @@ struct Divergence {
   }
 };
 
-// The lines of the block after this one, fetched while its noise is computed. (Those that are written are not worth it.)
+// The lines of the block after this one, fetched while its noise is computed. (Those that are written are not worth
+// it.)
 template <class T>
 inline void prefetch_next(const T* p) {
   for (int64_t i = kElements; i < 2 * kElements; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
@@ -166,7 +173,8 @@ inline void zero_outside(const T* logvar, Acc<T> low, Acc<T> high, Acc<T>* grad,
 
 // The most frequent case, one sample and the standard normal as prior, in one loop: z, and the sum of the divergences.
 template <class T>
-inline Acc<T> sample_and_diverge(const T* mu, const T* logvar, const Acc<T>* eps, Acc<T> low, Acc<T> high, Acc<T> least, Acc<T>* z, int64_t count) {
+inline Acc<T> sample_and_diverge(const T* mu, const T* logvar, const Acc<T>* eps, Acc<T> low, Acc<T> high, Acc<T> least,
+                                 Acc<T>* z, int64_t count) {
   using A = Acc<T>;
   A sum = 0;  // of up to 512 elements
 #pragma omp simd reduction(+ : sum)
@@ -185,8 +193,8 @@ inline Acc<T> sample_and_diverge(const T* mu, const T* logvar, const Acc<T>* eps
 
 // Its gradients, where free_bits mask none; grad_kl is the row's.
 template <bool with_kl, class T>
-inline void differentiate(const T* mu, const T* logvar, const Acc<T>* eps, const T* grad_z, Acc<T> grad_kl, Acc<T> low, Acc<T> high, Acc<T>* for_mu,
-                          Acc<T>* for_logvar, int64_t count) {
+inline void differentiate(const T* mu, const T* logvar, const Acc<T>* eps, const T* grad_z, Acc<T> grad_kl, Acc<T> low,
+                          Acc<T> high, Acc<T>* for_mu, Acc<T>* for_logvar, int64_t count) {
   using A = Acc<T>;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
@@ -220,12 +228,15 @@ void noise(const Reparameterize& op, void* out_, const ParallelFor& parallel) {
 }
 
 template <class T>
-void forward(const Reparameterize& op, const ReparameterizeTensors& given, void* z_, void* kl, const ParallelFor& parallel) {
+void forward(const Reparameterize& op, const ReparameterizeTensors& given, void* z_, void* kl,
+             const ParallelFor& parallel) {
   using A = Acc<T>;
   const Units units(op);
   const int64_t size = op.rows * op.size;
-  const A low = static_cast<A>(op.logvar_min), high = static_cast<A>(op.logvar_max), least = static_cast<A>(op.free_bits);
-  const bool plain = op.samples == 1 && !given.prior_mean && kl, streams = leaves_cache(3 * op.keys * size * int64_t(sizeof(T)));
+  const A low = static_cast<A>(op.logvar_min), high = static_cast<A>(op.logvar_max),
+          least = static_cast<A>(op.free_bits);
+  const bool plain = op.samples == 1 && !given.prior_mean && kl,
+             streams = leaves_cache(3 * op.keys * size * int64_t(sizeof(T)));
   std::vector<double> sums(static_cast<size_t>(kl ? op.keys * op.rows * units.pieces : 0));
   parallel(op.keys * units.units, [&](int64_t begin, int64_t end) {
     Gaussian<A> q;
@@ -233,8 +244,10 @@ void forward(const Reparameterize& op, const ReparameterizeTensors& given, void*
     A buffer[kElements + kNoiseSlack], nats[kElements];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k = i / units.units, unit = i % units.units;
-      const T *mu = static_cast<const T*>(given.mu) + k * size, *logvar = static_cast<const T*>(given.logvar) + k * size;
-      const T *mean = static_cast<const T*>(given.prior_mean), *prior_logvar = static_cast<const T*>(given.prior_logvar);
+      const T *mu = static_cast<const T*>(given.mu) + k * size,
+              *logvar = static_cast<const T*>(given.logvar) + k * size;
+      const T *mean = static_cast<const T*>(given.prior_mean),
+              *prior_logvar = static_cast<const T*>(given.prior_logvar);
       T* z = static_cast<T*>(z_) + k * op.samples * size;
       const auto sum_of = [&](int64_t row) -> double& {
         return sums[(k * op.rows + row) * units.pieces + (units.pieces > 1 ? unit % units.pieces : 0)];
@@ -245,7 +258,8 @@ void forward(const Reparameterize& op, const ReparameterizeTensors& given, void*
           A* const drawn = place(z + at, nats, streams);
           units.for_each_row(at, count, [&](int64_t row, int64_t from, int64_t to) {
             const int64_t j = at + from;
-            sum_of(row) += sample_and_diverge(mu + j, logvar + j, eps + from, low, high, least, drawn + from, to - from);
+            sum_of(row) +=
+                sample_and_diverge(mu + j, logvar + j, eps + from, low, high, least, drawn + from, to - from);
           });
           settle(z + at, drawn, count, streams);
           return;
@@ -291,8 +305,10 @@ void backward(const Reparameterize& op, const void* grad_z_, const void* grad_kl
     A buffer[kElements + kNoiseSlack], sum[kElements], along[kElements], g[kElements];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k = i / units.units, unit = i % units.units;
-      const T *mu = static_cast<const T*>(given.mu) + k * size, *logvar = static_cast<const T*>(given.logvar) + k * size;
-      const T *mean = static_cast<const T*>(given.prior_mean), *prior_logvar = static_cast<const T*>(given.prior_logvar);
+      const T *mu = static_cast<const T*>(given.mu) + k * size,
+              *logvar = static_cast<const T*>(given.logvar) + k * size;
+      const T *mean = static_cast<const T*>(given.prior_mean),
+              *prior_logvar = static_cast<const T*>(given.prior_logvar);
       const T* grad_z = static_cast<const T*>(grad_z_) + k * op.samples * size;
       units.for_each_block(unit, [&](int64_t at, int64_t count) {
         const int64_t to = k * size + at;
@@ -305,8 +321,9 @@ void backward(const Reparameterize& op, const void* grad_z_, const void* grad_kl
           units.for_each_row(at, count, [&](int64_t row, int64_t from, int64_t end_of_row) {
             const int64_t j = at + from;
             const A of_kl = grad_kl ? static_cast<A>(op.beta) * grad_kl[k * op.rows + row] : A(0);
-            (grad_kl ? differentiate<true, T> : differentiate<false, T>)(mu + j, logvar + j, eps + from, grad_z + j, of_kl, low, high,
-                                                                        of_mu + from, of_logvar + from, end_of_row - from);
+            (grad_kl ? differentiate<true, T> : differentiate<false, T>)(mu + j, logvar + j, eps + from, grad_z + j,
+                                                                         of_kl, low, high, of_mu + from,
+                                                                         of_logvar + from, end_of_row - from);
           });
           settle(to_mu, of_mu, count, streams);
           settle(to_logvar, of_logvar, count, streams);
@@ -334,8 +351,7 @@ void backward(const Reparameterize& op, const void* grad_z_, const void* grad_kl
         store_block(static_cast<T*>(grads.mu) + to, sum, count);
         store_block(static_cast<T*>(grads.logvar) + to, along, count);
         if (!mean) return;
-        if (grad_kl)
-          divergence.prior_grad(g, sum, along, count);
+        if (grad_kl) divergence.prior_grad(g, sum, along, count);
         else
           for (A* p : {sum, along}) std::fill_n(p, count, A(0));
         store_block(static_cast<T*>(grads.prior_mean) + to, sum, count);
@@ -351,12 +367,14 @@ inline void noise(const Reparameterize& op, void* out, const ParallelFor& parall
   noise<float>(op, out, parallel);
 }
 
-inline void reparameterize(const Reparameterize& op, const ReparameterizeTensors& given, void* z, void* kl, const ParallelFor& parallel) {
+inline void reparameterize(const Reparameterize& op, const ReparameterizeTensors& given, void* z, void* kl,
+                           const ParallelFor& parallel) {
   FASTGEN_FOR_DTYPE(op.dtype, forward, op, given, z, kl, parallel)
 }
 
-inline void reparameterize_backward(const Reparameterize& op, const void* grad_z, const void* grad_kl, const ReparameterizeTensors& given,
-                                    const ReparameterizeGrads& grads, const ParallelFor& parallel) {
+inline void reparameterize_backward(const Reparameterize& op, const void* grad_z, const void* grad_kl,
+                                    const ReparameterizeTensors& given, const ReparameterizeGrads& grads,
+                                    const ParallelFor& parallel) {
   FASTGEN_FOR_DTYPE(op.dtype, backward, op, grad_z, grad_kl, given, grads, parallel)
 }
 
@@ -365,14 +383,18 @@ inline void reparameterize_backward(const Reparameterize& op, const void* grad_z
 #ifdef FASTGEN_ONCE
 namespace fastgen::cpu {
 
-void noise(const Reparameterize& op, void* out, const ParallelFor& parallel) { FASTGEN_DISPATCH(noise, op, out, parallel) }
+void noise(const Reparameterize& op, void* out, const ParallelFor& parallel) {
+  FASTGEN_DISPATCH(noise, op, out, parallel)
+}
 
-void reparameterize(const Reparameterize& op, const ReparameterizeTensors& given, void* z, void* kl, const ParallelFor& parallel) {
+void reparameterize(const Reparameterize& op, const ReparameterizeTensors& given, void* z, void* kl,
+                    const ParallelFor& parallel) {
   FASTGEN_DISPATCH(reparameterize, op, given, z, kl, parallel)
 }
 
-void reparameterize_backward(const Reparameterize& op, const void* grad_z, const void* grad_kl, const ReparameterizeTensors& given,
-                             const ReparameterizeGrads& grads, const ParallelFor& parallel) {
+void reparameterize_backward(const Reparameterize& op, const void* grad_z, const void* grad_kl,
+                             const ReparameterizeTensors& given, const ReparameterizeGrads& grads,
+                             const ParallelFor& parallel) {
   FASTGEN_DISPATCH(reparameterize_backward, op, grad_z, grad_kl, given, grads, parallel)
 }
 

@@ -10,7 +10,8 @@
 
 namespace fastgen::cpu::FASTGEN_ISA {
 
-constexpr int64_t kPartElements = 1 << 15, kPartRows = 64, kMostParts = 16;  // of a weight; none depends on the thread count
+constexpr int64_t kPartElements = 1 << 15, kPartRows = 64,
+                  kMostParts = 16;  // of a weight; none depends on the thread count
 constexpr int64_t kRows = 4;
 
 // A weight's outer index: the row i of (d, b) if a == 1, else the block p of (a, (d, b)).
@@ -18,7 +19,8 @@ inline int64_t outer(const SpectralMatrix& m) { return m.a == 1 ? m.d : m.a; }
 inline int64_t inner(const SpectralMatrix& m) { return m.a == 1 ? m.b : m.d * m.b; }
 
 inline int64_t part_count(const SpectralMatrix& m) {
-  return std::max<int64_t>(1, std::min({kMostParts, outer(m), std::max(ceil_div(m.size(), kPartElements), ceil_div(outer(m), kPartRows))}));
+  return std::max<int64_t>(
+      1, std::min({kMostParts, outer(m), std::max(ceil_div(m.size(), kPartElements), ceil_div(outer(m), kPartRows))}));
 }
 
 // A range of a weight's outer index, which one thread works on.
@@ -200,7 +202,8 @@ inline void in_blocks(int64_t begin, int64_t end, const Body& body) {
 
 // The weights of one dtype.
 template <class T>
-void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first, const ParallelFor& parallel) {
+void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first,
+                   const ParallelFor& parallel) {
   using A = Acc<T>;
   const std::vector<Part> parts = parts_of(matrices);
   const int64_t count = static_cast<int64_t>(matrices.size()), part_total = static_cast<int64_t>(parts.size());
@@ -209,9 +212,12 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
     of[k].sums = scratch<A>(part_count(matrices[k]) * summed_size(matrices[k]));
     of[k].product = scratch<A>(std::max(matrices[k].d, matrices[k].a * matrices[k].b));
     std::copy_n(static_cast<const A*>(matrices[k].given_u), matrices[k].d, static_cast<A*>(matrices[k].u));
-    std::copy_n(static_cast<const A*>(matrices[k].given_v), matrices[k].a * matrices[k].b, static_cast<A*>(matrices[k].v));
+    std::copy_n(static_cast<const A*>(matrices[k].given_v), matrices[k].a * matrices[k].b,
+                static_cast<A*>(matrices[k].v));
   }
-  const auto sum_at = [&](const Part& part) { return of[part.matrix].sums.get() + part.index * summed_size(matrices[part.matrix]); };
+  const auto sum_at = [&](const Part& part) {
+    return of[part.matrix].sums.get() + part.index * summed_size(matrices[part.matrix]);
+  };
 
   for (int64_t step = 0; step < iterations; ++step) {
     const bool last = step == iterations - 1;
@@ -222,7 +228,9 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
       normalize(second, size, eps);
       if (last) *static_cast<A*>(m.sigma) = static_cast<A>(dot(product, second, size));
     };
-    for_each(part_total, parallel, [&](int64_t i) { sum_part<T>(matrices[parts[i].matrix], parts[i], one_pass(matrices[parts[i].matrix]), sum_at(parts[i])); });
+    for_each(part_total, parallel, [&](int64_t i) {
+      sum_part<T>(matrices[parts[i].matrix], parts[i], one_pass(matrices[parts[i].matrix]), sum_at(parts[i]));
+    });
     for_each(count, parallel, [&](int64_t k) {
       const SpectralMatrix& m = matrices[k];
       A *u = static_cast<A*>(m.u), *v = static_cast<A*>(m.v);
@@ -265,7 +273,8 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
       *static_cast<A*>(m.sigma) = static_cast<A>(dot<A>(of[k].product.get(), other, m.a == 1 ? m.d : m.a * m.b));
     }
   }
-  const bool divides = std::any_of(matrices.begin(), matrices.end(), [](const SpectralMatrix& m) { return m.out != nullptr; });
+  const bool divides =
+      std::any_of(matrices.begin(), matrices.end(), [](const SpectralMatrix& m) { return m.out != nullptr; });
   for_each(divides ? part_total : 0, parallel, [&](int64_t reversed) {  // what was read last is still in the cache
     const int64_t i = part_total - 1 - reversed;
     const SpectralMatrix& m = matrices[parts[i].matrix];
@@ -285,7 +294,8 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
 
 // grad_weight = grad_out / sigma + (grad_sigma - <grad_out, weight> / sigma^2) u v^T
 template <class T>
-void backward_all(const std::vector<SpectralMatrix>& matrices, const std::vector<SpectralMatrixGrad>& grads, const ParallelFor& parallel) {
+void backward_all(const std::vector<SpectralMatrix>& matrices, const std::vector<SpectralMatrixGrad>& grads,
+                  const ParallelFor& parallel) {
   using A = Acc<T>;
   const std::vector<Part> parts = parts_of(matrices);
   std::vector<double> sums(parts.size()), along(matrices.size());
@@ -353,14 +363,16 @@ void few_at_a_time(const std::vector<SpectralMatrix>& matrices, const Body& body
   }
 }
 
-inline void spectral_norm(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first, const ParallelFor& parallel) {
+inline void spectral_norm(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first,
+                          const ParallelFor& parallel) {
   few_at_a_time(matrices, [&](ptrdiff_t begin, ptrdiff_t end) {
     const std::vector<SpectralMatrix> few(matrices.begin() + begin, matrices.begin() + end);
     FASTGEN_FOR_DTYPE(few[0].dtype, normalize_all, few, iterations, eps, v_first, parallel)
   });
 }
 
-inline void spectral_norm_backward(const std::vector<SpectralMatrix>& matrices, const std::vector<SpectralMatrixGrad>& grads, const ParallelFor& parallel) {
+inline void spectral_norm_backward(const std::vector<SpectralMatrix>& matrices,
+                                   const std::vector<SpectralMatrixGrad>& grads, const ParallelFor& parallel) {
   few_at_a_time(matrices, [&](ptrdiff_t begin, ptrdiff_t end) {
     const std::vector<SpectralMatrix> few(matrices.begin() + begin, matrices.begin() + end);
     const std::vector<SpectralMatrixGrad> of_few(grads.begin() + begin, grads.begin() + end);
@@ -373,7 +385,8 @@ inline void spectral_norm_backward(const std::vector<SpectralMatrix>& matrices, 
 #ifdef FASTGEN_ONCE
 namespace fastgen::cpu {
 
-void spectral_norm(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first, const ParallelFor& parallel) {
+void spectral_norm(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first,
+                   const ParallelFor& parallel) {
   FASTGEN_DISPATCH(spectral_norm, matrices, iterations, eps, v_first, parallel)
 }
 

@@ -1,5 +1,5 @@
-// How a block gets from where it is computed into a tensor: past the caches if it leaves them before anybody reads it. Included once per
-// instruction set (see isa.h).
+// How a block gets from where it is computed into a tensor: past the caches if it leaves them before anybody reads it.
+// Included once per instruction set (see isa.h).
 namespace fastgen::cpu::FASTGEN_ISA {
 
 template <class T>

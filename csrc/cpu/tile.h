@@ -9,8 +9,8 @@ struct Vector {
 
 constexpr int kPixels = FASTGEN_TILE_PIXELS;
 
-// out[k * kPixels + p][:] = sum over taps t and depth i of x[t * kPixels + p][i] * w[k * taps + t][i][:], for `height` pixels p and
-// `blocks` blocks k of vectors * size channels, all of them in registers.
+// out[k * kPixels + p][:] = sum over taps t and depth i of x[t * kPixels + p][i] * w[k * taps + t][i][:], for `height`
+// pixels p and `blocks` blocks k of vectors * size channels, all of them in registers.
 template <class A, int vectors, int height, int blocks>
 void tile(const A* const* x, const A* const* w, int64_t taps, int64_t depth, A* const* out) {
   using V = typename Vector<A>::type;
@@ -23,7 +23,8 @@ void tile(const A* const* x, const A* const* w, int64_t taps, int64_t depth, A* 
 #pragma GCC unroll 2
       for (int k = 0; k < blocks; ++k)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v, weight[k] += Vector<A>::size) b[k][v] = *reinterpret_cast<const V*>(weight[k]);
+        for (int v = 0; v < vectors; ++v, weight[k] += Vector<A>::size)
+          b[k][v] = *reinterpret_cast<const V*>(weight[k]);
 #pragma GCC unroll 16
       for (int p = 0; p < height; ++p) {
         const A value = x[p][i];
@@ -39,14 +40,15 @@ void tile(const A* const* x, const A* const* w, int64_t taps, int64_t depth, A* 
 #pragma GCC unroll 16
     for (int p = 0; p < height; ++p)
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) *reinterpret_cast<V*>(out[k * kPixels + p] + v * Vector<A>::size) = sum[k][p][v];
+      for (int v = 0; v < vectors; ++v)
+        *reinterpret_cast<V*>(out[k * kPixels + p] + v * Vector<A>::size) = sum[k][p][v];
 }
 
 #if FASTGEN_HAS_DOT
 // The same with a pair of bfloat16 in the place of each float: twice the depth. For processors with AVX512-BF16.
 template <int vectors, int height, int blocks>
-__attribute__((target("avx512bf16"))) void dot_tile(const float* const* x, const float* const* w, int64_t taps, int64_t depth,
-                                                    float* const* out) {
+__attribute__((target("avx512bf16"))) void dot_tile(const float* const* x, const float* const* w, int64_t taps,
+                                                    int64_t depth, float* const* out) {
   __m512 sum[blocks][height][vectors];
 #pragma GCC unroll 2
   for (int k = 0; k < blocks; ++k)

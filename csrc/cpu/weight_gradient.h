@@ -1,6 +1,6 @@
-// Gradients of convolution weights: by Winograd's method, and direct for any convolution. Included once per instruction set
-// (see isa.h), after winograd.h. Everything is computed in the accumulation type A. The pixels are summed in chunks that do not
-// depend on the thread count, and the chunks are merged in order, so neither does the result.
+// Gradients of convolution weights: by Winograd's method, and direct for any convolution. Included once per instruction
+// set (see isa.h), after winograd.h. Everything is computed in the accumulation type A. The pixels are summed in chunks
+// that do not depend on the thread count, and the chunks are merged in order, so neither does the result.
 namespace fastgen::cpu::FASTGEN_ISA {
 
 // How a sum over pixels, the columns of the lines of some images, steps through its two factors.
@@ -50,8 +50,8 @@ void outer_products(const A* a, int64_t rows, const A* b, int64_t columns, const
   int64_t p = 0, k = 0;
   const auto run = [&](auto height, auto across) {
     for (; k + across * Vector<A>::size <= end; k += across * Vector<A>::size)
-      outer_product<A, across, height>(a + p, b + k / Vector<A>::size * step.b_vector, step, out + p * out_step + k, out_step,
-                                       accumulate);
+      outer_product<A, across, height>(a + p, b + k / Vector<A>::size * step.b_vector, step, out + p * out_step + k,
+                                       out_step, accumulate);
   };
   const auto run_rows = [&](auto height, auto... across) {
     for (; p + height <= rows; p += height, k = 0) (run(height, across), ...);
@@ -81,8 +81,8 @@ struct GradStrides {
   int64_t in, out, kh, kw;
 };
 
-// out (ic, oc, kh, kw) = parts, each by its strides: row by row where both have the same channels next to each other, else through
-// blocks that are written in the order of out.
+// out (ic, oc, kh, kw) = parts, each by its strides: row by row where both have the same channels next to each other,
+// else through blocks that are written in the order of out.
 template <class A, class T>
 void store_weights(const A* parts, const GradStrides& from, int64_t ic, int64_t oc, int64_t kh, int64_t kw, T* out,
                    const GradStrides& to, const ParallelFor& parallel) {
@@ -95,7 +95,8 @@ void store_weights(const A* parts, const GradStrides& from, int64_t ic, int64_t 
       for (int64_t row = begin; row < end; ++row)
         for (int64_t tap = 0; tap < taps; ++tap) {
           const int64_t i = tap / kw, j = tap % kw;
-          store_block(out + row * to_row + i * to.kh + j * to.kw, parts + row * from_row + i * from.kh + j * from.kw, outputs ? oc : ic);
+          store_block(out + row * to_row + i * to.kh + j * to.kw, parts + row * from_row + i * from.kh + j * from.kw,
+                      outputs ? oc : ic);
         }
     });
     return;
@@ -129,8 +130,8 @@ void store_weights(const A* parts, const GradStrides& from, int64_t ic, int64_t 
   });
 }
 
-// The weight gradient of Winograd's convolution: the sum over tiles of its products' factors, the output's factor being the
-// gradient's. The channels of one factor are the rows of the products, those of the other run along their vectors.
+// The weight gradient of Winograd's convolution: the sum over tiles of its products' factors, the output's factor being
+// the gradient's. The channels of one factor are the rows of the products, those of the other run along their vectors.
 template <class A, int m, int r, int vectors>
 struct WinogradWeightGradient {
   static constexpr int n = m + r - 1, points = n * n;
@@ -146,10 +147,12 @@ struct WinogradWeightGradient {
     const int64_t kh = rows.kernel, kw = columns.kernel, taps = kh * kw;
     const int64_t phases = rows.phases() * columns.phases(), tiles = images * per_image;
     const bool turned = strides.in == 1;  // the vectors run along the channels of x, as the gradient's memory does
-    const int64_t row_channels = turned ? oc : ic, channels = turned ? ic : oc, step = ceil_div(channels, width) * width;
-    // Slabs of channels: a tile is transformed once a slab of the other factor, so large ones; with one phase, small ones for
-    // more items.
-    const int64_t slab = phases > 1 ? 128 : 64, row_slab = std::min(slab, ceil_div(row_channels, size) * size), vector_slab = std::min(slab, step);
+    const int64_t row_channels = turned ? oc : ic, channels = turned ? ic : oc,
+                  step = ceil_div(channels, width) * width;
+    // Slabs of channels: a tile is transformed once a slab of the other factor, so large ones; with one phase, small
+    // ones for more items.
+    const int64_t slab = phases > 1 ? 128 : 64, row_slab = std::min(slab, ceil_div(row_channels, size) * size),
+                  vector_slab = std::min(slab, step);
     const int64_t row_slabs = ceil_div(row_channels, row_slab), vector_slabs = ceil_div(channels, vector_slab),
                   slabs = phases * row_slabs * vector_slabs;
     const int64_t chunks = std::clamp<int64_t>(ceil_div(tiles, 256), 1, ceil_div(32, slabs)),
@@ -157,28 +160,33 @@ struct WinogradWeightGradient {
     // Where the taps of a row's channel go: out itself if it can take whole vectors of them.
     const bool whole = std::is_same_v<T, A> && chunks == 1 && (turned || strides.out == 1) && channels % size == 0;
     auto parts = scratch<A>(whole ? 0 : chunks * taps * row_channels * step);
-    const GradStrides in_parts = turned ? GradStrides{1, step, kw * oc * step, oc * step} : GradStrides{step, 1, kw * ic * step, ic * step};
+    const GradStrides in_parts =
+        turned ? GradStrides{1, step, kw * oc * step, oc * step} : GradStrides{step, 1, kw * ic * step, ic * step};
     const GradStrides& to_strides = whole ? strides : in_parts;
     A* const sums = whole ? reinterpret_cast<A*>(out) : parts.get();
     const int64_t v_step = at_once * row_slab + size, y_step = at_once * vector_slab + size,
                   u_step = row_slab * vector_slab + size;  // no power of two
     parallel(chunks * slabs, [&](int64_t begin, int64_t end) {
-      auto v = scratch<A>(points * v_step), y = scratch<A>(points * y_step), u = scratch<A>(points * u_step), spare = scratch<A>(vector_slab);
+      auto v = scratch<A>(points * v_step), y = scratch<A>(points * y_step), u = scratch<A>(points * u_step),
+           spare = scratch<A>(vector_slab);
       auto zeros = scratch<S>(std::max(ic, oc)), edge = scratch<S>(points * size);
       std::fill_n(zeros.get(), std::max(ic, oc), S{});
       const S* from[points];
       A* to[points];
-      // `count` channels of a tile from `first` on: the point i at `at + i * point_step`, a vector of channels each vector_step.
-      const auto transform = [&](bool input, int64_t phase, int64_t tile, int64_t first, int64_t count, A* at, int64_t point_step,
-                                 int64_t vector_step) {
-        const int64_t row_phase = phase / columns.phases(), column_phase = phase % columns.phases(), image = tile / per_image;
+      // `count` channels of a tile from `first` on: the point i at `at + i * point_step`, a vector of channels each
+      // vector_step.
+      const auto transform = [&](bool input, int64_t phase, int64_t tile, int64_t first, int64_t count, A* at,
+                                 int64_t point_step, int64_t vector_step) {
+        const int64_t row_phase = phase / columns.phases(), column_phase = phase % columns.phases(),
+                      image = tile / per_image;
         const int64_t top = tile % per_image / across * m, left = tile % across * m;
         for (int point = 0; point < points; ++point) to[point] = at + point * point_step;
         if (input) {
           for (int i = 0; i < n; ++i)
             for (int j = 0; j < n; ++j) {
               const int64_t row = rows.source[row_phase][top + i], column = columns.source[column_phase][left + j];
-              from[i * n + j] = row < 0 || column < 0 ? zeros.get() : x + ((image * ih + row) * iw + column) * ic + first;
+              from[i * n + j] =
+                  row < 0 || column < 0 ? zeros.get() : x + ((image * ih + row) * iw + column) * ic + first;
             }
           return sandwich_channels<A, m, r, &Minimal<m, r>::input>(from, count, edge.get(), to, vector_step);
         }
@@ -186,8 +194,9 @@ struct WinogradWeightGradient {
           for (int j = 0; j < m; ++j) {
             const int64_t row = (top + i) * rows.out_step + row_phase % rows.out_step;
             const int64_t column = (left + j) * columns.out_step + column_phase % columns.out_step;
-            from[i * m + j] = row < rows.out && column < columns.out ? grad + ((image * rows.out + row) * columns.out + column) * oc + first
-                                                                     : zeros.get();
+            from[i * m + j] = row < rows.out && column < columns.out
+                                  ? grad + ((image * rows.out + row) * columns.out + column) * oc + first
+                                  : zeros.get();
           }
         sandwich_channels<A, m, r, &Minimal<m, r>::output_gradient>(from, count, edge.get(), to, vector_step);
       };
@@ -195,7 +204,8 @@ struct WinogradWeightGradient {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t of_rows = item / vector_slabs, phase = of_rows / row_slabs % phases, chunk = item / slabs;
         const int64_t first_row = of_rows % row_slabs * row_slab, first_channel = item % vector_slabs * vector_slab;
-        const int64_t some_rows = std::min(row_slab, row_channels - first_row), some = std::min(vector_slab, channels - first_channel);
+        const int64_t some_rows = std::min(row_slab, row_channels - first_row),
+                      some = std::min(vector_slab, channels - first_channel);
         const int64_t start = tiles * chunk / chunks, last = tiles * (chunk + 1) / chunks;
         for (int64_t first = start; first < last; first += at_once) {
           const int64_t count = std::min(at_once, last - first);
@@ -206,8 +216,8 @@ struct WinogradWeightGradient {
           for (int point = 0; point < points; ++point)
             if (rows.has(phase / columns.phases(), point / n, n) && columns.has(phase % columns.phases(), point % n, n))
               outer_products<A, vectors>(v.get() + point * v_step, some_rows, y.get() + point * y_step, some,
-                                         {1, 0, 0, 1, 0, 0, count, row_slab, size, at_once * size}, u.get() + point * u_step,
-                                         vector_slab, first > start);
+                                         {1, 0, 0, 1, 0, 0, count, row_slab, size, at_once * size},
+                                         u.get() + point * u_step, vector_slab, first > start);
         }
         held = last - start <= at_once ? of_rows : -1;
         const A* products[points];
@@ -215,11 +225,14 @@ struct WinogradWeightGradient {
         for (int64_t row = 0; row < some_rows; ++row) {
           for (int point = 0; point < points; ++point) products[point] = u.get() + point * u_step + row * vector_slab;
           for (int tap = 0; tap < r * r; ++tap) {
-            const int64_t i = rows.tap[phase / columns.phases()][tap / r], j = columns.tap[phase % columns.phases()][tap % r];
-            A* const at = sums + (whole ? 0 : chunk * taps * row_channels * step) + (first_row + row) * (turned ? to_strides.out : to_strides.in);
+            const int64_t i = rows.tap[phase / columns.phases()][tap / r],
+                          j = columns.tap[phase % columns.phases()][tap % r];
+            A* const at = sums + (whole ? 0 : chunk * taps * row_channels * step) +
+                          (first_row + row) * (turned ? to_strides.out : to_strides.in);
             tap_sums[tap] = i < 0 || j < 0 ? spare.get() : at + first_channel + i * to_strides.kh + j * to_strides.kw;
           }
-          for (int64_t k = 0; k < some; k += size) sandwich<A, m, r, &Minimal<m, r>::weight_gradient>(products, k, tap_sums, k);
+          for (int64_t k = 0; k < some; k += size)
+            sandwich<A, m, r, &Minimal<m, r>::weight_gradient>(products, k, tap_sums, k);
         }
       }
     });
@@ -229,13 +242,13 @@ struct WinogradWeightGradient {
   }
 };
 
-// The same for any convolution: the sum over pixels of a `small` tensor, of the convolution's output (or the transposed one's
-// input), and the `big` one's pixels small * stride + k * dilation - padding.
+// The same for any convolution: the sum over pixels of a `small` tensor, of the convolution's output (or the transposed
+// one's input), and the `big` one's pixels small * stride + k * dilation - padding.
 template <class A>
 struct DirectWeightGradient {
   static constexpr int64_t width = 2 * Vector<A>::size;
-  // Of the big tensor, a strip: at most so many bytes of some rows of an image, or of some images. It also has at most 256
-  // pixels of the small one, which bounds the rounding errors of one sum.
+  // Of the big tensor, a strip: at most so many bytes of some rows of an image, or of some images. It also has at most
+  // 256 pixels of the small one, which bounds the rounding errors of one sum.
   static constexpr int64_t kStrip = 128 << 10;
   static constexpr int64_t kSlab = 2 * kPixels;  // channels of it
 
@@ -254,14 +267,15 @@ struct DirectWeightGradient {
     const int64_t lines = std::clamp<int64_t>(fit, 1, sh), at_once = std::clamp<int64_t>(fit / sh, 1, images);
     const int64_t height = (lines - 1) * stride[0] + (kh - 1) * dilation[0] + 1;
     const int64_t strips_an_image = ceil_div(sh, lines), strips = ceil_div(images, at_once) * strips_an_image;
-    // With columns next to each other one product does the kernel's whole row. Its vectors run over the factor that fills them
-    // better.
+    // With columns next to each other one product does the kernel's whole row. Its vectors run over the factor that
+    // fills them better.
     const int64_t run = dilation[1] == 1 ? kw * b : b, s_step = ceil_div(s, width) * width,
                   run_step = ceil_div(run, width) * width;
     const bool across = run_step * s < s_step * run;
     const int64_t row_size = across ? s * run_step : run * s_step, rows = kh * (kw * b / run),
                   size = groups * slabs * rows * row_size;
-    const int64_t chunks = std::clamp<int64_t>((16 << 20) / size, 1, std::min<int64_t>(strips, ceil_div(32, groups * slabs)));
+    const int64_t chunks =
+        std::clamp<int64_t>((16 << 20) / size, 1, std::min<int64_t>(strips, ceil_div(32, groups * slabs)));
     const int64_t splits = groups * slabs * chunks < 32 ? kh : 1;  // items that share a strip
     auto parts = scratch<A>(chunks * size);
     parallel(chunks * groups * slabs * splits, [&](int64_t begin, int64_t end) {
@@ -269,7 +283,8 @@ struct DirectWeightGradient {
            packed = scratch<A>(across ? 0 : at_once * lines * sw * s_step);
       std::fill_n(strip.get() + at_once * height * pitch, width, A(0));
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t chunk = item / splits / slabs / groups, slab = item / splits % (groups * slabs), split = item % splits;
+        const int64_t chunk = item / splits / slabs / groups, slab = item / splits % (groups * slabs),
+                      split = item % splits;
         const int64_t group = slab / slabs, channel = group * whole + slab % slabs * b,
                       channels = std::min(b, (group + 1) * whole - channel);
         for (int64_t at = strips * chunk / chunks; at < strips * (chunk + 1) / chunks; ++at) {
@@ -285,20 +300,22 @@ struct DirectWeightGradient {
             const bool accumulate = at > strips * chunk / chunks;
             const int64_t image_step = height * pitch, line_step = stride[0] * pitch, step = stride[1] * b;
             if (across)
-              outer_products<A, 2>(factor, s, from, run,
-                                   {some, sh * sw * sc, image_step, count, sw * sc, line_step, sw, sc, step, Vector<A>::size},
-                                   to, run_step, accumulate);
+              outer_products<A, 2>(
+                  factor, s, from, run,
+                  {some, sh * sw * sc, image_step, count, sw * sc, line_step, sw, sc, step, Vector<A>::size}, to,
+                  run_step, accumulate);
             else
               outer_products<A, 2>(from, run, packed.get(), s,
-                                   {some, image_step, count * sw * Vector<A>::size, count, line_step, sw * Vector<A>::size, sw,
-                                    step, Vector<A>::size, pixels * Vector<A>::size},
+                                   {some, image_step, count * sw * Vector<A>::size, count, line_step,
+                                    sw * Vector<A>::size, sw, step, Vector<A>::size, pixels * Vector<A>::size},
                                    to, s_step, accumulate);
           }
         }
       }
     });
     sum_chunks(parts.get(), chunks, size, parallel);
-    const int64_t of_big = across ? 1 : s_step, of_small = across ? run_step : 1, of_kw = rows == kh ? b * of_big : row_size;
+    const int64_t of_big = across ? 1 : s_step, of_small = across ? run_step : 1,
+                  of_kw = rows == kh ? b * of_big : row_size;
     for (int64_t slab = 0; slab < groups * slabs; ++slab)
       store_weights(parts.get() + slab * rows * row_size, {of_big, of_small, rows / kh * row_size, of_kw},
                     std::min(b, whole - slab % slabs * b), s, kh, kw,
@@ -306,8 +323,8 @@ struct DirectWeightGradient {
   }
 
   // `channels` of the pixels of some lines of some images of big, from first_line on, padded: (image, line, pitch).
-  void gather(const A* big, int64_t image, int64_t count, int64_t first_line, int64_t height, int64_t pitch, int64_t channel,
-              int64_t channels, int64_t b, A* strip) const {
+  void gather(const A* big, int64_t image, int64_t count, int64_t first_line, int64_t height, int64_t pitch,
+              int64_t channel, int64_t channels, int64_t b, A* strip) const {
     const auto inside = [this](int64_t i, int64_t size) {
       return !reflect || (i >= 0 && i < size) ? i : std::clamp<int64_t>(i < 0 ? -i : 2 * (size - 1) - i, 0, size - 1);
     };
@@ -323,21 +340,21 @@ struct DirectWeightGradient {
         const int64_t column = inside(at - left, bw);
         A* to = strip + at * b;
         const bool there = column >= 0 && column < bw;
-        if (there && channels == kSlab) return void(memcpy(to, from + column * bc, kSlab * sizeof(A)));  // of a constant size: a few moves
+        if (there && channels == kSlab)
+          return void(memcpy(to, from + column * bc, kSlab * sizeof(A)));  // of a constant size: a few moves
         if (there) to = std::copy_n(from + column * bc, channels, to);
         std::fill(to, strip + (at + 1) * b, A(0));
       };
       for (int64_t at = 0; at < std::min(left, width); ++at) one(at);
-      if (channels == bc)
-        std::copy_n(from, right * b, strip + left * b);
+      if (channels == bc) std::copy_n(from, right * b, strip + left * b);
       else
         for (int64_t at = left; at < left + right; ++at) one(at);
       for (int64_t at = left + right; at < width; ++at) one(at);
     }
   }
 
-  // `channels` of the pixels, an_image of them next to each other: (group, pixel, vector), filled up with zeros to whole
-  // blocks.
+  // `channels` of the pixels, an_image of them next to each other: (group, pixel, vector), filled up with zeros to
+  // whole blocks.
   void pack(const A* small, int64_t pixels, int64_t an_image, int64_t channels, A* packed) const {
     constexpr int64_t size = Vector<A>::size;
     for (int64_t pixel = 0; pixel < pixels; ++pixel) {

@@ -1,7 +1,7 @@
-// Winograd convolutions: m outputs of r taps from m + r - 1 multiplications an axis instead of m * r (Lavin and Gray, 2015). A
-// convolution whose kernel is r times its stride is, or is the sum of, r-tap convolutions of stride 1, a phase of the stride
-// each; a smaller kernel lacks taps of some phases, and their products at some points. Included once per instruction set (see isa.h),
-// after tile.h. Everything is computed in the accumulation type A.
+// Winograd convolutions: m outputs of r taps from m + r - 1 multiplications an axis instead of m * r (Lavin and Gray,
+// 2015). A convolution whose kernel is r times its stride is, or is the sum of, r-tap convolutions of stride 1, a phase
+// of the stride each; a smaller kernel lacks taps of some phases, and their products at some points. Included once per
+// instruction set (see isa.h), after tile.h. Everything is computed in the accumulation type A.
 namespace fastgen::cpu::FASTGEN_ISA {
 
 // y = output [(weight g) * (input d)] from the points 0, 1, -1, 1/2, -2 and infinity (Toom and Cook): their
@@ -54,8 +54,8 @@ inline __attribute__((always_inline)) Vector<float>::type load_vector(const BFlo
   return reinterpret_cast<Vector<float>::type>(__builtin_convertvector(*reinterpret_cast<const Half*>(p), Bits) << 16);
 }
 
-// to[i][j] = (matrix d matrix^T)[i][j], d[i][j] = from[i][j], one vector of channels each. The matrix, a member of Minimal<m,
-// r>, is a template argument: its zeros and ones cost nothing.
+// to[i][j] = (matrix d matrix^T)[i][j], d[i][j] = from[i][j], one vector of channels each. The matrix, a member of
+// Minimal<m, r>, is a template argument: its zeros and ones cost nothing.
 template <class A, int m, int r, auto member, class S>
 inline __attribute__((always_inline)) void sandwich(const S* const* from, int64_t from_offset, A* const* to,
                                                     int64_t to_offset) {
@@ -104,7 +104,8 @@ void sandwich_channels(const S** from, int64_t channels, S* edge, A* const* to, 
   constexpr int columns = std::extent_v<std::remove_reference_t<decltype(kMinimal<m, r>.*member)>, 1>;
   constexpr int64_t size = Vector<A>::size;
   int64_t channel = 0;
-  for (; channel + size <= channels; channel += size) sandwich<A, m, r, member>(from, channel, to, channel / size * step);
+  for (; channel + size <= channels; channel += size)
+    sandwich<A, m, r, member>(from, channel, to, channel / size * step);
   if (channel == channels) return;
   std::fill_n(edge, columns * columns * size, S{});
   for (int i = 0; i < columns * columns; ++i) {
@@ -114,15 +115,16 @@ void sandwich_channels(const S** from, int64_t channels, S* edge, A* const* to, 
   sandwich<A, m, r, member>(from, 0, to, channel / size * step);
 }
 
-// One axis: output o = t * out_step + phase of position t, or the sum over phases of the input; tap u of position t reads
-// source[phase][t + u], -1 outside, with the kernel's tap[phase][u], -1 beyond the kernel.
+// One axis: output o = t * out_step + phase of position t, or the sum over phases of the input; tap u of position t
+// reads source[phase][t + u], -1 outside, with the kernel's tap[phase][u], -1 beyond the kernel.
 struct WinogradAxis {
   int64_t kernel, out, in_step, out_step;
   std::vector<std::vector<int64_t>> source, tap;
 
   int64_t phases() const { return in_step * out_step; }
   int64_t positions() const { return ceil_div(out, out_step); }
-  // Whether a phase's transformed weights are not all zero at point i of n: the first one is tap 0 itself, the last one the last tap.
+  // Whether a phase's transformed weights are not all zero at point i of n: the first one is tap 0 itself, the last one
+  // the last tap.
   bool has(int64_t phase, int64_t i, int64_t n) const {
     return (i > 0 || tap[phase].front() >= 0) && (i < n - 1 || tap[phase].back() >= 0);
   }
@@ -149,7 +151,8 @@ struct WinogradAxis {
     const int64_t r = ceil_div(kernel, stride), latest = (stride - 1 + padding) / stride;
     for (int64_t phase = 0; phase < stride; ++phase) {
       const int64_t from = (phase + padding) / stride, k = (phase + padding) % stride;
-      const bool late = from < latest && k + stride * (r - 1) >= kernel;  // lacks the first tap: it reads what the last phase does
+      const bool late =
+          from < latest && k + stride * (r - 1) >= kernel;  // lacks the first tap: it reads what the last phase does
       axis.add(in, r, 1, from + late - (r - 1), false);
       for (int64_t u = late; u < r + late; ++u) axis.add_tap(u < r ? k + stride * (r - 1 - u) : kernel);
     }
@@ -171,7 +174,8 @@ struct WinogradAxis {
   }
 };
 
-// out[row][width] (+)= sum over depth i of v[i / size][row][i % size] * u[i][width], for `height` rows that stay in registers.
+// out[row][width] (+)= sum over depth i of v[i / size][row][i % size] * u[i][width], for `height` rows that stay in
+// registers.
 template <class A, int vectors, int height>
 void product(const A* v, int64_t step, const A* u, int64_t groups, A* out, bool accumulate) {
   using V = typename Vector<A>::type;
@@ -203,34 +207,42 @@ struct Band {
   int64_t first_image, last_image, first_row, last_row;
 };
 
-// A convolution of (n, ih, iw, ic) pixels, by tiles of m x m outputs, in blocks of `vectors` vectors of output channels.
+// A convolution of (n, ih, iw, ic) pixels, by tiles of m x m outputs, in blocks of `vectors` vectors of output
+// channels.
 template <class A, int m, int r, int vectors>
 struct Winograd {
   static constexpr int n = m + r - 1, points = n * n;
   static constexpr int64_t size = Vector<A>::size, width = vectors * size;
-  // What lies in the second-level cache at a time: bytes of transformed input, and vectors of depth of transformed weights.
+  // What lies in the second-level cache at a time: bytes of transformed input, and vectors of depth of transformed
+  // weights.
   static constexpr int64_t kBudget = 192 << 10;
   static constexpr int64_t kGroups = 128 / size;
 
   int64_t ic, ih, iw, oc;
   WinogradAxis rows, columns;
-  // The packed weights are the taps, transformed for each band: transformed ones are n * n / (r * r) times as large. Else they
-  // are packed transformed, for weights that are used often and stay in the cache.
+  // The packed weights are the taps, transformed for each band: transformed ones are n * n / (r * r) times as large.
+  // Else they are packed transformed, for weights that are used often and stay in the cache.
   bool expand;
 
   int64_t blocks() const { return ceil_div(oc, width); }
   int64_t sums() const { return rows.in_step * columns.in_step; }       // phases of the input
   int64_t outputs() const { return rows.out_step * columns.out_step; }  // phases of the output
   int64_t groups() const { return sums() * ceil_div(ic, size); }        // vectors of depth
-  int64_t across() const { return ceil_div(columns.positions(), m); }  // tiles
+  int64_t across() const { return ceil_div(columns.positions(), m); }   // tiles
   // Of the output's phase and the input's, one is always 0.
-  int64_t row_phase(int64_t phase, int64_t sum) const { return std::max(phase / columns.out_step, sum / columns.in_step); }
-  int64_t column_phase(int64_t phase, int64_t sum) const { return std::max(phase % columns.out_step, sum % columns.in_step); }
+  int64_t row_phase(int64_t phase, int64_t sum) const {
+    return std::max(phase / columns.out_step, sum / columns.in_step);
+  }
+  int64_t column_phase(int64_t phase, int64_t sum) const {
+    return std::max(phase % columns.out_step, sum % columns.in_step);
+  }
   int64_t tiles_an_image(int64_t first_row, int64_t last_row) const {
     return ceil_div(last_row - first_row, rows.out_step * m) * across();
   }
   // The budget's tiles; half as many again are taken at once too, so that these few do not read all weights alone.
-  int64_t chunk() const { return std::clamp<int64_t>(kBudget / (points * groups() * size * sizeof(A)) / kPixels, 1, 8) * kPixels; }
+  int64_t chunk() const {
+    return std::clamp<int64_t>(kBudget / (points * groups() * size * sizeof(A)) / kPixels, 1, 8) * kPixels;
+  }
   int64_t most_tiles() const { return chunk() / 2 * 3; }
   int64_t tiles_at_once(int64_t tiles) const { return expand || tiles <= most_tiles() ? tiles : chunk(); }
   // From point to point. + 1: at a multiple of 4 KiB all points would fall into one set of the cache.
@@ -240,7 +252,8 @@ struct Winograd {
   int64_t edge_size() const { return ic + points * size; }
   int64_t scratch_size(int64_t tiles) const {
     const int64_t at_once = expand ? tiles : std::min(tiles, most_tiles());  // of any band with so many or fewer
-    return transform_size(at_once) + points * (at_once * width + (expand ? weight_step(kGroups) : 0)) + width + edge_size();
+    return transform_size(at_once) + points * (at_once * width + (expand ? weight_step(kGroups) : 0)) + width +
+           edge_size();
   }
   int64_t parts() const { return ceil_div(groups(), kGroups); }
   int64_t packed_at(int64_t block, int64_t part) const {
@@ -248,8 +261,8 @@ struct Winograd {
   }
   int64_t packed_size() const { return packed_at(outputs() * blocks(), 0); }
 
-  // packed (output phase, block, part of the depth, point or tap, depth, width), zero beyond ic and oc. stride: of an input
-  // channel, an output channel, kh, kw.
+  // packed (output phase, block, part of the depth, point or tap, depth, width), zero beyond ic and oc. stride: of an
+  // input channel, an output channel, kh, kw.
   template <class T>
   void pack(const T* weight, const int64_t* stride, A* packed, const ParallelFor& parallel) const {
     constexpr int64_t taps = r * r;
@@ -263,7 +276,8 @@ struct Winograd {
         A* const to = expand ? at : raw.get();
         const int64_t rest = ceil_div(ic, size);
         const auto of_tap = [&](int64_t tap, int64_t group) -> const T* {
-          const int64_t sum = group / rest, kh = rows.tap[row_phase(phase, sum)][tap / r], kw = columns.tap[column_phase(phase, sum)][tap % r];
+          const int64_t sum = group / rest, kh = rows.tap[row_phase(phase, sum)][tap / r],
+                        kw = columns.tap[column_phase(phase, sum)][tap % r];
           if (kh < 0 || kw < 0) return nullptr;
           return weight + group % rest * size * stride[0] + block * width * stride[1] + kh * stride[2] + kw * stride[3];
         };
@@ -281,8 +295,7 @@ struct Winograd {
             A* const copy = to + tap * weight_step(count) + (group - first) * size * width;
             if (const T* const from = of_tap(tap, group))
               copy_taps(from, stride[0], stride[1], depth, valid, size, width, copy);
-            else
-              std::fill_n(copy, size * width, A(0));
+            else std::fill_n(copy, size * width, A(0));
           }
         if (!expand) transform_weights(to, count, at);
       }
@@ -297,13 +310,14 @@ struct Winograd {
     for (int64_t i = 0; i < count * size * width; i += size) sandwich<A, m, r, &Minimal<m, r>::weight>(from, i, to, i);
   }
 
-  // The band (block, image, row, column, width); its first row a multiple of out_step * m. memory: scratch_size(tiles of the band).
-  // Several blocks at once share the input's transforms. transformed: those of all its tiles, or null.
+  // The band (block, image, row, column, width); its first row a multiple of out_step * m. memory: scratch_size(tiles
+  // of the band). Several blocks at once share the input's transforms. transformed: those of all its tiles, or null.
   template <class S>
-  void multiply(const S* x, const A* transformed, const A* packed, int64_t first_block, int64_t last_block, const Band& band, A* out,
-                A* memory) const {
-    const int64_t per_image = tiles_an_image(band.first_row, band.last_row), tiles = (band.last_image - band.first_image) * per_image,
-                  at_once = tiles_at_once(tiles), pixels_an_image = (band.last_row - band.first_row) * columns.out,
+  void multiply(const S* x, const A* transformed, const A* packed, int64_t first_block, int64_t last_block,
+                const Band& band, A* out, A* memory) const {
+    const int64_t per_image = tiles_an_image(band.first_row, band.last_row),
+                  tiles = (band.last_image - band.first_image) * per_image, at_once = tiles_at_once(tiles),
+                  pixels_an_image = (band.last_row - band.first_row) * columns.out,
                   pixels = (band.last_image - band.first_image) * pixels_an_image;
     A* const products = memory + transform_size(at_once);
     A* const spare = products + points * at_once * width;
@@ -312,7 +326,8 @@ struct Winograd {
     const int64_t chunks = ceil_div(tiles, at_once);
     const bool same = rows.reads_the_same() && columns.reads_the_same();  // all phases share the input's transforms
     for (int64_t item = 0; item < outputs() * chunks; ++item) {
-      const int64_t phase = same ? item % outputs() : item / chunks, first = (same ? item / outputs() : item % chunks) * at_once;
+      const int64_t phase = same ? item % outputs() : item / chunks,
+                    first = (same ? item / outputs() : item % chunks) * at_once;
       const int64_t count = std::min(at_once, tiles - first);
       if (!transformed && (!same || phase == 0)) transform_tiles(x, phase, band, first, count, 0, count, edge, memory);
       const A* const v = transformed ? transformed : memory;
@@ -322,8 +337,8 @@ struct Winograd {
           const A* at = packed + packed_at(phase * blocks() + block, part);
           if (expand) transform_weights(at, depth, u), at = u;
           for (int point = 0; point < points; ++point)
-            multiply_point(v + point * point_step(count), count, phase, point, at + point * weight_step(depth), part * kGroups, depth,
-                           products + point * count * width);
+            multiply_point(v + point * point_step(count), count, phase, point, at + point * weight_step(depth),
+                           part * kGroups, depth, products + point * count * width);
         }
         for (int64_t t = 0; t < count; ++t)
           transform_output(products + t * width, count * width, phase, band, (first + t) % per_image / across() * m,
@@ -333,10 +348,11 @@ struct Winograd {
     }
   }
 
-  // Of the band's `count` tiles from `first` on those from `begin` to `end`: (point, group of channels, tile, size). memory: edge_size.
+  // Of the band's `count` tiles from `first` on those from `begin` to `end`: (point, group of channels, tile, size).
+  // memory: edge_size.
   template <class S>
-  void transform_tiles(const S* x, int64_t phase, const Band& band, int64_t first, int64_t count, int64_t begin, int64_t end, A* memory,
-                       A* v) const {
+  void transform_tiles(const S* x, int64_t phase, const Band& band, int64_t first, int64_t count, int64_t begin,
+                       int64_t end, A* memory, A* v) const {
     const int64_t per_image = tiles_an_image(band.first_row, band.last_row);
     S* const zeros = reinterpret_cast<S*>(memory);
     S* const edge = zeros + ic;
@@ -344,7 +360,8 @@ struct Winograd {
     const S* from[points];
     A* to[points];
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t tile = (first + t) % per_image, top = band.first_row / rows.out_step + tile / across() * m, left = tile % across() * m;
+      const int64_t tile = (first + t) % per_image, top = band.first_row / rows.out_step + tile / across() * m,
+                    left = tile % across() * m;
       const S* const image = x + (band.first_image + (first + t) / per_image) * ih * iw * ic;
       for (int64_t sum = 0; sum < sums(); ++sum) {
         const auto &row = rows.source[row_phase(phase, sum)], &column = columns.source[column_phase(phase, sum)];
@@ -359,18 +376,22 @@ struct Winograd {
     }
   }
 
-  // One point's products over the `depth` vectors from `first`, but those whose weights are zero. Of the input's phases none lacks
-  // the first one's.
-  void multiply_point(const A* v, int64_t tiles, int64_t phase, int point, const A* u, int64_t first, int64_t depth, A* out) const {
+  // One point's products over the `depth` vectors from `first`, but those whose weights are zero. Of the input's phases
+  // none lacks the first one's.
+  void multiply_point(const A* v, int64_t tiles, int64_t phase, int point, const A* u, int64_t first, int64_t depth,
+                      A* out) const {
     const int64_t rest = ceil_div(ic, size), last = first + depth;
     const auto lacks = [&](int64_t group) {
-      return !rows.has(row_phase(phase, group / rest), point / n, n) || !columns.has(column_phase(phase, group / rest), point % n, n);
+      return !rows.has(row_phase(phase, group / rest), point / n, n) ||
+             !columns.has(column_phase(phase, group / rest), point % n, n);
     };
     if (sums() == 1 && lacks(0)) return void(first ? out : std::fill_n(out, tiles * width, A(0)));
     for (int64_t begin = first, end; begin < last; begin = end) {
       const bool none = lacks(begin);
       for (end = begin; end < last && lacks(end) == none;) end = std::min(last, (end / rest + 1) * rest);
-      if (!none) multiply_tiles(v + begin * tiles * size, tiles, u + (begin - first) * size * width, end - begin, out, begin > 0);
+      if (!none)
+        multiply_tiles(v + begin * tiles * size, tiles, u + (begin - first) * size * width, end - begin, out,
+                       begin > 0);
     }
   }
 
@@ -386,9 +407,10 @@ struct Winograd {
     for (; t < tiles; ++t) product<A, vectors, 1>(v + t * size, tiles * size, u, depth, out + t * width, accumulate);
   }
 
-  // The pixels, of one block of channels, of the tile `down` positions below the band's first row; those outside the band go to `spare`.
-  void transform_output(const A* products, int64_t step, int64_t phase, const Band& band, int64_t down, int64_t left, A* spare,
-                        A* out) const {
+  // The pixels, of one block of channels, of the tile `down` positions below the band's first row; those outside the
+  // band go to `spare`.
+  void transform_output(const A* products, int64_t step, int64_t phase, const Band& band, int64_t down, int64_t left,
+                        A* spare, A* out) const {
     const A* from[points];
     A* to[m * m];
     for (int point = 0; point < points; ++point) from[point] = products + point * step;
@@ -396,7 +418,8 @@ struct Winograd {
       for (int j = 0; j < m; ++j) {
         const int64_t y = (down + i) * rows.out_step + phase / columns.out_step,
                       x = (left + j) * columns.out_step + phase % columns.out_step;
-        to[i * m + j] = y < band.last_row - band.first_row && x < columns.out ? out + (y * columns.out + x) * width : spare;
+        to[i * m + j] =
+            y < band.last_row - band.first_row && x < columns.out ? out + (y * columns.out + x) * width : spare;
       }
     for (int64_t k = 0; k < width; k += size) sandwich<A, m, r, &Minimal<m, r>::output>(from, k, to, k);
   }

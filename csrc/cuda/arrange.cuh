@@ -7,8 +7,8 @@
 
 namespace fastgen::cuda::convolution {
 
-// Element (i, j, k, l, d) of a tensor lies at `from`'s strides, in its copy at those of `to`, where d is contiguous and padded
-// with zeros.
+// Element (i, j, k, l, d) of a tensor lies at `from`'s strides, in its copy at those of `to`, where d is contiguous and
+// padded with zeros.
 struct Arrangement {
   int64_t size[4], from[4], to[4];
   int64_t depth, padded, from_depth;
@@ -17,7 +17,8 @@ struct Arrangement {
 };
 constexpr int kArrangers = 256, kArranged = 2048;  // elements of a block's tile
 
-// Grid: tiles along (i, j, k, l) by tiles along d. A block reads its tile along l, and writes it along d, 16 bytes a thread.
+// Grid: tiles along (i, j, k, l) by tiles along d. A block reads its tile along l, and writes it along d, 16 bytes a
+// thread.
 template <class T>
 __global__ void __launch_bounds__(kArrangers) arrange(Arrangement a, const T* from, T* to) {
   constexpr int values = kAccess / sizeof(T);
@@ -72,7 +73,11 @@ const T* arranged_x(const Convolution& conv, int64_t samples, int64_t padded, co
   return arranged<T>({{1, samples, conv.groups, pixels},
                       {0, conv.ic * pixels, channels * of_channel, of_pixel},
                       {0, pixels * all, padded, all},
-                      channels, padded, of_channel, false, 0},
+                      channels,
+                      padded,
+                      of_channel,
+                      false,
+                      0},
                      x, queue);
 }
 
@@ -81,17 +86,22 @@ template <class T>
 const T* arranged_weight(const Convolution& conv, bool transposed, int64_t out_channels, int64_t padded, bool tf32,
                          const void* weight, const Queue& queue) {
   const int64_t* const stride = conv.weight_strides;
-  const int64_t channels = conv.ic / conv.groups, of_depth = stride[transposed ? 0 : 1], of_column = stride[transposed ? 1 : 0];
+  const int64_t channels = conv.ic / conv.groups, of_depth = stride[transposed ? 0 : 1],
+                of_column = stride[transposed ? 1 : 0];
   const int64_t of_group = transposed ? channels * of_depth : out_channels * of_column, taps = conv.kh * conv.kw;
   const auto lies = [](int64_t size, int64_t is, int64_t wanted) { return size == 1 || is == wanted; };
-  if (!tf32 && padded == channels && is_aligned(weight) && lies(channels, of_depth, 1) && lies(conv.kw, stride[3], channels) &&
-      lies(conv.kh, stride[2], conv.kw * channels) && lies(out_channels, of_column, taps * channels) &&
-      lies(conv.groups, of_group, out_channels * taps * channels))
+  if (!tf32 && padded == channels && is_aligned(weight) && lies(channels, of_depth, 1) &&
+      lies(conv.kw, stride[3], channels) && lies(conv.kh, stride[2], conv.kw * channels) &&
+      lies(out_channels, of_column, taps * channels) && lies(conv.groups, of_group, out_channels * taps * channels))
     return static_cast<const T*>(weight);
   Arrangement a{{conv.groups, out_channels, conv.kh, conv.kw},
                 {of_group, of_column, stride[2], stride[3]},
                 {out_channels * taps * padded, taps * padded, conv.kw * padded, padded},
-                channels, padded, of_depth, tf32, 0};
+                channels,
+                padded,
+                of_depth,
+                tf32,
+                0};
   if (of_column < stride[3])  // reads go along the closest elements
     for (int64_t* of : {a.size, a.from, a.to}) std::rotate(of + 1, of + 2, of + 4);
   return arranged<T>(a, weight, queue);

@@ -1,7 +1,8 @@
 // What the CUDA kernels share: element types, 16-byte accesses, reductions, the launch.
 //
-// Everything that is not C++ stands here and in matrix.cuh, so that a host compiler can build and run the kernels (tests/cuda):
-// shared memory is dynamic alone, every lane of a warp takes part in a warp's operation, and a kernel is launched by `launch`.
+// Everything that is not C++ stands here and in matrix.cuh, so that a host compiler can build and run the kernels
+// (tests/cuda): shared memory is dynamic alone, every lane of a warp takes part in a warp's operation, and a kernel is
+// launched by `launch`.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -30,13 +31,20 @@ __device__ inline float to_float(Float16 x) { return __half2float(x); }
 template <class T>
 __device__ T from_float(float x);
 template <>
-__device__ inline float from_float<float>(float x) { return x; }
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
 template <>
-__device__ inline BFloat16 from_float<BFloat16>(float x) { return __float2bfloat16(x); }
+__device__ inline BFloat16 from_float<BFloat16>(float x) {
+  return __float2bfloat16(x);
+}
 template <>
-__device__ inline Float16 from_float<Float16>(float x) { return __float2half(x); }
+__device__ inline Float16 from_float<Float16>(float x) {
+  return __float2half(x);
+}
 
-// So many values in one access. Its arrays are indexed by constants alone, once loops are unrolled: they stay in registers.
+// So many values in one access. Its arrays are indexed by constants alone, once loops are unrolled: they stay in
+// registers.
 template <class T, int count>
 struct alignas(sizeof(T) * count) Vector {
   T value[count];
@@ -97,8 +105,8 @@ __device__ inline float activate_grad(Activation activation, float grad, float z
   }
 }
 
-// The sum over a team of `lanes` threads, a power of 2, in its first one, in an order that `lanes` alone decides. `scratch` is
-// shared memory for a value of each warp, written where a team has several.
+// The sum over a team of `lanes` threads, a power of 2, in its first one, in an order that `lanes` alone decides.
+// `scratch` is shared memory for a value of each warp, written where a team has several.
 template <class T>
 __device__ T team_sum(T x, int lanes, T* scratch) {
   for (int step = min(lanes, kWarp) / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
@@ -122,7 +130,8 @@ __device__ T* shared_memory() {
 #endif
 }
 
-// Says in the PTX, for tests/cuda/compiled.py, with how many bytes of shared memory a kernel is launched that takes much.
+// Says in the PTX, for tests/cuda/compiled.py, with how many bytes of shared memory a kernel is launched that takes
+// much.
 template <int bytes>
 __device__ void takes_shared_memory() {
 #if defined(__CUDACC__)
@@ -132,11 +141,14 @@ __device__ void takes_shared_memory() {
 
 // Runs the kernel on the queue's stream. Raises std::runtime_error with CUDA's reason.
 template <class... Parameters, class... Arguments>
-void launch(const Queue& queue, void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes, Arguments... arguments) {
+void launch(const Queue& queue, void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes,
+            Arguments... arguments) {
   if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
 #if defined(__CUDACC__)
-  if (shared_bytes > (48 << 10)) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(queue.stream)>>>(static_cast<Parameters>(arguments)...);
+  if (shared_bytes > (48 << 10))
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(queue.stream)>>>(
+      static_cast<Parameters>(arguments)...);
 #else
   shim::launch(blocks, threads, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
 #endif
@@ -145,11 +157,11 @@ void launch(const Queue& queue, void (*kernel)(Parameters...), dim3 blocks, int 
 }
 
 // return function<T>(...) for the T of dtype
-#define FASTGEN_FOR_GPU_DTYPE(dtype, function, ...)                                                        \
-  switch (dtype) {                                                                                         \
-    case DType::float32: return function<float>(__VA_ARGS__);                                              \
-    case DType::bfloat16: return function<BFloat16>(__VA_ARGS__);                                          \
-    case DType::float16: return function<Float16>(__VA_ARGS__);                                            \
+#define FASTGEN_FOR_GPU_DTYPE(dtype, function, ...)                                                       \
+  switch (dtype) {                                                                                        \
+    case DType::float32: return function<float>(__VA_ARGS__);                                             \
+    case DType::bfloat16: return function<BFloat16>(__VA_ARGS__);                                         \
+    case DType::float16: return function<Float16>(__VA_ARGS__);                                           \
     default: throw std::runtime_error("fastgen: the CUDA kernels compute float32, bfloat16 and float16"); \
   }
 

@@ -1,16 +1,20 @@
-// A convolution, strided or transposed, with what follows it, as an implicit matrix product (Chetlur et al., cuDNN, 2014).
+// A convolution, strided or transposed, with what follows it, as an implicit matrix product (Chetlur et al., cuDNN,
+// 2014).
 //
-// Rows are output pixels, columns output channels, the sum runs over taps and input channels. The pixels of a transposed
-// convolution that share (pixel + padding) mod stride, an output phase, share their taps: each phase is a product of its own,
-// and nothing is multiplied by the zeros between the pixels of its input. A strided convolution has one phase.
+// Rows are output pixels, columns output channels, the sum runs over taps and input channels. The pixels of a
+// transposed convolution that share (pixel + padding) mod stride, an output phase, share their taps: each phase is a
+// product of its own, and nothing is multiplied by the zeros between the pixels of its input. A strided convolution has
+// one phase.
 //
-// What is summed moves in chunks: 16 bytes of the channels of one tap. For that x is (samples, height, width, channels) and the
-// weight (output channels, taps, channels), the channels padded by zeros to whole chunks; `arrange` copies what does not lie
-// so. A step of the sum is some chunks of each row and column of a tile. Several steps are on their way to shared memory
-// (cp.async) while one is multiplied, by tensor cores or by FMA. The tile's sums then pass through shared memory once more, so
-// that the epilogue (bias; parts of the batch's statistics, or a norm by given ones, residual and activation) moves whole rows.
+// What is summed moves in chunks: 16 bytes of the channels of one tap. For that x is (samples, height, width, channels)
+// and the weight (output channels, taps, channels), the channels padded by zeros to whole chunks; `arrange` copies what
+// does not lie so. A step of the sum is some chunks of each row and column of a tile. Several steps are on their way to
+// shared memory (cp.async) while one is multiplied, by tensor cores or by FMA. The tile's sums then pass through shared
+// memory once more, so that the epilogue (bias; parts of the batch's statistics, or a norm by given ones, residual and
+// activation) moves whole rows.
 //
-// Products of few tiles and long sums are split along the sum into float32 tensors that `add_splits` adds in a fixed order.
+// Products of few tiles and long sums are split along the sum into float32 tensors that `add_splits` adds in a fixed
+// order.
 #pragma once
 
 #include <algorithm>
@@ -39,7 +43,8 @@ struct Axis {
 
 inline Axis make_axis(bool transposed, int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding,
                       int64_t dilation) {
-  // The only pixel of an input meets each pixel of the output by one tap, whatever the stride: by this one each is a phase.
+  // The only pixel of an input meets each pixel of the output by one tap, whatever the stride: by this one each is a
+  // phase.
   if (transposed && in == 1) stride = out + 2 * padding;
   Axis axis{int(in), int(out), int(kernel), int(stride), int(padding), int(dilation), transposed};
   axis.phases = axis.out_step = transposed ? axis.stride : 1;
@@ -49,8 +54,8 @@ inline Axis make_axis(bool transposed, int64_t in, int64_t out, int64_t kernel, 
   return axis;
 }
 
-// A phase along one dimension: its first output pixel, how many it has, the input's pixel that its first tap reads for the
-// first of them, its first tap and how many taps.
+// A phase along one dimension: its first output pixel, how many it has, the input's pixel that its first tap reads for
+// the first of them, its first tap and how many taps.
 struct Phase {
   int first, size, origin, tap, taps;
 };
@@ -62,7 +67,8 @@ __device__ inline Phase phase_of(const Axis& axis, int q) {
   int tap = 0;
   while (tap < axis.tap_step && tap * axis.dilation % stride != q) ++tap;
   const int taps = tap < axis.tap_step ? max(axis.kernel - tap + axis.tap_step - 1, 0) / axis.tap_step : 0;
-  return {first, max(axis.out - first + stride - 1, 0) / stride, (first + padding - tap * axis.dilation) / stride, tap, taps};
+  return {first, max(axis.out - first + stride - 1, 0) / stride, (first + padding - tap * axis.dilation) / stride, tap,
+          taps};
 }
 
 __device__ inline int mirrored(int i, int size) { return size - 1 - abs(size - 1 - abs(i)); }
@@ -151,8 +157,8 @@ struct Problem {
   float *counts, *means, *m2s;  // (parts), (parts, c), (parts, c), a part for each tile of rows of each phase; or null
 };
 
-// Grid: (tiles of rows, phases, groups, tiles of columns), the last one fastest, by splits of the sum. A block multiplies a
-// tile; its warps have a Product each.
+// Grid: (tiles of rows, phases, groups, tiles of columns), the last one fastest, by splits of the sum. A block
+// multiplies a tile; its warps have a Product each.
 template <class T, class Tile, bool reflect>
 __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> p) {
   using Product = typename Tile::Product;
@@ -175,7 +181,8 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
   const unsigned pixels = static_cast<unsigned>(height.size) * width.size;
   const int64_t first_row = static_cast<int64_t>(part / phases) * Tile::rows, left = p.samples * pixels - first_row;
   const int count = static_cast<int>(max(int64_t{0}, min(left, int64_t{Tile::rows})));
-  const int first_channel = group * p.out_channels + first_column, columns = min(Tile::columns, p.out_channels - first_column);
+  const int first_channel = group * p.out_channels + first_column,
+            columns = min(Tile::columns, p.out_channels - first_column);
 
   const int64_t all_channels = static_cast<int64_t>(p.groups) * p.out_channels;
   const int64_t image = static_cast<int64_t>(p.height.out) * p.width.out;  // pixels
@@ -203,15 +210,16 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
   }
   __syncthreads();
 
-  // Of each step the thread copies one chunk, `own`, of these rows and columns: number `chunk` of the tap (a, b). An image or a
-  // weight of a group has less than 2^31 chunks.
+  // Of each step the thread copies one chunk, `own`, of these rows and columns: number `chunk` of the tap (a, b). An
+  // image or a weight of a group has less than 2^31 chunks.
   constexpr int copiers = kThreads / chunks, of_rows = Tile::rows / copiers;
   constexpr int of_columns = (Tile::columns + copiers - 1) / copiers;
   static_assert(Tile::rows % copiers == 0 && copiers % 8 == 0);
   const int own = thread % chunks, line = thread / chunks, taps = max(width.taps, 1);
   const int chunks_a_tap = p.channels / values, chunks_a_pixel = p.groups * chunks_a_tap;
   const int chunks_a_column = p.height.kernel * p.width.kernel * chunks_a_tap;
-  const Chunk* const weight = reinterpret_cast<const Chunk*>(p.weight) + static_cast<int64_t>(first_channel) * chunks_a_column;
+  const Chunk* const weight =
+      reinterpret_cast<const Chunk*>(p.weight) + static_cast<int64_t>(first_channel) * chunks_a_column;
   const Chunk* from[of_rows];
   int y[of_rows], z[of_rows];
 #pragma unroll
@@ -323,7 +331,8 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
       put(std::integral_constant<int, values>{}, i / across_values, i % across_values * values);
   } else {
     for (int i = thread; i < Tile::rows * Tile::columns; i += kThreads) {
-      // Channels are neighbours in memory, or pixels: 8 of them in 4 channels, which lie in as many banks as a warp can have.
+      // Channels are neighbours in memory, or pixels: 8 of them in 4 channels, which lie in as many banks as a warp can
+      // have.
       const int r = p.channels_last ? i / Tile::columns : i % 8 + i / 32 % (Tile::rows / 8) * 8;
       const int column = p.channels_last ? i % Tile::columns : i / 8 % 4 + i / (4 * Tile::rows) * 4;
       put(std::integral_constant<int, 1>{}, r, column);
@@ -331,13 +340,13 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
   }
 }
 
-// The sums of the splits, one after another, and what follows them. `inner`: elements of one channel side by side. Grid:
-// accesses of `count` elements, one a thread.
+// The sums of the splits, one after another, and what follows them. `inner`: elements of one channel side by side.
+// Grid: accesses of `count` elements, one a thread.
 constexpr int kAdders = 256;
 
 template <class T, int count>
-__global__ void __launch_bounds__(kAdders) add_splits(Epilogue<T> epilogue, const float* splits, int number, int64_t size,
-                                                      int64_t channels, int64_t inner) {
+__global__ void __launch_bounds__(kAdders)
+    add_splits(Epilogue<T> epilogue, const float* splits, int number, int64_t size, int64_t channels, int64_t inner) {
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * kAdders + threadIdx.x) * count;
   if (at >= size) return;
   float total[count] = {};
@@ -365,7 +374,8 @@ Division divide(const Problem<T>& p, int64_t most_splits, const Queue& queue) {
   d.row_tiles = ceil_div(p.samples * p.height.most_pixels() * p.width.most_pixels(), Tile::rows);
   d.column_tiles = ceil_div(p.out_channels, Tile::columns);
   d.blocks = d.row_tiles * d.column_tiles * p.groups * p.height.phases * p.width.phases;
-  d.steps = ceil_div(p.height.most_taps() * p.width.most_taps() * p.channels * int64_t(sizeof(T)), Tile::chunks * kAccess);
+  d.steps =
+      ceil_div(p.height.most_taps() * p.width.most_taps() * p.channels * int64_t(sizeof(T)), Tile::chunks * kAccess);
   d.splits = std::max<int64_t>(1, std::min({most_splits, queue.multiprocessors / d.blocks, d.steps / 4}));
   d.fills = d.blocks * d.splits * 4 >= queue.multiprocessors * 3;
   return d;
@@ -402,12 +412,12 @@ bool multiply_in(Problem<T> p, const Division& d, const Call& call) {
     const bool aligned = is_aligned(e.pre) && is_aligned(e.out) && is_aligned(e.residual);
     const bool wide = aligned && (op.channels_last ? op.c : op.s) % 4 == 0;
     const dim3 accesses(static_cast<unsigned>(ceil_div(p.size, kAdders * (wide ? 4 : 1))));
-    launch(call.queue, wide ? add_splits<T, 4> : add_splits<T, 1>, accesses, kAdders, 0, e, p.splits, d.splits, p.size, op.c,
-           inner);
+    launch(call.queue, wide ? add_splits<T, 4> : add_splits<T, 1>, accesses, kAdders, 0, e, p.splits, d.splits, p.size,
+           op.c, inner);
   }
   if (moments)
-    merge_moments(op, p.counts, p.means, p.m2s, parts, const_cast<void*>(call.given.mean), const_cast<void*>(call.given.var),
-                  call.queue);
+    merge_moments(op, p.counts, p.means, p.m2s, parts, const_cast<void*>(call.given.mean),
+                  const_cast<void*>(call.given.var), call.queue);
   return moments;
 }
 
@@ -488,19 +498,16 @@ void run(const Convolution& conv, const NormAct& op, bool transposed, const Conv
   bool moments;
   if constexpr (std::is_same_v<T, float>)
     moments = tf32 ? multiply<TensorTiles<T>>(p, call) : multiply<FmaTiles>(p, call);
-  else
-    moments = multiply<TensorTiles<T>>(p, call);
+  else moments = multiply<TensorTiles<T>>(p, call);
   if (!later) return;
   if (!moments) norm_act_moments(op, sum, const_cast<void*>(given.mean), const_cast<void*>(given.var), queue);
   norm_act_apply(op, sum, given, out, queue);
 }
 
 // The kernels do not know whether a convolution is transposed: each of the two files compiles those of half the types.
-#define FASTGEN_CONVOLVE(T)                                                                                             \
-  template void run<T>(const Convolution&, const NormAct&, bool, const ConvolutionTensors&, const NormActTensors&,      \
+#define FASTGEN_CONVOLVE(T)                                                                                        \
+  template void run<T>(const Convolution&, const NormAct&, bool, const ConvolutionTensors&, const NormActTensors&, \
                        const Queue&);
-extern FASTGEN_CONVOLVE(float)
-extern FASTGEN_CONVOLVE(BFloat16)
-extern FASTGEN_CONVOLVE(Float16)
+extern FASTGEN_CONVOLVE(float) extern FASTGEN_CONVOLVE(BFloat16) extern FASTGEN_CONVOLVE(Float16)
 
 }  // namespace fastgen::cuda::convolution

@@ -1,10 +1,11 @@
-// y = act((x - mean) / sqrt(var + eps) * weight + bias + residual) and its gradients: a pass for the statistics and one to apply
-// them, two passes for the gradients. Sums are float32, in an order that the shape alone decides.
+// y = act((x - mean) / sqrt(var + eps) * weight + bias + residual) and its gradients: a pass for the statistics and one
+// to apply them, two passes for the gradients. Sums are float32, in an order that the shape alone decides.
 //
-// A pass sees x as n samples of c channels of s pixels. The values of one channel of one sample are a line; in channels_last
-// order they are c apart. Lines are cut into `splits` chunks of `chunk` accesses, so that few lines fill the chip too. A block has
-// kThreads threads: `lanes` neighbouring places side by side along memory and kThreads / lanes further on. channels_last: the lanes
-// are accesses to neighbouring channels; else they are neighbouring accesses to one line, and the block has several lines.
+// A pass sees x as n samples of c channels of s pixels. The values of one channel of one sample are a line; in
+// channels_last order they are c apart. Lines are cut into `splits` chunks of `chunk` accesses, so that few lines fill
+// the chip too. A block has kThreads threads: `lanes` neighbouring places side by side along memory and kThreads /
+// lanes further on. channels_last: the lanes are accesses to neighbouring channels; else they are neighbouring accesses
+// to one line, and the block has several lines.
 #include "cuda/norm_act.cuh"
 
 #include <algorithm>
@@ -28,14 +29,21 @@ struct Cut {
 
 template <bool channels_last>
 Cut cut(const NormAct& op, int access, const Queue& queue) {
-  Cut cut{op.c, op.s, channels_last ? op.c / access : op.n * op.c, channels_last ? op.s : op.s / access, 0, 1, 1,
+  Cut cut{op.c,
+          op.s,
+          channels_last ? op.c / access : op.n * op.c,
+          channels_last ? op.s : op.s / access,
+          0,
+          1,
+          1,
           channels_last ? op.n : 1};
   const int64_t wide = channels_last ? cut.lines : cut.length;
   while (cut.lanes < (channels_last ? kWarp : kThreads) && cut.lanes < wide) cut.lanes *= 2;
   const int64_t deep = kThreads / cut.lanes;  // threads of a block that share a line, or lines of a block
   const int64_t blocks = ceil_div(cut.lines, channels_last ? cut.lanes : deep) * cut.samples;
   const int64_t least = channels_last ? 4 * deep : 4 * cut.lanes;  // accesses that are worth a block
-  const int64_t wanted = std::min<int64_t>({kMostSplits, ceil_div(kWave * queue.multiprocessors, blocks), ceil_div(cut.length, least)});
+  const int64_t wanted =
+      std::min<int64_t>({kMostSplits, ceil_div(kWave * queue.multiprocessors, blocks), ceil_div(cut.length, least)});
   cut.chunk = ceil_div(cut.length, std::max<int64_t>(1, wanted));
   cut.splits = static_cast<int>(ceil_div(cut.length, cut.chunk));
   return cut;
@@ -43,7 +51,8 @@ Cut cut(const NormAct& op, int access, const Queue& queue) {
 
 template <bool channels_last>
 dim3 grid(const Cut& cut) {
-  const int64_t deep = kThreads / cut.lanes, blocks = ceil_div(cut.lines, channels_last ? cut.lanes : deep) * cut.samples;
+  const int64_t deep = kThreads / cut.lanes,
+                blocks = ceil_div(cut.lines, channels_last ? cut.lanes : deep) * cut.samples;
   return dim3(static_cast<unsigned>(blocks), cut.splits);
 }
 
@@ -84,7 +93,8 @@ __device__ inline int64_t part_at(const Cut& cut, int64_t samples, int64_t sampl
 
 // Mean and sum of squared deviations of each line's chunk. Grid: `grid`.
 template <class T, bool channels_last, int access>
-__global__ void __launch_bounds__(kThreads, 2) moments(Cut cut, int64_t samples, const T* x, float* counts, float* means, float* m2s) {
+__global__ void __launch_bounds__(kThreads, 2)
+    moments(Cut cut, int64_t samples, const T* x, float* counts, float* means, float* m2s) {
   constexpr int own = kOwn<channels_last, access>;
   const Part<channels_last, access> part(cut);
   Moments<float> of[own];
@@ -135,8 +145,8 @@ __global__ void __launch_bounds__(kThreads, 2) moments(Cut cut, int64_t samples,
   }
 }
 
-// How the parts (splits, n, c) of a set of values that share statistics lie: those of `group` neighbouring channels, of one sample
-// or of all.
+// How the parts (splits, n, c) of a set of values that share statistics lie: those of `group` neighbouring channels, of
+// one sample or of all.
 struct Sets {
   int64_t c, n, sets, group;
   int splits;
@@ -146,18 +156,23 @@ struct Sets {
 // Threads that merge the parts of one set: a warp, or the block where parts are many.
 inline int team_for(int64_t parts) { return parts > 4 * kWarp ? kThreads : kWarp; }
 
-inline dim3 grid_of_teams(int64_t teams, int team) { return dim3(static_cast<unsigned>(ceil_div(teams, kThreads / team))); }
+inline dim3 grid_of_teams(int64_t teams, int team) {
+  return dim3(static_cast<unsigned>(ceil_div(teams, kThreads / team)));
+}
 
-// mean and var of each set from its parts: a team a set. `shared_counts`: counts are (splits * n) and not for each channel.
-__global__ void __launch_bounds__(kThreads, 2) merge(Sets of, int team, bool shared_counts, const float* counts, const float* means,
-                                                  const float* m2s, float* mean, float* var) {
+// mean and var of each set from its parts: a team a set. `shared_counts`: counts are (splits * n) and not for each
+// channel.
+__global__ void __launch_bounds__(kThreads, 2) merge(Sets of, int team, bool shared_counts, const float* counts,
+                                                     const float* means, const float* m2s, float* mean, float* var) {
   const int64_t set = static_cast<int64_t>(blockIdx.x) * (kThreads / team) + threadIdx.x / team;
-  const int64_t rows = of.per_sample ? 1 : of.n, sample = of.per_sample ? set / of.sets : 0, first = set % of.sets * of.group;
+  const int64_t rows = of.per_sample ? 1 : of.n, sample = of.per_sample ? set / of.sets : 0,
+                first = set % of.sets * of.group;
   const bool valid = set < (of.per_sample ? of.n : 1) * of.sets;
   const int64_t parts = valid ? of.splits * rows * of.group : 0;
   Moments<float> total;
   for (int64_t i = threadIdx.x % team; i < parts; i += team) {
-    const int64_t row = i / of.group, line = row / rows * of.n + sample + row % rows, at = line * of.c + first + i % of.group;
+    const int64_t row = i / of.group, line = row / rows * of.n + sample + row % rows,
+                  at = line * of.c + first + i % of.group;
     Moments<float> part;
     part.count = counts[shared_counts ? line : at];
     part.mean = means[at];
@@ -223,8 +238,8 @@ __global__ void __launch_bounds__(kThreads, 2) apply(Cut cut, NormAct op, NormAc
 
 // g, the gradient before the activation, and the normalized x of one access.
 template <class T, bool channels_last, int access, int own>
-__device__ void gradient_of_z(const NormAct& op, const Scales<own>& scales, const T* grad_out, const T* x, const T* residual, int64_t at,
-                              float (&g)[access], float (&normalized)[access]) {
+__device__ void gradient_of_z(const NormAct& op, const Scales<own>& scales, const T* grad_out, const T* x,
+                              const T* residual, int64_t at, float (&g)[access], float (&normalized)[access]) {
   float added[access] = {};
   load<access>(grad_out + at, g);
   load<access>(x + at, normalized);
@@ -240,8 +255,8 @@ __device__ void gradient_of_z(const NormAct& op, const Scales<own>& scales, cons
 
 // Sums of g and of g * normalized x over each line's chunk. Grid: `grid`.
 template <class T, bool channels_last, int access>
-__global__ void __launch_bounds__(kThreads, 2) backward_sums(Cut cut, int64_t samples, NormAct op, NormActTensors given, const T* grad_out,
-                                                          const T* x, float* sums, float* dots) {
+__global__ void __launch_bounds__(kThreads, 2) backward_sums(Cut cut, int64_t samples, NormAct op, NormActTensors given,
+                                                             const T* grad_out, const T* x, float* sums, float* dots) {
   constexpr int own = kOwn<channels_last, access>;
   const Part<channels_last, access> part(cut);
   float sum[own] = {}, dot[own] = {};
@@ -250,7 +265,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_sums(Cut cut, int64_t sa
     int64_t at = part.at;
     for (int64_t left = part.count; left > 0; --left, at += part.advance) {
       float g[access], normalized[access];
-      gradient_of_z<T, channels_last>(op, scales, grad_out, x, static_cast<const T*>(given.residual), at, g, normalized);
+      gradient_of_z<T, channels_last>(op, scales, grad_out, x, static_cast<const T*>(given.residual), at, g,
+                                      normalized);
 #pragma unroll
       for (int i = 0; i < access; ++i) {
         sum[channels_last ? i : 0] += g[i];
@@ -281,19 +297,22 @@ __global__ void __launch_bounds__(kThreads, 2) backward_sums(Cut cut, int64_t sa
   }
 }
 
-// The gradients of weight and bias, a team a channel; and, where statistics are of x, the means over each set of gain * g and of
-// gain * g * normalized x, a team a set: teams below `channels` do the first.
-__global__ void __launch_bounds__(kThreads, 2) merge_sums(Sets of, int team, int64_t channels, int64_t sets, float count, const float* weight,
-                                                       const float* sums, const float* dots, float* grad_bias, float* grad_weight,
-                                                       float* mean_sums, float* mean_dots) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * (kThreads / team) + threadIdx.x / team, set = index - channels;
+// The gradients of weight and bias, a team a channel; and, where statistics are of x, the means over each set of gain *
+// g and of gain * g * normalized x, a team a set: teams below `channels` do the first.
+__global__ void __launch_bounds__(kThreads, 2)
+    merge_sums(Sets of, int team, int64_t channels, int64_t sets, float count, const float* weight, const float* sums,
+               const float* dots, float* grad_bias, float* grad_weight, float* mean_sums, float* mean_dots) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * (kThreads / team) + threadIdx.x / team,
+                set = index - channels;
   const bool of_channel = index < channels, of_set = !of_channel && set < sets, one_sample = of_set && of.per_sample;
-  const int64_t group = of_channel ? 1 : of.group, rows = one_sample ? 1 : of.n, sample = one_sample ? set / of.sets : 0;
+  const int64_t group = of_channel ? 1 : of.group, rows = one_sample ? 1 : of.n,
+                sample = one_sample ? set / of.sets : 0;
   const int64_t first = of_channel ? index : set % of.sets * of.group;
   const int64_t parts = of_channel || of_set ? of.splits * rows * group : 0;
   float sum = 0, dot = 0;
   for (int64_t i = threadIdx.x % team; i < parts; i += team) {
-    const int64_t row = i / group, channel = first + i % group, at = (row / rows * of.n + sample + row % rows) * of.c + channel;
+    const int64_t row = i / group, channel = first + i % group,
+                  at = (row / rows * of.n + sample + row % rows) * of.c + channel;
     const float gain = of_set && weight ? weight[channel] : 1.f;
     sum += gain * sums[at];
     dot += gain * dots[at];
@@ -312,8 +331,9 @@ __global__ void __launch_bounds__(kThreads, 2) merge_sums(Sets of, int team, int
 
 // The second pass of the gradients. mean_sums: null where statistics are not of x. Grid: `grid`.
 template <class T, bool channels_last, int access>
-__global__ void __launch_bounds__(kThreads, 2) backward_apply(Cut cut, NormAct op, NormActTensors given, const T* grad_out, const T* x,
-                                                           const float* mean_sums, const float* mean_dots, T* grad_x, T* grad_residual) {
+__global__ void __launch_bounds__(kThreads, 2)
+    backward_apply(Cut cut, NormAct op, NormActTensors given, const T* grad_out, const T* x, const float* mean_sums,
+                   const float* mean_dots, T* grad_x, T* grad_residual) {
   constexpr int own = kOwn<channels_last, access>;
   const Part<channels_last, access> part(cut);
   if (!part.valid) return;
@@ -360,12 +380,12 @@ int64_t sets_of(const NormAct& op) { return op.rows_of_stats() * op.sets; }
 
 Sets sets(const NormAct& op, int splits) { return {op.c, op.n, op.sets, op.c / op.sets, splits, op.per_sample}; }
 
-void merge_parts(const Sets& of, bool shared_counts, const float* counts, const float* means, const float* m2s, void* mean, void* var,
-                 const Queue& queue) {
+void merge_parts(const Sets& of, bool shared_counts, const float* counts, const float* means, const float* m2s,
+                 void* mean, void* var, const Queue& queue) {
   const int64_t rows = of.per_sample ? 1 : of.n, sets = (of.per_sample ? of.n : 1) * of.sets;
   const int team = team_for(of.splits * rows * of.group);
-  launch(queue, merge, grid_of_teams(sets, team), kThreads, kThreads / kWarp * int(sizeof(Moments<float>)), of, team, shared_counts, counts,
-         means, m2s, static_cast<float*>(mean), static_cast<float*>(var));
+  launch(queue, merge, grid_of_teams(sets, team), kThreads, kThreads / kWarp * int(sizeof(Moments<float>)), of, team,
+         shared_counts, counts, means, m2s, static_cast<float*>(mean), static_cast<float*>(var));
 }
 
 template <class T>
@@ -377,8 +397,9 @@ void moments_of(const NormAct& op, const void* x, void* mean, void* var, const Q
         const Cut pass = cut<last>(op, access, queue);
         const int64_t parts = pass.splits * op.n * op.c;
         float* const counts = static_cast<float*>(queue.scratch(3 * parts * sizeof(float)));
-        launch(queue, moments<T, last, decltype(access)::value>, grid<last>(pass), kThreads, kThreads * int(sizeof(Moments<float>)), pass,
-               op.n, static_cast<const T*>(x), counts, counts + parts, counts + 2 * parts);
+        launch(queue, moments<T, last, decltype(access)::value>, grid<last>(pass), kThreads,
+               kThreads * int(sizeof(Moments<float>)), pass, op.n, static_cast<const T*>(x), counts, counts + parts,
+               counts + 2 * parts);
         merge_parts(sets(op, pass.splits), false, counts, counts + parts, counts + 2 * parts, mean, var, queue);
       },
       x);
@@ -391,15 +412,15 @@ void apply_of(const NormAct& op, const void* x, const NormActTensors& given, voi
       [&](auto channels_last, auto access) {
         constexpr bool last = decltype(channels_last)::value;
         const Cut pass = cut<last>(op, access, queue);
-        launch(queue, apply<T, last, decltype(access)::value>, grid<last>(pass), kThreads, 0, pass, op, given, static_cast<const T*>(x),
-               static_cast<T*>(out));
+        launch(queue, apply<T, last, decltype(access)::value>, grid<last>(pass), kThreads, 0, pass, op, given,
+               static_cast<const T*>(x), static_cast<T*>(out));
       },
       x, given.residual, out);
 }
 
 template <class T>
-void backward_of(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given, const NormActGrads& grads,
-                 const Queue& queue) {
+void backward_of(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given,
+                 const NormActGrads& grads, const Queue& queue) {
   in_order<T>(
       op,
       [&](auto channels_last, auto access) {
@@ -416,16 +437,17 @@ void backward_of(const NormAct& op, const void* grad_out, const void* x, const N
             mean_sums = dots + parts;
             mean_dots = mean_sums + count;
           }
-          launch(queue, backward_sums<T, last, width>, grid<last>(pass), kThreads, kThreads * 2 * int(sizeof(float)), pass, op.n, op, given,
-                 of_out, of_x, sums, dots);
+          launch(queue, backward_sums<T, last, width>, grid<last>(pass), kThreads, kThreads * 2 * int(sizeof(float)),
+                 pass, op.n, op, given, of_out, of_x, sums, dots);
           const float values = static_cast<float>(op.n * op.c * op.s / sets_of(op));
           const int team = team_for(pass.splits * op.n);
-          launch(queue, merge_sums, grid_of_teams(op.c + count, team), kThreads, kThreads / kWarp * 2 * int(sizeof(float)),
-                 sets(op, pass.splits), team, op.c, count, values, static_cast<const float*>(given.weight), sums, dots,
-                 static_cast<float*>(grads.bias), static_cast<float*>(grads.weight), mean_sums, mean_dots);
+          launch(queue, merge_sums, grid_of_teams(op.c + count, team), kThreads,
+                 kThreads / kWarp * 2 * int(sizeof(float)), sets(op, pass.splits), team, op.c, count, values,
+                 static_cast<const float*>(given.weight), sums, dots, static_cast<float*>(grads.bias),
+                 static_cast<float*>(grads.weight), mean_sums, mean_dots);
         }
-        launch(queue, backward_apply<T, last, width>, grid<last>(pass), kThreads, 0, pass, op, given, of_out, of_x, mean_sums, mean_dots,
-               static_cast<T*>(grads.x), static_cast<T*>(grads.residual));
+        launch(queue, backward_apply<T, last, width>, grid<last>(pass), kThreads, 0, pass, op, given, of_out, of_x,
+               mean_sums, mean_dots, static_cast<T*>(grads.x), static_cast<T*>(grads.residual));
       },
       grad_out, x, given.residual, grads.x, grads.residual);
 }
@@ -436,8 +458,8 @@ void norm_act_moments(const NormAct& op, const void* x, void* mean, void* var, c
   FASTGEN_FOR_GPU_DTYPE(op.dtype, moments_of, op, x, mean, var, queue)
 }
 
-void merge_moments(const NormAct& op, const float* counts, const float* means, const float* m2s, int64_t parts, void* mean, void* var,
-                   const Queue& queue) {
+void merge_moments(const NormAct& op, const float* counts, const float* means, const float* m2s, int64_t parts,
+                   void* mean, void* var, const Queue& queue) {
   merge_parts({op.c, 1, op.c, 1, static_cast<int>(parts), false}, true, counts, means, m2s, mean, var, queue);
 }
 
@@ -445,8 +467,8 @@ void norm_act_apply(const NormAct& op, const void* x, const NormActTensors& give
   FASTGEN_FOR_GPU_DTYPE(op.dtype, apply_of, op, x, given, out, queue)
 }
 
-void norm_act_backward(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given, const NormActGrads& grads,
-                       const Queue& queue) {
+void norm_act_backward(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given,
+                       const NormActGrads& grads, const Queue& queue) {
   FASTGEN_FOR_GPU_DTYPE(op.dtype, backward_of, op, grad_out, x, given, grads, queue)
 }
 

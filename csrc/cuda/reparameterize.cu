@@ -1,10 +1,10 @@
-// z = mu + exp(logvar / 2) * noise and the divergence from the prior in one pass over memory, their gradients in another. The
-// noise is drawn in registers, from the key on the device (docs/random.md). Sums are float32, in an order that the shape alone
-// decides.
+// z = mu + exp(logvar / 2) * noise and the divergence from the prior in one pass over memory, their gradients in
+// another. The noise is drawn in registers, from the key on the device (docs/random.md). Sums are float32, in an order
+// that the shape alone decides.
 //
-// A pass sees mu as lines: rows whose divergence is summed, or else a key's elements all together. A thread takes a group,
-// neighbouring elements of a line: one access of 16 bytes, and one counter of Philox or two. A block has kThreads threads, `lanes`
-// of them side by side along a line: short lines share a block, and a long line has several.
+// A pass sees mu as lines: rows whose divergence is summed, or else a key's elements all together. A thread takes a
+// group, neighbouring elements of a line: one access of 16 bytes, and one counter of Philox or two. A block has
+// kThreads threads, `lanes` of them side by side along a line: short lines share a block, and a long line has several.
 #include <algorithm>
 
 #include "cuda/common.cuh"
@@ -18,7 +18,9 @@ constexpr int kCounter = 4;  // normals of a counter
 template <class T>
 constexpr int kGroup = kAccess / sizeof(T);
 template <class T>
-constexpr int blocks_of(int of_float) { return of_float * kCounter / kGroup<T>; }  // that a multiprocessor holds
+constexpr int blocks_of(int of_float) {
+  return of_float * kCounter / kGroup<T>;
+}  // that a multiprocessor holds
 
 struct Cut {
   int64_t lines, length;
@@ -120,8 +122,8 @@ __device__ void draw(const Key& key, uint64_t counter, float* out) {
   out[3] = odd.second;
 }
 
-// `plain`, here and below, is a constant for the frequent case, which then needs half the registers: every group starts with a
-// counter, there is one sample, and the prior is the standard normal.
+// `plain`, here and below, is a constant for the frequent case, which then needs half the registers: every group starts
+// with a counter, there is one sample, and the prior is the standard normal.
 
 // The normals of the key's elements from `element` on: of one counter more where they do not start with one.
 template <bool plain, int N>
@@ -133,7 +135,8 @@ __device__ void noise_of(const Key& key, int64_t element, float (&out)[N]) {
   const int skip = plain ? 0 : static_cast<int>(element % kCounter);
   if (skip) draw(key, counter + N / kCounter, all + N);
 #pragma unroll
-  for (int i = 0; i < N; ++i) out[i] = skip == 0 ? all[i] : skip == 1 ? all[i + 1] : skip == 2 ? all[i + 2] : all[i + 3];
+  for (int i = 0; i < N; ++i)
+    out[i] = skip == 0 ? all[i] : skip == 1 ? all[i + 1] : skip == 2 ? all[i + 2] : all[i + 3];
 }
 
 // mu, logvar as given and as clamped, and exp(logvar / 2) of a group.
@@ -199,10 +202,11 @@ __global__ void __launch_bounds__(kThreads, plain ? 6 : 2) draw_noise(Cut cut, S
   store_group(out + group.at, group, eps);
 }
 
-// z, and where `sums` is not null each block's sum of divergences of a line, (lines, splits), times `scale`. Grid: `Cut::grid`.
+// z, and where `sums` is not null each block's sum of divergences of a line, (lines, splits), times `scale`. Grid:
+// `Cut::grid`.
 template <class T, bool plain>
-__global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 6 : 2)) sample(Cut cut, Sampler op, ReparameterizeTensors given, T* z,
-                                                                  float* sums, float scale) {
+__global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 6 : 2))
+    sample(Cut cut, Sampler op, ReparameterizeTensors given, T* z, float* sums, float scale) {
   constexpr int N = kGroup<T>;
   const Group<N> group(cut);
   float sum = 0;
@@ -233,8 +237,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 6 : 2)) sample(
 }
 
 // kl = beta * the sum of a line's parts. Grid: a team, a warp or a block, for each line.
-__global__ void __launch_bounds__(kThreads) add_parts(int64_t lines, int team, int splits, float beta, const float* parts,
-                                                      float* kl) {
+__global__ void __launch_bounds__(kThreads)
+    add_parts(int64_t lines, int team, int splits, float beta, const float* parts, float* kl) {
   const int64_t line = static_cast<int64_t>(blockIdx.x) * (kThreads / team) + threadIdx.x / team;
   float sum = 0;
   for (int i = threadIdx.x % team; line < lines && i < splits; i += team) sum += parts[line * splits + i];
@@ -244,9 +248,9 @@ __global__ void __launch_bounds__(kThreads) add_parts(int64_t lines, int team, i
 
 // The gradients, from those of z and of the divergence; either may be null. Grid: `Cut::grid`.
 template <class T, bool plain>
-__global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 5 : 2)) differentiate(Cut cut, Sampler op, float beta, const T* grad_z,
-                                                                         const float* grad_kl, ReparameterizeTensors given,
-                                                                         ReparameterizeGrads grads) {
+__global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 5 : 2))
+    differentiate(Cut cut, Sampler op, float beta, const T* grad_z, const float* grad_kl, ReparameterizeTensors given,
+                  ReparameterizeGrads grads) {
   constexpr int N = kGroup<T>;
   const Group<N> group(cut);
   if (!group.count) return;
@@ -299,8 +303,15 @@ bool is_plain(const Reparameterize& op, const Cut& pass, bool prior) {
 
 // `by_row`: lines are rows.
 Sampler sampler(const Reparameterize& op, bool by_row) {
-  return {op.key, op.keys, by_row ? op.rows : 1, op.samples, op.mean_period, op.logvar_period,
-          static_cast<float>(op.logvar_min), static_cast<float>(op.logvar_max), static_cast<float>(op.free_bits)};
+  return {op.key,
+          op.keys,
+          by_row ? op.rows : 1,
+          op.samples,
+          op.mean_period,
+          op.logvar_period,
+          static_cast<float>(op.logvar_min),
+          static_cast<float>(op.logvar_max),
+          static_cast<float>(op.free_bits)};
 }
 
 template <class T>
@@ -312,8 +323,8 @@ void sample_of(const Reparameterize& op, const ReparameterizeTensors& given, voi
   const bool in_parts = kl && pass.splits > 1;
   float* const sums = static_cast<float*>(in_parts ? queue.scratch(lines * pass.splits * sizeof(float)) : kl);
   const auto kernel = is_plain(op, pass, given.prior_mean) ? sample<T, true> : sample<T, false>;
-  launch(queue, kernel, pass.grid(), kThreads, shared, pass, sampler(op, kl != nullptr), given, static_cast<T*>(z), sums,
-         in_parts ? 1.f : beta);
+  launch(queue, kernel, pass.grid(), kThreads, shared, pass, sampler(op, kl != nullptr), given, static_cast<T*>(z),
+         sums, in_parts ? 1.f : beta);
   if (!in_parts) return;
   const int team = pass.splits > 4 * kWarp ? kThreads : kWarp;
   const dim3 blocks(static_cast<unsigned>(ceil_div(lines, kThreads / team)));
@@ -321,13 +332,13 @@ void sample_of(const Reparameterize& op, const ReparameterizeTensors& given, voi
 }
 
 template <class T>
-void differentiate_of(const Reparameterize& op, const void* grad_z, const void* grad_kl, const ReparameterizeTensors& given,
-                      const ReparameterizeGrads& grads, const Queue& queue) {
+void differentiate_of(const Reparameterize& op, const void* grad_z, const void* grad_kl,
+                      const ReparameterizeTensors& given, const ReparameterizeGrads& grads, const Queue& queue) {
   const int64_t lines = op.keys * (grad_kl ? op.rows : 1), length = op.keys * op.rows * op.size / lines;
   const void* const mean = given.prior_mean ? grads.prior_mean : nullptr;
   const void* const logvar = given.prior_mean ? grads.prior_logvar : nullptr;
-  const Cut pass = cut<T>(lines, length, op.samples, given.mu, given.logvar, given.prior_mean, given.prior_logvar, grad_z,
-                          grads.mu, grads.logvar, mean, logvar);
+  const Cut pass = cut<T>(lines, length, op.samples, given.mu, given.logvar, given.prior_mean, given.prior_logvar,
+                          grad_z, grads.mu, grads.logvar, mean, logvar);
   const auto kernel = is_plain(op, pass, given.prior_mean) ? differentiate<T, true> : differentiate<T, false>;
   launch(queue, kernel, pass.grid(), kThreads, 0, pass, sampler(op, grad_kl != nullptr), static_cast<float>(op.beta),
          static_cast<const T*>(grad_z), static_cast<const float*>(grad_kl), given, grads);
@@ -343,7 +354,8 @@ void noise(const Reparameterize& op, void* out, const Queue& queue) {
   launch(queue, kernel, pass.grid(), kThreads, 0, pass, sampler(flat, false), static_cast<float*>(out));
 }
 
-void reparameterize(const Reparameterize& op, const ReparameterizeTensors& given, void* z, void* kl, const Queue& queue) {
+void reparameterize(const Reparameterize& op, const ReparameterizeTensors& given, void* z, void* kl,
+                    const Queue& queue) {
   FASTGEN_FOR_GPU_DTYPE(op.dtype, sample_of, op, given, z, kl, queue)
 }
 

@@ -1,12 +1,14 @@
 // weight / sigma for many weights by power iteration (Miyato et al., Spectral Normalization for Generative Adversarial
-// Networks, 2018), and the gradient: a fixed number of launches for up to kMost weights, which come as kernel parameters.
+// Networks, 2018), and the gradient: a fixed number of launches for up to kMost weights, which come as kernel
+// parameters.
 //
-// In memory a weight is `lines` of `length` elements: the matrix's rows if a == 1, else its blocks (d, b), of `width` = b
-// columns. Of its two vectors `outer`, (lines, width), is u if a == 1, else v; `inner`, (length / width), is the other one.
-// Neighbouring lines make a block's chunk: their product W inner is complete, and the block adds to W^T outer the part of its
-// lines, read again while they are in the cache; another launch adds the parts. Where outer is the first vector of a step, one
-// pass gives both products (`fused`); else the first pass gives the sum alone and a second one the other. The second product is
-// of the first one before it is normalized: norms and sigma = second . (W first) / |first| need no further pass.
+// In memory a weight is `lines` of `length` elements: the matrix's rows if a == 1, else its blocks (d, b), of `width` =
+// b columns. Of its two vectors `outer`, (lines, width), is u if a == 1, else v; `inner`, (length / width), is the
+// other one. Neighbouring lines make a block's chunk: their product W inner is complete, and the block adds to W^T
+// outer the part of its lines, read again while they are in the cache; another launch adds the parts. Where outer is
+// the first vector of a step, one pass gives both products (`fused`); else the first pass gives the sum alone and a
+// second one the other. The second product is of the first one before it is normalized: norms and sigma = second . (W
+// first) / |first| need no further pass.
 //
 // Products are float32, norms float64, in an order that a weight's shape alone decides.
 #include <algorithm>
@@ -17,11 +19,11 @@ namespace fastgen::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kBatch = 4;                   // lines that a team multiplies at a time
-constexpr int kMost = 32;                   // weights of a launch: their records fill the 4 KB of its parameters
-constexpr int kMostParts = 512;             // sums that every block of the last pass adds
-constexpr int kHeld = 8;                    // elements of a thread in the last pass
-constexpr int kChunk = kThreads * kHeld;    // of a block
+constexpr int kBatch = 4;                 // lines that a team multiplies at a time
+constexpr int kMost = 32;                 // weights of a launch: their records fill the 4 KB of its parameters
+constexpr int kMostParts = 512;           // sums that every block of the last pass adds
+constexpr int kHeld = 8;                  // elements of a thread in the last pass
+constexpr int kChunk = kThreads * kHeld;  // of a block
 constexpr int kShared = kThreads * 8 * int(sizeof(float));
 
 enum class Pass { first, second, evaluate };  // evaluate: sigma of the given vectors
@@ -111,8 +113,8 @@ __device__ double total_of(const double* sums, int64_t count) {
   return block_total(total);
 }
 
-// Adds `count` values `stride` apart, of which the thread's own is number `index`, into the first; in each of `planes`. After a
-// barrier.
+// Adds `count` values `stride` apart, of which the thread's own is number `index`, into the first; in each of `planes`.
+// After a barrier.
 template <int planes>
 __device__ void add_across(float* own, int index, int count, int stride) {
   for (int left = count; left > 1;) {
@@ -228,10 +230,8 @@ __device__ void add_lines(const Weight& m, const Chunk& chunk, const float* oute
 #pragma unroll
       for (int j = 0; j < access; ++j) sums[j] += factor * values[j];
     }
-    if (teams == 1)
-      store_floats(part + at, sums);
-    else
-      store_floats(scratch + team * lanes * access + at, sums);
+    if (teams == 1) store_floats(part + at, sums);
+    else store_floats(scratch + team * lanes * access + at, sums);
   }
   if (teams == 1) return;
   __syncthreads();
@@ -293,7 +293,8 @@ __device__ void add_columns(const Weight& m, const Chunk& chunk, const float* ou
     for (int column = at.column; valid && column < m.width; column += at.span)
 #pragma unroll 4
       for (int64_t line = 0; line < chunk.count; ++line)
-        sum += outer[(chunk.first + line) * m.width + column] * to_float(weight[line * m.length + i * m.width + column]);
+        sum +=
+            outer[(chunk.first + line) * m.width + column] * to_float(weight[line * m.length + i * m.width + column]);
     *own = sum;
     __syncthreads();
     add_across<1>(own, valid ? at.column : at.span, at.span, 1);
@@ -321,16 +322,13 @@ __global__ void __launch_bounds__(kThreads) multiply(const __grid_constant__ Gro
   }
   if (pass != Pass::first) return;
   const float* const outer = m.fused ? m.outer_product() : m.outer;
-  if (m.width > 1)
-    add_columns<T>(m, chunk, outer);
-  else if (m.aligned)
-    add_lines<T, widest>(m, chunk, outer);
-  else
-    add_lines<T, 1>(m, chunk, outer);
+  if (m.width > 1) add_columns<T>(m, chunk, outer);
+  else if (m.aligned) add_lines<T, widest>(m, chunk, outer);
+  else add_lines<T, 1>(m, chunk, outer);
 }
 
-// W^T outer from its parts. Grid: up to kMostParts blocks a weight; a block has a warp's width of elements at a time, and each
-// of its warps every so many parts.
+// W^T outer from its parts. Grid: up to kMostParts blocks a weight; a block has a warp's width of elements at a time,
+// and each of its warps every so many parts.
 __global__ void __launch_bounds__(kThreads) add_parts(const __grid_constant__ Group<Weight> group) {
   constexpr int warps = kThreads / kWarp;
   const Place place(group);
@@ -363,7 +361,9 @@ template <int access>
 struct Elements {
   int64_t start, size;
 
-  __device__ int64_t at(int i) const { return start + (static_cast<int64_t>(i / access) * kThreads + threadIdx.x) * access; }
+  __device__ int64_t at(int i) const {
+    return start + (static_cast<int64_t>(i / access) * kThreads + threadIdx.x) * access;
+  }
 
   template <class T>
   __device__ void load_all(const T* from, float (&to)[kHeld]) const {
@@ -399,7 +399,8 @@ struct Divisors {
     const double of_inner = iterate ? total_of(m.inner_sums(), m.inner_blocks()) : 0;
     if (threadIdx.x == 0) {
       if (iterate) {
-        const double length = sqrt(m.fused ? of_outer : of_inner), first = length < eps ? eps : length;  // NaN stays NaN
+        const double length = sqrt(m.fused ? of_outer : of_inner),
+                     first = length < eps ? eps : length;  // NaN stays NaN
         const double norm = sqrt(m.fused ? of_inner : of_outer) / first, second = norm < eps ? eps : norm;
         shared->outer = m.fused ? first : first * second;
         shared->inner = m.fused ? first * second : first;
@@ -420,8 +421,10 @@ __device__ void finish_chunk(const Weight& m, const Place& place, double eps, bo
   if (scale && m.out) elements.load_all(static_cast<const T*>(m.weight), held);  // under way while the norms are added
   const Divisors divisors(m, eps, iterate);
   for (int64_t i = elements.start + threadIdx.x; i < elements.start + kChunk; i += kThreads) {
-    if (i < m.outer_size()) m.new_outer[i] = iterate ? static_cast<float>(m.outer_product()[i] / divisors.outer) : m.outer[i];
-    if (i < m.inner_size()) m.new_inner[i] = iterate ? static_cast<float>(m.inner_product()[i] / divisors.inner) : m.inner[i];
+    if (i < m.outer_size())
+      m.new_outer[i] = iterate ? static_cast<float>(m.outer_product()[i] / divisors.outer) : m.outer[i];
+    if (i < m.inner_size())
+      m.new_inner[i] = iterate ? static_cast<float>(m.inner_product()[i] / divisors.inner) : m.inner[i];
   }
   if (!scale) return;
   if (place.number == 0 && threadIdx.x == 0) *m.sigma = divisors.sigma;
@@ -431,17 +434,15 @@ __device__ void finish_chunk(const Weight& m, const Place& place, double eps, bo
   elements.store_all(static_cast<T*>(m.out), held);
 }
 
-// iterate: u and v from the products; else they stay. scale: sigma, and weight / sigma where it is wanted. Grid: a block for kChunk elements of each weight, or of
-// its longer vector.
+// iterate: u and v from the products; else they stay. scale: sigma, and weight / sigma where it is wanted. Grid: a
+// block for kChunk elements of each weight, or of its longer vector.
 template <class T>
-__global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Group<Weight> group, double eps, bool iterate,
-                                                   bool scale) {
+__global__ void __launch_bounds__(kThreads)
+    finish(const __grid_constant__ Group<Weight> group, double eps, bool iterate, bool scale) {
   const Place place(group);
   const Weight& m = group.of[place.index];
-  if (m.aligned)
-    finish_chunk<T, kAccess / sizeof(T)>(m, place, eps, iterate, scale);
-  else
-    finish_chunk<T, 1>(m, place, eps, iterate, scale);
+  if (m.aligned) finish_chunk<T, kAccess / sizeof(T)>(m, place, eps, iterate, scale);
+  else finish_chunk<T, 1>(m, place, eps, iterate, scale);
 }
 
 __device__ int64_t divide(int64_t a, int64_t b) {
@@ -517,21 +518,20 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) differentiate(const __grid_constant__ Group<WeightGrad> group) {
   const Place place(group);
   const WeightGrad& m = group.of[place.index];
-  if (m.aligned)
-    differentiate_chunk<T, kAccess / sizeof(T)>(m, place);
-  else
-    differentiate_chunk<T, 1>(m, place);
+  if (m.aligned) differentiate_chunk<T, kAccess / sizeof(T)>(m, place);
+  else differentiate_chunk<T, 1>(m, place);
 }
 
 int64_t lines_of(const SpectralMatrix& m) { return m.a == 1 ? m.d : m.a; }
 int64_t length_of(const SpectralMatrix& m) { return m.a == 1 ? m.b : m.d * m.b; }
 int width_of(const SpectralMatrix& m) { return m.a == 1 ? 1 : static_cast<int>(std::max<int64_t>(1, m.b)); }
 
-// Lines of a block: so many that they fill it and their parts of the sum are few, so few that they stay in the cache and that
-// there are blocks for every multiprocessor.
+// Lines of a block: so many that they fill it and their parts of the sum are few, so few that they stay in the cache
+// and that there are blocks for every multiprocessor.
 int64_t chunk_of(const Weight& m) {
   if (m.width > 1) return std::max<int64_t>(kBatch, ceil_div(m.lines, 256));
-  const int64_t small = ceil_div(4096, std::max<int64_t>(1, m.length)), large = std::min<int64_t>(16, ceil_div(m.lines, 128));
+  const int64_t small = ceil_div(4096, std::max<int64_t>(1, m.length)),
+                large = std::min<int64_t>(16, ceil_div(m.lines, 128));
   return std::max({int64_t{1}, std::min(small, m.lines), large, ceil_div(m.lines, 2 * kMostParts)});
 }
 
@@ -573,7 +573,8 @@ int64_t lay_out(Group<Weight>& group, void* base) {
 }
 
 template <class T>
-void normalize(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first, const Queue& queue) {
+void normalize(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first,
+               const Queue& queue) {
   for (size_t begin = 0; begin < matrices.size(); begin += kMost) {
     Group<Weight> group{};
     group.count = static_cast<int>(std::min<size_t>(kMost, matrices.size() - begin));
@@ -585,7 +586,8 @@ void normalize(const std::vector<SpectralMatrix>& matrices, int64_t iterations, 
     };
     const auto run_finish = [&](bool iterate, bool scale) {
       const dim3 blocks = group.grid([&](const Weight& m) {
-        return std::max<int64_t>(1, ceil_div(std::max({scale && m.out ? m.size() : 0, m.outer_size(), m.inner_size()}), kChunk));
+        return std::max<int64_t>(
+            1, ceil_div(std::max({scale && m.out ? m.size() : 0, m.outer_size(), m.inner_size()}), kChunk));
       });
       launch(queue, finish<T>, blocks, kThreads, kShared, group, eps, iterate, scale);
     };
@@ -617,9 +619,18 @@ void differentiate_all(const std::vector<SpectralMatrix>& matrices, const std::v
       const SpectralMatrixGrad& grad = grads[begin + i];
       const float *const u = static_cast<const float*>(m.given_u), *const v = static_cast<const float*>(m.given_v);
       WeightGrad& record = group.of[i];
-      record = {m.weight, grad.grad_out, grad.grad_weight, m.a == 1 ? u : v, m.a == 1 ? v : u,
-                static_cast<const float*>(m.sigma), static_cast<const float*>(grad.grad_sigma), sums,
-                lines_of(m), length_of(m), width_of(m), false};
+      record = {m.weight,
+                grad.grad_out,
+                grad.grad_weight,
+                m.a == 1 ? u : v,
+                m.a == 1 ? v : u,
+                static_cast<const float*>(m.sigma),
+                static_cast<const float*>(grad.grad_sigma),
+                sums,
+                lines_of(m),
+                length_of(m),
+                width_of(m),
+                false};
       record.aligned = access_of<T>(record.length, m.weight, grad.grad_out, grad.grad_weight, record.inner) > 1;
     }
     launch(queue, dot<T>, group.grid([](const WeightGrad& m) { return m.blocks(); }), kThreads, kShared, group);

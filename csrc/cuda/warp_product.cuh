@@ -9,15 +9,15 @@ struct alignas(kAccess) Chunk {
   unsigned char bytes[kAccess];
 };
 
-// Where a chunk of a row lies in shared memory, whose 32 banks serve 8 chunks at a time. 8 rows further on it lies 8 * chunks
-// further on.
+// Where a chunk of a row lies in shared memory, whose 32 banks serve 8 chunks at a time. 8 rows further on it lies 8 *
+// chunks further on.
 template <int chunks>
 FASTGEN_HD constexpr int place(int row, int chunk) {
   return row * chunks + (chunk ^ (row / (8 / chunks) % chunks));
 }
 
-// Whether 8 threads that read any one chunk of 8 neighbouring rows (ldmatrix, Fma), and 8 that copy all chunks of a row or of
-// two, meet different banks.
+// Whether 8 threads that read any one chunk of 8 neighbouring rows (ldmatrix, Fma), and 8 that copy all chunks of a row
+// or of two, meet different banks.
 template <int chunks>
 constexpr bool meets_all_banks() {
   for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -69,10 +69,8 @@ struct TensorCores {
       for (int i = 0; i < high; ++i)
 #pragma unroll
         for (int j = 0; j < wide; ++j) {
-          if constexpr (std::is_same_v<T, float>)
-            multiply_tf32(total[i][j], of_a[i], of_b[j]);
-          else
-            multiply<T>(total[i][j], of_a[i], of_b[j]);
+          if constexpr (std::is_same_v<T, float>) multiply_tf32(total[i][j], of_a[i], of_b[j]);
+          else multiply<T>(total[i][j], of_a[i], of_b[j]);
         }
     }
   }
@@ -93,8 +91,8 @@ struct TensorCores {
   }
 };
 
-// The same by FMA, for float32: lane (r, c) of lane_rows x lane_columns has rows r, r + lane_rows, ... and columns likewise. A
-// step is summed for itself: long sums lose less to rounding.
+// The same by FMA, for float32: lane (r, c) of lane_rows x lane_columns has rows r, r + lane_rows, ... and columns
+// likewise. A step is summed for itself: long sums lose less to rounding.
 template <int rows_, int columns_, int lane_rows, int lane_columns>
 struct Fma {
   static constexpr int rows = rows_, columns = columns_, high = rows / lane_rows, wide = columns / lane_columns;
@@ -103,7 +101,7 @@ struct Fma {
   template <int chunks>
   __device__ void add(const Chunk* a, const Chunk* b) {
     const int row = threadIdx.x % kWarp / lane_columns, column = threadIdx.x % kWarp % lane_columns;
-    const auto read = [](const Chunk* from, float(&to)[4]) { load<4>(reinterpret_cast<const float*>(from), to); };
+    const auto read = [](const Chunk* from, float (&to)[4]) { load<4>(reinterpret_cast<const float*>(from), to); };
     float sum[high][wide];
     const auto add_chunk = [&](int chunk, auto first) {
       float of_b[wide][4];
@@ -116,7 +114,8 @@ struct Fma {
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
-          for (int j = 0; j < wide; ++j) sum[i][j] = first && k == 0 ? of_a[k] * of_b[j][k] : sum[i][j] + of_a[k] * of_b[j][k];
+          for (int j = 0; j < wide; ++j)
+            sum[i][j] = first && k == 0 ? of_a[k] * of_b[j][k] : sum[i][j] + of_a[k] * of_b[j][k];
       }
     };
     add_chunk(0, std::true_type{});

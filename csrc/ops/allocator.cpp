@@ -1,6 +1,7 @@
-// An allocator for PyTorch's tensors on the CPU that keeps what is freed: fresh pages cost more than what a layer computes in them,
-// and the C library's heap, which could keep them too, grows with each aligned block that does not fit between its neighbours.
-// The one file that uses PyTorch's C++ classes, which are no stable ABI: it does nothing in another version than it was built with.
+// An allocator for PyTorch's tensors on the CPU that keeps what is freed: fresh pages cost more than what a layer
+// computes in them, and the C library's heap, which could keep them too, grows with each aligned block that does not
+// fit between its neighbours. The one file that uses PyTorch's C++ classes, which are no stable ABI: it does nothing in
+// another version than it was built with.
 #undef TORCH_TARGET_VERSION
 #include "ops/allocator.h"
 

@@ -100,19 +100,24 @@ class Execution {
 }
 
 // fastgen/ops/_layout.py has the same rule.
-[[maybe_unused]] bool is_channels_last(const Tensor& x) { return x.dim() == 4 && x.stride(1) == 1 && !x.is_contiguous(); }
+[[maybe_unused]] bool is_channels_last(const Tensor& x) {
+  return x.dim() == 4 && x.stride(1) == 1 && !x.is_contiguous();
+}
 
 [[maybe_unused]] Tensor in_format(const Tensor& x, bool channels_last) {
   return torch::stable::contiguous(x, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-[[maybe_unused]] Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype, bool channels_last = false) {
+[[maybe_unused]] Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype,
+                                   bool channels_last = false) {
   return torch::stable::empty(size, dtype, Layout::Strided, like.device(), false,
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 // Parameters and statistics enter a kernel in the accumulation type.
-[[maybe_unused]] ScalarType accumulation(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+[[maybe_unused]] ScalarType accumulation(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 [[maybe_unused]] OptionalTensor accumulated(const OptionalTensor& x, ScalarType dtype) {
   if (!x) return std::nullopt;

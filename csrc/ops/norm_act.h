@@ -6,9 +6,10 @@
 namespace fastgen {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> norm_act(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor mean, OptionalTensor var,
-                                            OptionalTensor residual, std::string norm, int64_t num_groups, double eps,
-                                            std::string activation, double negative_slope) {
+std::tuple<Tensor, Tensor, Tensor> norm_act(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor mean,
+                                            OptionalTensor var, OptionalTensor residual, std::string norm,
+                                            int64_t num_groups, double eps, std::string activation,
+                                            double negative_slope) {
   const bool channels_last = is_channels_last(x);
   x = in_format(x, channels_last);
   Tail tail{weight, bias, mean, var, residual, norm, num_groups, eps, activation, negative_slope};
@@ -17,7 +18,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(Tensor x, OptionalTensor weight, Opt
   if (x.numel() == 0) return {out, new_mean, new_var};
   join_samples(op);
   if (op.batch_stats) {
-    kernels::norm_act_moments(op, x.const_data_ptr(), new_mean.mutable_data_ptr(), new_var.mutable_data_ptr(), Execution(x));
+    kernels::norm_act_moments(op, x.const_data_ptr(), new_mean.mutable_data_ptr(), new_var.mutable_data_ptr(),
+                              Execution(x));
     tail.mean = new_mean;
     tail.var = new_var;
   }
@@ -25,17 +27,20 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(Tensor x, OptionalTensor weight, Opt
   return {out, new_mean, new_var};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(Tensor grad_out, Tensor x, OptionalTensor weight, OptionalTensor bias,
-                                                             OptionalTensor mean, OptionalTensor var, OptionalTensor residual,
-                                                             bool batch_stats, std::string norm, int64_t num_groups, double eps,
-                                                             std::string activation, double negative_slope) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(Tensor grad_out, Tensor x, OptionalTensor weight,
+                                                             OptionalTensor bias, OptionalTensor mean,
+                                                             OptionalTensor var, OptionalTensor residual,
+                                                             bool batch_stats, std::string norm, int64_t num_groups,
+                                                             double eps, std::string activation,
+                                                             double negative_slope) {
   const bool channels_last = is_channels_last(x);
   x = in_format(x, channels_last);
   grad_out = in_format(grad_out, channels_last);
   Tail tail{weight, bias, mean, var, residual, norm, num_groups, eps, activation, negative_slope};
   NormAct op = tail.describe(x, batch_stats, channels_last);
   const std::vector<int64_t> channels{op.normalize ? op.c : 0};
-  Tensor grad_x = torch::stable::empty_like(x), grad_residual = residual ? torch::stable::empty_like(x) : new_tensor(x, {0}, x.scalar_type());
+  Tensor grad_x = torch::stable::empty_like(x),
+         grad_residual = residual ? torch::stable::empty_like(x) : new_tensor(x, {0}, x.scalar_type());
   Tensor grad_weight = new_tensor(x, channels, accumulation(x)), grad_bias = new_tensor(x, channels, accumulation(x));
   if (x.numel() == 0) {
     torch::stable::zero_(grad_weight);

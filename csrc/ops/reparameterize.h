@@ -75,9 +75,10 @@ Tensor philox_normal(Tensor key, std::vector<int64_t> size, ScalarType dtype) {
   return out.scalar_type() == dtype ? out : torch::stable::to(out, dtype);
 }
 
-std::tuple<Tensor, Tensor> reparameterize(Tensor mu, Tensor logvar, Tensor key, OptionalTensor prior_mean, OptionalTensor prior_logvar,
-                                          int64_t num_samples, bool with_kl, std::optional<double> logvar_min,
-                                          std::optional<double> logvar_max, double free_bits, double beta) {
+std::tuple<Tensor, Tensor> reparameterize(Tensor mu, Tensor logvar, Tensor key, OptionalTensor prior_mean,
+                                          OptionalTensor prior_logvar, int64_t num_samples, bool with_kl,
+                                          std::optional<double> logvar_min, std::optional<double> logvar_max,
+                                          double free_bits, double beta) {
   const bool channels_last = counts_channels_last(mu, key, num_samples);
   mu = in_format(mu, channels_last);
   logvar = in_format(logvar, channels_last);
@@ -101,25 +102,27 @@ std::tuple<Tensor, Tensor> reparameterize(Tensor mu, Tensor logvar, Tensor key, 
   return {z, kl};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> reparameterize_backward(OptionalTensor grad_z, OptionalTensor grad_kl, Tensor mu, Tensor logvar,
-                                                                   Tensor key, OptionalTensor prior_mean, OptionalTensor prior_logvar,
-                                                                   int64_t num_samples, std::optional<double> logvar_min,
-                                                                   std::optional<double> logvar_max, double free_bits, double beta) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> reparameterize_backward(
+    OptionalTensor grad_z, OptionalTensor grad_kl, Tensor mu, Tensor logvar, Tensor key, OptionalTensor prior_mean,
+    OptionalTensor prior_logvar, int64_t num_samples, std::optional<double> logvar_min,
+    std::optional<double> logvar_max, double free_bits, double beta) {
   const bool channels_last = counts_channels_last(mu, key, num_samples);
   mu = in_format(mu, channels_last);
   logvar = in_format(logvar, channels_last);
   key = torch::stable::contiguous(key);
   if (grad_z) grad_z = in_format(*grad_z, channels_last);
   if (grad_kl) grad_kl = torch::stable::contiguous(*grad_kl);
-  const auto like_mu = [&](bool wanted) { return wanted ? torch::stable::empty_like(mu) : new_tensor(mu, {0}, mu.scalar_type()); };
+  const auto like_mu = [&](bool wanted) {
+    return wanted ? torch::stable::empty_like(mu) : new_tensor(mu, {0}, mu.scalar_type());
+  };
   Tensor grad_mu = like_mu(true), grad_logvar = like_mu(true);
   Tensor grad_mean = like_mu(prior_mean.has_value()), grad_prior_logvar = like_mu(prior_mean.has_value());
   if (mu.numel() == 0) return {grad_mu, grad_logvar, grad_mean, grad_prior_logvar};
   Reparameterize op = describe_sampler(mu, key, num_samples);
   SamplerOptions options{prior_mean, prior_logvar, logvar_min, logvar_max, free_bits, beta};
   kernels::reparameterize_backward(op, data(grad_z), data(grad_kl), options.prepare(op, mu, logvar, channels_last),
-                                   {grad_mu.mutable_data_ptr(), grad_logvar.mutable_data_ptr(), grad_mean.mutable_data_ptr(),
-                                    grad_prior_logvar.mutable_data_ptr()},
+                                   {grad_mu.mutable_data_ptr(), grad_logvar.mutable_data_ptr(),
+                                    grad_mean.mutable_data_ptr(), grad_prior_logvar.mutable_data_ptr()},
                                    Execution(mu));
   return {grad_mu, grad_logvar, grad_mean, grad_prior_logvar};
 }

@@ -6,7 +6,8 @@
 namespace fastgen {
 namespace {
 
-// A weight as the matrix of its dimension `dim` against all others, in its own memory order, and the vectors in that order.
+// A weight as the matrix of its dimension `dim` against all others, in its own memory order, and the vectors in that
+// order.
 struct SpectralWeight {
   Tensor weight, given_u, given_v;
   Tensor u, v, sigma;       // see `add_results`
@@ -14,8 +15,10 @@ struct SpectralWeight {
   int64_t swapped = 0;      // channels of a channels_last weight whose v counts them first, and the matrix's last
 
   SpectralWeight(const Tensor& given, const Tensor& of_u, const Tensor& of_v, int64_t dim)
-      : weight(in_format(given, channels_last(given, dim))), given_u(*accumulated(of_u, accumulation(weight))),
-        given_v(*accumulated(of_v, accumulation(weight))), vector_dtype(of_u.scalar_type()) {
+      : weight(in_format(given, channels_last(given, dim))),
+        given_u(*accumulated(of_u, accumulation(weight))),
+        given_v(*accumulated(of_v, accumulation(weight))),
+        vector_dtype(of_u.scalar_type()) {
     if (channels_last(given, dim) && dim == 0) swapped = given.size(1);
     if (swapped) given_v = transposed(given_v, swapped);
     matrix.dtype = dtype_of(weight);
@@ -39,7 +42,9 @@ struct SpectralWeight {
   }
 
   Tensor returned_u() const { return torch::stable::to(u, vector_dtype); }
-  Tensor returned_v() const { return torch::stable::to(swapped ? transposed(v, v.numel() / std::max<int64_t>(1, swapped)) : v, vector_dtype); }
+  Tensor returned_v() const {
+    return torch::stable::to(swapped ? transposed(v, v.numel() / std::max<int64_t>(1, swapped)) : v, vector_dtype);
+  }
 
   SpectralMatrix matrix{};
 
@@ -48,8 +53,9 @@ struct SpectralWeight {
 
   static Tensor transposed(const Tensor& x, int64_t rows) {
     if (x.numel() == 0) return x;
-    return torch::stable::reshape(torch::stable::contiguous(torch::stable::transpose(torch::stable::reshape(x, {rows, x.numel() / rows}), 0, 1)),
-                                  {x.numel()});
+    return torch::stable::reshape(
+        torch::stable::contiguous(torch::stable::transpose(torch::stable::reshape(x, {rows, x.numel() / rows}), 0, 1)),
+        {x.numel()});
   }
 };
 
@@ -57,14 +63,16 @@ const DType all_dtypes[] = {DType::float32, DType::float64, DType::bfloat16, DTy
 
 using Tensors = std::vector<Tensor>;
 
-std::tuple<Tensors, Tensors, Tensors, Tensors> spectral_norm(Tensors weights, Tensors us, Tensors vs, std::vector<int64_t> dims,
-                                                             int64_t iterations, double eps, bool v_first, bool divide) {
+std::tuple<Tensors, Tensors, Tensors, Tensors> spectral_norm(Tensors weights, Tensors us, Tensors vs,
+                                                             std::vector<int64_t> dims, int64_t iterations, double eps,
+                                                             bool v_first, bool divide) {
   std::vector<SpectralWeight> items;
   Tensors outs, sigmas, new_us, new_vs;
   for (size_t i = 0; i < weights.size(); ++i) {
     items.emplace_back(weights[i], us[i], vs[i], dims[i]);
     items[i].add_results();
-    outs.push_back(divide ? torch::stable::empty_like(items[i].weight) : new_tensor(items[i].weight, {0}, weights[i].scalar_type()));
+    outs.push_back(divide ? torch::stable::empty_like(items[i].weight)
+                          : new_tensor(items[i].weight, {0}, weights[i].scalar_type()));
     if (divide) items[i].matrix.out = outs[i].mutable_data_ptr();
   }
   for (DType dtype : all_dtypes) {
@@ -81,8 +89,8 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> spectral_norm(Tensors weights, Te
   return {outs, sigmas, new_us, new_vs};
 }
 
-Tensors spectral_norm_backward(Tensors grad_outs, Tensors grad_sigmas, Tensors weights, Tensors sigmas, Tensors us, Tensors vs,
-                               std::vector<int64_t> dims) {
+Tensors spectral_norm_backward(Tensors grad_outs, Tensors grad_sigmas, Tensors weights, Tensors sigmas, Tensors us,
+                               Tensors vs, std::vector<int64_t> dims) {
   std::vector<SpectralWeight> items;
   Tensors grads;
   for (size_t i = 0; i < weights.size(); ++i) {

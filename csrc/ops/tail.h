@@ -50,7 +50,8 @@ struct Tail {
 
 [[maybe_unused]] Tensor new_moments(const Tensor& x, const NormAct& op) {
   if (!op.batch_stats) return new_tensor(x, {0}, accumulation(x));
-  return new_tensor(x, op.per_sample ? std::vector<int64_t>{op.n, op.sets} : std::vector<int64_t>{op.c}, accumulation(x));
+  return new_tensor(x, op.per_sample ? std::vector<int64_t>{op.n, op.sets} : std::vector<int64_t>{op.c},
+                    accumulation(x));
 }
 
 }  // namespace

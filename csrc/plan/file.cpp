@@ -43,7 +43,8 @@ bool within(int64_t value, int64_t least, int64_t most) { return least <= value 
 
 // The elements of an image, whose sizes are in range; 0 otherwise.
 int64_t elements(int64_t c, int64_t h, int64_t w) {
-  const bool fits = within(c, 1, kMostChannels) && within(h, 1, kMostPixels) && within(w, 1, kMostPixels) && c * h <= kMostElements;
+  const bool fits =
+      within(c, 1, kMostChannels) && within(h, 1, kMostPixels) && within(w, 1, kMostPixels) && c * h <= kMostElements;
   return fits && c * h * w <= kMostElements ? c * h * w : 0;
 }
 
@@ -53,20 +54,27 @@ bool has_rank(int64_t rank, int64_t c, int64_t h, int64_t w) {
 
 void check_ends(const Header& header) {
   check(within(header.bfloat16, 0, 1), "the plan has an unknown precision");
-  for (const auto& [rank, size] : {std::pair{header.input_rank, header.input}, std::pair{header.output_rank, header.output}}) {
-    check(has_rank(rank, size[0], size[1], size[2]) && elements(size[0], size[1], size[2]), "the plan's input or output has an impossible size");
+  for (const auto& [rank, size] :
+       {std::pair{header.input_rank, header.input}, std::pair{header.output_rank, header.output}}) {
+    check(has_rank(rank, size[0], size[1], size[2]) && elements(size[0], size[1], size[2]),
+          "the plan's input or output has an impossible size");
   }
 }
 
 bool convolution_fits(const Step& s) {
-  if (!within(s.kh, 1, kMostTaps) || !within(s.kw, 1, kMostTaps) || !within(s.groups, 1, s.ic) || s.ic % s.groups || s.c % s.groups) return false;
+  if (!within(s.kh, 1, kMostTaps) || !within(s.kw, 1, kMostTaps) || !within(s.groups, 1, s.ic) || s.ic % s.groups ||
+      s.c % s.groups)
+    return false;
   const int64_t in[2] = {s.ih, s.iw}, out[2] = {s.oh, s.ow}, kernel[2] = {s.kh, s.kw};
   for (int i = 0; i < 2; ++i) {
-    if (!within(s.stride[i], 1, kMostPixels) || !within(s.padding[i], 0, kMostPixels) || !within(s.dilation[i], 1, kMostPixels)) return false;
+    if (!within(s.stride[i], 1, kMostPixels) || !within(s.padding[i], 0, kMostPixels) ||
+        !within(s.dilation[i], 1, kMostPixels))
+      return false;
     const int64_t reach = s.dilation[i] * (kernel[i] - 1) + 1;
     if (s.reflect && (s.kind == Kind::conv_transpose || s.padding[i] >= in[i])) return false;
     if (s.kind == Kind::conv) {
-      if (in[i] + 2 * s.padding[i] < reach || out[i] != (in[i] + 2 * s.padding[i] - reach) / s.stride[i] + 1) return false;
+      if (in[i] + 2 * s.padding[i] < reach || out[i] != (in[i] + 2 * s.padding[i] - reach) / s.stride[i] + 1)
+        return false;
     } else {
       const int64_t least = (in[i] - 1) * s.stride[i] - 2 * s.padding[i] + reach;
       if (!within(out[i] - least, 0, std::max(s.stride[i], s.dilation[i]) - 1)) return false;
@@ -88,8 +96,8 @@ void check_other(const Step& s, const std::string& name, int64_t y, int64_t valu
   check(s.kind != Kind::input || has_rank(s.kh, s.c, s.oh, s.ow), name + "is no possible input");
   check(s.kind != Kind::output || s.kh == 1 || has_rank(s.kh, s.c, s.oh, s.ow), name + "is no possible output");
   int64_t weights = s.kh;
-  check(s.kind != Kind::embedding || (s.kh > 0 && !__builtin_mul_overflow(weights, s.c, &weights) && s.weight >= 0 && weights <= values &&
-                                      s.weight <= values - weights),
+  check(s.kind != Kind::embedding || (s.kh > 0 && !__builtin_mul_overflow(weights, s.c, &weights) && s.weight >= 0 &&
+                                      weights <= values && s.weight <= values - weights),
         name + "has weights beyond the file's end");
 }
 
@@ -97,37 +105,46 @@ void check_step(const Step& s, int64_t at, const std::vector<int64_t>& sizes, co
   const int64_t values = header.values;
   const std::string name = "step " + std::to_string(at) + " of the plan ";
   const int64_t in = elements(s.ic, s.ih, s.iw), out = elements(s.c, s.oh, s.ow);
-  check(within(static_cast<int64_t>(s.kind), 0, static_cast<int64_t>(Kind::pixel_shuffle)), name + "is of an unknown kind");
+  check(within(static_cast<int64_t>(s.kind), 0, static_cast<int64_t>(Kind::pixel_shuffle)),
+        name + "is of an unknown kind");
   check(in && out, name + "has an impossible size");
   const bool labels = s.kind == Kind::embedding;
-  check(within(s.x, 0, at) && (s.kind == Kind::input || sizes[s.x] == (labels ? kLabels : in)), name + "reads what is not there");
+  check(within(s.x, 0, at) && (s.kind == Kind::input || sizes[s.x] == (labels ? kLabels : in)),
+        name + "reads what is not there");
   check(within(s.residual, -1, at), name + "reads what is not there");
-  check(within(s.activation, 0, static_cast<int64_t>(Activation::silu)) && within(static_cast<int64_t>(s.norm), 0, static_cast<int64_t>(Norm::group)),
+  check(within(s.activation, 0, static_cast<int64_t>(Activation::silu)) &&
+            within(static_cast<int64_t>(s.norm), 0, static_cast<int64_t>(Norm::group)),
         name + "has an unknown activation or norm");
   if (s.kind == Kind::concat) {
-    check(s.residual >= 0 && s.ih == s.oh && s.iw == s.ow && s.ic < s.c && sizes[s.residual] == out - in, name + "joins what does not fit");
+    check(s.residual >= 0 && s.ih == s.oh && s.iw == s.ow && s.ic < s.c && sizes[s.residual] == out - in,
+          name + "joins what does not fit");
     return;
   }
   if (s.kind > Kind::concat) return check_other(s, name, s.residual < 0 ? 0 : sizes[s.residual], values);
   check(s.residual < 0 || sizes[s.residual] == out, name + "adds what does not fit");
-  check(s.norm != Norm::group || (within(s.num_groups, 1, s.c) && s.c % s.num_groups == 0), name + "has channels that its groups do not divide");
+  check(s.norm != Norm::group || (within(s.num_groups, 1, s.c) && s.c % s.num_groups == 0),
+        name + "has channels that its groups do not divide");
   const auto there = [&](int64_t offset, int64_t count, bool needed) {
     check(offset >= 0 || !needed, name + "lacks its weights");
-    check(offset == -1 || (offset >= 0 && count <= values && offset <= values - count), name + "has weights beyond the file's end");
+    check(offset == -1 || (offset >= 0 && count <= values && offset <= values - count),
+          name + "has weights beyond the file's end");
   };
   there(s.norm_weight, s.c, false);
   there(s.norm_bias, s.c, false);
   there(s.mean, s.c, s.norm == Norm::affine);
   there(s.var, s.c, s.norm == Norm::affine);
-  if (s.kind == Kind::pointwise) return check(s.ic == s.c && s.ih == s.oh && s.iw == s.ow, name + "changes a size that it cannot");
+  if (s.kind == Kind::pointwise)
+    return check(s.ic == s.c && s.ih == s.oh && s.iw == s.ow, name + "changes a size that it cannot");
   check(convolution_fits(s), name + "is no possible convolution");
   int64_t weights = s.kh * s.kw;
-  check(!__builtin_mul_overflow(weights, s.ic / s.groups, &weights) && !__builtin_mul_overflow(weights, s.c, &weights), name + "is too large");
+  check(!__builtin_mul_overflow(weights, s.ic / s.groups, &weights) && !__builtin_mul_overflow(weights, s.c, &weights),
+        name + "is too large");
   there(s.weight, weights, true);
   there(s.bias, s.c, false);
   for (const int64_t algorithm : s.algorithm) {
     const bool known = within(algorithm, -1, cpu::kAlgorithms - 1);
-    check(known && (algorithm < 0 || runs(static_cast<cpu::Algorithm>(algorithm), s, header.bfloat16)), name + "asks for an algorithm that cannot run");
+    check(known && (algorithm < 0 || runs(static_cast<cpu::Algorithm>(algorithm), s, header.bfloat16)),
+          name + "asks for an algorithm that cannot run");
   }
 }
 
@@ -138,13 +155,15 @@ Header check_header(const char* bytes, size_t size) {
   Header header;
   memcpy(&header, bytes, sizeof(header));
   check(!memcmp(header.magic, kMagic, sizeof(kMagic)), "it is not a plan");
-  check(header.version == kVersion, "it is a plan of version " + std::to_string(header.version) + ", and this fastgen reads version " +
-                                        std::to_string(kVersion) + ": export the model again");
-  check(header.size == static_cast<int64_t>(size), "it is cut short or damaged: " + std::to_string(size) + " bytes of " +
-                                                       std::to_string(header.size));
+  check(header.version == kVersion, "it is a plan of version " + std::to_string(header.version) +
+                                        ", and this fastgen reads version " + std::to_string(kVersion) +
+                                        ": export the model again");
+  check(header.size == static_cast<int64_t>(size),
+        "it is cut short or damaged: " + std::to_string(size) + " bytes of " + std::to_string(header.size));
   const int64_t rest = header.size - static_cast<int64_t>(sizeof(Header));
   check(within(header.steps, 1, rest / static_cast<int64_t>(sizeof(Step))), "it is damaged: it cannot hold its steps");
-  check(header.values >= 0 && header.values <= rest / 4 && header.steps * static_cast<int64_t>(sizeof(Step)) + header.values * 4 == rest,
+  check(header.values >= 0 && header.values <= rest / 4 &&
+            header.steps * static_cast<int64_t>(sizeof(Step)) + header.values * 4 == rest,
         "it is damaged: it cannot hold its weights");
   return header;
 }
@@ -161,8 +180,11 @@ std::vector<Step> check_file(const char* bytes, size_t size) {
     sizes.push_back(size_of(step));
   }
   const Step& last = steps.back();
-  check(last.kind != Kind::input && (last.kind != Kind::output || last.kh == header.output_rank), "the plan's output is not its last step's");
-  check(header.output_rank == 1 ? header.output[0] == elements(last.c, last.oh, last.ow) : header.output[0] == last.c && header.output[1] == last.oh && header.output[2] == last.ow,
+  check(last.kind != Kind::input && (last.kind != Kind::output || last.kh == header.output_rank),
+        "the plan's output is not its last step's");
+  check(header.output_rank == 1
+            ? header.output[0] == elements(last.c, last.oh, last.ow)
+            : header.output[0] == last.c && header.output[1] == last.oh && header.output[2] == last.ow,
         "the plan's output is not its last step's");
   return steps;
 }

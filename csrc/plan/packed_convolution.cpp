@@ -18,20 +18,23 @@ namespace fastgen::cpu::FASTGEN_ISA {
 template <int vectors>
 class PackedFloat : public PackedConvolution {
  public:
-  PackedFloat(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm, const float* weight, const float* bias,
-              const ParallelFor& parallel)
-      : conv(conv), packed(pack<float, vectors>(conv, c, transposed, algorithm, std::numeric_limits<int64_t>::max(), weight, parallel)), bias(bias, bias + (bias ? c : 0)) {}
+  PackedFloat(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm, const float* weight,
+              const float* bias, const ParallelFor& parallel)
+      : conv(conv),
+        packed(pack<float, vectors>(conv, c, transposed, algorithm, std::numeric_limits<int64_t>::max(), weight,
+                                    parallel)),
+        bias(bias, bias + (bias ? c : 0)) {}
 
-  void run(const NormAct& op, const void* x, const NormActTensors& given, void* out, const ParallelFor& parallel) const override {
-    if (op.dtype == DType::bfloat16)
-      run_as<BFloat16>(op, x, given, out, parallel);
-    else
-      run_as<float>(op, x, given, out, parallel);
+  void run(const NormAct& op, const void* x, const NormActTensors& given, void* out,
+           const ParallelFor& parallel) const override {
+    if (op.dtype == DType::bfloat16) run_as<BFloat16>(op, x, given, out, parallel);
+    else run_as<float>(op, x, given, out, parallel);
   }
 
  private:
   template <class T>
-  void run_as(const NormAct& op, const void* x, const NormActTensors& given, void* out, const ParallelFor& parallel) const {
+  void run_as(const NormAct& op, const void* x, const NormActTensors& given, void* out,
+              const ParallelFor& parallel) const {
     const auto pixels = packed.pixels(conv, op.n, static_cast<const T*>(x), true, parallel);
     const float* b = bias.empty() ? nullptr : bias.data();
     run_packed<T, vectors>(packed, conv, op, pixels.get(), b, given, nullptr, static_cast<T*>(out), parallel);
@@ -60,18 +63,21 @@ inline std::vector<float> paired(const float* weight, const int64_t* size, int a
 template <int vectors>
 class PackedBFloat16 : public PackedConvolution {
  public:
-  PackedBFloat16(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm, const float* weight, const float* bias,
-                 const ParallelFor& parallel)
+  PackedBFloat16(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm, const float* weight,
+                 const float* bias, const ParallelFor& parallel)
       : conv(in_pairs(conv, transposed)), bias(bias, bias + (bias ? c : 0)) {
     const int64_t size[4] = {transposed ? conv.ic : c, (transposed ? c : conv.ic) / conv.groups, conv.kh, conv.kw};
     const auto pairs = paired(weight, size, transposed ? 0 : 1);
-    packed = pack<float, vectors>(this->conv, c, transposed, algorithm, std::numeric_limits<int64_t>::max(), pairs.data(), parallel);
+    packed = pack<float, vectors>(this->conv, c, transposed, algorithm, std::numeric_limits<int64_t>::max(),
+                                  pairs.data(), parallel);
   }
 
-  void run(const NormAct& op, const void* x, const NormActTensors& given, void* out, const ParallelFor& parallel) const override {
+  void run(const NormAct& op, const void* x, const NormActTensors& given, void* out,
+           const ParallelFor& parallel) const override {
     const float* b = bias.empty() ? nullptr : bias.data();
     const auto pixels = packed.pixels(conv, op.n, static_cast<const float*>(x), true, parallel);
-    run_packed<BFloat16, vectors, true>(packed, conv, op, pixels.get(), b, given, nullptr, static_cast<BFloat16*>(out), parallel);
+    run_packed<BFloat16, vectors, true>(packed, conv, op, pixels.get(), b, given, nullptr, static_cast<BFloat16*>(out),
+                                        parallel);
   }
 
  private:
@@ -88,21 +94,24 @@ class PackedBFloat16 : public PackedConvolution {
 #endif
 
 template <template <int> class Kind>
-std::unique_ptr<PackedConvolution> make(bool narrow, const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm,
-                                        const float* weight, const float* bias, const ParallelFor& parallel) {
+std::unique_ptr<PackedConvolution> make(bool narrow, const Convolution& conv, int64_t c, bool transposed,
+                                        Algorithm algorithm, const float* weight, const float* bias,
+                                        const ParallelFor& parallel) {
   if (narrow) return std::make_unique<Kind<1>>(conv, c, transposed, algorithm, weight, bias, parallel);
   return std::make_unique<Kind<2>>(conv, c, transposed, algorithm, weight, bias, parallel);
 }
 
-inline std::unique_ptr<PackedConvolution> pack_convolution(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm,
-                                                           const float* weight, const float* bias, const ParallelFor& parallel) {
+inline std::unique_ptr<PackedConvolution> pack_convolution(const Convolution& conv, int64_t c, bool transposed,
+                                                           Algorithm algorithm, const float* weight, const float* bias,
+                                                           const ParallelFor& parallel) {
 #if FASTGEN_HAS_DOT
   if (algorithm == Algorithm::direct_bf16 || algorithm == Algorithm::rows_bf16) {
     const Algorithm same = algorithm == Algorithm::direct_bf16 ? Algorithm::direct : Algorithm::rows;
     return make<PackedBFloat16>(is_narrow<float>(conv, c, same), conv, c, transposed, same, weight, bias, parallel);
   }
 #endif
-  return make<PackedFloat>(is_narrow<float>(conv, c, algorithm), conv, c, transposed, algorithm, weight, bias, parallel);
+  return make<PackedFloat>(is_narrow<float>(conv, c, algorithm), conv, c, transposed, algorithm, weight, bias,
+                           parallel);
 }
 
 }  // namespace fastgen::cpu::FASTGEN_ISA
@@ -110,8 +119,9 @@ inline std::unique_ptr<PackedConvolution> pack_convolution(const Convolution& co
 #ifdef FASTGEN_ONCE
 namespace fastgen::cpu {
 
-std::unique_ptr<PackedConvolution> pack_convolution(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm,
-                                                    const float* weight, const float* bias, const ParallelFor& parallel) {
+std::unique_ptr<PackedConvolution> pack_convolution(const Convolution& conv, int64_t c, bool transposed,
+                                                    Algorithm algorithm, const float* weight, const float* bias,
+                                                    const ParallelFor& parallel) {
   FASTGEN_DISPATCH(pack_convolution, conv, c, transposed, algorithm, weight, bias, parallel)
 }
 

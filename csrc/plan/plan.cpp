@@ -13,31 +13,32 @@
 namespace fastgen::plan {
 namespace {
 
-constexpr int64_t kFew = 8;                  // from so many images on, a step runs its algorithm for many
-constexpr int64_t kInFlight = (16 << 20) / 4; // floats: what a step reads and writes should stay in the cache
-constexpr double kFetched = 1e10;            // bytes a second of packed weights that come from memory, at least
+constexpr int64_t kFew = 8;                    // from so many images on, a step runs its algorithm for many
+constexpr int64_t kInFlight = (16 << 20) / 4;  // floats: what a step reads and writes should stay in the cache
+constexpr double kFetched = 1e10;              // bytes a second of packed weights that come from memory, at least
 
 using Clock = std::chrono::steady_clock;
 
 bool is_convolution(const Step& step) { return step.kind == Kind::conv || step.kind == Kind::conv_transpose; }
 
 bool is_turned_off(cpu::Algorithm algorithm) {
-  return cpu::winograd_is("0") && (algorithm == cpu::Algorithm::winograd_4x2 || algorithm == cpu::Algorithm::winograd_4x3);
+  return cpu::winograd_is("0") &&
+         (algorithm == cpu::Algorithm::winograd_4x2 || algorithm == cpu::Algorithm::winograd_4x3);
 }
 
 // Whether two convolutions take the same time.
 bool is_alike(const Step& a, const Step& b) {
   const auto facts = [](const Step& s) {
-    return std::tuple(s.kind, s.ic, s.ih, s.iw, s.c, s.oh, s.ow, s.kh, s.kw, s.stride[0], s.stride[1], s.padding[0], s.padding[1],
-                      s.dilation[0], s.dilation[1], s.groups, s.reflect, s.norm);
+    return std::tuple(s.kind, s.ic, s.ih, s.iw, s.c, s.oh, s.ow, s.kh, s.kw, s.stride[0], s.stride[1], s.padding[0],
+                      s.padding[1], s.dilation[0], s.dilation[1], s.groups, s.reflect, s.norm);
   };
   return facts(a) == facts(b);
 }
 
 int64_t elements(const int64_t* size) { return size[0] * size[1] * size[2]; }
 
-// to (n, columns, rows) = from (n, rows, columns), in squares that are copied first: their lines, often a power of two apart, would drive
-// each other out of the cache.
+// to (n, columns, rows) = from (n, rows, columns), in squares that are copied first: their lines, often a power of two
+// apart, would drive each other out of the cache.
 template <class From, class To>
 void transpose(const From* from, int64_t n, int64_t rows, int64_t columns, To* to, const cpu::ParallelFor& parallel) {
   constexpr int64_t side = 16, most = 64 * side;  // columns that one task moves
@@ -45,7 +46,8 @@ void transpose(const From* from, int64_t n, int64_t rows, int64_t columns, To* t
   parallel(n * down * beside, [&](int64_t begin, int64_t end) {
     From square[side][side];
     for (int64_t item = begin; item < end; ++item)
-      for (int64_t first = item % beside * most, column = first; column < std::min(columns, first + most); column += side) {
+      for (int64_t first = item % beside * most, column = first; column < std::min(columns, first + most);
+           column += side) {
         const int64_t base = item / beside / down * rows * columns, row = item / beside % down * side;
         const int64_t height = std::min(side, rows - row), width = std::min(side, columns - column);
         const From* const x = from + base + row * columns + column;
@@ -62,7 +64,8 @@ void transpose(const From* from, int64_t n, int64_t rows, int64_t columns, To* t
   });
 }
 
-void concat(const Step& s, int64_t n, int64_t element, const void* x, const void* y, void* out, const cpu::ParallelFor& parallel) {
+void concat(const Step& s, int64_t n, int64_t element, const void* x, const void* y, void* out,
+            const cpu::ParallelFor& parallel) {
   const size_t first = static_cast<size_t>(s.ic * element), second = static_cast<size_t>((s.c - s.ic) * element);
   parallel(n * s.oh, [&](int64_t begin, int64_t end) {
     for (int64_t pixel = begin * s.ow; pixel < end * s.ow; ++pixel) {
@@ -90,7 +93,8 @@ File File::read(const std::string& path) {
 }
 
 Plan::Plan(File file, int threads)
-    : file_(std::move(file)), steps_(check_file(file_.bytes.get(), file_.size)),
+    : file_(std::move(file)),
+      steps_(check_file(file_.bytes.get(), file_.size)),
       threads_(threads > 0 ? std::min(threads, thread_count()) : thread_count()) {
   memcpy(&header_, file_.bytes.get(), sizeof(header_));
   values_ = reinterpret_cast<const float*>(file_.bytes.get() + file_.size) - header_.values;
@@ -98,7 +102,9 @@ Plan::Plan(File file, int threads)
   dtype_ = bfloat16 ? DType::bfloat16 : DType::float32;
   element_ = bfloat16 ? 2 : 4;
   for (size_t i = 0; i < 2 * steps_.size(); ++i) convolutions_.push_back(std::make_unique<Convolution>());
-  parallel_ = {threads_, [this](int64_t count, const std::function<void(int64_t, int64_t)>& body) { run_parallel(threads_, count, body); }};
+  parallel_ = {threads_, [this](int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+                 run_parallel(threads_, count, body);
+               }};
   find_ends();
   place_values();
 }
@@ -125,10 +131,12 @@ void Plan::check_labels(int64_t n, const std::vector<const void*>& in) const {
   for (size_t i = 0; i < inputs_.size(); ++i) {
     if (inputs_[i].rank) continue;
     const int64_t* const labels = static_cast<const int64_t*>(in[i]);
-    const int64_t* const wrong = std::find_if(labels, labels + n, [&](int64_t label) { return label < 0 || label >= inputs_[i].rows; });
+    const int64_t* const wrong =
+        std::find_if(labels, labels + n, [&](int64_t label) { return label < 0 || label >= inputs_[i].rows; });
     if (wrong == labels + n) continue;
-    throw std::out_of_range("inputs[" + std::to_string(i) + "] must be labels from 0 to " + std::to_string(inputs_[i].rows - 1) + ", got " +
-                            std::to_string(*wrong) + " for image " + std::to_string(wrong - labels));
+    throw std::out_of_range("inputs[" + std::to_string(i) + "] must be labels from 0 to " +
+                            std::to_string(inputs_[i].rows - 1) + ", got " + std::to_string(*wrong) + " for image " +
+                            std::to_string(wrong - labels));
   }
 }
 
@@ -200,7 +208,8 @@ void Plan::run(int64_t n, const std::vector<const void*>& in, const std::vector<
   for (int64_t first = 0; first < n; first += at_once) {
     auto from = in;
     auto to = out;
-    for (size_t i = 0; i < in.size(); ++i) from[i] = static_cast<const char*>(in[i]) + first * (inputs_[i].rank ? elements(inputs_[i].size) * 4 : 8);
+    for (size_t i = 0; i < in.size(); ++i)
+      from[i] = static_cast<const char*>(in[i]) + first * (inputs_[i].rank ? elements(inputs_[i].size) * 4 : 8);
     for (size_t i = 0; i < out.size(); ++i) to[i] += first * elements(outputs_[i].size);
     run_images(std::min(at_once, n - first), from, to, *workspace);
   }
@@ -211,19 +220,16 @@ void Plan::run(int64_t n, const std::vector<const void*>& in, const std::vector<
 void Plan::read(const void* in, int64_t n, int64_t c, int64_t pixels, void* to) const {
   if (dtype_ == DType::float32)
     transpose(static_cast<const float*>(in), n, c, pixels, static_cast<float*>(to), parallel_);
-  else
-    transpose(static_cast<const float*>(in), n, c, pixels, static_cast<cpu::BFloat16*>(to), parallel_);
+  else transpose(static_cast<const float*>(in), n, c, pixels, static_cast<cpu::BFloat16*>(to), parallel_);
 }
 
 void Plan::write(const void* from, int64_t n, int64_t c, int64_t pixels, float* out) const {
-  if (dtype_ == DType::float32)
-    transpose(static_cast<const float*>(from), n, pixels, c, out, parallel_);
-  else
-    transpose(static_cast<const cpu::BFloat16*>(from), n, pixels, c, out, parallel_);
+  if (dtype_ == DType::float32) transpose(static_cast<const float*>(from), n, pixels, c, out, parallel_);
+  else transpose(static_cast<const cpu::BFloat16*>(from), n, pixels, c, out, parallel_);
 }
 
-void Plan::run_images(int64_t n, const std::vector<const void*>& in, const std::vector<float*>& out, Workspace& workspace,
-                      double* took) const {
+void Plan::run_images(int64_t n, const std::vector<const void*>& in, const std::vector<float*>& out,
+                      Workspace& workspace, double* took) const {
   const auto run_step = [&](size_t i, const void* x, const void* residual, void* to, bool channels_last) {
     const auto start = took ? Clock::now() : Clock::time_point();
     this->run_step(i, n, x, residual, to, channels_last);
@@ -236,7 +242,8 @@ void Plan::run_images(int64_t n, const std::vector<const void*>& in, const std::
     next += slot_bytes(static_cast<int64_t>(slot), n);
   }
   const int64_t* size = header_.input;
-  const bool float32 = dtype_ == DType::float32, as_is = header_.input_rank == 0 || (float32 && (size[0] == 1 || size[1] * size[2] == 1));
+  const bool float32 = dtype_ == DType::float32,
+             as_is = header_.input_rank == 0 || (float32 && (size[0] == 1 || size[1] * size[2] == 1));
   if (!as_is) read(in[0], n, size[0], size[1] * size[2], slots[slot_of_[0]]);
   std::vector<const void*> values{as_is ? in[0] : slots[slot_of_[0]]};
   const auto value = [&](int64_t i) -> const void* { return i < 0 ? nullptr : values[i]; };
@@ -244,20 +251,19 @@ void Plan::run_images(int64_t n, const std::vector<const void*>& in, const std::
   auto wanted = out.begin();
   for (size_t i = 0; i + 1 < steps_.size(); ++i) {
     const Step& s = steps_[i];
-    values.push_back(s.kind == Kind::input && s.kh == 0 ? *given : slots[slot_of_[i + 1]]);  // labels are read where they lie
-    if (s.kind == Kind::output)
-      write(value(s.x), n, s.c, s.oh * s.ow, *wanted++);
-    else if (s.kind != Kind::input)
-      run_step(i, value(s.x), value(s.residual), slots[slot_of_[i + 1]], true);
-    else if (const void* const from = *given++; s.kh)
-      read(from, n, s.c, s.oh * s.ow, slots[slot_of_[i + 1]]);
+    values.push_back(s.kind == Kind::input && s.kh == 0 ? *given
+                                                        : slots[slot_of_[i + 1]]);  // labels are read where they lie
+    if (s.kind == Kind::output) write(value(s.x), n, s.c, s.oh * s.ow, *wanted++);
+    else if (s.kind != Kind::input) run_step(i, value(s.x), value(s.residual), slots[slot_of_[i + 1]], true);
+    else if (const void* const from = *given++; s.kh) read(from, n, s.c, s.oh * s.ow, slots[slot_of_[i + 1]]);
   }
 
   const size_t i = steps_.size() - 1;
   const Step& last = steps_[i];
   if (last.kind == Kind::output) return write(value(last.x), n, last.c, last.oh * last.ow, out.back());
   const bool plain = last.c == 1 || last.oh * last.ow == 1;
-  const bool can_transpose = is_convolution(last) && last.residual < 0 && (last.norm == Norm::none || last.norm == Norm::affine);
+  const bool can_transpose =
+      is_convolution(last) && last.residual < 0 && (last.norm == Norm::none || last.norm == Norm::affine);
   const bool direct = float32 && (plain || can_transpose);
   void* const to = direct ? out.back() : slots[slot_of_[i + 1]];
   run_step(i, value(last.x), value(last.residual), to, plain || !direct);
@@ -271,14 +277,16 @@ void Plan::run_step(size_t i, int64_t n, const void* x, const void* residual, vo
   run_with(is_convolution(s) ? &packed(i, n) : nullptr, s, n, x, residual, out, channels_last);
 }
 
-void Plan::run_with(const cpu::PackedConvolution* convolution, const Step& s, int64_t n, const void* x, const void* residual, void* out,
-                    bool channels_last) const {
+void Plan::run_with(const cpu::PackedConvolution* convolution, const Step& s, int64_t n, const void* x,
+                    const void* residual, void* out, bool channels_last) const {
   const NormAct op = describe(s, dtype_, n, channels_last);
   std::vector<float> stats(static_cast<size_t>(op.batch_stats ? 2 * (op.per_sample ? n * op.sets : op.c) : 0));
-  const NormActTensors given{op.batch_stats ? stats.data() : value(s.mean), op.batch_stats ? stats.data() + stats.size() / 2 : value(s.var),
-                                  value(s.norm_weight), value(s.norm_bias), residual};
+  const NormActTensors given{op.batch_stats ? stats.data() : value(s.mean),
+                             op.batch_stats ? stats.data() + stats.size() / 2 : value(s.var), value(s.norm_weight),
+                             value(s.norm_bias), residual};
   if (convolution) return convolution->run(op, x, given, out, parallel_);
-  if (op.batch_stats) cpu::norm_act_moments(op, x, const_cast<void*>(given.mean), const_cast<void*>(given.var), parallel_);
+  if (op.batch_stats)
+    cpu::norm_act_moments(op, x, const_cast<void*>(given.mean), const_cast<void*>(given.var), parallel_);
   cpu::norm_act_apply(op, x, given, out, parallel_);
 }
 
@@ -298,7 +306,8 @@ const cpu::PackedConvolution& Plan::packed(size_t i, int64_t n) const {
   Convolution& mine = algorithm(i, n) == algorithm(i, kFew) ? many : *convolutions_[2 * i];
   std::call_once(mine.once, [&] {
     const Step& s = steps_[i];
-    mine.packed = cpu::pack_convolution(geometry(s), s.c, s.kind == Kind::conv_transpose, algorithm(i, n), value(s.weight), value(s.bias), parallel_);
+    mine.packed = cpu::pack_convolution(geometry(s), s.c, s.kind == Kind::conv_transpose, algorithm(i, n),
+                                        value(s.weight), value(s.bias), parallel_);
   });
   return *mine.packed;
 }
@@ -330,7 +339,9 @@ cpu::Buffer<char> zeros(int64_t bytes) {  // they take as long as other numbers
 // Inputs and outputs of the network.
 struct Ends {
   Ends(const Plan& plan, int64_t n) {
-    const auto add = [&](const End& end) { return buffers.emplace_back(zeros(n * elements(end.size) * (end.rank ? 4 : 8))).get(); };
+    const auto add = [&](const End& end) {
+      return buffers.emplace_back(zeros(n * elements(end.size) * (end.rank ? 4 : 8))).get();
+    };
     for (const End& end : plan.inputs()) in.push_back(add(end));
     for (const End& end : plan.outputs()) out.push_back(reinterpret_cast<float*>(add(end)));
   }
@@ -370,7 +381,8 @@ std::vector<Plan::Timed> Plan::time_alone(const Step& s, int64_t n) const {
     const auto algorithm = static_cast<cpu::Algorithm>(a);
     if (!runs(algorithm, s, dtype_ == DType::bfloat16) || is_turned_off(algorithm)) continue;
     candidates.push_back({{a, std::numeric_limits<double>::infinity()},
-                          cpu::pack_convolution(geometry(s), s.c, s.kind == Kind::conv_transpose, algorithm, value(s.weight), value(s.bias), parallel_)});
+                          cpu::pack_convolution(geometry(s), s.c, s.kind == Kind::conv_transpose, algorithm,
+                                                value(s.weight), value(s.bias), parallel_)});
     measure(candidates.back());
   }
   const auto faster = [](const auto& one, const auto& other) { return one.timed.seconds < other.timed.seconds; };
@@ -414,7 +426,9 @@ std::vector<int64_t> Plan::tune(int64_t n) {
   };
   for (size_t i = 0; i < steps_.size(); ++i) {
     const auto from_memory = [&](const Timed& timed) {
-      return timed.seconds + cpu::packed_bytes(static_cast<cpu::Algorithm>(timed.algorithm), geometry(steps_[i]), steps_[i].c) / kFetched;
+      return timed.seconds +
+             cpu::packed_bytes(static_cast<cpu::Algorithm>(timed.algorithm), geometry(steps_[i]), steps_[i].c) /
+                 kFetched;
     };
     for (size_t k = 1; k < alone[i].size(); ++k) {
       const int64_t best = steps_[i].algorithm[n >= kFew], other = alone[i][k].algorithm;

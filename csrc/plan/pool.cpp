@@ -39,9 +39,12 @@ class Pool {
     finished.store(0, std::memory_order_relaxed);
     error = nullptr;
     const uint64_t next = (state.load(std::memory_order_relaxed) >> 32) + 1;
-    state.store(next << 32 | static_cast<uint64_t>(helpers) << kPieceBits | static_cast<uint64_t>(pieces), std::memory_order_seq_cst);
+    state.store(next << 32 | static_cast<uint64_t>(helpers) << kPieceBits | static_cast<uint64_t>(pieces),
+                std::memory_order_seq_cst);
     if (sleeping.load(std::memory_order_seq_cst)) {
-      { const std::lock_guard<std::mutex> lock(sleep); }
+      {
+        const std::lock_guard<std::mutex> lock(sleep);
+      }
       awake.notify_all();
     }
     take_pieces();
@@ -58,8 +61,8 @@ class Pool {
     const Body* body;
   };
 
-  // Which job, how many workers may help, and how many of its pieces nobody has taken: one word, so that who comes late takes
-  // nothing of the next job unseen.
+  // Which job, how many workers may help, and how many of its pieces nobody has taken: one word, so that who comes late
+  // takes nothing of the next job unseen.
   std::atomic<uint64_t> state{0};
   std::atomic<int64_t> finished{0};
   std::atomic<int> sleeping{0};
@@ -81,7 +84,7 @@ class Pool {
       if (!state.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel)) continue;
       const int64_t at = ceil_div(job.count, job.chunk) - static_cast<int64_t>(pieces_left(seen));
       try {
-        (*job.body)(at * job.chunk, std::min(job.count, (at + 1) * job.chunk));
+        (*job.body)(at* job.chunk, std::min(job.count, (at + 1) * job.chunk));
       } catch (...) {
         const std::lock_guard<std::mutex> lock(failing);
         error = std::current_exception();
@@ -107,7 +110,8 @@ class Pool {
   }
 };
 
-// Pools are never destroyed, their threads detached. A child process has none of its parent's threads: it makes a pool of its own.
+// Pools are never destroyed, their threads detached. A child process has none of its parent's threads: it makes a pool
+// of its own.
 std::atomic<Pool*> made{nullptr};
 
 void in_child() {

@@ -10,11 +10,12 @@ namespace fastgen::plan {
 // The process's threads, as many as the processors it may use unless FASTGEN_THREADS says otherwise.
 int thread_count();
 
-// Held for a moment where threads change what they share. A fork waits for it: no child inherits it locked by a thread that it has not.
+// Held for a moment where threads change what they share. A fork waits for it: no child inherits it locked by a thread
+// that it has not.
 std::mutex& sharing();
 
-// Runs body(begin, end) over a partition of [0, count) on `threads` of them at most, the calling one included. Calls from several
-// threads at a time each run; one of them has the pool's help. What a body throws is thrown here.
+// Runs body(begin, end) over a partition of [0, count) on `threads` of them at most, the calling one included. Calls
+// from several threads at a time each run; one of them has the pool's help. What a body throws is thrown here.
 void run_parallel(int threads, int64_t count, const std::function<void(int64_t begin, int64_t end)>& body);
 
 }  // namespace fastgen::plan

@@ -56,7 +56,8 @@ void avg_pool(const Step& s, int64_t n, const T* x, T* out, const cpu::ParallelF
         }
         for (int64_t c = 0; c < count; ++c) sum[c] += row[c];
       }
-      const int64_t pixels = s.reflect ? rows.padded * columns.padded : (rows.end - rows.begin) * (columns.end - columns.begin);
+      const int64_t pixels =
+          s.reflect ? rows.padded * columns.padded : (rows.end - rows.begin) * (columns.end - columns.begin);
       T* const to = out + ((image * s.oh + oy) * s.ow + ox) * s.c + first;
       for (int64_t c = 0; c < count; ++c) cpu::store(to + c, sum[c] / static_cast<float>(pixels));
     }
@@ -93,8 +94,11 @@ void max_pool(const Step& s, int64_t n, const T* x, T* out, const cpu::ParallelF
 // The pixel that each of `out` is: in float32, as PyTorch computes it, so that rounding picks the same.
 class Nearest {
  public:
-  Nearest(int64_t in, int64_t out, bool exact) : in(in), scale(static_cast<float>(in) / static_cast<float>(out)), shift(exact ? 0.5f : 0.0f) {}
-  int64_t operator[](int64_t at) const { return std::min(static_cast<int64_t>((static_cast<float>(at) + shift) * scale), in - 1); }
+  Nearest(int64_t in, int64_t out, bool exact)
+      : in(in), scale(static_cast<float>(in) / static_cast<float>(out)), shift(exact ? 0.5f : 0.0f) {}
+  int64_t operator[](int64_t at) const {
+    return std::min(static_cast<int64_t>((static_cast<float>(at) + shift) * scale), in - 1);
+  }
 
  private:
   int64_t in;
@@ -107,7 +111,8 @@ void upsample_nearest(const Step& s, int64_t n, const T* x, T* out, const cpu::P
   over_rows(s, n, parallel, [&](int64_t image, int64_t oy) {
     const T* const row = x + (image * s.ih + rows[oy]) * s.iw * s.c;
     T* const to = out + (image * s.oh + oy) * s.ow * s.c;
-    for (int64_t ox = 0; ox < s.ow; ++ox) memcpy(to + ox * s.c, row + columns[ox] * s.c, static_cast<size_t>(s.c) * sizeof(T));
+    for (int64_t ox = 0; ox < s.ow; ++ox)
+      memcpy(to + ox * s.c, row + columns[ox] * s.c, static_cast<size_t>(s.c) * sizeof(T));
   });
 }
 
@@ -142,8 +147,8 @@ void upsample_bilinear(const Step& s, int64_t n, const T* x, T* out, const cpu::
       const float d = rows.to_high * columns.to_low, e = rows.to_high * columns.to_high;
       T* const to = out + ((image * s.oh + oy) * s.ow + ox) * s.c;
       for (int64_t c = 0; c < s.c; ++c) {
-        cpu::store(to + c, a * cpu::load(top + left + c) + b * cpu::load(top + right + c) + d * cpu::load(bottom + left + c) +
-                               e * cpu::load(bottom + right + c));
+        cpu::store(to + c, a * cpu::load(top + left + c) + b * cpu::load(top + right + c) +
+                               d * cpu::load(bottom + left + c) + e * cpu::load(bottom + right + c));
       }
     }
   });
@@ -168,14 +173,16 @@ void pixel_shuffle(const Step& s, int64_t n, const T* x, T* out, const cpu::Para
 
 // y is broadcast.
 template <class T, class Combine>
-void combine(const Step& s, int64_t n, const T* x, const T* y, T* out, const cpu::ParallelFor& parallel, const Combine& combined) {
+void combine(const Step& s, int64_t n, const T* x, const T* y, T* out, const cpu::ParallelFor& parallel,
+             const Combine& combined) {
   over_rows(s, n, parallel, [&](int64_t image, int64_t oy) {
     const T* const others = y + (image * s.kh + (s.kh > 1 ? oy : 0)) * s.kw * s.groups;
     for (int64_t ox = 0; ox < s.ow; ++ox) {
       const int64_t at = ((image * s.oh + oy) * s.ow + ox) * s.c;
       const T* const other = others + (s.kw > 1 ? ox * s.groups : 0);
       if (s.groups > 1) {
-        for (int64_t c = 0; c < s.c; ++c) cpu::store(out + at + c, combined(cpu::load(x + at + c), cpu::load(other + c)));
+        for (int64_t c = 0; c < s.c; ++c)
+          cpu::store(out + at + c, combined(cpu::load(x + at + c), cpu::load(other + c)));
       } else {
         const float value = cpu::load(other);
         for (int64_t c = 0; c < s.c; ++c) cpu::store(out + at + c, combined(cpu::load(x + at + c), value));
@@ -198,7 +205,8 @@ template <class T>
 void reshape(const Step& s, int64_t n, const T* x, T* out, const cpu::ParallelFor& parallel) {
   struct Place {
     int64_t pixels, channels, pixel, channel;
-    Place(int64_t c, int64_t pixels, int64_t at) : pixels(pixels), channels(c), pixel(at % pixels), channel(at / pixels % c) {}
+    Place(int64_t c, int64_t pixels, int64_t at)
+        : pixels(pixels), channels(c), pixel(at % pixels), channel(at / pixels % c) {}
     int64_t offset() const { return pixel * channels + channel; }
     void next() {
       if (++pixel < pixels) return;
@@ -226,7 +234,8 @@ void embedding(const Step& s, int64_t n, const int64_t* labels, const float* wei
 }
 
 template <class T>
-void run_as(const Step& s, int64_t n, const void* given, const void* other, const float* weight, void* result, const cpu::ParallelFor& parallel) {
+void run_as(const Step& s, int64_t n, const void* given, const void* other, const float* weight, void* result,
+            const cpu::ParallelFor& parallel) {
   const T* const x = static_cast<const T*>(given);
   const T* const y = static_cast<const T*>(other);
   T* const out = static_cast<T*>(result);
@@ -245,12 +254,10 @@ void run_as(const Step& s, int64_t n, const void* given, const void* other, cons
   }
 }
 
-inline void run_other(const Step& s, DType dtype, int64_t n, const void* x, const void* y, const float* weight, void* out,
-                      const cpu::ParallelFor& parallel) {
-  if (dtype == DType::bfloat16)
-    run_as<cpu::BFloat16>(s, n, x, y, weight, out, parallel);
-  else
-    run_as<float>(s, n, x, y, weight, out, parallel);
+inline void run_other(const Step& s, DType dtype, int64_t n, const void* x, const void* y, const float* weight,
+                      void* out, const cpu::ParallelFor& parallel) {
+  if (dtype == DType::bfloat16) run_as<cpu::BFloat16>(s, n, x, y, weight, out, parallel);
+  else run_as<float>(s, n, x, y, weight, out, parallel);
 }
 
 }  // namespace fastgen::plan::FASTGEN_ISA
@@ -275,10 +282,14 @@ bool within(int64_t value, int64_t least, int64_t most) { return least <= value 
 bool pool_fits(const Step& s) {
   const int64_t in[2] = {s.ih, s.iw}, out[2] = {s.oh, s.ow}, kernel[2] = {s.kh, s.kw};
   for (int i = 0; i < 2; ++i) {
-    if (!within(kernel[i], 1, kMost) || !within(s.stride[i], 1, kMost) || !within(s.dilation[i], 1, s.kind == Kind::max_pool ? kMost : 1)) return false;
+    if (!within(kernel[i], 1, kMost) || !within(s.stride[i], 1, kMost) ||
+        !within(s.dilation[i], 1, s.kind == Kind::max_pool ? kMost : 1))
+      return false;
     const int64_t reach = s.dilation[i] * (kernel[i] - 1) + 1, last = (out[i] - 1) * s.stride[i];
     // The last window begins before the input's end, and reaches as far as ceil_mode lets it.
-    if (!within(s.padding[i], 0, reach / 2) || last >= in[i] + s.padding[i] || last > in[i] + 2 * s.padding[i] - reach + s.stride[i] - 1) return false;
+    if (!within(s.padding[i], 0, reach / 2) || last >= in[i] + s.padding[i] ||
+        last > in[i] + 2 * s.padding[i] - reach + s.stride[i] - 1)
+      return false;
   }
   return s.ic == s.c;
 }
@@ -302,7 +313,8 @@ bool other_fits(const Step& s, int64_t y) {
     case Kind::upsample_bilinear: return flag && s.ic == s.c;
     case Kind::pixel_shuffle: {
       const int64_t factor = s.oh / s.ih;
-      return flag && factor && s.oh == factor * s.ih && s.ow == factor * s.iw && s.ic % (factor * factor) == 0 && s.c == s.ic / (factor * factor);
+      return flag && factor && s.oh == factor * s.ih && s.ow == factor * s.iw && s.ic % (factor * factor) == 0 &&
+             s.c == s.ic / (factor * factor);
     }
     default: return s.ic == s.c && same_pixels;
   }

@@ -28,22 +28,26 @@ FASTGEN_HD int32_t bits_of_float(float value) {
 }
 
 // 2^n, -127 < n < 128
-FASTGEN_HD float float_of_exponent(int32_t n) { return float_of_bits(static_cast<int32_t>(static_cast<uint32_t>(n + 127) << 23)); }
+FASTGEN_HD float float_of_exponent(int32_t n) {
+  return float_of_bits(static_cast<int32_t>(static_cast<uint32_t>(n + 127) << 23));
+}
 
 // exp, tanh without branches or calls, so that a loop over them becomes SIMD code; within 2 ulp of libm.
 // Range reduction exp(x) = 2^n exp(r), |r| <= ln2/2; polynomials of the Cephes library (Moshier, expf.c and tanhf.c).
 FASTGEN_HD float exp_(float x) {
   const float shift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, whose low bits are the sum's
   const int32_t zero = 0x4b400000, sum = bits_of_float(x * 1.44269504088896341f + shift);
-  const int32_t least = sum < zero - 200 ? zero - 200 : sum;  // of integers: GCC vectorizes these bounds, not those of x
+  const int32_t least =
+      sum < zero - 200 ? zero - 200 : sum;  // of integers: GCC vectorizes these bounds, not those of x
   const int32_t bits = least > zero + 200 ? zero + 200 : least;
   const float n = float_of_bits(bits) - shift;
   float r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  r = r < -1.f ? -1.f : r;  // far below, where n is a bound; NaN stays NaN
+  r = r < -1.f ? -1.f : r;     // far below, where n is a bound; NaN stays NaN
   const float square = r * r;  // in pairs: short chains of dependent products
-  const float p = ((1.9875691500e-4f * r + 1.3981999507e-3f) * square + (8.3334519073e-3f * r + 4.1665795894e-2f)) * square +
-                  (1.6666665459e-1f * r + 5.0000001201e-1f);
+  const float p =
+      ((1.9875691500e-4f * r + 1.3981999507e-3f) * square + (8.3334519073e-3f * r + 4.1665795894e-2f)) * square +
+      (1.6666665459e-1f * r + 5.0000001201e-1f);
   const float power = p * square + (r + 1.f);
   const int32_t whole = bits - zero, half = whole >> 1, rest = whole - half;
   return power * float_of_exponent(half) * float_of_exponent(rest);  // two factors: 2^n itself may overflow

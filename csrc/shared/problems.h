@@ -10,8 +10,9 @@ enum class DType { float32, float64, bfloat16, float16 };
 FASTGEN_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct NormAct {
-  DType dtype;         // of x, residual, out and their gradients; every other buffer has the accumulation type (float, or double)
-  int64_t n, c, s;     // samples, channels, pixels
+  DType dtype;      // of x, residual, out and their gradients; every other buffer has the accumulation type (float, or
+                    // double)
+  int64_t n, c, s;  // samples, channels, pixels
   bool channels_last;  // memory order (n, s, c)
   bool normalize;      // false: no norm, its buffers are null
   bool batch_stats;    // mean and var are statistics of x, and the gradient goes through them
@@ -43,12 +44,12 @@ struct NormActGrads {
 struct Convolution {
   int64_t ic, ih, iw, oh, ow;  // x is (n, ic, ih, iw), the output (n, c, oh, ow) with n and c of NormAct
   int64_t kh, kw;
-  int64_t weight_strides[4];   // of (oc, ic / groups, kh, kw), or when transposed of (ic, oc / groups, kh, kw)
+  int64_t weight_strides[4];  // of (oc, ic / groups, kh, kw), or when transposed of (ic, oc / groups, kh, kw)
   int64_t stride[2], padding[2], dilation[2];
   int64_t groups;
-  bool reflect;                // the padding mirrors x instead of being zero; not when transposed
-  bool x_channels_last;        // the output's order is NormAct's
-  bool tf32;                   // float32 may be multiplied in TF32 (GPU)
+  bool reflect;          // the padding mirrors x instead of being zero; not when transposed
+  bool x_channels_last;  // the output's order is NormAct's
+  bool tf32;             // float32 may be multiplied in TF32 (GPU)
 };
 
 struct ConvolutionTensors {
@@ -59,21 +60,22 @@ struct ConvolutionTensors {
   void* out;
 };
 
-// mu is (keys, rows, size), z (keys, samples, rows, size), each in this order: noise elements are counted within a key of z.
+// mu is (keys, rows, size), z (keys, samples, rows, size), each in this order: noise elements are counted within a key
+// of z.
 struct Reparameterize {
   DType dtype;  // of all but the divergence and its gradient, which have the accumulation type (float, or double)
   int64_t keys, samples, rows, size;
-  const int64_t* key;                // (keys, 2): seed and offset
+  const int64_t* key;                  // (keys, 2): seed and offset
   int64_t mean_period, logvar_period;  // the prior's element of element i is i % period
-  double logvar_min, logvar_max;     // infinite: no bound
-  double free_bits;                  // what the divergence of an element is raised to; -infinite: nothing
+  double logvar_min, logvar_max;       // infinite: no bound
+  double free_bits;                    // what the divergence of an element is raised to; -infinite: nothing
   double beta;
 };
 
 struct ReparameterizeTensors {
   const void* mu;
   const void* logvar;
-  const void* prior_mean;    // both or neither
+  const void* prior_mean;  // both or neither
   const void* prior_logvar;
 };
 

@@ -6,6 +6,7 @@
 | `cuda` | the CUDA kernels, torch.ops.fastgen_cuda | `fastgen/_cuda_<digest>.abi3.so` where there is a CUDA toolkit |
 | `runtime` | the inference plan, which links no torch | `fastgen/_runtime_<digest>.*.so` |
 
-Where that is missing or was made from other sources, `load()` builds the same list just in time into a folder of `cache`, with
-`toolchain`. torch is imported when something is loaded, not before; nor shutil and subprocess: a plan that starts needs neither.
+Where that is missing or was made from other sources, `load()` builds the same list just in time into a folder of
+`cache`, with `toolchain`. torch is imported when something is loaded, not before; nor shutil and subprocess: a plan
+that starts needs neither.
 """

@@ -70,8 +70,8 @@ class Library(ABC):
     def build(self, force: bool = False, verbose: bool = False) -> Path:
         """Build now unless it is there, and load it; return the library's path.
 
-        An earlier failure is tried again. `force` builds anew in any case, `verbose` logs all that a failing compiler says.
-        Raises FastgenError with the first compiler error.
+        An earlier failure is tried again. `force` builds anew in any case, `verbose` logs all that a failing compiler
+        says. Raises FastgenError with the first compiler error.
         """
         with self._lock:
             found = None if force else next(self._made(), None)

@@ -157,7 +157,8 @@ def make(
 
 
 def compile_extension(name: str, sources: list[Path], folder: str, **options: Any) -> str:
-    """Run the compilers on an extension of torch's; return the library's path. Raises RuntimeError with all that they said."""
+    """Run the compilers on an extension of torch's; return the library's path. Raises RuntimeError with all that they
+    said."""
     try:
         from torch.utils import cpp_extension
     except ImportError as error:  # setuptools is not there: nothing that a cache should remember

@@ -32,12 +32,14 @@ def generate(
     """Draw new images with a trained model, into one picture.
 
     Args:
-        run: Run folder that `fastgen train` left, or plan file that `fastgen export` wrote (then torch is not imported).
+        run: Run folder that `fastgen train` left, or plan file that `fastgen export` wrote (then torch is not
+            imported).
         n: Number of images.
         seed: Seed of the noise; the same seed gives the same picture.
         label: Number of the class to draw, for a model that was trained with classes.
         text: What to draw, for a model that was trained with captions.
-        interpolate: Random images to go through, in n steps: a strip, or with --out ending in .gif an endless animation.
+        interpolate: Random images to go through, in n steps: a strip, or with --out ending in .gif an endless
+            animation.
         out: Picture to write; its ending says the format.
     """
     from fastgen.images import picture_format, save_grid

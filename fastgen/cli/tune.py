@@ -20,7 +20,8 @@ def tune(
     """Measure which implementation of each convolution is fastest here, once; from then on it is taken.
 
     Args:
-        system: Name of a system or model (`dcgan`, `vae`, ...), at its usual size, or a run folder that `fastgen train` left.
+        system: Name of a system or model (`dcgan`, `vae`, ...), at its usual size, or a run folder that `fastgen train`
+            left.
         batch: Images at a time, as in the run to come.
         dtype: Precision, under autocast but for fp32.
         channels_last: Images and weights in channels_last order, as `fastgen train` has them.

@@ -76,8 +76,8 @@ def _faces(image_size: int, split: Split) -> ImageDataset:
 def _colour_to_grey(image_size: int, split: Split) -> DomainPair:
     """Patches of the two photographs in colour and, from other parts of them, in grey.
 
-    The photographs are cut into strips of 120 columns (the last of 160 is held out), of which every other one is grey. To
-    test on, `a` and `b` are the same patches, so that the true grey of each is known.
+    The photographs are cut into strips of 120 columns (the last of 160 is held out), of which every other one is grey.
+    To test on, `a` and `b` are the same patches, so that the true grey of each is known.
     """
     strips = [photo[:, start : start + 120] for photo in _photographs() for start in (0, 120, 240, 360)]
     colour, grey = strips[::2], strips[1::2]

@@ -81,7 +81,8 @@ class ImageDataset:
 
 @dataclass(frozen=True)
 class DomainPair:
-    """Two unpaired sets of images of one size, as CycleGAN learns from: image i of `a` has nothing to do with that of `b`."""
+    """Two unpaired sets of images of one size, as CycleGAN learns from: image i of `a` has nothing to do with that of
+    `b`."""
 
     name: str
     a: ImageDataset

@@ -18,7 +18,8 @@ _GREY = ("1", "L", "LA", "La", "I", "F")
 
 
 class UnusableImageError(DataError):
-    """A file that no image can be made of: it is none, it is damaged, too large, too small, or its levels have no known range.
+    """A file that no image can be made of: it is none, it is damaged, too large, too small, or its levels have no known
+    range.
 
     Of many images such a one is left out, or with `strict` an error.
     """
@@ -90,7 +91,8 @@ def read_image(path: Path, channels: int, *, image_size: int | None = None) -> n
         (channels, H, W), uint8.
 
     Raises:
-        UnusableImageError: not an image, damaged, too large to unpack, smaller than `image_size`, or with levels of which the
+        UnusableImageError: not an image, damaged, too large to unpack, smaller than `image_size`, or with levels of
+        which the
             file does not say what is white: signed, of 32 bits, or floating point ones outside of 0 to 1.
         OSError: the file cannot be read.
     """
@@ -124,7 +126,8 @@ def _check(path: Path, image: Image.Image, image_size: int | None) -> None:
         raise UnusableImageError(f"{path} is refused: its colours are those of CIELAB; save it as RGB")
     if image.mode != "F" and (_bits(image) > 16 or _tag(image, SAMPLEFORMAT, 1) != 1):
         raise UnusableImageError(
-            f"{path} is refused: it has signed levels, or such of {_bits(image)} bits, and does not say which of them is "
+            f"{path} is refused: it has signed levels, or such of {_bits(image)} bits, and does not say which of them "
+            f"is "
             "white; save it with 8 or 16 bits without a sign"
         )
 
@@ -140,13 +143,15 @@ def _bits(image: Image.Image) -> int:
 
 
 def _with_8_bits(path: Path, opened: Image.Image, image: Image.Image) -> Image.Image:
-    """`image`, which comes from `opened`, with black at 0 and white at 255; what Pillow scales itself stays as it is."""
+    """`image`, which comes from `opened`, with black at 0 and white at 255; what Pillow scales itself stays as it
+    is."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     levels, white = np.asarray(image), 1 if image.mode == "F" else 2 ** _bits(opened) - 1
     if not 0 <= levels.min() <= levels.max() <= white:  # nor for NaN
         raise UnusableImageError(
-            f"{path} is refused: its levels run from {levels.min():.4g} to {levels.max():.4g}, where black is 0 and white "
+            f"{path} is refused: its levels run from {levels.min():.4g} to {levels.max():.4g}, where black is 0 and "
+            f"white "
             f"{white}; scale them to that"
         )
     scaled = np.rint(levels * (255 / white))

@@ -70,11 +70,12 @@ def read_headers(paths: Sequence[Path], image_size: int, left_out: LeftOut) -> l
 class ImageFiles:
     """Image files as (N, C, H, W), uint8, decoded by threads when asked for.
 
-    It may be pickled, copied and used after a fork, as the workers of a DataLoader do: each process has threads of its own.
+    It may be pickled, copied and used after a fork, as the workers of a DataLoader do: each process has threads of its
+    own.
 
     Args:
-        left_out: is told of a file that turns out to be damaged, too small or gone. If it is not strict, the next good one
-            stands in for that.
+        left_out: is told of a file that turns out to be damaged, too small or gone. If it is not strict, the next good
+            one stands in for that.
     """
 
     def __init__(self, paths: Sequence[Path], channels: int, image_size: int, left_out: LeftOut) -> None:

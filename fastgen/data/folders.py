@@ -1,4 +1,5 @@
-"""What users bring: a folder of images, a folder a class, trainA/ and trainB/, metadata.jsonl, MNIST's and CIFAR-10's files."""
+"""What users bring: a folder of images, a folder a class, trainA/ and trainB/, metadata.jsonl, MNIST's and CIFAR-10's
+files."""
 
 import difflib
 import json
@@ -73,7 +74,8 @@ def load_folder(path: Path, image_size: int, split: Split, *, strict: bool) -> I
 
 
 def _part(path: Path, split: Split) -> tuple[list[Path], list[Path]]:
-    """The folder of a part, or the two of its domains; and those of the part to learn from, where it has folders of its own."""
+    """The folder of a part, or the two of its domains; and those of the part to learn from, where it has folders of its
+    own."""
     names = {name + domain for part in _PARTS.values() for name in part for domain in ("", *_DOMAINS)}
     folders: dict[str, Path] = {}
     others: list[Path] = []

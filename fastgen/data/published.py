@@ -97,7 +97,8 @@ def _read(path: Path) -> bytes:
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """An IDX file: two zero bytes, the type (8: uint8), the number of dimensions, their big-endian sizes, the values."""
+    """An IDX file: two zero bytes, the type (8: uint8), the number of dimensions, their big-endian sizes, the
+    values."""
     content = _read(path)
     header = 4 + 4 * dimensions
     if len(content) < header or content[:4] != bytes((0, 0, 8, dimensions)):

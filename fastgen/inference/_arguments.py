@@ -23,8 +23,8 @@ class UntraceableError(BaseException):  # past the `except Exception` of the cod
 def ways(forward: FunctionType, functions: Sequence[FunctionType]) -> Iterator[dict[str, Any]]:
     """What the arguments of a forward may be besides tensors: those that are fixed, by name.
 
-    Each is a tensor, or its default, or None if forward or one of these functions may ask for that; *args and **kwargs may be
-    empty. Raises UntraceableError if forward asks what else one is.
+    Each is a tensor, or its default, or None if forward or one of these functions may ask for that; *args and **kwargs
+    may be empty. Raises UntraceableError if forward asks what else one is.
     """
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     names = {parameter.name for parameter in parameters}

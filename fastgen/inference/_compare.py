@@ -1,4 +1,5 @@
-"""Whether what stands for a module computes what it does: rounding is told from a fault, and a state that changes is found."""
+"""Whether what stands for a module computes what it does: rounding is told from a fault, and a state that changes is
+found."""
 
 from __future__ import annotations
 
@@ -23,17 +24,18 @@ _BITS = {"fp32": 17, "tf32": 10, "fp16": 10, "bf16": 7}
 def compare(
     call: Callable[..., Any], module: nn.Module, example: Inputs, precision: str, numbers: Sequence[int]
 ) -> float:
-    """The relative L2 difference of call(*inputs) from module(*inputs) over the example and other images, in batches of these
-    numbers.
+    """The relative L2 difference of call(*inputs) from module(*inputs) over the example and other images, in batches of
+    these numbers.
 
-    Raises UnsupportedError where it is more than rounding makes: four times the rounding of one value, which a network of a few
-    layers reaches, or three times the difference that appears where the module itself runs in float32 with its weights, and
-    what each function returns, rounded to the precision. The latter follows a model that makes rounding larger, rounds at
-    least as often as a plan, and needs no kernels of that precision. Over 80 networks a plan's difference was 0.4 to 1.3 times
-    that; three times, since of outputs of few numbers some are near 0 by chance.
+    Raises UnsupportedError where it is more than rounding makes: four times the rounding of one value, which a network
+    of a few layers reaches, or three times the difference that appears where the module itself runs in float32 with its
+    weights, and what each function returns, rounded to the precision. The latter follows a model that makes rounding
+    larger, rounds at least as often as a plan, and needs no kernels of that precision. Over 80 networks a plan's
+    difference was 0.4 to 1.3 times that; three times, since of outputs of few numbers some are near 0 by chance.
 
-    The module stays as it is: copies run, and meet the first batch once more at the end, when they have seen others. All begin
-    with the same random numbers. What draws none where the module does has kept those of its making, and is refused.
+    The module stays as it is: copies run, and meet the first batch once more at the end, when they have seen others.
+    All begin with the same random numbers. What draws none where the module does has kept those of its making, and is
+    refused.
     """
     batches = [tuple(_images(x, n) for x in example) for n in numbers]
     batches.append(batches[0])
@@ -76,7 +78,8 @@ def copies(inputs: Inputs) -> Inputs:
 
 
 def _images(x: Tensor, n: int) -> Tensor:
-    """n images: x at the end, where it fits, and before it others of x's values in another order, channel by channel."""
+    """n images: x at the end, where it fits, and before it others of x's values in another order, channel by
+    channel."""
     images = x[(torch.arange(n, device=x.device) - n) % len(x)]
     if x.dim() < 2 or not x.is_floating_point():
         return images
@@ -142,8 +145,9 @@ def _round(x: Tensor, bits: int) -> None:
 
 
 def changes(module: nn.Module, inputs: Inputs) -> dict[nn.Module, str]:
-    """The modules whose own state a second call on the same inputs changes, and the name of what changes first: parameters,
-    buffers, and tensors, arrays and numbers in other attributes. What the first call fills, as a cache, is no change."""
+    """The modules whose own state a second call on the same inputs changes, and the name of what changes first:
+    parameters, buffers, and tensors, arrays and numbers in other attributes. What the first call fills, as a cache, is
+    no change."""
     with torch.no_grad():
         module(*copies(inputs))
         before = {key: _copy(value) for key, value in _state(module)}

@@ -38,15 +38,16 @@ def record(call: Callable[[Tensor], Any], x: Tensor) -> Recorded:
             for _ in range(3):
                 call(given)
         torch.cuda.current_stream().wait_stream(stream)
-        # PyTorch's own stream for it lies on the GPU of the process's first graph. What other threads do is their affair.
+        # PyTorch's own stream for it lies on the GPU of the process's first graph. What other threads do is their
+        # affair.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             result = call(given)
     return Recorded(given, result, graph.replay)
 
 
 class Graphs:
-    """A module made for inference on its GPU: fused, weights in channels_last and without parametrizations; recorded once for
-    each number of images, then replayed with no Python between its layers.
+    """A module made for inference on its GPU: fused, weights in channels_last and without parametrizations; recorded
+    once for each number of images, then replayed with no Python between its layers.
 
     Several threads may call it, on any streams: their calls take turns on the GPU.
     """
@@ -65,7 +66,8 @@ class Graphs:
         self._idle: torch.cuda.Event | None = None  # when the last call has left the buffers
 
     def __call__(self, x: Tensor) -> Any:
-        """The module's output for a float32 x: a new float32 tensor, or a tuple of such where the module returns several."""
+        """The module's output for a float32 x: a new float32 tensor, or a tuple of such where the module returns
+        several."""
         # Buffers that inference_mode made could not be written outside of it.
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if self._idle is not None:
@@ -116,7 +118,8 @@ def _prepared(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @contextlib.contextmanager
 def multiplying(precision: str) -> Iterator[None]:
-    """float32 is multiplied as "tf32" or, for other precisions and on a CPU, exactly, by PyTorch's kernels and fastgen's."""
+    """float32 is multiplied as "tf32" or, for other precisions and on a CPU, exactly, by PyTorch's kernels and
+    fastgen's."""
     cudnn, matmul, mkldnn = torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends.mkldnn
     # That of cudnn.rnn too: PyTorch raises an error where it asks for both and they differ.
     on_gpu: tuple[Any, ...] = (cudnn.conv, cudnn.rnn, matmul)  # type: ignore[attr-defined]

@@ -15,14 +15,16 @@ from fastgen.runtime._file import Size, Step
 
 
 def lower(module: nn.Module, *inputs: Tensor) -> tuple[list[Step], tuple[int, ...], tuple[int, ...]]:
-    """The steps of module(*inputs), and the shapes of an image of its first input and last output. Raises UnsupportedError."""
+    """The steps of module(*inputs), and the shapes of an image of its first input and last output. Raises
+    UnsupportedError."""
     for i, x in enumerate(inputs):
         is_image = x.dtype == torch.float32 and x.dim() in (2, 4)
         is_labels = x.dtype in (torch.int64, torch.int32) and x.dim() == 1
         if not (is_image or is_labels) or x.layout != torch.strided or len(x) != len(inputs[0]):
             layout = "" if x.layout == torch.strided else f" of layout {x.layout}"
             raise UnsupportedError(
-                f"input {i} is {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}{layout}, where plans take float32 (N, C) "
+                f"input {i} is {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}{layout}, where plans take "
+                f"float32 (N, C) "
                 "and (N, C, H, W), and labels as int64 (N,)"
             )
     starts, outputs = record(module, *inputs)

@@ -1,4 +1,5 @@
-"""The classes that fuse gives to modules: they are found where the originals were, and compute the same in fewer passes."""
+"""The classes that fuse gives to modules: they are found where the originals were, and compute the same in fewer
+passes."""
 
 from __future__ import annotations
 

@@ -33,7 +33,8 @@ class Plan:
     left: dict[nn.Module, str] = field(default_factory=dict)  # modules called outside of runs, and why
     # The runs or, for None, the single calls in which each module was found.
     sites: dict[nn.Module, set[Run | None]] = field(default_factory=lambda: defaultdict(set))
-    # By module: those under it that its forward calls, on some path, with what they do not take. Others in their place may.
+    # By module: those under it that its forward calls, on some path, with what they do not take. Others in their place
+    # may.
     refusing: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
 
     def leave(self, module: nn.Module, reason: str) -> None:
@@ -45,8 +46,8 @@ class Plan:
 def make(model: nn.Module) -> Plan:
     """Analyses the model, which stays as it is.
 
-    What a Sequential runs is known from its order. Elsewhere a run fuses if at every call of its members, in every forward in
-    the model and on every path through it, the same members follow each other, called by one function.
+    What a Sequential runs is known from its order. Elsewhere a run fuses if at every call of its members, in every
+    forward in the model and on every path through it, the same members follow each other, called by one function.
     """
     plan, traces = Plan(), {}
     scripted: set[nn.Module] = set()
@@ -179,7 +180,8 @@ def _forbid_other_callers(model: nn.Module, traces: dict[nn.Module, Trace], plan
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
-    """The modules under this one, with the names by which attributes lead to them; containers' children may have none."""
+    """The modules under this one, with the names by which attributes lead to them; containers' children may have
+    none."""
     for path, member in module.named_modules(remove_duplicate=False):
         names, at = [], module
         for name in path.split(".") if path else ():
@@ -196,7 +198,8 @@ def _may_use(uses: Uses, names: list[str], method: str) -> bool:
 
 
 def _settle(plan: Plan) -> None:
-    """Shortens or drops runs until all calls of each member are in them, those of a convolution or norm in one alone."""
+    """Shortens or drops runs until all calls of each member are in them, those of a convolution or norm in one
+    alone."""
     at = 0
     while at < len(plan.runs):
         run, short = plan.runs[at], _settled(plan.runs[at], plan)

@@ -1,7 +1,8 @@
-"""How a call of each of PyTorch's functions reads as a node: its kind, the values that it takes, and its other arguments.
+"""How a call of each of PyTorch's functions reads as a node: its kind, the values that it takes, and its other
+arguments.
 
-A reader has the parameters of the function, so that Python binds the arguments; it returns (kind, values, options). Raises
-UnsupportedError for what no plan computes.
+A reader has the parameters of the function, so that Python binds the arguments; it returns (kind, values, options).
+Raises UnsupportedError for what no plan computes.
 """
 
 import operator
@@ -299,18 +300,19 @@ READERS: dict[Any, Callable] = {
     Tensor.to: _same, Tensor.float: _same,
     Tensor.type_as: _same,
     Tensor.view: _view, Tensor.reshape: _view, torch.reshape: _view, Tensor.flatten: _view, torch.flatten: _view,
-    Tensor.squeeze: _view, torch.squeeze: _view, Tensor.unsqueeze: _view, torch.unsqueeze: _view, Tensor.unflatten: _view,
-    torch.add: _add, Tensor.add: _add, Tensor.add_: _add, operator.add: _add, Tensor.__add__: _add, Tensor.__radd__: _add,
-    Tensor.__iadd__: _add, torch.mul: _mul, Tensor.mul: _mul, Tensor.__mul__: _mul, Tensor.__rmul__: _mul,
-    torch.sub: _sub, Tensor.sub: _sub, Tensor.__sub__: _sub, torch.div: _div, Tensor.div: _div, Tensor.__truediv__: _div,
-    torch.neg: _neg, Tensor.neg: _neg, Tensor.__neg__: _neg, torch.rsub: _rsub, Tensor.__rsub__: _rsub,
-    torch.addcmul: _addcmul, Tensor.addcmul: _addcmul, torch.multiply: _mul, Tensor.mul_: _mul, Tensor.__imul__: _mul,
-    F.embedding: _embedding, F.one_hot: _one_hot, Tensor.long: _same, F.interpolate: _interpolate,
-    Tensor.expand: _expand, Tensor.expand_as: _expand_as, Tensor.repeat: _repeat,
-    F.avg_pool2d: _avg_pool2d, F.max_pool2d: _max_pool2d, torch.max_pool2d: _max_pool2d,
+    Tensor.squeeze: _view, torch.squeeze: _view, Tensor.unsqueeze: _view, torch.unsqueeze: _view,
+    Tensor.unflatten: _view, torch.add: _add, Tensor.add: _add, Tensor.add_: _add, operator.add: _add,
+    Tensor.__add__: _add, Tensor.__radd__: _add, Tensor.__iadd__: _add, torch.mul: _mul, Tensor.mul: _mul,
+    Tensor.__mul__: _mul, Tensor.__rmul__: _mul, torch.sub: _sub, Tensor.sub: _sub, Tensor.__sub__: _sub,
+    torch.div: _div, Tensor.div: _div, Tensor.__truediv__: _div, torch.neg: _neg, Tensor.neg: _neg,
+    Tensor.__neg__: _neg, torch.rsub: _rsub, Tensor.__rsub__: _rsub, torch.addcmul: _addcmul, Tensor.addcmul: _addcmul,
+    torch.multiply: _mul, Tensor.mul_: _mul, Tensor.__imul__: _mul, F.embedding: _embedding, F.one_hot: _one_hot,
+    Tensor.long: _same, F.interpolate: _interpolate, Tensor.expand: _expand, Tensor.expand_as: _expand_as,
+    Tensor.repeat: _repeat, F.avg_pool2d: _avg_pool2d, F.max_pool2d: _max_pool2d, torch.max_pool2d: _max_pool2d,
     F.adaptive_avg_pool2d: _adaptive_pool("avg_pool"), F.adaptive_max_pool2d: _adaptive_pool("max_pool"),
     F.pixel_shuffle: _pixel_shuffle, torch.mean: _reduction(True), Tensor.mean: _reduction(True),
     torch.sum: _reduction(False), Tensor.sum: _reduction(False), torch.chunk: _split, Tensor.chunk: _split,
-    torch.split: _split, Tensor.split: _split, torch.narrow: _narrow, Tensor.narrow: _narrow, Tensor.__getitem__: _getitem,
+    torch.split: _split, Tensor.split: _split, torch.narrow: _narrow, Tensor.narrow: _narrow,
+    Tensor.__getitem__: _getitem,
 }  # fmt: skip
 ARITHMETIC = {_add, _mul, _sub, _div, _rsub}

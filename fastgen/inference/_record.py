@@ -1,7 +1,7 @@
 """What a module computes for an example: the calls of PyTorch's functions on values that come from its input.
 
-A plan takes any number of images, so a forward that asks how many there are runs for other numbers too, without computing: it
-must call the same functions.
+A plan takes any number of images, so a forward that asks how many there are runs for other numbers too, without
+computing: it must call the same functions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from fastgen.nn import Sequential
 
 @dataclass(eq=False)
 class Node:
-    """A call: its kind, the nodes whose values it takes, its other arguments, and the shape of an image of its result."""
+    """A call: its kind, the nodes whose values it takes, its other arguments, and the shape of an image of its
+    result."""
 
     kind: str
     inputs: tuple[Node, ...]
@@ -35,8 +36,9 @@ class Node:
 
 # What only looks, or gives the value back.
 _QUIET = {
-    Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_contiguous, Tensor.stride, Tensor.element_size, Tensor.is_floating_point,
-    Tensor.data_ptr, Tensor.get_device, Tensor.__len__, Tensor.ndimension, torch.is_tensor, torch.is_floating_point,
+    Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_contiguous, Tensor.stride, Tensor.element_size,
+    Tensor.is_floating_point, Tensor.data_ptr, Tensor.get_device, Tensor.__len__, Tensor.ndimension, torch.is_tensor,
+    torch.is_floating_point,
 }  # fmt: skip
 
 
@@ -136,8 +138,8 @@ class _OtherCallError(Exception):
 
 
 class _Replay(_Recorder):
-    """Compares the calls with those that were recorded for another number of images. None computes: each has results of the
-    right shapes, which take no memory."""
+    """Compares the calls with those that were recorded for another number of images. None computes: each has results of
+    the right shapes, which take no memory."""
 
     def __init__(self, inputs: list[Tensor], recorded: _Recorder):
         super().__init__(inputs)

@@ -45,7 +45,8 @@ class Trace:
 
 
 def clone(model: M, *, share: bool) -> M:
-    """copy.deepcopy, also of modules that keep a computed tensor (as old spectral_norm does); share: not of parameters."""
+    """copy.deepcopy, also of modules that keep a computed tensor (as old spectral_norm does); share: not of
+    parameters."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in vars(module).values():
@@ -60,12 +61,12 @@ def clone(model: M, *, share: bool) -> M:
 
 
 def trace(module: nn.Module) -> Trace:
-    """All paths through the module's own forward: in training and not, with and without each optional argument, either way
-    of each branch on a value.
+    """All paths through the module's own forward: in training and not, with and without each optional argument, either
+    way of each branch on a value.
 
-    A copy runs, so that nothing that forward stores is seen, and the random number generators stay as they were. Flags that
-    forward reads from the module are taken as they are. A path that ends in an exception, of the user's or because a module
-    does not take what it is called with, computes nothing. Raises UntraceableError.
+    A copy runs, so that nothing that forward stores is seen, and the random number generators stay as they were. Flags
+    that forward reads from the module are taken as they are. A path that ends in an exception, of the user's or because
+    a module does not take what it is called with, computes nothing. Raises UntraceableError.
     """
     if "forward" in vars(module):
         raise UntraceableError("its forward was replaced on the instance")
@@ -81,7 +82,8 @@ def trace(module: nn.Module) -> Trace:
         if name in asked:
             raise UntraceableError(f"it asks {name}")
     if any("checkpoint" in name for name in asked):
-        # Its first call would, while torch.fx has replaced the functions of `math`: graphs compiled later would break at each.
+        # Its first call would, while torch.fx has replaced the functions of `math`: graphs compiled later would break
+        # at each.
         importlib.import_module("torch._dynamo")
     with _arguments.asked_by(functions):
         for mode, fixed in itertools.product(modes, _arguments.ways(forward, functions)):
@@ -231,7 +233,8 @@ def randomness() -> Iterator[Callable[[], bool]]:
 
 
 def _raised_by_user(error: BaseException, known: Exception | None, home: str) -> bool:
-    """Whether the exception comes from the user's code or arguments, as `known` does, and not from what tracing cannot do."""
+    """Whether the exception comes from the user's code or arguments, as `known` does, and not from what tracing cannot
+    do."""
     if error is known or (isinstance(error, (TypeError, AttributeError)) and "NoneType" in str(error)):
         return True
     if error.__context__ is not None and not _raised_by_user(error.__context__, known, home):

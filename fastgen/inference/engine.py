@@ -30,43 +30,46 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 class Engine:
     """Runs a model as model.eval() computes it, without gradients.
 
-    At creation the model is run on the example and what it computes is written down as a plan: norms with fixed statistics
-    folded into the weights, padding, residual sums and activations inside the convolutions, the algorithm of each convolution
-    chosen by a short measurement, one set of buffers. What no plan can compute runs through PyTorch: `parts` names each such
-    module with the reason, and so does a warning to the logger "fastgen". The engine keeps its own copy of the weights.
+    At creation the model is run on the example and what it computes is written down as a plan: norms with fixed
+    statistics folded into the weights, padding, residual sums and activations inside the convolutions, the algorithm of
+    each convolution chosen by a short measurement, one set of buffers. What no plan can compute runs through PyTorch:
+    `parts` names each such module with the reason, and so does a warning to the logger "fastgen". The engine keeps its
+    own copy of the weights.
 
-    A plan keeps what the example showed: height, width and channels, which way each branch of the model's code went, what its
-    hooks computed. The number of images is free: where the model's code asks for it, it is tried for some 35 numbers up to
-    1025 and must call the same functions for each, or else runs through PyTorch. The output is compared with the module's for
-    several inputs and numbers of images; `error` is the relative L2 difference, and one that rounding to the precision does not
-    explain is refused, as is a module whose parameters, buffers or other attributes change from call to call, or that draws
-    random numbers (fastgen/inference/_compare.py says the bounds). A state elsewhere, in globals or in other objects, is not
-    seen.
+    A plan keeps what the example showed: height, width and channels, which way each branch of the model's code went,
+    what its hooks computed. The number of images is free: where the model's code asks for it, it is tried for some 35
+    numbers up to 1025 and must call the same functions for each, or else runs through PyTorch. The output is compared
+    with the module's for several inputs and numbers of images; `error` is the relative L2 difference, and one that
+    rounding to the precision does not explain is refused, as is a module whose parameters, buffers or other attributes
+    change from call to call, or that draws random numbers (fastgen/inference/_compare.py says the bounds). A state
+    elsewhere, in globals or in other objects, is not seen.
 
-    An engine has a precision of its own: the caller's autocast changes nothing, nor do grad mode, the default dtype and device
-    or the number of threads, which is torch.get_num_threads() at creation. Where hooks of all modules are registered then,
-    which a plan would not call, the model runs through PyTorch; those registered later see what runs through PyTorch alone.
-    copy.deepcopy and pickle, also of modules that hold an engine, make it anew. A forked process may call it; for what runs
-    through PyTorch it must call torch.set_num_threads(1) first, since PyTorch would wait for threads that are not there.
+    An engine has a precision of its own: the caller's autocast changes nothing, nor do grad mode, the default dtype and
+    device or the number of threads, which is torch.get_num_threads() at creation. Where hooks of all modules are
+    registered then, which a plan would not call, the model runs through PyTorch; those registered later see what runs
+    through PyTorch alone. copy.deepcopy and pickle, also of modules that hold an engine, make it anew. A forked process
+    may call it; for what runs through PyTorch it must call torch.set_num_threads(1) first, since PyTorch would wait for
+    threads that are not there.
 
-    On a GPU (model and example there) the model is fused, its weights laid out for the kernels, and each number of images is
-    recorded as a CUDA graph at its first call, that of the example at creation. What cannot be recorded runs through PyTorch.
+    On a GPU (model and example there) the model is fused, its weights laid out for the kernels, and each number of
+    images is recorded as a CUDA graph at its first call, that of the example at creation. What cannot be recorded runs
+    through PyTorch.
 
-    Not while another thread runs a model: recording changes how PyTorch's functions are called. Afterwards several threads
-    may call one engine.
+    Not while another thread runs a model: recording changes how PyTorch's functions are called. Afterwards several
+    threads may call one engine.
 
     Args:
         model: any module that takes tensors and returns one, or several as a tuple or list.
-        example_inputs: an input (N, C) or (N, C, H, W), or a tuple of inputs, where integers (N,) are labels for nn.Embedding
-            or one_hot. Other N work later, other C, H, W do not.
-        precision: "fp32"; "tf32" is the same on a CPU. "bf16": weights, and values between layers, are bfloat16, and sums
-            float32; inputs and outputs stay float32. A processor that does not multiply bfloat16 runs it as "fp32".
-            "fp16": the same with float16, on a GPU alone.
-        impl: "auto"; "cpp": the whole model must lie in the plan; on a GPU "triton" or "cuda" for fastgen's ops; "reference":
-            all through PyTorch.
+        example_inputs: an input (N, C) or (N, C, H, W), or a tuple of inputs, where integers (N,) are labels for
+            nn.Embedding or one_hot. Other N work later, other C, H, W do not.
+        precision: "fp32"; "tf32" is the same on a CPU. "bf16": weights, and values between layers, are bfloat16, and
+            sums float32; inputs and outputs stay float32. A processor that does not multiply bfloat16 runs it as
+            "fp32". "fp16": the same with float16, on a GPU alone.
+        impl: "auto"; "cpp": the whole model must lie in the plan; on a GPU "triton" or "cuda" for fastgen's ops;
+            "reference": all through PyTorch.
 
-    Raises TypeError and UsageError for arguments that cannot be meant, and FastgenError if impl="cpp" cannot run, with the
-    reason, or if the plan's output is not the module's.
+    Raises TypeError and UsageError for arguments that cannot be meant, and FastgenError if impl="cpp" cannot run, with
+    the reason, or if the plan's output is not the module's.
     """
 
     precision: str
@@ -86,8 +89,8 @@ class Engine:
     ) -> None:
         example = _check(model, example_inputs, precision, impl)
         self._start(precision, example[0].device)
-        # Tensors of inference mode could not change, as a module's state may, outside of it. The module's error may be the
-        # larger one where PyTorch multiplies as the process's switches say.
+        # Tensors of inference mode could not change, as a module's state may, outside of it. The module's error may be
+        # the larger one where PyTorch multiplies as the process's switches say.
         with torch.inference_mode(False), self._alone(), multiplying("fp32"):
             module = clone(model, share=False).eval()
             _members.unfuse(module)
@@ -157,9 +160,10 @@ class Engine:
             _log.warning("Engine: %s is not a CUDA graph: %s", type(module).__name__, reason)
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """The model's output for inputs (N, ...) as in the example: a new tensor, or a tuple where the model returns several.
-        The inputs are float32 tensors, labels int64 or int32, on the CPU where the model is a plan, on the example's GPU where
-        it is a CUDA graph. Raises TypeError and ValueError for other dtypes and shapes, IndexError for labels out of range."""
+        """The model's output for inputs (N, ...) as in the example: a new tensor, or a tuple where the model returns
+        several. The inputs are float32 tensors, labels int64 or int32, on the CPU where the model is a plan, on the
+        example's GPU where it is a CUDA graph. Raises TypeError and ValueError for other dtypes and shapes, IndexError
+        for labels out of range."""
         if self.plan is not None:
             return run(self.plan, *inputs)
         if self._graphs is not None:

@@ -68,45 +68,47 @@ class FusionReport:
 
 
 def fuse(model: M, *, inplace: bool = False, memory_efficient: bool = False) -> M:
-    """The model, with each run Conv2d or ConvTranspose2d -> norm -> activation, and norm -> activation, computed by one op.
+    """The model, with each run Conv2d or ConvTranspose2d -> norm -> activation, and norm -> activation, computed by one
+    op.
 
-    Modules stay objects of their classes (or of subclasses of the same name) in their places, with their parameters, buffers
-    and names: the state_dict, optimizers, initialisation, .to(), copy.deepcopy, pickling and DDP see no change, and training
-    goes on as before. The model's own forward keeps running. Whatever is not known to fuse stays exactly as it was:
-    fusion_report says what and why.
+    Modules stay objects of their classes (or of subclasses of the same name) in their places, with their parameters,
+    buffers and names: the state_dict, optimizers, initialisation, .to(), copy.deepcopy, pickling and DDP see no change,
+    and training goes on as before. The model's own forward keeps running. Whatever is not known to fuse stays exactly
+    as it was: fusion_report says what and why.
 
-    Fused are runs within a Sequential (or a subclass with its forward; plain Sequentials in it included), and runs that one
-    function calls, where every path through every forward that calls them passes the output of each to the next alone. For
-    this the forwards are traced by torch.fx on copies, with their submodules as leaves.
+    Fused are runs within a Sequential (or a subclass with its forward; plain Sequentials in it included), and runs that
+    one function calls, where every path through every forward that calls them passes the output of each to the next
+    alone. For this the forwards are traced by torch.fx on copies, with their submodules as leaves.
 
-    On the CPU a run whose convolution is so small that an op's way there and back takes longer is left to its modules, call by
-    call, unless an implementation is asked for.
+    On the CPU a run whose convolution is so small that an op's way there and back takes longer is left to its modules,
+    call by call, unless an implementation is asked for.
 
-    Weights under torch.nn.utils.parametrizations.spectral_norm or torch.nn.utils.spectral_norm are computed by one op, with the
-    same vectors, steps and names. A sampler, mu + std * noise, is one op where the model declares it by a
+    Weights under torch.nn.utils.parametrizations.spectral_norm or torch.nn.utils.spectral_norm are computed by one op,
+    with the same vectors, steps and names. A sampler, mu + std * noise, is one op where the model declares it by a
     fastgen.nn.Reparameterize; written out in a forward it stays as it is.
 
-    What holds afterwards: parameters, options, train() and eval(), hooks, parametrizations and replaced modules may change at
-    any time; a run with a member that has hooks, or was replaced, computes its modules one by one. (Hooks that compute a
-    convolution's weight are called before the op: torch.nn.utils.spectral_norm, weight_norm, prune.) What does not: outside
-    a Sequential, the members of a run must be called by the functions that called them when the model was fused (a first
-    member called by itself computes the whole run), and flags that a forward reads must lead the same way: set them first,
-    then fuse again. A Sequential under torch.utils.checkpoint may update the running statistics of its last norm once, not
-    also when it is run again; a forward that raises between the members of a run has updated them already.
+    What holds afterwards: parameters, options, train() and eval(), hooks, parametrizations and replaced modules may
+    change at any time; a run with a member that has hooks, or was replaced, computes its modules one by one. (Hooks
+    that compute a convolution's weight are called before the op: torch.nn.utils.spectral_norm, weight_norm, prune.)
+    What does not: outside a Sequential, the members of a run must be called by the functions that called them when the
+    model was fused (a first member called by itself computes the whole run), and flags that a forward reads must lead
+    the same way: set them first, then fuse again. A Sequential under torch.utils.checkpoint may update the running
+    statistics of its last norm once, not also when it is run again; a forward that raises between the members of a run
+    has updated them already.
 
-    TorchScript modules stay as they are, and torch.jit.script does not take a fused model; torch.compile, torch.export and
-    torch.jit.trace do.
+    TorchScript modules stay as they are, and torch.jit.script does not take a fused model; torch.compile, torch.export
+    and torch.jit.trace do.
 
     Not while another thread runs a model: tracing changes how modules are called.
 
     Args:
         model: any module. One that is fused already is analysed anew.
         inplace: change the model itself; otherwise a deep copy is made, and the model stays as it is.
-        memory_efficient: fused convolutions are computed again in the backward pass instead of keeping their outputs: half the
-            activation memory for a third more work in the convolutions.
+        memory_efficient: fused convolutions are computed again in the backward pass instead of keeping their outputs:
+            half the activation memory for a third more work in the convolutions.
 
-    Returns the fused model; a model with nothing to fuse comes back unchanged (a copy, unless inplace), and a warning to the
-    logger "fastgen" says so. Raises TypeError if model is no nn.Module, and what copy.deepcopy raises.
+    Returns the fused model; a model with nothing to fuse comes back unchanged (a copy, unless inplace), and a warning
+    to the logger "fastgen" says so. Raises TypeError if model is no nn.Module, and what copy.deepcopy raises.
     """
     _check_module(model)
     if not inplace:
@@ -149,8 +151,8 @@ def _groups(runs: list[Run]) -> list[list[Run]]:
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """What is fused in the model, what fuse(model) would fuse in it now, and which of its convolutions, norms, activations
-    and forwards it leaves alone, with the reasons.
+    """What is fused in the model, what fuse(model) would fuse in it now, and which of its convolutions, norms,
+    activations and forwards it leaves alone, with the reasons.
 
     The model stays as it is. Raises TypeError if model is no nn.Module.
     """

@@ -32,7 +32,8 @@ _log = logging.getLogger("fastgen")
 
 @dataclass(frozen=True)
 class Tuned:
-    """A question, its candidates' medians in milliseconds, the one that auto takes now, and the one that the rules take."""
+    """A question, its candidates' medians in milliseconds, the one that auto takes now, and the one that the rules
+    take."""
 
     question: str
     milliseconds: dict[str, float]
@@ -70,11 +71,12 @@ def tune(
 ) -> TuningReport:
     """Measures which implementation of each convolution of a model is the fastest on this machine, and keeps it.
 
-    A fused copy of the model runs once on the example inputs, forward and, if `training`, backward. Each convolution and
-    gradient that it comes to, of a shape, precision and layout, is then computed by each implementation that can, in turns, and
-    the median decides: the choice of the rules stays unless another is 3 % faster, in its best round too. From then on `auto`
-    takes the fastest in every process of this user on a chip of this kind; impl=, use_impl and FASTGEN_IMPL still go before.
-    Measure under the settings of the later run (threads, TF32, cudnn.benchmark, autocast) and with nothing else on the machine.
+    A fused copy of the model runs once on the example inputs, forward and, if `training`, backward. Each convolution
+    and gradient that it comes to, of a shape, precision and layout, is then computed by each implementation that can,
+    in turns, and the median decides: the choice of the rules stays unless another is 3 % faster, in its best round too.
+    From then on `auto` takes the fastest in every process of this user on a chip of this kind; impl=, use_impl and
+    FASTGEN_IMPL still go before. Measure under the settings of the later run (threads, TF32, cudnn.benchmark, autocast)
+    and with nothing else on the machine.
 
     Args:
         model: any module, on the device it is to run on. It stays as it is.
@@ -163,7 +165,8 @@ def _measured(
 
 
 def fastest(times: dict[str, list[float]], rule: str) -> str:
-    """The one of the least median, unless a usual one is as fast but for noise: the rule's, or Triton's with its own tile.
+    """The one of the least median, unless a usual one is as fast but for noise: the rule's, or Triton's with its own
+    tile.
 
     On a busy machine medians say little: the least times must say the same.
     """

@@ -32,9 +32,9 @@ class ClassifierShare:
 class DigitClassifier:
     """Ten support vector machines, one a digit against the rest, with calibrated probabilities (Platt 1999).
 
-    Fitted on three quarters of the real 8x8 digits. The ten probabilities are not normalised to sum to 1: an image that is
-    no digit to any of the ten has only small ones, where normalising would make the classifier sure of noise. Fitting takes
-    under a second and is deterministic. Images of another size are averaged down to 8x8.
+    Fitted on three quarters of the real 8x8 digits. The ten probabilities are not normalised to sum to 1: an image that
+    is no digit to any of the ten has only small ones, where normalising would make the classifier sure of noise.
+    Fitting takes under a second and is deterministic. Images of another size are averaged down to 8x8.
 
     Raises:
         DataError: scikit-learn is not installed.

@@ -65,9 +65,9 @@ class Reference:
             seed: of KID's subsets and of the Inception Score's splits.
 
         Returns:
-            "fid" (Heusel et al. 2017, arXiv:1706.08500), "kid" (Binkowski et al. 2018, arXiv:1801.01401), "precision" and
-            "recall" (Kynkaanniemi et al. 2019, arXiv:1904.06991), and with an extractor of classes "inception_score"
-            (Salimans et al. 2016, arXiv:1606.03498).
+            "fid" (Heusel et al. 2017, arXiv:1706.08500), "kid" (Binkowski et al. 2018, arXiv:1801.01401), "precision"
+            and "recall" (Kynkaanniemi et al. 2019, arXiv:1904.06991), and with an extractor of classes
+            "inception_score" (Salimans et al. 2016, arXiv:1606.03498).
 
         Raises:
             UsageError: fewer than 10 images, or images of another shape.
@@ -151,7 +151,8 @@ def _metric(module: str, name: str, **options):
 
 
 def _share_inside(points: Tensor, manifold: Tensor) -> float:
-    """Share of the points (N, D) that lie within the distance of a point of the manifold (M, D) to its third neighbour."""
+    """Share of the points (N, D) that lie within the distance of a point of the manifold (M, D) to its third
+    neighbour."""
     points, manifold = (x.double() - manifold[0].double() for x in (points, manifold))  # so that equal ones are at 0
     rounding = 1e-7 * manifold.norm(dim=1).max()  # of distances, which are roots of differences of products
     radii = torch.cdist(manifold, manifold).kthvalue(_NEIGHBOUR + 1, dim=1).values  # the nearest is the point itself

@@ -23,7 +23,8 @@ class FeatureExtractor:
     """A network that images are compared by; any can be put here."""
 
     network: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    """Images (N, C, H, W) in [-1, 1] -> features (N, D) and logits of classes (N, K), or None where it has no classes."""
+    """Images (N, C, H, W) in [-1, 1] -> features (N, D) and logits of classes (N, K), or None where it has no
+    classes."""
     description: str
     """What it is, what it was trained on and how it resizes: part of the protocol of each figure."""
 
@@ -89,8 +90,8 @@ class _Classifier(nn.Module):
 def train_classifier(data: ImageDataset, held: ImageDataset | None = None, *, steps: int = 200) -> FeatureExtractor:
     """A small convolutional classifier of a real data set, whose last hidden layer gives 64 features.
 
-    Without labels it learns by how many quarters an image was turned (Gidaris et al. 2018, arXiv:1803.07728), and gives no
-    logits. Deterministic; torch's own random numbers stay as they were.
+    Without labels it learns by how many quarters an image was turned (Gidaris et al. 2018, arXiv:1803.07728), and gives
+    no logits. Deterministic; torch's own random numbers stay as they were.
 
     Args:
         data: what to train on.
@@ -183,8 +184,8 @@ def _lesson(batch: Batch, classes: int | None, draw: torch.Generator) -> tuple[T
 def inception() -> FeatureExtractor | None:
     """The Inception v3 of the published figures (Heusel et al. 2017, arXiv:1706.08500), where its weights are at hand.
 
-    They are the TorchScript file `inception-2015-12-05.pt` of NVlabs/stylegan3, in the file that FASTGEN_INCEPTION names
-    or in torch.hub's folder of checkpoints. It resizes by itself, to 299x299. Nothing is downloaded.
+    They are the TorchScript file `inception-2015-12-05.pt` of NVlabs/stylegan3, in the file that FASTGEN_INCEPTION
+    names or in torch.hub's folder of checkpoints. It resizes by itself, to 299x299. Nothing is downloaded.
 
     Returns:
         None where the file is not there.

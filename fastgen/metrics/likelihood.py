@@ -1,4 +1,5 @@
-"""How probable a model finds images: a VAE's bounds, and the Gaussian that any VAE of the same latent size should beat."""
+"""How probable a model finds images: a VAE's bounds, and the Gaussian that any VAE of the same latent size should
+beat."""
 
 import math
 from typing import Any

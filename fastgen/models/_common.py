@@ -21,7 +21,8 @@ class Generative(nn.Module):
 
     config: Any
     generate: Callable[..., Tensor]
-    """Images (N, channels, image_size, image_size) in [-1, 1], from noise (N, nz) and the conditions that a model has."""
+    """Images (N, channels, image_size, image_size) in [-1, 1], from noise (N, nz) and the conditions that a model
+    has."""
 
     def latent(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Standard normal noise (n, nz), drawn in float32 on `generator`'s device; of the model's dtype, on its device.

@@ -24,7 +24,8 @@ class CGANConfig(DCGANConfig):
     generator_norm: Literal["batch", "conditional"] = "batch"
     """Norm in the generator; "conditional" gives each class gains and biases of its own."""
     condition: Literal["projection", "concatenation"] = "projection"
-    """How the discriminator sees the class: by an inner product with its features, or as one more channel of the image."""
+    """How the discriminator sees the class: by an inner product with its features, or as one more channel of the
+    image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,8 +84,8 @@ class CGANDiscriminator(nn.Module):
 
 @register_model("cgan", CGANConfig)
 class CGAN(Generative):
-    """Conditional GAN (Mirza and Osindero 2014, arXiv:1411.1784) with a DCGAN's layers; the projection discriminator is of
-    Miyato and Koyama 2018 (arXiv:1802.05637).
+    """Conditional GAN (Mirza and Osindero 2014, arXiv:1411.1784) with a DCGAN's layers; the projection discriminator is
+    of Miyato and Koyama 2018 (arXiv:1802.05637).
     """
 
     def __init__(self, config: CGANConfig) -> None:

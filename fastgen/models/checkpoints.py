@@ -41,15 +41,16 @@ def load_checkpoint(
 ) -> nn.Module:
     """The network of a checkpoint that another project saved, in eval mode, in float32 on the CPU.
 
-    No code of the file is run: `.safetensors`, or what torch.save wrote, read with weights_only=True. Dictionaries around
-    the network's tensors, the prefixes of DataParallel, Lightning, torch.compile and the like, optimizers and numbers beside
-    them are passed over. The state_dict of what is returned has the names of the original's, which loads it.
+    No code of the file is run: `.safetensors`, or what torch.save wrote, read with weights_only=True. Dictionaries
+    around the network's tensors, the prefixes of DataParallel, Lightning, torch.compile and the like, optimizers and
+    numbers beside them are passed over. The state_dict of what is returned has the names of the original's, which loads
+    it.
 
     Args:
         path: the file.
         dialect: which project's, by the names of its tensors; "auto" looks:
-            "pytorch-examples-dcgan": netG (`DCGANGenerator`) or netD (`DCGANDiscriminator`, whose sigmoid is `probability`);
-            "pytorch-examples-vae": `MLPVAE`; images are in [0, 1] there and in [-1, 1] here;
+            "pytorch-examples-dcgan": netG (`DCGANGenerator`) or netD (`DCGANDiscriminator`, whose sigmoid is
+            `probability`); "pytorch-examples-vae": `MLPVAE`; images are in [0, 1] there and in [-1, 1] here;
             "pytorch-vae": PyTorch-VAE's VanillaVAE (`VAE`), with or without its experiment around it. As there, one of
             other than 3 `in_channels` decodes 3;
             "pytorch-cyclegan-and-pix2pix": `ResnetGenerator`, `UnetGenerator`, `PatchGAN` or `PixelDiscriminator`.
@@ -59,8 +60,8 @@ def load_checkpoint(
             `--no_dropout`. By default as that project trains it: with dropout in pix2pix (batch norm), without in
             CycleGAN (instance norm).
 
-    A pix2pix generator there draws with dropout and the statistics of the batch unless it is told --eval: call `train()` on the
-    one that is returned to do the same.
+    A pix2pix generator there draws with dropout and the statistics of the batch unless it is told --eval: call
+    `train()` on the one that is returned to do the same.
 
     Raises:
         UsageError: an unknown dialect, no such network in the file, or dropout that its tensors contradict.

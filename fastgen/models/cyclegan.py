@@ -22,7 +22,8 @@ class CycleGANConfig:
     """Sizes of a CycleGAN; the defaults are those of the paper at 256 pixels."""
 
     image_size: int = 256
-    """Height and width that it is trained at. A ResNet takes multiples of 4 from 8, a U-Net multiples of 2**unet_depth."""
+    """Height and width that it is trained at. A ResNet takes multiples of 4 from 8, a U-Net multiples of
+    2**unet_depth."""
     channels_a: int = 3
     """Channels of the images of domain a."""
     channels_b: int = 3

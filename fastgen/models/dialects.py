@@ -1,4 +1,5 @@
-"""The networks of other projects: each is known by the names and kernels of its tensors, and its sizes are read from them."""
+"""The networks of other projects: each is known by the names and kernels of its tensors, and its sizes are read from
+them."""
 
 from __future__ import annotations
 

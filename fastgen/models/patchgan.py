@@ -4,8 +4,8 @@ from fastgen.models._common import norm_layer, numbered
 
 
 class PatchGAN(nn.Module):
-    """Images (N, inputs, H, W) -> logits (N, 1, H', W'), each of a patch of the image, 70x70 pixels for three layers (Isola et
-    al. 2017, arXiv:1611.07004).
+    """Images (N, inputs, H, W) -> logits (N, 1, H', W'), each of a patch of the image, 70x70 pixels for three layers
+    (Isola et al. 2017, arXiv:1611.07004).
 
     Its state dict is that of `NLayerDiscriminator` in pytorch-CycleGAN-and-pix2pix.
 

@@ -44,7 +44,8 @@ def create_model(name: str, **options: Any) -> nn.Module:
     Raises:
         UsageError: the name, an option's name or an option's value is unknown; the message holds the nearest names.
 
-    As in every nn.Module, parameters have PyTorch's default dtype and device; what a model makes later has its parameters'.
+    As in every nn.Module, parameters have PyTorch's default dtype and device; what a model makes later has its
+    parameters'.
     """
     if not isinstance(name, str) or name not in _MODELS:
         raise unknown_name("model", name, _MODELS)

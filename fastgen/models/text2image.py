@@ -90,8 +90,8 @@ class Text2ImageGenerator(nn.Module):
 
 
 class Text2ImageDiscriminator(nn.Module):
-    """Images (N, channels, image_size, image_size) and conditions (N, condition) -> logits (N,): the condition joins the
-    features at 4x4 pixels (Reed et al. 2016, section 4.1).
+    """Images (N, channels, image_size, image_size) and conditions (N, condition) -> logits (N,): the condition joins
+    the features at 4x4 pixels (Reed et al. 2016, section 4.1).
     """
 
     def __init__(self, config: Text2ImageConfig) -> None:

@@ -1,4 +1,5 @@
-"""Captions -> vectors: a small Transformer that is trained with the model, or an encoder of Hugging Face's, as it is."""
+"""Captions -> vectors: a small Transformer that is trained with the model, or an encoder of Hugging Face's, as it
+is."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ def make_vocabulary(captions: Sequence[str]) -> tuple[str, ...]:
 
 
 class TransformerTextEncoder(nn.Module):
-    """Captions -> (N, width): a Transformer over words (Vaswani et al. 2017, arXiv:1706.03762), with the norm before each part
-    (Xiong et al. 2020, arXiv:2002.04745) and the mean over the words last.
+    """Captions -> (N, width): a Transformer over words (Vaswani et al. 2017, arXiv:1706.03762), with the norm before
+    each part (Xiong et al. 2020, arXiv:2002.04745) and the mean over the words last.
 
     Args:
         vocabulary: the words that have vectors; all others share one.
@@ -70,10 +71,11 @@ class TransformerTextEncoder(nn.Module):
 
 
 class HuggingFaceTextEncoder(nn.Module):
-    """Captions -> (N, width): the mean over the tokens of a text encoder of Hugging Face's last layer, with the weights it has.
+    """Captions -> (N, width): the mean over the tokens of a text encoder of Hugging Face's last layer, with the weights
+    it has.
 
-    It is not trained and not part of the state_dict: a checkpoint holds its name, and it is loaded when first called, from
-    the local cache or the hub (safetensors alone; no code of the repository is run).
+    It is not trained and not part of the state_dict: a checkpoint holds its name, and it is loaded when first called,
+    from the local cache or the hub (safetensors alone; no code of the repository is run).
 
     Args:
         name: a model of the hub, or a folder.

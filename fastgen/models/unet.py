@@ -9,8 +9,8 @@ from fastgen.nn import Sequential
 
 
 class UnetGenerator(nn.Module):
-    """Images (N, inputs, H, W) -> (N, outputs, H, W) in [-1, 1], H and W multiples of 2**depth: an encoder and a decoder whose
-    layers of one size are joined (Isola et al. 2017, arXiv:1611.07004).
+    """Images (N, inputs, H, W) -> (N, outputs, H, W) in [-1, 1], H and W multiples of 2**depth: an encoder and a
+    decoder whose layers of one size are joined (Isola et al. 2017, arXiv:1611.07004).
 
     Its state dict is that of `UnetGenerator` in pytorch-CycleGAN-and-pix2pix.
 
@@ -62,9 +62,9 @@ class UnetLayers(nn.Module):
 class UnetBlock(UnetLayers):
     """Halves, runs what is inside and doubles again; gives that beside its input, ready for the convolution around it.
 
-    In the original a block begins with an in-place LeakyReLU, which changes the input that is joined too, and the joined
-    features pass a ReLU. Here each activation follows the convolution and norm that it belongs to, in one op: the input has
-    passed the LeakyReLU and the output the ReLU (which commutes with dropout).
+    In the original a block begins with an in-place LeakyReLU, which changes the input that is joined too, and the
+    joined features pass a ReLU. Here each activation follows the convolution and norm that it belongs to, in one op:
+    the input has passed the LeakyReLU and the output the ReLU (which commutes with dropout).
     """
 
     def __init__(self, outer: int, inner: int, inside: UnetBlock | None, norm: str, dropout: bool) -> None:

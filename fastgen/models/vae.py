@@ -49,8 +49,8 @@ class GaussianVAE(Generative):
     """
 
     log_std: Tensor
-    """Logarithm of a pixel's standard deviation given z, (), where the likelihood is Gaussian. A state_dict without it, as
-    those of other projects are, leaves it as it is.
+    """Logarithm of a pixel's standard deviation given z, (), where the likelihood is Gaussian. A state_dict without it,
+    as those of other projects are, leaves it as it is.
     """
 
     def __init__(self, config: Any) -> None:
@@ -89,8 +89,8 @@ class GaussianVAE(Generative):
 
     @torch.no_grad()
     def fit_log_std(self, squared_error: Tensor, share: float = 1.0) -> None:
-        """Moves `log_std` by `share` of the way to its best value for a mean squared error (), which is that error's own
-        (Rybkin et al. 2021, arXiv:2006.13202); nothing without a Gaussian likelihood.
+        """Moves `log_std` by `share` of the way to its best value for a mean squared error (), which is that error's
+        own (Rybkin et al. 2021, arXiv:2006.13202); nothing without a Gaussian likelihood.
         """
         if self.config.likelihood == "gaussian":
             self.log_std.lerp_(squared_error.clamp(min=1e-12).log() / 2, share)

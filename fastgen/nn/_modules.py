@@ -56,8 +56,8 @@ def fusable(
 ) -> tuple[nn.Module | None, nn.Module | None, nn.Module | None, int]:
     """(convolution, norm, activation, end) of the run of modules from `start` that one op computes; end == start: none.
 
-    Such a run is Conv2d or ConvTranspose2d -> [norm] -> [activation], at least two members, or norm -> activation. Kinds are
-    compared exactly, since a subclass may compute something else, and modules with hooks keep their calls.
+    Such a run is Conv2d or ConvTranspose2d -> [norm] -> [activation], at least two members, or norm -> activation.
+    Kinds are compared exactly, since a subclass may compute something else, and modules with hooks keep their calls.
     """
     at = start
 
@@ -91,8 +91,8 @@ def kind(module: nn.Module) -> type[nn.Module]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's forward alone, and before it hooks that compute a convolution's weight: no
-    other hooks of its own, nor of all modules."""
+    """Whether calling the module runs its class's forward alone, and before it hooks that compute a convolution's
+    weight: no other hooks of its own, nor of all modules."""
     return not (
         _global_forward_hooks
         or _global_forward_pre_hooks
@@ -128,7 +128,8 @@ def steps(sequential: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn
 
 
 def run(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activation: nn.Module | None) -> Tensor:
-    """What calling the three modules in turn computes, in one op, unless their own are faster or no op takes x as they do."""
+    """What calling the three modules in turn computes, in one op, unless their own are faster or no op takes x as they
+    do."""
     if not _is_batch(x, convolution, norm) or is_pytorchs():
         return _in_turn(x, convolution, norm, activation)
     if convolution is not None and _synchronizes(norm) is None and _is_small(x, convolution):
@@ -153,8 +154,9 @@ def _in_turn(x: Tensor, *modules: nn.Module | None) -> Tensor:
 
 
 def _is_batch(x: Tensor, convolution: Any, norm: Any) -> bool:
-    """Whether x is what the ops are written for: a batch of as many dimensions and channels as the modules say, of a dtype and
-    layout that kernels have. The modules know what to do with others: with an image alone, which some take, or integers."""
+    """Whether x is what the ops are written for: a batch of as many dimensions and channels as the modules say, of a
+    dtype and layout that kernels have. The modules know what to do with others: with an image alone, which some take,
+    or integers."""
     if not _is_dense(x):
         return False
     if convolution is not None:
@@ -192,7 +194,8 @@ def _in_one(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, ac
 
 
 def _run_over_sigma(x: Tensor, convolution: nn.Conv2d | nn.ConvTranspose2d, arguments: dict[str, Any]) -> Tensor | None:
-    """The run of a convolution under spectral norm that divides by sigma what its kernel computes; None if none does."""
+    """The run of a convolution under spectral norm that divides by sigma what its kernel computes; None if none
+    does."""
     found = undivided(convolution)
     if found is None:
         return None

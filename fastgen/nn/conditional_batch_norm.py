@@ -6,8 +6,8 @@ from fastgen.nn.sequential import Sequential
 
 
 class ConditionalBatchNorm2d(nn.Module):
-    """Batch norm whose gain and bias are those of each image's class (Dumoulin et al. 2017, arXiv:1610.07629; de Vries et
-    al. 2017, arXiv:1707.00683): y = gain[label] * (x - mean) / sqrt(var + eps) + bias[label].
+    """Batch norm whose gain and bias are those of each image's class (Dumoulin et al. 2017, arXiv:1610.07629; de Vries
+    et al. 2017, arXiv:1707.00683): y = gain[label] * (x - mean) / sqrt(var + eps) + bias[label].
 
     Args:
         num_features: channels C.
@@ -15,8 +15,8 @@ class ConditionalBatchNorm2d(nn.Module):
         eps, momentum: as in nn.BatchNorm2d.
         convolution: a Conv2d or ConvTranspose2d with C output channels to run before, in one op with the norm.
 
-    forward(x, labels): x (N, C, H, W), or the convolution's input; labels (N,) int64 below num_classes. Returns (N, C, H, W).
-    Raises ValueError for labels of another shape.
+    forward(x, labels): x (N, C, H, W), or the convolution's input; labels (N,) int64 below num_classes. Returns (N, C,
+    H, W). Raises ValueError for labels of another shape.
     """
 
     def __init__(

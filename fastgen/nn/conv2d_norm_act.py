@@ -13,7 +13,8 @@ class Conv2dNormAct(Sequential):
     """Convolution, norm and activation in one op: nn.Sequential of the three layers, with that state_dict.
 
     Its children are the PyTorch layers themselves (0: Conv2d, then the norm, then the activation, those that there
-    are), so that initialisation, conversion, hooks, parametrizations and checkpoints of such a Sequential work on it unchanged.
+    are), so that initialisation, conversion, hooks, parametrizations and checkpoints of such a Sequential work on it
+    unchanged.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in nn.Conv2d.
@@ -22,8 +23,8 @@ class Conv2dNormAct(Sequential):
         affine, track_running_stats: None stands for the norm layer's own default.
         memory_efficient: compute the convolution again in the backward pass instead of keeping its output.
 
-    The other arguments are those of BatchNorm2d, InstanceNorm2d, GroupNorm and LeakyReLU. Shapes, dtypes and gradients: see
-    fastgen.ops.conv2d_norm_act.
+    The other arguments are those of BatchNorm2d, InstanceNorm2d, GroupNorm and LeakyReLU. Shapes, dtypes and gradients:
+    see fastgen.ops.conv2d_norm_act.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Conv2dNormAct(Sequential):
                 in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
                 device=device, dtype=dtype,
             ),
-            *_modules.norm_module(norm, out_channels, momentum, num_groups, eps=eps, device=device, dtype=dtype, **options),
-            *_modules.activation_module(activation, negative_slope),
+            *_modules.norm_module(norm, out_channels, momentum, num_groups, eps=eps, device=device, dtype=dtype,
+            **options), *_modules.activation_module(activation, negative_slope),
         )  # fmt: skip
         self[0].__dict__["memory_efficient"] = memory_efficient

@@ -10,8 +10,9 @@ from fastgen.nn.sequential import Sequential
 class ConvTranspose2dNormAct(Sequential):
     """Transposed convolution, norm and activation in one op: nn.Sequential of the three layers, with that state_dict.
 
-    Its children are the PyTorch layers themselves (0: ConvTranspose2d, then the norm, then the activation, those that there
-    are), so that initialisation, conversion, hooks, parametrizations and checkpoints of such a Sequential work on it unchanged.
+    Its children are the PyTorch layers themselves (0: ConvTranspose2d, then the norm, then the activation, those that
+    there are), so that initialisation, conversion, hooks, parametrizations and checkpoints of such a Sequential work on
+    it unchanged.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation: as in
@@ -21,8 +22,8 @@ class ConvTranspose2dNormAct(Sequential):
         affine, track_running_stats: None stands for the norm layer's own default.
         memory_efficient: compute the convolution again in the backward pass instead of keeping its output.
 
-    The other arguments are those of BatchNorm2d, InstanceNorm2d, GroupNorm and LeakyReLU. Shapes, dtypes and gradients: see
-    fastgen.ops.conv_transpose2d_norm_act.
+    The other arguments are those of BatchNorm2d, InstanceNorm2d, GroupNorm and LeakyReLU. Shapes, dtypes and gradients:
+    see fastgen.ops.conv_transpose2d_norm_act.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class ConvTranspose2dNormAct(Sequential):
                 in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
                 device=device, dtype=dtype,
             ),
-            *_modules.norm_module(norm, out_channels, momentum, num_groups, eps=eps, device=device, dtype=dtype, **options),
-            *_modules.activation_module(activation, negative_slope),
+            *_modules.norm_module(norm, out_channels, momentum, num_groups, eps=eps, device=device, dtype=dtype,
+            **options), *_modules.activation_module(activation, negative_slope),
         )  # fmt: skip
         self[0].__dict__["memory_efficient"] = memory_efficient

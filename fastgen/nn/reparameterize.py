@@ -7,7 +7,8 @@ from fastgen import ops
 
 
 class Reparameterize(nn.Module):
-    """A draw from N(mu, exp(logvar)) that gradients pass through, the noise made inside one op; in training and in eval.
+    """A draw from N(mu, exp(logvar)) that gradients pass through, the noise made inside one op; in training and in
+    eval.
 
     Args:
         kl: return (z, kl), kl (N,) the Kullback-Leibler divergence of each sample from the prior.

@@ -22,16 +22,17 @@ def spectral_norm(
 ) -> M:
     """torch.nn.utils.parametrizations.spectral_norm in one op: module.weight becomes weight / sigma.
 
-    Semantics, random initial vectors and state_dict are PyTorch's: 15 iterations at first, n_power_iterations more at each
-    access in training, none in eval, gradients through sigma, of any order. A state_dict of torch.nn.utils.spectral_norm
-    (weight_orig, weight_u, weight_v) loads too. u and v are new tensors at each access, so that one graph may hold many.
+    Semantics, random initial vectors and state_dict are PyTorch's: 15 iterations at first, n_power_iterations more at
+    each access in training, none in eval, gradients through sigma, of any order. A state_dict of
+    torch.nn.utils.spectral_norm (weight_orig, weight_u, weight_v) loads too. u and v are new tensors at each access, so
+    that one graph may hold many.
 
-    A fused convolution without a norm (fastgen.nn.Sequential, fastgen.fuse) divides by sigma what its kernel sums, where that
-    is fastgen's own; weight / sigma is then never written.
+    A fused convolution without a norm (fastgen.nn.Sequential, fastgen.fuse) divides by sigma what its kernel sums,
+    where that is fastgen's own; weight / sigma is then never written.
 
     Args:
-        module: any with a parameter of this name: Linear, Embedding, a convolution, transposed or not. A parameter of one
-            dimension is divided by its length.
+        module: any with a parameter of this name: Linear, Embedding, a convolution, transposed or not. A parameter of
+            one dimension is divided by its length.
         eps: the least norm in the iterations.
         dim: the dimension that counts the outputs; None: 1 for transposed convolutions, else 0.
 
@@ -85,8 +86,8 @@ class SpectralNorm(nn.Module):
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """weight / sigma as what stands for it, with sigma: for a kernel that divides what it computes.
 
-        The first shares weight's memory, so that nothing of its size is written; its gradient is that of weight / sigma, and
-        goes on to weight through sigma too.
+        The first shares weight's memory, so that nothing of its size is written; its gradient is that of weight /
+        sigma, and goes on to weight through sigma too.
         """
         step = self._group.step(self, weight, divide=False) if self._group is not None else None
         if step is None:
@@ -153,7 +154,8 @@ class _Step(NamedTuple):
 
 
 class _Normalized(torch.autograd.Function):
-    """out, computed before, or weight in its place, as the function weight / sigma(weight): each access has its own graph."""
+    """out, computed before, or weight in its place, as the function weight / sigma(weight): each access has its own
+    graph."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, out: Tensor | None, step: _Step, dim: int) -> Tensor:
@@ -171,17 +173,19 @@ class _Normalized(torch.autograd.Function):
 class SpectralNormGroup:
     """All spectrally normalized weights of a model, computed in one op a step however often the model is called.
 
-    From then on the first access to such a weight after its parameter changed computes all of them, and others until the next
-    change take what is there: one power iteration a step of the optimizer, as in the paper's Algorithm 1, where PyTorch makes
-    one a call. Each access still has its own graph, so D(real) and D(fake) may go backward together or one by one.
+    From then on the first access to such a weight after its parameter changed computes all of them, and others until
+    the next change take what is there: one power iteration a step of the optimizer, as in the paper's Algorithm 1,
+    where PyTorch makes one a call. Each access still has its own graph, so D(real) and D(fake) may go backward together
+    or one by one.
 
-    Changes are seen by the parameters' version counters, which optimizers, load_state_dict and torch.no_grad() code count;
-    after writing through `.data`, or replaying a CUDA graph, call update(). Within torch.compile and torch.func,
+    Changes are seen by the parameters' version counters, which optimizers, load_state_dict and torch.no_grad() code
+    count; after writing through `.data`, or replaying a CUDA graph, call update(). Within torch.compile and torch.func,
     and where tensors made in inference mode have no counter, each weight is computed for itself, at each access.
 
     Args:
         model: any module with weights normalized by fastgen.nn.spectral_norm or torch.nn.utils.parametrizations.
-            spectral_norm, which becomes the former; its state_dict stays the same. Moving, copying and casting it is fine.
+            spectral_norm, which becomes the former; its state_dict stays the same. Moving, copying and casting it is
+            fine.
 
     Raises ValueError if there are none.
     """
@@ -227,8 +231,8 @@ class SpectralNormGroup:
                 self._steps[norm] = _Step(read, _stamp(norm, *read), out if divided else None, *rest)
 
     def step(self, norm: SpectralNorm, weight: Tensor, divide: bool = True) -> _Step | None:
-        """The results of this parametrization as of this step of the optimizer, with weight / sigma if `divide`; None if it is
-        not the group's own, as in a replica."""
+        """The results of this parametrization as of this step of the optimizer, with weight / sigma if `divide`; None
+        if it is not the group's own, as in a replica."""
         if not any(norm is member and weight is parametrized.original for member, parametrized in self._members):
             return None
         if weight.is_inference() or norm._u.is_inference():
@@ -287,7 +291,8 @@ class OldSpectralNorm(_Hook):
 
 
 def forms(module: Any) -> Iterator[tuple[str, Any]]:
-    """(name, parametrization or hook) of each parameter that is under spectral norm alone, of PyTorch's forms or ours."""
+    """(name, parametrization or hook) of each parameter that is under spectral norm alone, of PyTorch's forms or
+    ours."""
     known = (SpectralNorm, getattr(parametrizations, "_SpectralNorm", None))
     for name, parametrized in getattr(module, "parametrizations", {}).items():
         if len(parametrized) == 1 and type(parametrized[0]) in known:

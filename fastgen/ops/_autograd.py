@@ -18,8 +18,8 @@ _calls: dict[str, Callable] = {}  # by the name of a registered op
 def call(name: str, *inputs):
     """torch.ops.fastgen.<name>(*inputs).
 
-    A registered op's gradient is in Python, to which the dispatcher has a long way: a call that nothing else is to see, neither
-    a compiler nor a mode, takes the short one.
+    A registered op's gradient is in Python, to which the dispatcher has a long way: a call that nothing else is to see,
+    neither a compiler nor a mode, takes the short one.
     """
     if (
         torch.compiler.is_compiling()
@@ -40,10 +40,10 @@ def transforms() -> bool:
 def register(name: str, backward: Callable, setup_context: Callable) -> None:
     """torch.library.register_autograd for ops without default values and keyword-only arguments.
 
-    An op that takes lists of tensors takes them first, all of one length, and returns such lists. PyTorch's own goes through
-    the schema's arguments for default values at each call, whose time grows with the square of their number: 85 of the 180
-    microseconds of a small fused convolution; a list costs another 20. Through `call` the transforms of torch.func see the
-    gradient too.
+    An op that takes lists of tensors takes them first, all of one length, and returns such lists. PyTorch's own goes
+    through the schema's arguments for default values at each call, whose time grows with the square of their number: 85
+    of the 180 microseconds of a small fused convolution; a list costs another 20. Through `call` the transforms of
+    torch.func see the gradient too.
     """
     op = getattr(torch.ops.fastgen, name.removeprefix("fastgen::")).default
     kinds = [str(argument.type) for argument in op._schema.arguments]
@@ -143,7 +143,8 @@ def register(name: str, backward: Callable, setup_context: Callable) -> None:
 def is_wanted(ctx: Any, at: int) -> bool:
     """Whether the backward pass under way is to compute the gradient of an input, the at-th of the tensors.
 
-    Of torch.autograd.grad(inputs=) needs_input_grad knows nothing; PyTorch's own ops leave out what it does not ask for.
+    Of torch.autograd.grad(inputs=) needs_input_grad knows nothing; PyTorch's own ops leave out what it does not ask
+    for.
     """
     if not ctx.needs_input_grad[at]:
         return False
@@ -164,7 +165,8 @@ def split(tensors: Sequence, parts: int) -> list[list]:
 def differentiate(
     formula: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients that `grads` of formula(*inputs) give its inputs, differentiable in turn where gradients are recorded."""
+    """The gradients that `grads` of formula(*inputs) give its inputs, differentiable in turn where gradients are
+    recorded."""
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases cut the graph: only what the formula itself does with its inputs is differentiated here.

@@ -1,8 +1,8 @@
-"""What was measured fastest: of a convolution which implementation, by shape, precision and chip (`fastgen.tune`), and of the
-ops that memory bounds which of a GPU's two, by chip (`make gpu`).
+"""What was measured fastest: of a convolution which implementation, by shape, precision and chip (`fastgen.tune`), and
+of the ops that memory bounds which of a GPU's two, by chip (`make gpu`).
 
-A chip has a JSON file of such choices among those that fastgen brings, and one in the user's cache folder, whose choices come
-first. What no file holds is answered by the rules of `_rules`.
+A chip has a JSON file of such choices among those that fastgen brings, and one in the user's cache folder, whose
+choices come first. What no file holds is answered by the rules of `_rules`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Question(NamedTuple):
     def __str__(self) -> str:
         stride, padding, output_padding, groups, dilation, reflect = self.geometry
         dtype = str(self.dtype).removeprefix("torch.")
-        if self.device != "cpu" and dtype == "float32" and torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
+        if self.device != "cpu" and dtype == "float32" and _in_tf32():
             dtype = "tf32"
         words = [
             self.what,
@@ -63,6 +63,10 @@ class Question(NamedTuple):
         return " ".join(words)
 
 
+def _in_tf32() -> bool:
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
 def _by(sizes: Sequence[int]) -> str:
     return "x".join(map(str, sizes))
 
@@ -70,8 +74,8 @@ def _by(sizes: Sequence[int]) -> str:
 def best(what: str, geometry: tuple, x: Sequence[int], weight: Like, flag: bool, guess: bool) -> str | None:
     """The implementation that was measured fastest, for a GPU's Triton kernels with the tile ("triton 64x64x64x4x3").
 
-    Where nothing was measured, or what was cannot run here, `guess` decides: "own", which is the one that auto takes. None is
-    PyTorch's convolution. A graph that is compiled for sizes that vary follows the guess.
+    Where nothing was measured, or what was cannot run here, `guess` decides: "own", which is the one that auto takes.
+    None is PyTorch's convolution. A graph that is compiled for sizes that vary follows the guess.
     """
     found = None
     if not torch.compiler.is_compiling() or _is_static(*x, *weight.shape):
@@ -191,8 +195,8 @@ def _warn_once(text: str) -> None:
 def save(name: str, chosen: Mapping[str, tuple[str, Mapping[str, float]]], folder: Path | None = None) -> Path:
     """Adds choices to a chip's file, question -> (implementation, medians in milliseconds), and returns the file.
 
-    folder: where, the user's cache unless given. What the file holds of other questions stays; one that cannot be used is kept
-    under another name. Raises FastgenError where it cannot be written.
+    folder: where, the user's cache unless given. What the file holds of other questions stays; one that cannot be used
+    is kept under another name. Raises FastgenError where it cannot be written.
     """
     with cache.locked() as kept:
         folder = folder or kept / FOLDER

@@ -22,8 +22,8 @@ _weight_grads = Setting("weight_grads", True)
 
 @contextlib.contextmanager
 def without_weight_grads() -> Iterator[None]:
-    """Within the context the backward passes that this thread asks for leave out the gradients of the fused convolutions'
-    weights and biases. With create_graph=True the second backward, outside of it, is complete.
+    """Within the context the backward passes that this thread asks for leave out the gradients of the fused
+    convolutions' weights and biases. With create_graph=True the second backward, outside of it, is complete.
 
     torch.autograd.grad(inputs=) computes what is asked for alone without it, as gradient penalties do.
     """
@@ -247,7 +247,8 @@ def call(
     sizes = geometry.sizes(x.shape, weight.shape)
     if min(sizes[2:]) < 1:
         raise ValueError(
-            f"padding {list(geometry.padding)} leaves an output of height {sizes[2]} and width {sizes[3]} from x of shape "
+            f"padding {list(geometry.padding)} leaves an output of height {sizes[2]} and width {sizes[3]} from x of "
+            f"shape "
             f"{tuple(x.shape)} and weight of shape {tuple(weight.shape)}; both must be at least 1"
         )
     batch_stats = _check.tail(x, sizes, *tail)
@@ -328,7 +329,8 @@ def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geom
             )
     if geometry.reflect and any(pad >= size for pad, size in zip(geometry.padding, x.shape[2:], strict=True)):
         raise ValueError(
-            f"padding must be smaller than x when it reflects, got {list(geometry.padding)} for x of shape {tuple(x.shape)}"
+            f"padding must be smaller than x when it reflects, got {list(geometry.padding)} for x of shape "
+            f"{tuple(x.shape)}"
         )
 
 

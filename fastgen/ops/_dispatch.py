@@ -1,4 +1,5 @@
-"""Which implementation of an op runs: the `impl` argument, then use_impl, then FASTGEN_IMPL, then the best that is there."""
+"""Which implementation of an op runs: the `impl` argument, then use_impl, then FASTGEN_IMPL, then the best that is
+there."""
 
 from __future__ import annotations
 
@@ -52,8 +53,9 @@ def _checked(impl: str, source: str) -> str:
 def use_impl(impl: str) -> Iterator[None]:
     """Within the context every op whose `impl` is "auto" runs this implementation, or raises with the reason it cannot.
 
-    For the calling thread, and the backward passes that it asks for, as with torch.autocast. Threads that are started within
-    it, such as nn.DataParallel's, begin with auto; FASTGEN_IMPL is for all of a process. Raises UsageError for an unknown name.
+    For the calling thread, and the backward passes that it asks for, as with torch.autocast. Threads that are started
+    within it, such as nn.DataParallel's, begin with auto; FASTGEN_IMPL is for all of a process. Raises UsageError for
+    an unknown name.
     """
     with _override.set_to(_checked(impl, "use_impl")):
         yield
@@ -136,7 +138,8 @@ def why_not_there(tier: str, device: str, dtype: torch.dtype | None) -> str | No
 
 
 def kernels(name: str) -> ModuleType:
-    """A module of fastgen.kernels; from the repository's folder where fastgen runs from a checkout that is not installed."""
+    """A module of fastgen.kernels; from the repository's folder where fastgen runs from a checkout that is not
+    installed."""
     if "fastgen.kernels" not in sys.modules and importlib.util.find_spec("fastgen.kernels") is None:
         folder = Path(__file__).parents[2] / "kernels"
         spec = importlib.util.spec_from_file_location(
@@ -152,8 +155,8 @@ def kernels(name: str) -> ModuleType:
 def kernel(
     op: str, launcher: str = "", leading: int = 0, dtype: int | None = None, cuda: bool = True
 ) -> Callable[[Callable], Callable]:
-    """Registers a function as an op's default kernel, and for a GPU's tensors fastgen.kernels' launcher, "module.function",
-    and the CUDA kernel fastgen_cuda::<op>, if there is one.
+    """Registers a function as an op's default kernel, and for a GPU's tensors fastgen.kernels' launcher,
+    "module.function", and the CUDA kernel fastgen_cuda::<op>, if there is one.
 
     Where neither can run, or the tier that would has none, the default does. leading: which argument's device and dtype
     say so, a tensor or a list; dtype: which argument is the dtype instead.
@@ -181,7 +184,8 @@ def kernel(
 
 
 def _tier(op: str, device: str, dtype: torch.dtype) -> tuple[str | None, str]:
-    """The GPU's tier that runs a registered op, the one asked for, else the first in auto's order; and the tile asked for."""
+    """The GPU's tier that runs a registered op, the one asked for, else the first in auto's order; and the tile asked
+    for."""
     wanted, _, tile = (getattr(_asked, "tier", None) or asked()).partition(" ")
     order = _order(op, device)
     order = (wanted, *order) if wanted in order else order
@@ -267,8 +271,8 @@ def runs_auto() -> bool:
 def choose(op: str, impl: str, x: torch.Tensor, wins: str | None = "own", counted: bool = True) -> str:
     """The implementation that runs op on a tensor like x. Raises if one was asked for that cannot.
 
-    auto is the one that `wins`, for Triton's kernels with a tile if one was measured; where None does, "composed": PyTorch's
-    convolution and fastgen's norm_act. counted: whether implementations_used is to know.
+    auto is the one that `wins`, for Triton's kernels with a tile if one was measured; where None does, "composed":
+    PyTorch's convolution and fastgen's norm_act. counted: whether implementations_used is to know.
     """
     device = x.device.type if x.device.index is None else f"{x.device.type}:{x.device.index}"
     best = wins or "composed"  # under torch.compile with dynamic sizes, `wins` becomes a guard here
@@ -278,8 +282,8 @@ def choose(op: str, impl: str, x: torch.Tensor, wins: str | None = "own", counte
 
 
 def is_pytorchs() -> bool:
-    """Whether the calls under way are for what knows PyTorch's ops alone, forward derivatives and ONNX, and no implementation
-    is asked for."""
+    """Whether the calls under way are for what knows PyTorch's ops alone, forward derivatives and ONNX, and no
+    implementation is asked for."""
     return (forward_ad._current_level >= 0 or exports_onnx()) and asked() == "auto"
 
 
@@ -337,7 +341,8 @@ def info() -> str:
     lines = [
         f"fastgen {_version()}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",
         f"CPU instruction set: {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}",
-        f"C++ kernels: {f'{build.how}, {build.path}' if build.path else build.reason}; compiler: {build.compiler or 'none'}",
+        f"C++ kernels: {f'{build.how}, {build.path}' if build.path else build.reason}; compiler: "
+        f"{build.compiler or 'none'}",
         f"CUDA: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no device'}",
         f"Triton: {_triton_version()}",
         "",

@@ -108,7 +108,8 @@ class Geometry(NamedTuple):
         computed: Geometry,
         reads: Sequence[int],
     ) -> str | None:
-        """The answer to a question of `_choices`, where `computed` on images of the shape `reads` is what is to be computed."""
+        """The answer to a question of `_choices`, where `computed` on images of the shape `reads` is what is to be
+        computed."""
         processor = _processor.here()
         if _rules.torch_is_wrong(processor, computed, reads, weight):
             return "own"
@@ -116,7 +117,7 @@ class Geometry(NamedTuple):
 
     @remembered
     def is_opposite_larger(self, x: Sequence[int], weight: Sequence[int]) -> bool:
-        """Whether the opposite convolution gives more than x's gradient, which it starts with: where output_padding is a stride
-        or more."""
+        """Whether the opposite convolution gives more than x's gradient, which it starts with: where output_padding is
+        a stride or more."""
         inner, read = self.inner(x)
         return inner.opposite(read, weight).sizes(self.sizes(x, weight), weight)[2:] != read[2:]

@@ -31,8 +31,8 @@ class Like(NamedTuple):
 
 
 def sizes_to_choose_by(x: Tensor) -> Sequence[int]:
-    """x's shape, for a choice between kernels. An exported graph is for all sizes that are not fixed: its choice is that for
-    batches of 32, and no bound on them."""
+    """x's shape, for a choice between kernels. An exported graph is for all sizes that are not fixed: its choice is
+    that for batches of 32, and no bound on them."""
     if not torch.compiler.is_exporting():
         return x.shape
     from torch.fx.experimental.symbolic_shapes import has_static_value  # here: it takes long to import

@@ -1,4 +1,5 @@
-"""What is decided once for each kind of call: an op's decisions in Python take longer than a small image's convolution."""
+"""What is decided once for each kind of call: an op's decisions in Python take longer than a small image's
+convolution."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ recorder: Setting[dict | None] = Setting("recorder", None)
 def remembered(function: F) -> F:
     """The function with a memory for what it returned for the arguments of each call.
 
-    Its results must depend on nothing else; when that changes, `forget`. torch.compile sees the function alone, and so does a
-    call whose arguments have no hash, as lists and the symbolic sizes of a traced graph.
+    Its results must depend on nothing else; when that changes, `forget`. torch.compile sees the function alone, and so
+    does a call whose arguments have no hash, as lists and the symbolic sizes of a traced graph.
     """
     known: dict[tuple, Any] = {}
     _memories.append(known)
@@ -49,7 +50,8 @@ def remembered(function: F) -> F:
 def constant(function: F) -> F:
     """torch.compile takes what the function returns for a constant of the graph.
 
-    As torch.compiler.assume_constant_result, which imports torch._dynamo: with it, this package would take twice as long.
+    As torch.compiler.assume_constant_result, which imports torch._dynamo: with it, this package would take twice as
+    long.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -35,7 +35,8 @@ def serves(x: Tensor, weight: Tensor, geometry: Geometry, tail: Tail) -> bool:
 def convolution(
     x: Tensor, weight: Tensor, sigma: Tensor, bias: Tensor | None, geometry: Geometry, tail: Tail
 ) -> Tensor:
-    """activation(convolution by weight / sigma + bias), where it `serves`. sigma: a scalar in the accumulation's dtype."""
+    """activation(convolution by weight / sigma + bias), where it `serves`. sigma: a scalar in the accumulation's
+    dtype."""
     _convolution.check_tensors(x, weight, bias, geometry)
     chosen = _dispatch.choose(geometry.fused()[0], "auto", x, geometry.wins(x.shape, like(weight)) or "own")
     inputs = (x, weight, sigma, bias, *tail.options()[3:], *geometry.arguments())

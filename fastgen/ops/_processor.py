@@ -15,7 +15,8 @@ torch.library.define("fastgen::multiplies_bf16", "() -> bool")
 
 
 class Processor(NamedTuple):
-    """A processor as PyTorch's kernels (oneDNN's among them) and fastgen's use it, limits of the environment included."""
+    """A processor as PyTorch's kernels (oneDNN's among them) and fastgen's use it, limits of the environment
+    included."""
 
     vectors: str = "AVX2"  # PyTorch's: torch.backends.cpu.get_cpu_capability()
     torch_bf16: bool = False  # PyTorch's convolutions have instructions for bfloat16,
@@ -23,8 +24,8 @@ class Processor(NamedTuple):
     own_bf16: bool = False  # fastgen's kernels multiply pairs of bfloat16
 
     def torch_multiplies(self, dtype: torch.dtype) -> bool:
-        """Whether PyTorch's convolutions have instructions for a dtype. Without, they take up to a hundred times as long as
-        fastgen's, which multiply in float32."""
+        """Whether PyTorch's convolutions have instructions for a dtype. Without, they take up to a hundred times as
+        long as fastgen's, which multiply in float32."""
         return {torch.bfloat16: self.torch_bf16, torch.float16: self.torch_fp16}.get(dtype, True)
 
 

@@ -1,6 +1,8 @@
-"""Which convolutions fastgen's own kernels compute faster than PyTorch's, where nothing was measured on the chip at hand.
+"""Which convolutions fastgen's own kernels compute faster than PyTorch's, where nothing was measured on the chip at
+hand.
 
-Each rule was measured (benchmarks/NOTES.md). They are functions of the processor, so that tests ask for every kind of it.
+Each rule was measured (benchmarks/NOTES.md). They are functions of the processor, so that tests ask for every kind of
+it.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ _EXACT = (torch.float32, torch.float64)
 def forward(processor: Processor, geometry: Geometry, x: Sequence[int], weight: Like, batch_stats: bool) -> bool:
     """Whether fastgen's own kernel is faster than PyTorch's for x's shape.
 
-    On the CPU it is where Winograd's algorithm pays, in transposed convolutions with four 2x2 phases, for images of one pixel,
-    and to few output channels without statistics; without AVX-512 in 3x3 kernels to images of 8x8 and smaller, or with a stride
-    of 2 and transposed or channels_last. In bfloat16 and float16, in which oneDNN multiplies, one pixel and few channels
-    alone; and in bfloat16 for strides of 2 between many channels, where the processor multiplies pairs. Everywhere where
-    PyTorch has no code for the dtype.
+    On the CPU it is where Winograd's algorithm pays, in transposed convolutions with four 2x2 phases, for images of one
+    pixel, and to few output channels without statistics; without AVX-512 in 3x3 kernels to images of 8x8 and smaller,
+    or with a stride of 2 and transposed or channels_last. In bfloat16 and float16, in which oneDNN multiplies, one
+    pixel and few channels alone; and in bfloat16 for strides of 2 between many channels, where the processor multiplies
+    pairs. Everywhere where PyTorch has no code for the dtype.
     """
     if weight.device.type == "cuda":
         return _on_gpu(geometry, weight)
@@ -53,11 +55,11 @@ def forward(processor: Processor, geometry: Geometry, x: Sequence[int], weight: 
 def weight_grad(processor: Processor, geometry: Geometry, x: Sequence[int], weight: Like, channels_last: bool) -> bool:
     """The same of the weight's gradient, where the images with more channels are `channels_last`.
 
-    On the CPU for Winograd's algorithm and for images of one pixel, in all dtypes; to few output channels with a stride of 1,
-    and in float32 and float64, where the images with more channels are channels_last, for 4x4 kernels from or to few channels
-    in large batches, and where oneDNN has no code for that order, on images of 32x32 and larger with a stride of 2. Without
-    AVX-512 in float32 for 3x3 kernels with that stride, in large batches that are channels_last or have many channels, and for
-    images of 2x2 with any. On a GPU, where nothing was measured, cuDNN's.
+    On the CPU for Winograd's algorithm and for images of one pixel, in all dtypes; to few output channels with a stride
+    of 1, and in float32 and float64, where the images with more channels are channels_last, for 4x4 kernels from or to
+    few channels in large batches, and where oneDNN has no code for that order, on images of 32x32 and larger with a
+    stride of 2. Without AVX-512 in float32 for 3x3 kernels with that stride, in large batches that are channels_last or
+    have many channels, and for images of 2x2 with any. On a GPU, where nothing was measured, cuDNN's.
     """
     if weight.device.type == "cuda":
         return False
@@ -90,9 +92,9 @@ def weight_grad(processor: Processor, geometry: Geometry, x: Sequence[int], weig
 def torch_is_wrong(processor: Processor, geometry: Geometry, x: Sequence[int], weight: Like) -> bool:
     """Whether PyTorch's kernel may compute wrong numbers, read memory that was never written or end the process.
 
-    oneDNN's for bfloat16 do so (PyTorch 2.13) where a stride along the width leaves images that are 1 to 3 wide: with AMX the
-    convolution, and with it the gradient of a transposed one's x, which is such a convolution; with AVX-512 the weight's
-    gradient. With AMX also where all that a strided convolution reads along an axis is padding.
+    oneDNN's for bfloat16 do so (PyTorch 2.13) where a stride along the width leaves images that are 1 to 3 wide: with
+    AMX the convolution, and with it the gradient of a transposed one's x, which is such a convolution; with AVX-512 the
+    weight's gradient. With AMX also where all that a strided convolution reads along an axis is padding.
     """
     if not processor.torch_bf16 or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return False
@@ -110,8 +112,8 @@ def _reads(geometry: Geometry, x: Sequence[int], weight: Like, axis: int) -> boo
 
 
 def _on_gpu(geometry: Geometry, weight: Like) -> bool:
-    """A guess: cuDNN for strided convolutions and true float32; transposed convolutions, the input gradients of strided ones
-    among them, by output phase on tensor cores."""
+    """A guess: cuDNN for strided convolutions and true float32; transposed convolutions, the input gradients of strided
+    ones among them, by output phase on tensor cores."""
     return geometry.transposed and weight.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -125,7 +127,8 @@ def _four_by_two(geometry: Geometry, weight: Like) -> bool:
 
 
 def _three_by_three(processor: Processor, geometry: Geometry, weight: Like) -> bool:
-    """A 3x3 kernel with a stride of 1 or 2 in float32, on a processor with AVX2 and no AVX-512: measured there alone."""
+    """A 3x3 kernel with a stride of 1 or 2 in float32, on a processor with AVX2 and no AVX-512: measured there
+    alone."""
     plain = geometry.stride in ((1, 1), (2, 2)) and (geometry.dilation, geometry.groups) == ((1, 1), 1)
     return plain and tuple(weight.shape[2:]) == (3, 3) and weight.dtype == torch.float32 and processor.vectors == "AVX2"
 

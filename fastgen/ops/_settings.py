@@ -13,8 +13,8 @@ T = TypeVar("T")
 
 
 class Setting(Generic[T]):
-    """A value per thread. Where autograd runs a backward pass in a thread of its own, as it does on GPUs, that one sees the
-    value of the thread that asked for the pass. A thread begins with the default, as with PyTorch's autocast.
+    """A value per thread. Where autograd runs a backward pass in a thread of its own, as it does on GPUs, that one sees
+    the value of the thread that asked for the pass. A thread begins with the default, as with PyTorch's autocast.
     """
 
     def __init__(self, name: str, default: T):

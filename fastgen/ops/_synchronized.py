@@ -1,4 +1,5 @@
-"""norm_act where one batch lies on several processes: their statistics are merged between its passes (SyncBatchNorm)."""
+"""norm_act where one batch lies on several processes: their statistics are merged between its passes
+(SyncBatchNorm)."""
 
 from __future__ import annotations
 

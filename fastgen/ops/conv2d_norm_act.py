@@ -54,7 +54,8 @@ def conv2d_norm_act(
     """y = activation(normalize(t) + residual), t = conv2d(x, weight, bias).
 
     Args:
-        x: (N, C_in, H, W), float32, float64, bfloat16 or float16; any strides. (C_in, H, W) too, unless norm is "batch".
+        x: (N, C_in, H, W), float32, float64, bfloat16 or float16; any strides. (C_in, H, W) too, unless norm is
+            "batch".
         weight: (C_out, C_in / groups, kernel height, kernel width), x's dtype.
         bias: (C_out,), x's dtype, or None.
         norm ... process_group: as in norm_act, with C = C_out; residual has the output's shape.
@@ -64,17 +65,17 @@ def conv2d_norm_act(
         impl: "auto", "reference", "cpp", "cuda" or "triton".
 
     Returns:
-        y: (N, C_out, (H + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, the same for W), x's dtype, channels_last
-        if x or weight is. Sums run in float32 (float64 for float64).
+        y: (N, C_out, (H + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, the same for W), x's dtype,
+        channels_last if x or weight is. Sums run in float32 (float64 for float64).
 
     Under autocast x, weight and bias are converted to its dtype, the norm's parameters are not.
     Gradients to x, weight, bias, norm_weight, norm_bias and residual, of any order (reverse mode).
 
-    Raises ValueError or TypeError for an argument that does not fit, naming it; RuntimeError if the implementation asked for
-    cannot run.
+    Raises ValueError or TypeError for an argument that does not fit, naming it; RuntimeError if the implementation
+    asked for cannot run.
 
-    Zhu et al., Unpaired Image-to-Image Translation (CycleGAN), 2017 (instance norm and reflection padding); Dumoulin and
-    Visin, A guide to convolution arithmetic for deep learning, 2016 (the arithmetic).
+    Zhu et al., Unpaired Image-to-Image Translation (CycleGAN), 2017 (instance norm and reflection padding); Dumoulin
+    and Visin, A guide to convolution arithmetic for deep learning, 2016 (the arithmetic).
     """
     _check.floating("x", x)
     _check.floating("weight", weight)
@@ -86,7 +87,7 @@ def conv2d_norm_act(
     )  # fmt: skip
     x, weight, bias = _convolution.autocast(x, weight, bias)
     tail = Tail(
-        norm or "none", running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, num_groups, residual,
-        activation, negative_slope, inplace, process_group,
+        norm or "none", running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, num_groups,
+        residual, activation, negative_slope, inplace, process_group,
     )  # fmt: skip
     return _convolution.call(x, weight, bias, geometry, tail, memory_efficient, impl)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 # What every op's schema ends with: the norm and the activation.
 OPTIONS = "str norm, int num_groups, float eps, str activation, float negative_slope"
 
-# mean and var: running statistics, or None for those of x, which are returned: (c), or (n, sets) if samples have their own.
+# mean and var: running statistics, or None for those of x, which are returned: (c), or (n, sets) if samples have their
+# own.
 torch.library.define(
     "fastgen::norm_act",
     f"(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? residual, {OPTIONS}) "
@@ -26,7 +27,8 @@ torch.library.define(
 )
 torch.library.define(
     "fastgen::norm_act_backward",
-    "(Tensor grad_out, Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? residual, bool batch_stats, "
+    "(Tensor grad_out, Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? residual, bool "
+    "batch_stats, "
     f"{OPTIONS}) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
 )
 _dispatch.register("norm_act", "reference", "cpp", "cuda", "triton")
@@ -55,20 +57,21 @@ def norm_act(
 
     Args:
         x: (N, C, *), float32, float64, bfloat16 or float16; any strides. A 4-d channels_last x gives a channels_last y.
-        norm: "batch" (mean and biased var over N and *), "instance" (over *, each sample for itself), "group" (over * and the
-            channels of a group, each sample for itself), "none" or None.
-        running_mean, running_var: (C,), x's dtype or float32, for "batch" and "instance". Used when training is False; updated
-            in place with the batch's mean and unbiased var when it is True ("instance": their averages over the samples).
-            "instance" without them always uses the input's statistics.
+        norm: "batch" (mean and biased var over N and *), "instance" (over *, each sample for itself), "group" (over *
+            and the channels of a group, each sample for itself), "none" or None.
+        running_mean, running_var: (C,), x's dtype or float32, for "batch" and "instance". Used when training is False;
+            updated in place with the batch's mean and unbiased var when it is True ("instance": their averages over the
+            samples). "instance" without them always uses the input's statistics.
         norm_weight, norm_bias: (C,), x's dtype or float32; None stands for 1 and 0.
         momentum: weight of the new statistics in the running ones.
         num_groups: groups of channels, for "group" alone.
         residual: x's shape and dtype, or None.
         activation: "identity", "relu", "leaky_relu" (slope negative_slope below 0), "tanh", "sigmoid" or "silu".
-        inplace: as of torch.nn's activations: y must not be changed before the backward pass, which may then use y and keep
-            nothing else. Without a norm "leaky_relu" does; "relu" always does, as PyTorch's. No input is written to.
-        process_group: for "batch" in training: the statistics are those of all its ranks' x, which may differ in N, as in
-            nn.SyncBatchNorm. Every rank must make the call, and its backward pass. First derivatives alone.
+        inplace: as of torch.nn's activations: y must not be changed before the backward pass, which may then use y and
+            keep nothing else. Without a norm "leaky_relu" does; "relu" always does, as PyTorch's. No input is written
+            to.
+        process_group: for "batch" in training: the statistics are those of all its ranks' x, which may differ in N, as
+            in nn.SyncBatchNorm. Every rank must make the call, and its backward pass. First derivatives alone.
         impl: "auto", "reference", "cpp", "cuda" or "triton".
 
     Returns:
@@ -76,8 +79,8 @@ def norm_act(
 
     Gradients to x, norm_weight, norm_bias and residual, of any order (reverse mode); none to the running statistics.
 
-    Raises ValueError or TypeError for an argument that does not fit, naming it; RuntimeError if the implementation asked for
-    cannot run.
+    Raises ValueError or TypeError for an argument that does not fit, naming it; RuntimeError if the implementation
+    asked for cannot run.
 
     Ioffe and Szegedy, Batch Normalization, 2015; Ulyanov et al., Instance Normalization, 2016; Wu and He, Group
     Normalization, 2018.
@@ -86,8 +89,8 @@ def norm_act(
     if x.dim() < 2:
         raise ValueError(f"x must have at least 2 dimensions (N, C, *), got shape {tuple(x.shape)}")
     tail = Tail(
-        norm or "none", running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, num_groups, residual,
-        activation, negative_slope, inplace, process_group,
+        norm or "none", running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, num_groups,
+        residual, activation, negative_slope, inplace, process_group,
     )  # fmt: skip
     batch_stats = _check.tail(x, x.shape, *tail)
     chosen = _dispatch.choose("norm_act", impl, x)
@@ -193,7 +196,8 @@ def reference(x: Tensor, tail: Tail) -> Tensor:
     elif tail.norm != "none":
         if tail.running_mean is not None and x.numel():
             tail.update_running(*_moments(x.detach(), "instance", 0), math.prod(x.shape[2:]))
-        # Not instance_norm: its gradient is wrong when one sample's incoming gradient is channels_last (PyTorch 2.13, CPU).
+        # Not instance_norm: its gradient is wrong when one sample's incoming gradient is channels_last (PyTorch 2.13,
+        # CPU).
         x = F.group_norm(x, tail.num_groups or x.shape[1], *affine, tail.eps)
     x = x.contiguous(memory_format=layout)
     return activate(x if tail.residual is None else x + tail.residual, tail.activation, tail.negative_slope)

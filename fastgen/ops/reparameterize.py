@@ -1,4 +1,5 @@
-"""z = mu + exp(logvar / 2) * noise with the noise drawn inside the kernel, and the KL term of each sample in the same pass."""
+"""z = mu + exp(logvar / 2) * noise with the noise drawn inside the kernel, and the KL term of each sample in the same
+pass."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from torch import Tensor
 from fastgen.ops import _autograd, _check, _dispatch
 from fastgen.ops._layout import accumulation_dtype, is_channels_last, memory_format
 
-# key: (*batch, 2), seed and offset; mu: (*batch, N, *); z: (*batch, num_samples, N, *), without num_samples where that is 0.
-# docs/random.md says which noise a key stands for.
+# key: (*batch, 2), seed and offset; mu: (*batch, N, *); z: (*batch, num_samples, N, *), without num_samples where that
+# is 0. docs/random.md says which noise a key stands for.
 torch.library.define("fastgen::philox_normal", "(Tensor key, SymInt[] size, ScalarType dtype) -> Tensor")
 OPTIONS = "float? logvar_min, float? logvar_max, float free_bits, float beta"
 torch.library.define(
@@ -52,13 +53,13 @@ def reparameterize(
         z of mu's shape, or (num_samples, N, *), in mu's dtype. Noise and arithmetic are float32 (float64 for float64).
 
     One key a call is drawn from the generator, and the noise is a function of it (docs/random.md): torch.manual_seed,
-    checkpointing and torch.func.vmap(randomness=) do what they do to torch.randn. The noise is not kept for the backward
-    pass, the key (16 bytes) is.
+    checkpointing and torch.func.vmap(randomness=) do what they do to torch.randn. The noise is not kept for the
+    backward pass, the key (16 bytes) is.
 
     Gradients to mu and logvar, of any order (reverse mode).
 
-    Raises ValueError or TypeError for an argument that does not fit, naming it; RuntimeError if the implementation asked for
-    cannot run.
+    Raises ValueError or TypeError for an argument that does not fit, naming it; RuntimeError if the implementation
+    asked for cannot run.
 
     Kingma and Welling, Auto-Encoding Variational Bayes, 2014; Burda et al., Importance Weighted Autoencoders, 2016.
     """
@@ -84,20 +85,22 @@ def reparameterize_kl(
     l = logvar - prior_logvar.
 
     Args:
-        prior_mean, prior_logvar: numbers, or tensors that broadcast to mu's shape, as (*) for one prior of all samples. None
+        prior_mean, prior_logvar: numbers, or tensors that broadcast to mu's shape, as (*) for one prior of all samples.
+            None
             stands for 0: the standard normal.
         free_bits: nats that each element costs at least; 0: no bound. An element below gets no gradient from kl.
         beta: weight of the divergence.
 
-    The other arguments, z and the errors are those of reparameterize. A logvar that logvar_range clamps counts as clamped.
+    The other arguments, z and the errors are those of reparameterize. A logvar that logvar_range clamps counts as
+    clamped.
 
     Returns:
         z, and kl (N,) in float32 (float64 for float64), which is also where the sum runs in pieces added in float64.
 
     Gradients to mu, logvar and the prior's tensors, of any order (reverse mode).
 
-    Kingma and Welling, 2014; Higgins et al., beta-VAE, 2017; free bits: Kingma et al., Improving Variational Inference with
-    Inverse Autoregressive Flow, 2016, here for each element of each sample.
+    Kingma and Welling, 2014; Higgins et al., beta-VAE, 2017; free bits: Kingma et al., Improving Variational Inference
+    with Inverse Autoregressive Flow, 2016, here for each element of each sample.
     """
     options = _Options(num_samples, True, logvar_range, free_bits, beta)
     return _sample(mu, logvar, prior_mean, prior_logvar, options, generator, impl)
@@ -206,7 +209,8 @@ def reference_normal(key: Tensor, size: Sequence[int], dtype: torch.dtype) -> Te
 
 
 def _noise_like(normal: Any, mu: Tensor, key: Tensor, num_samples: int) -> Tensor:
-    """The noise of z. Elements count in mu's memory order if that is channels_last, else in the order of its dimensions."""
+    """The noise of z. Elements count in mu's memory order if that is channels_last, else in the order of its
+    dimensions."""
     size, dtype = mu.shape[key.dim() - 1 :], accumulation_dtype(mu)
     if num_samples:
         return normal(key, (num_samples, *size), dtype)
@@ -216,7 +220,8 @@ def _noise_like(normal: Any, mu: Tensor, key: Tensor, num_samples: int) -> Tenso
     return normal(key, size, dtype)
 
 
-# The registered ops in plain PyTorch: default kernels, fake kernels, batching rules, gradients. `at` is the dimension of N.
+# The registered ops in plain PyTorch: default kernels, fake kernels, batching rules, gradients. `at` is the dimension
+# of N.
 
 
 def _clamped(logvar: Tensor, low: float | None, high: float | None) -> Tensor:

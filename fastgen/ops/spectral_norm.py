@@ -1,4 +1,5 @@
-"""weight / sigma, sigma the weight's largest singular value by power iteration: for one weight or for many in one call."""
+"""weight / sigma, sigma the weight's largest singular value by power iteration: for one weight or for many in one
+call."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ torch.library.define(
 )
 torch.library.define(
     "fastgen::spectral_norm_backward",
-    "(Tensor[] grad_outs, Tensor[] grad_sigmas, Tensor[] weights, Tensor[] sigmas, Tensor[] us, Tensor[] vs, int[] dims) "
+    "(Tensor[] grad_outs, Tensor[] grad_sigmas, Tensor[] weights, Tensor[] sigmas, Tensor[] us, Tensor[] vs, int[] "
+    "dims) "
     "-> Tensor[]",
 )
 for _name in ("spectral_norm", "spectral_norm_group"):
@@ -43,8 +45,8 @@ def spectral_norm(
 
     Args:
         weight: at least 2-d, float32, float64, bfloat16 or float16; any strides. A channels_last weight stays so.
-        u: (weight.shape[dim],), v: (the product of the other sizes,), weight's dtype or float32: estimates of the singular
-            vectors of the largest singular value. They are not changed.
+        u: (weight.shape[dim],), v: (the product of the other sizes,), weight's dtype or float32: estimates of the
+            singular vectors of the largest singular value. They are not changed.
         n_power_iterations: steps u = W v / max(|W v|, eps), then v = W^T u / max(|W^T u|, eps), if training.
         training: False: u and v are taken as they are.
         v_first: a step is v, then u, as in torch.nn.utils.spectral_norm.
@@ -52,13 +54,13 @@ def spectral_norm(
         impl: "auto", "reference", "cpp", "cuda" or "triton".
 
     Returns:
-        weight / sigma; sigma, a scalar in float32 (float64 for float64); u and v after the steps, new tensors in the dtype they
-        came in. Products with the weight run in float32 (float64), norms in float64.
+        weight / sigma; sigma, a scalar in float32 (float64 for float64); u and v after the steps, new tensors in the
+        dtype they came in. Products with the weight run in float32 (float64), norms in float64.
 
     Gradients from weight / sigma and sigma to weight, of any order (reverse mode), with u and v as constants.
 
-    Raises ValueError or TypeError for an argument that does not fit, naming it; RuntimeError if the implementation asked for
-    cannot run.
+    Raises ValueError or TypeError for an argument that does not fit, naming it; RuntimeError if the implementation
+    asked for cannot run.
 
     Miyato et al., Spectral Normalization for Generative Adversarial Networks, 2018.
     """
@@ -82,8 +84,8 @@ def spectral_norm_group(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """spectral_norm of each weight, with its u, v and dimension, in one call.
 
-    Arguments, gradients and errors are those of spectral_norm, with lists for tensors; dims: one for each weight, or one for
-    all. Returns the four results as lists.
+    Arguments, gradients and errors are those of spectral_norm, with lists for tensors; dims: one for each weight, or
+    one for all. Returns the four results as lists.
     """
     weights, us, vs = list(weights), list(us), list(vs)
     dims = [dims] * len(weights) if isinstance(dims, int) else list(dims)

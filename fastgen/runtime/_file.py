@@ -23,7 +23,8 @@ Size = tuple[int, int, int]  # channels, height, width of an image
 
 @dataclass
 class Step:
-    """One step; see struct Step in csrc/plan/plan.h. Value 0 is the network's input, value i + 1 the output of step i."""
+    """One step; see struct Step in csrc/plan/plan.h. Value 0 is the network's input, value i + 1 the output of step
+    i."""
 
     kind: str
     x: int
@@ -53,7 +54,8 @@ class Step:
 def encode(
     steps: list[Step], input_shape: tuple[int, ...], output_shape: tuple[int, ...], *, bfloat16: bool = False
 ) -> bytes:
-    """The bytes of a plan file. Shapes, of the first input and the last output: (C,), (C, H, W), () of labels and numbers."""
+    """The bytes of a plan file. Shapes, of the first input and the last output: (C,), (C, H, W), () of labels and
+    numbers."""
     values: list[np.ndarray] = []
     count = 0
 

@@ -14,15 +14,17 @@ class PlanError(FastgenError):
 
 
 class Input(NamedTuple):
-    """What a plan takes: an image's shape, and for labels, which are integers of shape (), how many classes there are."""
+    """What a plan takes: an image's shape, and for labels, which are integers of shape (), how many classes there
+    are."""
 
     shape: tuple[int, ...]
     classes: int | None = None
 
 
 class Plan:
-    """A network whose weights are packed once, on threads of its own. Several Python threads may call one plan, and processes
-    that are forked from one that has it; copy, deepcopy and pickle make it anew from its bytes, with threads= as given here.
+    """A network whose weights are packed once, on threads of its own. Several Python threads may call one plan, and
+    processes that are forked from one that has it; copy, deepcopy and pickle make it anew from its bytes, with threads=
+    as given here.
 
     Args:
         data: the bytes of a plan file, as fastgen.Engine.save and `fastgen export` write it: numbers, no code.
@@ -87,12 +89,12 @@ class Plan:
         """Runs the network.
 
         Args:
-            z: float32 (N, *input_shape) for any N. For an input of shape (C, 1, 1) also (N, C), and the other way round.
-                Labels are integers (N,).
+            z: float32 (N, *input_shape) for any N. For an input of shape (C, 1, 1) also (N, C), and the other way
+                round. Labels are integers (N,).
             others: the other inputs, where the network has several, of the same N.
 
-        Returns float32 (N, *output_shape), or a tuple of the outputs where there are several. Raises TypeError and ValueError
-        for other dtypes and shapes, and IndexError for a label that is no class.
+        Returns float32 (N, *output_shape), or a tuple of the outputs where there are several. Raises TypeError and
+        ValueError for other dtypes and shapes, and IndexError for a label that is no class.
         """
         given = (z, *others)
         if len(given) != len(self.inputs):
@@ -108,8 +110,8 @@ class Plan:
         return outputs if len(outputs) > 1 else outputs[0]
 
     def run(self, n: int, inputs: list[int], outputs: list[int]) -> None:
-        """The same for `n` images on addresses of contiguous memory: float32, or int64 for labels. Of what lies there only that
-        labels are classes is checked."""
+        """The same for `n` images on addresses of contiguous memory: float32, or int64 for labels. Of what lies there
+        only that labels are classes is checked."""
         self._plan.run(n, inputs, outputs)
 
     def tune(self, n: int) -> list[int]:

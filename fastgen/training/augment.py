@@ -11,8 +11,8 @@ def augment(images: Tensor, names: Iterable[str], generator: torch.Generator) ->
     """Images (N, C, H, W), each changed by itself at random in the ways named, in that order.
 
     Args:
-        names: of "color" (brightness, saturation and contrast), "translation" (by up to an eighth of the size, zeros move in)
-            and "cutout" (a square of half the size is zero).
+        names: of "color" (brightness, saturation and contrast), "translation" (by up to an eighth of the size, zeros
+            move in) and "cutout" (a square of half the size is zero).
         generator: on the CPU.
     """
     for name in names:

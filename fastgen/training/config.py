@@ -104,8 +104,8 @@ class GANTraining(TrainConfig):
     clip_weights: float = 0.0
     """Greatest size of a weight of the discriminator, as in WGAN; 0 does not clip."""
     augment: str = ""
-    """What the discriminator sees changed, real and generated alike, for small data (DiffAugment): color, translation, cutout,
-    with commas between."""
+    """What the discriminator sees changed, real and generated alike, for small data (DiffAugment): color, translation,
+    cutout, with commas between."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -218,7 +218,8 @@ class CGANTraining(DCGANTraining):
     generator_norm: Literal["batch", "conditional"] = "batch"
     """Norm in the generator; conditional gives each class gains and biases of its own."""
     condition: Literal["projection", "concatenation"] = "projection"
-    """How the discriminator sees the class: by an inner product with its features, or as one more channel of the image."""
+    """How the discriminator sees the class: by an inner product with its features, or as one more channel of the
+    image."""
 
 
 @dataclass(frozen=True)
@@ -292,8 +293,8 @@ class CycleGANTraining(TrainConfig):
 
     system: ClassVar[str] = "cyclegan"
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
-        "ngf": (1, 2**13), "ndf": (1, 2**13), "blocks": (1, 1000), "unet_depth": (2, 16), "discriminator_layers": (1, 10),
-        "cycle": (0, 1e30), "identity": (0, 1e30), "pool_size": (0, 10**5),
+        "ngf": (1, 2**13), "ndf": (1, 2**13), "blocks": (1, 1000), "unet_depth": (2, 16), "discriminator_layers": (1,
+        10), "cycle": (0, 1e30), "identity": (0, 1e30), "pool_size": (0, 10**5),
     }  # fmt: skip
 
     data: str = "colour-to-grey"
@@ -315,7 +316,8 @@ class CycleGANTraining(TrainConfig):
     ema_decay: float = 0.99
     """Decay a step of the averaged weights, which make the samples."""
     generator: Literal["unet", "resnet"] = "unet"
-    """Architecture of both generators: that of pix2pix, quicker to learn where the images stay alike, or that of CycleGAN."""
+    """Architecture of both generators: that of pix2pix, quicker to learn where the images stay alike, or that of
+    CycleGAN."""
     ngf: int = 16
     """Channels of a generator's first layer."""
     ndf: int = 16
@@ -327,7 +329,8 @@ class CycleGANTraining(TrainConfig):
     discriminator_layers: int = 2
     """Hidden layers of a PatchGAN after its first: 3 judges patches of 70x70 pixels, 2 of 34x34."""
     norm: Literal["batch", "instance"] = "batch"
-    """Norm of all networks. instance, the paper's, takes an image's mean and contrast away, which small patches need."""
+    """Norm of all networks. instance, the paper's, takes an image's mean and contrast away, which small patches
+    need."""
     dropout: bool = False
     """Dropout of one half in the generators."""
     loss: Literal["least_squares", "non_saturating", "hinge", "wasserstein", "minimax"] = "least_squares"

@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class EMA:
     """Exponential moving average of the parameters of parts of a model, by their names; "" is the whole model.
 
-    `modules` holds the averaged parts, in eval mode; `model` is the model with them in the parts' places, sharing all else.
+    `modules` holds the averaged parts, in eval mode; `model` is the model with them in the parts' places, sharing all
+    else.
 
     The decay is warmed up, min(decay, (1 + step) / (10 + step)), so that the initial weights are soon forgotten.
     Running statistics of batch norms cannot be averaged along: use `batch_norms_reestimated` before sampling.
@@ -35,7 +36,8 @@ class EMA:
 
 @contextlib.contextmanager
 def batch_norms_reestimated(modules: Mapping[str, nn.Module]) -> Iterator[bool]:
-    """What runs in the context replaces the running statistics of the modules' batch norms by their mean over its batches.
+    """What runs in the context replaces the running statistics of the modules' batch norms by their mean over its
+    batches.
 
     Yields whether there are any.
     """

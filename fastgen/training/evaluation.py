@@ -84,8 +84,8 @@ def _evaluate(model: Any, config: TrainConfig, n: int, seed: int, class_names: S
 
 
 def sample_like(model: Any, data: ImageDataset, n: int, seed: int) -> Batch:
-    """`n` images of the model, with labels and captions that are asked of it, where it takes them: the classes in turn, or
-    captions of the data.
+    """`n` images of the model, with labels and captions that are asked of it, where it takes them: the classes in turn,
+    or captions of the data.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     classes = getattr(model.config, "classes", None)
@@ -101,7 +101,8 @@ def sample_like(model: Any, data: ImageDataset, n: int, seed: int) -> Batch:
 
 
 def check_classes(class_names: Sequence[str] | None, data: ImageDataset, name: str) -> None:
-    """Raises DataError unless the labels of `data` stand for the classes that a model was trained on, if these are known."""
+    """Raises DataError unless the labels of `data` stand for the classes that a model was trained on, if these are
+    known."""
     now = data.classes
     if class_names is not None and now is not None and tuple(class_names) != now:
         changed = sorted({*class_names} ^ {*now}) or ["their order"]
@@ -206,7 +207,8 @@ def _samples(model: Any, real: _Real, n: int, seed: int) -> tuple[dict[str, Figu
     if isinstance(getattr(model, "discriminator", None), nn.Module):
         figures["discriminator"] = Figure(
             _judged(model, batch),
-            f"mean output (a logit) of the run's own discriminator for {n} generated images; the real figure is of {len(held)} "
+            f"mean output (a logit) of the run's own discriminator for {n} generated images; the real figure is of "
+            f"{len(held)} "
             "real images that it was not trained on",
             "higher",
             _judged(model, held),

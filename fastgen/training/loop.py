@@ -72,7 +72,8 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False) -> Trai
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Turns a caller's autocast off: a run has its own, and inside of another the casts of weights would outlive their step."""
+    """Turns a caller's autocast off: a run has its own, and inside of another the casts of weights would outlive their
+    step."""
     if not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False, cache_enabled=False)

@@ -23,7 +23,8 @@ h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5re
 img { image-rendering: pixelated; max-width: 100%; display: block } .final { width: 32rem }
 .strip { display: flex; gap: .75rem; overflow-x: auto; padding-bottom: .5rem } figure { margin: 0; flex: none }
 .strip img { width: 11rem } figcaption, .note, summary { font-size: .85rem; opacity: .75 }
-table { border-collapse: collapse; width: 100% } td, th { text-align: left; padding: .3rem .75rem .3rem 0; vertical-align: top }
+table { border-collapse: collapse; width: 100% }
+td, th { text-align: left; padding: .3rem .75rem .3rem 0; vertical-align: top }
 tr { border-top: 1px solid var(--line) } td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem }
 svg { width: 100%; height: auto; font-size: 11px; fill: currentColor } polyline { fill: none; stroke: var(--accent) }
@@ -72,7 +73,8 @@ def write_report(
         for value in [getattr(config, field.name)]
     ]
     parts = [
-        f"<h1>{_escape(title)}</h1><p class=note>{step:,} of {config.steps:,} steps · {speed} · fastgen {__version__}</p>",
+        f"<h1>{_escape(title)}</h1><p class=note>{step:,} of {config.steps:,} steps · {speed} · fastgen "
+        f"{__version__}</p>",
         _section("Samples", _picture(final, "at the end", "final") if final.exists() else ""),
         _section("Along the way", f"<div class=strip>{strip}</div>" if strip else ""),
         _section("Figures", "" if evaluation is None else _figures(evaluation)),
@@ -143,7 +145,8 @@ def _curve(name: str, points: list[tuple[int, float]]) -> str:
         for step, value in means
     )
     return (
-        f'<figure><svg viewBox="0 0 320 135" role=img aria-label="{_escape(name)}"><text x=50 y=10>{_escape(name)}</text>'
+        f'<figure><svg viewBox="0 0 320 135" role=img aria-label="{_escape(name)}"><text x=50 '
+        f"y=10>{_escape(name)}</text>"
         f"<line x1=50 y1=110 x2=310 y2=110 /><line x1=50 y1=15 x2=50 y2=110 />"
         f"<text x=46 y=22 text-anchor=end>{high:.3g}</text><text x=46 y=110 text-anchor=end>{low:.3g}</text>"
         f"<text x=50 y=126>{first:,}</text><text x=310 y=126 text-anchor=end>step {last:,}</text>"

@@ -26,7 +26,8 @@ def conditions(model: Any, n: int, *, label: int | None = None, text: str | None
 
 
 class Drawing(nn.Module):
-    """What draws images in a model, as a module: forward(z), or forward(z, labels) for one with classes, is model.generate.
+    """What draws images in a model, as a module: forward(z), or forward(z, labels) for one with classes, is
+    model.generate.
 
     `example` is inputs for one image. Raises UsageError for a model that draws from anything else.
     """

@@ -23,8 +23,8 @@ def transform_pictures(
 ) -> list[Path]:
     """Writes function(image), (1, C, H, W) in [-1, 1], of each picture in a folder into another, as a PNG of its name.
 
-    A picture that cannot be read, or for which `function` fails, is named in the log and left out; the others are written.
-    A UsageError of `function`, whose arguments cannot be meant for any picture, is raised.
+    A picture that cannot be read, or for which `function` fails, is named in the log and left out; the others are
+    written. A UsageError of `function`, whose arguments cannot be meant for any picture, is raised.
 
     Args:
         source: a folder of pictures, or one picture.
@@ -38,8 +38,8 @@ def transform_pictures(
         The files written.
 
     Raises:
-        DataError: no picture is there, or `out` is where they are, or a picture is of no use; the message names it. The last
-            if `strict`, for a single picture, or if there is no other.
+        DataError: no picture is there, or `out` is where they are, or a picture is of no use; the message names it. The
+            last if `strict`, for a single picture, or if there is no other.
         OSError: a file cannot be read or written.
         Exception: what `function` raises, if that is a UsageError, or `strict`, or for a single picture, or for all.
     """

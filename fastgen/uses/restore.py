@@ -1,7 +1,8 @@
 """Images put right by a VAE: the most probable latent, given what is known of the image, is decoded.
 
 With y = A(x) + noise what is known, A the identity, a mask or the mean of squares of pixels, it is the z that maximises
-log N(y; A(decode(z)), s^2) + log N(z; 0, 1), found by gradient from the encoder's guess (Bora et al. 2017, arXiv:1703.03208).
+log N(y; A(decode(z)), s^2) + log N(z; 0, 1), found by gradient from the encoder's guess (Bora et al. 2017,
+arXiv:1703.03208).
 """
 
 from collections.abc import Callable

@@ -20,8 +20,8 @@ def translate(
 ) -> Tensor:
     """Images of one domain as of the other, of any size: large ones in overlapping tiles that fade into each other.
 
-    A network that sees at most overlap / 4 pixels around a pixel gives the same with tiles as without. One with instance
-    norm does not, as each tile has statistics of its own; the fading leaves no edge.
+    A network that sees at most overlap / 4 pixels around a pixel gives the same with tiles as without. One with
+    instance norm does not, as each tile has statistics of its own; the fading leaves no edge.
 
     Args:
         model: with `translate(images, direction)`, a CycleGAN.
@@ -29,8 +29,8 @@ def translate(
         tile: height and width of a tile.
         overlap: pixels that neighbours share at least.
 
-    A picture that is smaller than the network takes, or of a size that it does not take, is continued by its last row and
-    column; the result is cut to its size.
+    A picture that is smaller than the network takes, or of a size that it does not take, is continued by its last row
+    and column; the result is cut to its size.
 
     Returns:
         (N, C', H, W) in [-1, 1].
@@ -47,7 +47,8 @@ def translate(
 def in_tiles(
     function: Callable[[Tensor], Tensor], images: Tensor, tile: int, overlap: int, multiple: int = 1, least: int = 1
 ) -> Tensor:
-    """function(images) computed in tiles; heights and widths it is given are multiples of `multiple` from `least` up."""
+    """function(images) computed in tiles; heights and widths it is given are multiples of `multiple` from `least`
+    up."""
     grid = math.gcd(multiple, 4)  # where tiles start: strided layers see them as they see the whole
     if tile < least or tile % multiple or not 0 <= overlap <= min(tile // 2, tile - grid):
         wanted = f"a multiple of {multiple}" + (f" from {least}" if least > multiple else "")
@@ -86,7 +87,8 @@ def _starts(size: int, tile: int, overlap: int, grid: int) -> list[int]:
 
 
 def _fade(start: int, starts: list[int], size: int, overlap: int) -> Tensor:
-    """Weight of each of a tile's pixels: 0 for a quarter of the overlap, whose surroundings are cut off, then up to 1."""
+    """Weight of each of a tile's pixels: 0 for a quarter of the overlap, whose surroundings are cut off, then up to
+    1."""
     pixels = torch.arange(overlap, dtype=torch.float32, device="cpu")
     ramp = ((pixels + 0.5 - overlap / 4) / max(overlap / 2, 1)).clamp(0, 1)
     weights = torch.ones(size, dtype=torch.float32, device="cpu")

@@ -84,7 +84,8 @@ def quick(tmp_path_factory):
 
 
 def settings_at_edges(system):
-    """Settings that differ from tiny ones by an option's edge, with a batch of one image; those refused are left out."""
+    """Settings that differ from tiny ones by an option's edge, with a batch of one image; those refused are left
+    out."""
     kind = CONFIGS[system]
     hints, own = typing.get_type_hints(kind), {*vars(kind)["__annotations__"]}
     tiny = TINY.get(system, GAN) | {"steps": 1, "batch_size": 1}

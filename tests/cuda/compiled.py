@@ -30,8 +30,8 @@ def resources(source: Path, architecture: str) -> dict[str, dict[str, int]]:
     """Each kernel of the file by its name: registers of a thread, bytes of its stack and spills, shared memory of a
     block (where it says so: takes_shared_memory), its threads, and how many blocks these let one multiprocessor run.
 
-    Raises RuntimeError with the compiler's words where it fails or warns. The host's part of the file, which is the same for
-    all, is compiled with the first of the ARCHITECTURES alone.
+    Raises RuntimeError with the compiler's words where it fails or warns. The host's part of the file, which is the
+    same for all, is compiled with the first of the ARCHITECTURES alone.
     """
     parts = "-c" if architecture == next(iter(ARCHITECTURES)) else "-cubin"
     chosen = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"

@@ -14,8 +14,8 @@ from fastgen._build import cuda, toolchain
 
 SHIM = Path(__file__).parent / "shim"
 FLAGS = ("-O1", "-std=c++20", "-fPIC", "-DFASTGEN_CUDA=CPU", toolchain.STABLE_ABI, "-Wall", "-Wno-unknown-pragmas")
-# Every access of the kernels calls the shim, which looks for races in shared memory, and asks the address sanitizer, whose
-# library knows what is allocated, whether it is in bounds.
+# Every access of the kernels calls the shim, which looks for races in shared memory, and asks the address sanitizer,
+# whose library knows what is allocated, whether it is in bounds.
 CHECKED = ("-fsanitize=thread,alignment", "-fsanitize-undefined-trap-on-error")
 
 
@@ -73,7 +73,8 @@ def environment() -> dict[str, str]:
         # Both, to see what is thrown.
         "LD_PRELOAD": ":".join(map(_file_of_compiler, ("libasan.so", "libstdc++.so"))),
         # Python's own allocations are not looked at, and it does not free all of them at its end. New memory is NaN.
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824",
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:malloc_fill_byte=255:"
+        "max_malloc_fill_size=1073741824",
     }
 
 

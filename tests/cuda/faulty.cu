@@ -76,8 +76,8 @@ __global__ void product(const BFloat16* a, const BFloat16* b, float* out) {  // 
 
 __global__ void product_tf32(const float* a, const float* b, float* out) {  // out (16, 8) = a (16, 8) b (8, 8)^T
   const int group = threadIdx.x / 4, place = threadIdx.x % 4;
-  const uint32_t of_a[4] = {to_tf32(a[group * 8 + place]), to_tf32(a[(group + 8) * 8 + place]), to_tf32(a[group * 8 + place + 4]),
-                            to_tf32(a[(group + 8) * 8 + place + 4])};
+  const uint32_t of_a[4] = {to_tf32(a[group * 8 + place]), to_tf32(a[(group + 8) * 8 + place]),
+                            to_tf32(a[group * 8 + place + 4]), to_tf32(a[(group + 8) * 8 + place + 4])};
   const uint32_t of_b[2] = {to_tf32(b[group * 8 + place]), to_tf32(b[group * 8 + place + 4])};
   float total[4] = {};
   multiply_tf32(total, of_a, of_b);
@@ -101,8 +101,7 @@ int main(int, char** arguments) {
     if (fault == "half a barrier") launch(queue, half_a_barrier, dim3(1), 64, 0, data.data());
     if (fault == "half a warp") launch(queue, half_a_warp, dim3(1), 32, 0, data.data());
     if (fault == "beyond the end") launch(queue, beyond, dim3(1), 32, 0, data.data(), 40);
-    if (fault == "a copy beyond the end")
-      launch(queue, copies, dim3(1), 32, 512, more.data() + 160, more.data(), true);
+    if (fault == "a copy beyond the end") launch(queue, copies, dim3(1), 32, 512, more.data() + 160, more.data(), true);
     if (fault == "not aligned") launch(queue, pairs, dim3(1), 32, 0, more.data(), 1);
     if (fault == "too much shared memory") launch(queue, reverse, dim3(1), 64, 100 << 10, data.data(), true);
     if (fault == "no wait") {

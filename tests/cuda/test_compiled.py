@@ -1,4 +1,5 @@
-"""Every .cu compiled for GPUs that this machine need not have: no warnings, spills or stack, and as many blocks as recorded."""
+"""Every .cu compiled for GPUs that this machine need not have: no warnings, spills or stack, and as many blocks as
+recorded."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""Every CUDA kernel, executed on the CPU from its own source, against the reference: the ops' own tests with cuda for cpp, in a
-process of its own that looks for races in shared memory and for accesses out of bounds.
+"""Every CUDA kernel, executed on the CPU from its own source, against the reference: the ops' own tests with cuda for
+cpp, in a process of its own that looks for races in shared memory and for accesses out of bounds.
 
 All of them: env $(python -m tests.cuda.executed) pytest tests/ops -k "parity and not float64"
 """
@@ -16,9 +16,11 @@ from tests.cuda import executed
 
 CHOSEN = {
     "tests/cuda/check_tf32.py": "test_tf32",
-    "tests/ops/test_cases.py": "test_parity and (float32 or (bfloat16 and channels_last)) and not winograd and not real_layers",
+    "tests/ops/test_cases.py": "test_parity and (float32 or (bfloat16 and channels_last)) and not winograd and not "
+    "real_layers",
     "tests/ops/test_reparameterize.py": "(test_parity or test_noise or draw_the_same) and not float64",
-    "tests/ops/test_spectral_norm.py": "test_parity and (float32 or (bfloat16 and channels_last)) and not (wide or parts)",
+    "tests/ops/test_spectral_norm.py": "test_parity and (float32 or (bfloat16 and channels_last)) and not "
+    "(wide or parts)",
 }
 
 

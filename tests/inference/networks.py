@@ -1,4 +1,5 @@
-"""Public image-to-image and noise-to-image networks, rebuilt small from the tables of their layers. None uses fastgen."""
+"""Public image-to-image and noise-to-image networks, rebuilt small from the tables of their layers. None uses
+fastgen."""
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,8 @@ def unet(width=4, dropout=False):
 
 
 class VanillaVAE(nn.Module):
-    """AntixK/PyTorch-VAE: `encoder.i.{0,1}`, `decoder.i.{0,1}`, `final_layer.{0,1,3}`; returns reconstruction and moments."""
+    """AntixK/PyTorch-VAE: `encoder.i.{0,1}`, `decoder.i.{0,1}`, `final_layer.{0,1,3}`; returns reconstruction and
+    moments."""
 
     def __init__(self, latent=5, widths=(4, 6, 8), channels=3):
         super().__init__()
@@ -276,8 +278,8 @@ NETWORKS = {
         VanillaVAE,
         (3, 3, 16, 16),
         {
-            "encoder.0.0": 3, "encoder.1.0": 3, "encoder.2.0": 3, "decoder.0.0": 3, "decoder.1.0": 3, "final_layer.0": 3,
-            "final_layer.3": 2,
+            "encoder.0.0": 3, "encoder.1.0": 3, "encoder.2.0": 3, "decoder.0.0": 3, "decoder.1.0": 3,
+            "final_layer.0": 3, "final_layer.3": 2,
         },
     ),
     "sngan": (

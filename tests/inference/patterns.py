@@ -1,5 +1,5 @@
-"""Ways to write a forward, among them traps: PATTERNS[name] is (make, names in the runs that fuse, why others do not), and
-CALLS[name] what it is called with besides its input."""
+"""Ways to write a forward, among them traps: PATTERNS[name] is (make, names in the runs that fuse, why others do not),
+and CALLS[name] what it is called with besides its input."""
 
 import random
 from fractions import Fraction

@@ -141,7 +141,8 @@ def test_spectral_norm_that_iterates_in_evaluation_mode():
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_faults_are_told_from_rounding(precision):
-    """A weight that is wrong by so much as two roundings of everything make is found, and nothing is said of the right one."""
+    """A weight that is wrong by so much as two roundings of everything make is found, and nothing is said of the right
+    one."""
     torch.manual_seed(0)
     model = ResnetGenerator(8, 2).eval()
     x, size = (torch.rand(2, 3, 16, 16) * 2 - 1,), 0.06 if precision == "bf16" else 1e-3
@@ -164,7 +165,8 @@ TRUE_BFLOAT16 = {
     "dcgan-64": lambda: (fastgen.create_model("dcgan", nz=20, ngf=8).generator, (20,)),
     "resnet-9, instance norm": lambda: (ResnetGenerator(8, 9), (3, 32, 32)),
     "vae decoder": lambda: (Decoder(VanillaVAE(16, (8, 16, 32))), (16,)),
-    "one number": lambda: (nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 1)), (3, 8, 8)),
+    "one number": lambda: (nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 1)), (3, 8,
+    8)),
 }  # fmt: skip
 
 

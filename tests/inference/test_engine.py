@@ -145,7 +145,8 @@ def test_algorithms_agree_on_wide_layers():
     model = prepared(
         lambda: nn.Sequential(
             nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 4, 2, 1), nn.ReLU(),
-            nn.ConvTranspose2d(32, 48, 4, 2, 1), nn.InstanceNorm2d(48), nn.ReLU(), nn.Conv2d(48, 3, 7, padding=3), nn.Tanh(),
+            nn.ConvTranspose2d(32, 48, 4, 2, 1), nn.InstanceNorm2d(48), nn.ReLU(), nn.Conv2d(48, 3, 7, padding=3),
+            nn.Tanh(),
         )
     )  # fmt: skip
     for parameter in model.parameters():

@@ -1,4 +1,5 @@
-"""Engine on a GPU, by a recorder that needs none: it keeps what a CUDA graph keeps, the buffers, and runs the call anew."""
+"""Engine on a GPU, by a recorder that needs none: it keeps what a CUDA graph keeps, the buffers, and runs the call
+anew."""
 
 import contextlib
 import threading
@@ -161,7 +162,8 @@ def test_precision_and_implementation_hold_while_recording():
 
 
 def test_what_an_engine_is_compared_with_is_exact(monkeypatch):
-    """PyTorch's convolutions may use TF32 on a GPU unless told otherwise; what is recorded is as precise as asked for."""
+    """PyTorch's convolutions may use TF32 on a GPU unless told otherwise; what is recorded is as precise as asked
+    for."""
     seen = []
 
     class Sees(nn.Conv2d):

@@ -49,8 +49,8 @@ CASES = {
         {"": "sub of values and constants", "conv": "plan"},
     ),
     "a ModuleList": (
-        lambda: Call(lambda m, x: m.body[2](m.body[1](m.body[0](x))), body=nn.ModuleList([conv(), nn.PReLU(), conv(8, 4)])),
-        {"": "prelu", "body.0": "plan", "body.1": "prelu", "body.2": "plan"},
+        lambda: Call(lambda m, x: m.body[2](m.body[1](m.body[0](x))), body=nn.ModuleList([conv(), nn.PReLU(), conv(8,
+        4)])), {"": "prelu", "body.0": "plan", "body.1": "prelu", "body.2": "plan"},
     ),
     "attention": (
         lambda: Call(

@@ -1,4 +1,5 @@
-"""What a process has set, and where an engine is called from, changes nothing of what it computes, or is refused in words."""
+"""What a process has set, and where an engine is called from, changes nothing of what it computes, or is refused in
+words."""
 
 import contextlib
 import copy

@@ -27,7 +27,8 @@ def discriminator(norm):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("inplace", (False, True))
 def test_spectral_norm_is_swapped(form, inplace):
-    """The same outputs, gradients and state_dict, step by step, in training and eval; and it loads and saves as before."""
+    """The same outputs, gradients and state_dict, step by step, in training and eval; and it loads and saves as
+    before."""
     plain = discriminator(FORMS[form])
     before = fastgen.fusion_report(plain)
     assert [run.names[0] for run in before.swappable] == ["0.weight", "2.weight", "4.weight"] and not before.swapped

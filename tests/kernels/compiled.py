@@ -20,7 +20,8 @@ from fastgen.ops._dispatch import kernels
 
 Launch = kernels("_common").Launch
 
-# Compute capability -> shared memory of a program, bytes; what is compiled for 80 runs on 86 and 89, which have less, too.
+# Compute capability -> shared memory of a program, bytes; what is compiled for 80 runs on 86 and 89, which have less,
+# too.
 TARGETS = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 _NAMES = {
     torch.float32: "*fp32",
@@ -56,7 +57,8 @@ def compiled(launch: Launch, capability: int) -> Compiled:
 
 
 def _kind(value: Any) -> tuple[str, Any, bool]:
-    """An argument's type, its value where it is compiled in, and whether it is a multiple of 16, as the launch sees it."""
+    """An argument's type, its value where it is compiled in, and whether it is a multiple of 16, as the launch sees
+    it."""
     if isinstance(value, tuple):
         return tuple(_kind(v)[0] for v in value), None, True
     if isinstance(value, Tensor):

@@ -76,7 +76,8 @@ every_tile = pytest.mark.parametrize(
 @pytest.mark.parametrize("capability", TARGETS)
 @every_tile
 def test_tiles(precision, tile, capability):
-    """Each configuration of the convolutions, with the statistics in its epilogue; tensor cores by the newest instruction."""
+    """Each configuration of the convolutions, with the statistics in its epilogue; tensor cores by the newest
+    instruction."""
     for dtype in PRECISIONS[precision]:
         launch = of_tile(precision, tile, dtype)
         assert (launch[2]["ROWS"], launch[2]["COLUMNS"], launch[2]["DEPTH"]) == tile[:3]
@@ -100,7 +101,8 @@ OTHER_LAYERS = {
 @pytest.mark.parametrize("name", OTHER_LAYERS)
 @every_tile
 def test_tiles_of_other_layers(precision, tile, name, capability):
-    """A measured choice may give any layer any tile of its kind, but 128 columns none with norm and activation behind them."""
+    """A measured choice may give any layer any tile of its kind, but 128 columns none with norm and activation behind
+    them."""
     if name == "few-channels" and precision not in ("gathered", "ieee"):
         return  # they are gathered
     dtype = FP32 if precision == "gathered" else PRECISIONS[precision][0]
@@ -113,8 +115,8 @@ def test_tiles_of_other_layers(precision, tile, name, capability):
 
 def weight_gradient(n, rows, size, channels, dtype, *, transposed=True, channels_last=True, groups=1, reflect=False,
                     tile=""):  # fmt: skip
-    """The launches of the gradient of a weight (rows, channels / groups, 4, 4), stride 2: of images of that size and of twice
-    that."""
+    """The launches of the gradient of a weight (rows, channels / groups, 4, 4), stride 2: of images of that size and of
+    twice that."""
     inner = meta(n, rows, size, size, dtype=dtype, channels_last=channels_last)
     outer = meta(n, channels, 2 * size, 2 * size, dtype=dtype, channels_last=channels_last)
     weight = meta(rows, channels // groups, 4, 4, dtype=dtype, channels_last=channels_last)
@@ -129,8 +131,8 @@ def weight_gradient(n, rows, size, channels, dtype, *, transposed=True, channels
 @pytest.mark.parametrize("channels", (128, 3))
 @every_tile
 def test_tiles_of_weight_gradients(precision, tile, channels, capability, monkeypatch):
-    """With reflection, which takes the most registers. Both operands lie along channels, not along the sum: 16 bits are copied
-    16 bytes at a time all the same, TF32 is turned on its way where the newest instruction reads it."""
+    """With reflection, which takes the most registers. Both operands lie along channels, not along the sum: 16 bits are
+    copied 16 bytes at a time all the same, TF32 is turned on its way where the newest instruction reads it."""
     if channels == 3 and precision not in ("gathered", "ieee"):
         return  # they are gathered
     monkeypatch.setattr(_convolution, "precision_of", lambda x: "tf32" if precision == "gathered" else precision)

@@ -1,4 +1,5 @@
-"""Every kernel in Triton's interpreter, against the reference: the ops' own tests with triton for cpp, in a process of its own.
+"""Every kernel in Triton's interpreter, against the reference: the ops' own tests with triton for cpp, in a process of
+its own.
 
 All of them: TRITON_INTERPRET=1 FASTGEN_IMPL=triton pytest tests/ops -k "parity and not float64"
 """
@@ -9,14 +10,16 @@ import sys
 
 import pytest
 
-# The interpreter's time goes by programs, of which wide-rows has four times as many as any other case: it runs in one layout.
-# More than one tile of rows, with statistics of each, are in cyclegan-first, vae and patchgan-middle in all.
+# The interpreter's time goes by programs, of which wide-rows has four times as many as any other case: it runs in one
+# layout. More than one tile of rows, with statistics of each, are in cyclegan-first, vae and patchgan-middle in all.
 CHOSEN = {
-    "test_cases.py": "test_parity and (float32 or (bfloat16 and channels_last)) and not winograd and not real_layers and not "
+    "test_cases.py": "test_parity and (float32 or (bfloat16 and channels_last)) and not winograd and not "
+    "real_layers and not "
     "(wide-rows and channels_last)",
     "test_convolution_weight_grad.py": "",
     "test_reparameterize.py": "test_parity and (float32 or bfloat16)",
-    "test_spectral_norm.py": "test_parity and (float32 or (bfloat16 and channels_last)) and not (wide or parts or tall)",
+    "test_spectral_norm.py": "test_parity and (float32 or (bfloat16 and channels_last)) and not "
+    "(wide or parts or tall)",
 }
 
 

@@ -1,4 +1,5 @@
-"""The one launch of a power iteration: who waits, waits for programs with earlier tickets, and for all that it reads."""
+"""The one launch of a power iteration: who waits, waits for programs with earlier tickets, and for all that it
+reads."""
 
 import os
 import re

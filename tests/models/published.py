@@ -65,8 +65,9 @@ PUBLISHED = {
     "CycleGAN": (TRANSLATORS, lambda: networks.ResnetGenerator(blocks=6), nn.Module.__call__, (2, 3, 16, 20), None),
     "PatchGAN": (TRANSLATORS, networks.PatchGAN, nn.Module.__call__, (2, 3, 32, 32), None),
     "pix2pix": (TRANSLATORS, lambda: unet(dropout=True), call_unet, (2, 3, 64, 64), None),
-    "PyTorch-VAE, 1 channel": ("pytorch-vae", lambda: MeanVanillaVAE(channels=1), nn.Module.__call__, (3, 1, 16, 16), mean_of),
-    "PyTorch-VAE, 1 layer": ("pytorch-vae", lambda: MeanVanillaVAE(widths=(4,)), nn.Module.__call__, (3, 3, 4, 4), mean_of),
+    "PyTorch-VAE, 1 channel": ("pytorch-vae", lambda: MeanVanillaVAE(channels=1), nn.Module.__call__, (3, 1, 16, 16),
+    mean_of), "PyTorch-VAE, 1 layer": ("pytorch-vae", lambda: MeanVanillaVAE(widths=(4,)), nn.Module.__call__, (3, 3, 4,
+    4), mean_of),
 }  # fmt: skip
 for norm, layer in NORMS.items():
     for dropout in (False, True):

@@ -29,16 +29,26 @@ FORMS = {
     "compiled, then parallel": lambda state: wrapped(state, "module", "_orig_mod"),
     "parallel, then compiled": lambda state: wrapped(state, "_orig_mod", "module"),
     "parallel in Lightning, compiled": lambda state: {"state_dict": wrapped(state, "_orig_mod", "model", "module")},
-    "compiled and parallel within": lambda state: {k.replace("main.", "main._orig_mod.module."): v for k, v in state.items()},
+    "compiled and parallel within": lambda state: {
+        k.replace("main.", "main._orig_mod.module."): v for k, v in state.items()
+    },
     "averaged": averaged,
     "averaged of a part": lambda state: {"ema": averaged(state), "decay": 0.99},
     "deep": lambda state: {"nets": [{"generator": {"params": state}}]},
     "with an optimizer": lambda state: {
-        "netG": state, "epoch": 3, "sigma": torch.tensor(0.5), "losses": [0.1] * 9,
-        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"params": [0], "betas": (0.5, 0.999)}]},
+        "netG": state,
+        "epoch": 3,
+        "sigma": torch.tensor(0.5),
+        "losses": [0.1] * 9,
+        "optimizer": {
+            "state": {0: {"exp_avg": torch.zeros(3)}},
+            "param_groups": [{"params": [0], "betas": (0.5, 0.999)}],
+        },
     },
     "beside numbers": lambda state: {**state, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}},
-    "beside other tensors": lambda state: {"state_dict": wrapped(state, "G") | {"sigma": torch.ones(3), "a.b": torch.ones(2)}},
+    "beside other tensors": lambda state: {
+        "state_dict": wrapped(state, "G") | {"sigma": torch.ones(3), "a.b": torch.ones(2)}
+    },
     "twice the same": lambda state: {"model": state, "best": state},
     "parameters": lambda state: {
         k: nn.Parameter(v, requires_grad=False) if v.is_floating_point() else v for k, v in state.items()
@@ -49,7 +59,7 @@ FORMS = {
     },
     "bfloat16": lambda state: {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()},
     "counters averaged": lambda state: {k: v.float() for k, v in state.items()},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -84,7 +94,8 @@ def test_one_of_several_networks(tmp_path):
     path = tmp_path / "all.pth"
     several(path)
     listed = (
-        r"all\.pth holds 5 networks: 'all\.gen' \(pytorch-examples-dcgan\), 'all\.disc' .*, 'nets\.G' .*, 'nets\.D' .*, "
+        r"all\.pth holds 5 networks: 'all\.gen' \(pytorch-examples-dcgan\), 'all\.disc' .*, 'nets\.G' .*, "
+        r"'nets\.D' .*, "
         r"'ema\.G' \(pytorch-examples-dcgan\)\. Say which with the argument network='all\.gen'"
     )
     with pytest.raises(CheckpointError, match=listed):
@@ -195,27 +206,52 @@ OF_NO_USE = {
         r"nothing of it was run \(it names tests\.inference\.networks\.DCGANGenerator\)\. Where you trust it, save the "
         r"network's state_dict\(\) alone",
     ),
-    "settings beside": (lambda path: torch.save({"args": Thing(), "netG": NETG().state_dict()}, path), r"it names .*\.Thing"),
-    "a list": (lambda path: torch.save([1, 2], path), "is not of a known dialect .*: it holds no tensors by name, but a list"),
+    "settings beside": (
+        lambda path: torch.save({"args": Thing(), "netG": NETG().state_dict()}, path),
+        r"it names .*\.Thing",
+    ),
+    "a list": (
+        lambda path: torch.save([1, 2], path),
+        "is not of a known dialect .*: it holds no tensors by name, but a list",
+    ),
     "a tensor": (lambda path: torch.save(zeros(3), path), "it holds no tensors by name, but a Tensor"),
     "nothing": (lambda path: torch.save({}, path), "it holds no tensors by name, but a dict"),
     "in itself": (lambda path: torch.save((loop := [1], loop.append(loop))[0], path), "no tensors by name, but a list"),
-    "unknown": (lambda path: torch.save({"weight": zeros(1)}, path), "is not of a known dialect .*: its tensors are weight"),
+    "unknown": (
+        lambda path: torch.save({"weight": zeros(1)}, path),
+        "is not of a known dialect .*: its tensors are weight",
+    ),
     "unknown networks": (
         lambda path: torch.save({"netG": {"a.weight": zeros(1)}, "netD": {"b.weight": zeros(1)}}, path),
         r"its tensors are a\.weight, \.\.\. in 'netG'; b\.weight, \.\.\. in 'netD'",
     ),
     "another network": (lambda path: torch.save({"main.0.weight": zeros(2)}, path), "is not of a known dialect"),
-    "large": (changed(NETG, main__0__weight=torch.zeros(1).expand(10**6, 10**6, 4, 4)), r"main\.0\.weight is larger than its"),
+    "large": (
+        changed(NETG, main__0__weight=torch.zeros(1).expand(10**6, 10**6, 4, 4)),
+        r"main\.0\.weight is larger than its",
+    ),
     "besides": (
-        changed(NETG, main__99__bias=zeros(1)), r"looks like pytorch-examples-dcgan and is not: it has main\.99\.bias besides",
+        changed(NETG, main__99__bias=zeros(1)),
+        r"looks like pytorch-examples-dcgan and is not: it has main\.99\.bias besides",
     ),
     "sigma besides": (changed(NETG, sigma=zeros(1)), "it has sigma besides"),
-    "other shape": (changed(NETG, main__3__weight=zeros(1, 1, 1, 1)), r"main.3.weight is \(1, 1, 1, 1\), not \(32, 16, 4, 4\)"),
-    "too small": (lambda path: torch.save({"main.0.weight": zeros(2, 2, 4, 4)}, path), "and is not: image_size must be"),
+    "other shape": (
+        changed(NETG, main__3__weight=zeros(1, 1, 1, 1)),
+        r"main.3.weight is \(1, 1, 1, 1\), not \(32, 16, 4, 4\)",
+    ),
+    "too small": (
+        lambda path: torch.save({"main.0.weight": zeros(2, 2, 4, 4)}, path),
+        "and is not: image_size must be",
+    ),
     "no statistics": (changed(NETG, main__1__running_var=None), r"it has no main\.1\.running_var"),
-    "integers": (changed(NETG, main__0__weight=zeros(6, 32, 4, 4).char()), r"main\.0\.weight is of torch\.int8 and torch\.str"),
-    "sparse": (changed(NETG, main__0__weight=zeros(6, 32, 4, 4).to_sparse()), r"main\.0\.weight is of .* torch\.sparse_coo"),
+    "integers": (
+        changed(NETG, main__0__weight=zeros(6, 32, 4, 4).char()),
+        r"main\.0\.weight is of torch\.int8 and torch\.str",
+    ),
+    "sparse": (
+        changed(NETG, main__0__weight=zeros(6, 32, 4, 4).to_sparse()),
+        r"main\.0\.weight is of .* torch\.sparse_coo",
+    ),
     "in a file of several": (
         lambda path: torch.save({"netG": {"main.0.weight": zeros(2, 2, 4, 4)}}, path),
         r"'netG' in .*net\.pth looks like pytorch-examples-dcgan and is not: image_size",
@@ -235,18 +271,33 @@ OF_NO_USE = {
         r"it has no model\.17\.weight",
     ),
     "resnet, zero padding": (
-        changed(RESNET, model__10__conv_block__0__weight=zeros(16, 16, 3, 3)), "its blocks pad with zeros .* by reflection",
+        changed(RESNET, model__10__conv_block__0__weight=zeros(16, 16, 3, 3)),
+        "its blocks pad with zeros .* by reflection",
     ),
-    "antialiased": (changed(RESNET, model__7__filt=zeros(8, 1, 3, 3)), r"it blurs where it changes the size \(\.filt\)"),
+    "antialiased": (
+        changed(RESNET, model__7__filt=zeros(8, 1, 3, 3)),
+        r"it blurs where it changes the size \(\.filt\)",
+    ),
     "resnet of wrong rank": (changed(RESNET, model__19__weight=zeros(3)), r"model\.19\.weight is \(3,\)"),
     "unet of one layer": (
-        lambda path: torch.save({"model.model.0.weight": zeros(2, 3, 4, 4), "model.model.3.weight": zeros(4, 3, 4, 4)}, path),
+        lambda path: torch.save(
+            {"model.model.0.weight": zeros(2, 3, 4, 4), "model.model.3.weight": zeros(4, 3, 4, 4)}, path
+        ),
         r"it has no model\.model\.1\.model\.1\.weight",
     ),
-    "unet, damaged": (changed(unet, model__model__1__model__5__weight=None), r"it has no model\.model\.1\.model\.5\.weight"),
-    "patchgan of no channels": (changed(PATCH, model__0__weight=zeros(4, 0, 4, 4)), r"model\.0\.weight is \(4, 0, 4, 4\)"),
-    "pixel, other outputs": (changed(PIXEL, net__5__weight=zeros(2, 8, 1, 1)), r"net\.5\.weight is \(2, 8, 1, 1\), not \(1, 8"),
-}  # fmt: skip
+    "unet, damaged": (
+        changed(unet, model__model__1__model__5__weight=None),
+        r"it has no model\.model\.1\.model\.5\.weight",
+    ),
+    "patchgan of no channels": (
+        changed(PATCH, model__0__weight=zeros(4, 0, 4, 4)),
+        r"model\.0\.weight is \(4, 0, 4, 4\)",
+    ),
+    "pixel, other outputs": (
+        changed(PIXEL, net__5__weight=zeros(2, 8, 1, 1)),
+        r"net\.5\.weight is \(2, 8, 1, 1\), not \(1, 8",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", OF_NO_USE)

@@ -37,7 +37,8 @@ def test_computes_what_the_original_does(name, tmp_path):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("asked", [None, False, True])
 def test_dropout_of_a_unet(tmp_path, norm, asked):
-    """pix2pix trains with batch norm and dropout, CycleGAN with instance norm and without, unless they are told otherwise."""
+    """pix2pix trains with batch norm and dropout, CycleGAN with instance norm and without, unless they are told
+    otherwise."""
     theirs = unet(NORMS[norm], dropout=norm == "batch" if asked is None else asked)
     torch.save(theirs.state_dict(), tmp_path / "net.pth")
     network = fastgen.load_checkpoint(tmp_path / "net.pth", dropout=asked).train()
@@ -77,7 +78,8 @@ def test_the_process_s_defaults_change_nothing(tmp_path, name):
 
 
 def test_vae_states_go_both_ways(tmp_path):
-    """`log_std`, which the original does not have, is in the state of a model that fastgen made, and of no loaded one."""
+    """`log_std`, which the original does not have, is in the state of a model that fastgen made, and of no loaded
+    one."""
     theirs = published("PyTorch-VAE")
     torch.save(theirs.state_dict(), tmp_path / "net.pth")
     loaded = fastgen.load_checkpoint(tmp_path / "net.pth")

@@ -1,4 +1,5 @@
-"""A walk over the options of every model with values at their edges: each is refused by name, or makes a model that works."""
+"""A walk over the options of every model with values at their edges: each is refused by name, or makes a model that
+works."""
 
 import dataclasses
 import math
@@ -33,7 +34,8 @@ EDGES = (
 
 
 def works(model):
-    """Whether training and drawing with a batch of two run and give finite numbers of the shapes that the config says."""
+    """Whether training and drawing with a batch of two run and give finite numbers of the shapes that the config
+    says."""
     config = model.config
     if hasattr(config, "channels_a"):
         images = torch.randn(2, config.channels_a, config.image_size, config.image_size)

@@ -1,5 +1,5 @@
-"""What a process has set (default dtype and device, autocast, inference and deterministic mode) and what is done to a model
-(copies, pickles, other dtypes) change neither its results nor its training."""
+"""What a process has set (default dtype and device, autocast, inference and deterministic mode) and what is done to a
+model (copies, pickles, other dtypes) change neither its results nor its training."""
 
 import copy
 import pickle

@@ -31,7 +31,8 @@ INPUTS = {
     },
     **{
         str(dtype): IMAGES.to(dtype)
-        for dtype in (torch.float64, torch.bfloat16, torch.complex64, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)
+        for dtype in (torch.float64, torch.bfloat16, torch.complex64, torch.int64, torch.uint8, torch.bool,
+        torch.float8_e4m3fn)
     },
     "sparse": IMAGES.to_sparse(),
     "quantized": torch.quantize_per_tensor(IMAGES, 0.1, 0, torch.quint8),

@@ -1,4 +1,5 @@
-"""Batch statistics over several processes: each rank's part of a batch gives what the whole batch gives in one process."""
+"""Batch statistics over several processes: each rank's part of a batch gives what the whole batch gives in one
+process."""
 
 import subprocess
 import sys

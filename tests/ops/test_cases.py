@@ -250,8 +250,8 @@ def recorded_calls(case: OpCase, dtype: torch.dtype, channels_last: bool):
     return calls
 
 
-# A graph with symbolic sizes takes nine tenths of the time: one for each op and norm. test_compile has one of fixed sizes for
-# every case.
+# A graph with symbolic sizes takes nine tenths of the time: one for each op and norm. test_compile has one of fixed
+# sizes for every case.
 SYMBOLIC = list({(case.op, case.options.get("norm", "batch")): case for case in SMALL}.values())
 
 
@@ -260,7 +260,8 @@ SYMBOLIC = list({(case.op, case.options.get("norm", "batch")): case for case in 
     "dtype, channels_last", ((torch.float32, False), (torch.bfloat16, True)), ids=("float32", "bfloat16-channels_last")
 )
 def test_opcheck(case, dtype, channels_last, own_kernels):
-    """Schema, fake kernel and autograd registration of each registered op, forward and backward, agree with what it does."""
+    """Schema, fake kernel and autograd registration of each registered op, forward and backward, agree with what it
+    does."""
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if dtype == torch.float32 and case in SYMBOLIC:
         checks.append("test_aot_dispatch_dynamic")

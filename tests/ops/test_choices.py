@@ -142,8 +142,10 @@ def test_a_file_is_readable_and_keeps_what_was_measured():
     assert json.loads(file.read_text())["choices"]["b"] == {
         "chosen": "cpp", "ms": {"cpp": 1.235, "reference": 2.0}, "torch": torch.__version__
     }  # fmt: skip
-    assert key() == "forward conv_transpose2d 2x16x8x8 by 16x16x4x4 float32 stride 2x2 padding 1x1 output_padding 0x0 " \
-                    "dilation 1x1 groups 1"  # fmt: skip
+    assert key() == (
+        "forward conv_transpose2d 2x16x8x8 by 16x16x4x4 float32 stride 2x2 padding 1x1 output_padding 0x0 "
+        "dilation 1x1 groups 1"
+    )
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,11 @@ def test_pytorchs_samples(sample, activation, impl):
         ({"residual": X}, ValueError, r"residual must have the output's shape \(2, 5, 7, 7\), got \(2, 3, 4, 4\)"),
         ({"residual": torch.ones(2, 5, 7, 7).half()}, TypeError, "residual is torch.float16"),
         ({"activation": "gelu"}, ValueError, "activation must be one of identity, relu, .* got 'gelu'"),
-        ({"running_mean": torch.zeros(3), "running_var": torch.ones(3)}, ValueError, r"running_mean must have shape \(5,\)"),
+        (
+            {"running_mean": torch.zeros(3), "running_var": torch.ones(3)},
+            ValueError,
+            r"running_mean must have shape \(5,\)",
+        ),
         ({"running_mean": torch.zeros(5)}, ValueError, "running_mean and running_var must be given together"),
         ({"norm_weight": torch.ones(5, 1)}, ValueError, r"norm_weight must have shape \(5,\).* got \(5, 1\)"),
         ({"norm_bias": torch.ones(5).int()}, TypeError, "norm_bias must be float32"),

@@ -233,7 +233,8 @@ import torch
 from torch import nn
 import fastgen
 from fastgen.errors import UsageError
-for call in (lambda: fastgen.fuse(nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU()))(torch.zeros(8, 64, 32, 32)), fastgen.info):
+model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU())
+for call in (lambda: fastgen.fuse(model)(torch.zeros(8, 64, 32, 32)), fastgen.info):
     try:
         call()
     except UsageError as error:

@@ -75,7 +75,8 @@ def test_noise_alone_is_drawn_by_the_cuda_kernel(monkeypatch):
 
 
 def kolmogorov_smirnov(x):
-    """The probability that draws of the normal distribution lie at least this far from it (Marsaglia's asymptotic form)."""
+    """The probability that draws of the normal distribution lie at least this far from it (Marsaglia's asymptotic
+    form)."""
     cdf, n = torch.special.ndtr(x.double()).sort().values, x.numel()
     steps = torch.arange(n, dtype=torch.float64) / n
     d = torch.maximum((cdf - steps).amax(), (steps + 1 / n - cdf).amax()).item() * math.sqrt(n)
@@ -84,7 +85,8 @@ def kolmogorov_smirnov(x):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_distribution(dtype):
-    """Moments, Kolmogorov-Smirnov and tails of 10^7 draws of a fixed key; a true normal fails each bound once in 10^4."""
+    """Moments, Kolmogorov-Smirnov and tails of 10^7 draws of a fixed key; a true normal fails each bound once in
+    10^4."""
     n = 10**7 if dtype == torch.float32 else 2 * 10**6
     x = noise(n, 1234, 5678, dtype).double()
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
@@ -97,7 +99,8 @@ def test_distribution(dtype):
 
 
 def test_independence():
-    """Between neighbours, also squared, between the halves of a pair and between calls: each correlation within 4 sigma."""
+    """Between neighbours, also squared, between the halves of a pair and between calls: each correlation within 4
+    sigma."""
     n = 10**7
     x = noise(n, 42, 1)
     for lag in (1, 2, 3, 4, 64, 4096):
@@ -185,7 +188,8 @@ def test_opcheck(case, dtype):
 
 @by_id(SHORT)
 def test_compile(case):
-    """One graph, forward and backward; the noise of the eager call for the same seed, and new noise at the next call."""
+    """One graph, forward and backward; the noise of the eager call for the same seed, and new noise at the next
+    call."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda t: case.call(t, impl=OWN), fullgraph=True, backend="aot_eager")
     eager = observe(case, case.tensors(torch.float32), OWN)
@@ -266,7 +270,8 @@ def test_empty(impl, shape):
 
 
 def test_keys():
-    """The generator's state decides: the same seed, the same bits; the next call, others; generator= leaves torch's alone."""
+    """The generator's state decides: the same seed, the same bits; the next call, others; generator= leaves torch's
+    alone."""
     mu, logvar = torch.randn(50, 7), torch.randn(50, 7)
     for impl in IMPLEMENTATIONS:
         torch.manual_seed(3)
@@ -429,7 +434,8 @@ def test_other_instruction_sets(isa):
 
 
 def test_default_kernels(tmp_path):
-    """Without the native library the registered ops themselves run in plain PyTorch, and give what the reference gives."""
+    """Without the native library the registered ops themselves run in plain PyTorch, and give what the reference
+    gives."""
     code = (
         "import torch\n"
         "from fastgen.ops import _dispatch\n"

@@ -1,4 +1,5 @@
-"""The rules that choose between fastgen's kernels and PyTorch's, asked for every class of processor, whichever is at hand."""
+"""The rules that choose between fastgen's kernels and PyTorch's, asked for every class of processor, whichever is at
+hand."""
 
 import os
 import subprocess
@@ -89,8 +90,8 @@ def test_kernels_of_three_without_avx512(name):
     assert not weight_grad(name, STRIDED, (1, 64, 16, 16), few, True)
 
 
-# (transposed, batch, channels in and out, kernel, stride, padding, dilation, height and width, output_padding): all is narrow,
-# or padding
+# (transposed, batch, channels in and out, kernel, stride, padding, dilation, height and width, output_padding): all is
+# narrow, or padding
 WRONG_IN_BFLOAT16 = [
     (True, 1, 16, 16, (4, 4), (2, 2), (1, 1), (1, 1), (9, 1)),
     (True, 4, 48, 8, (4, 4), (2, 2), (2, 2), (2, 2), (8, 1)),

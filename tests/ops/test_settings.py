@@ -1,4 +1,5 @@
-"""What a thread sets is its own, what an op makes follows from its inputs alone, and a pass computes what it is asked for."""
+"""What a thread sets is its own, what an op makes follows from its inputs alone, and a pass computes what it is asked
+for."""
 
 import threading
 from collections.abc import Callable

@@ -199,7 +199,8 @@ def test_degenerate_weights(value, everywhere):
 
 
 def test_group_is_the_single_op_for_each():
-    """One launch, mixed shapes, dtypes and dimensions: the bits and gradients of one by one, whatever the thread count."""
+    """One launch, mixed shapes, dtypes and dimensions: the bits and gradients of one by one, whatever the thread
+    count."""
     cases = [case for case in SPECTRAL if set(case.options) == {"dim"}]
     tensors = [inputs(case, dtype) for case in cases for dtype in UNIT_ROUNDOFF]
     dims = [case.options["dim"] for case in cases for _ in UNIT_ROUNDOFF]
@@ -292,7 +293,8 @@ def test_other_instruction_sets(isa):
 
 
 def test_default_kernels(tmp_path):
-    """Without the native library the registered ops themselves run in plain PyTorch, and give what the reference gives."""
+    """Without the native library the registered ops themselves run in plain PyTorch, and give what the reference
+    gives."""
     code = (
         "import torch\n"
         "from fastgen.ops import _dispatch\n"

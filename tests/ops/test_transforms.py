@@ -28,7 +28,8 @@ def function(request):
 @pytest.mark.parametrize("requires_grad", (False, True))
 @pytest.mark.parametrize("dim", (0, -1))
 def test_vmap(function, dim, requires_grad):
-    """With gradients and without, nested, the mapped dimension anywhere, and without PyTorch's warning of a slow fallback."""
+    """With gradients and without, nested, the mapped dimension anywhere, and without PyTorch's warning of a slow
+    fallback."""
     many = torch.stack([WEIGHT, 2 * WEIGHT, 1 - WEIGHT]).requires_grad_(requires_grad)
     expected = torch.stack([function(w, "reference") for w in many])
     torch.testing.assert_close(vmap(lambda w: function(w, OWN), dim)(many.movedim(0, dim)), expected)
@@ -59,7 +60,8 @@ def test_compile(function, transform):
 
 
 def test_forward_derivatives(function):
-    """By auto, which is PyTorch there; of an implementation that has none an error, and nowhere a derivative that is lost."""
+    """By auto, which is PyTorch there; of an implementation that has none an error, and nowhere a derivative that is
+    lost."""
     tangent = torch.ones_like(WEIGHT)
     expected = jvp(lambda w: function(w, "reference"), (WEIGHT,), (tangent,))
     torch.testing.assert_close(jvp(lambda w: function(w, "auto"), (WEIGHT,), (tangent,)), expected)
@@ -78,7 +80,8 @@ TRACED = """
 import torch
 from torch import nn
 import fastgen
-model = nn.Sequential(nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 3, 3), nn.Tanh()).eval()
+layers = (nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 3, 3), nn.Tanh())
+model = nn.Sequential(*layers).eval()
 x, other = torch.randn(2, 16, 8, 8), torch.randn(5, 16, 8, 8)
 traced = torch.jit.trace(fastgen.fuse(model), x)  # the first call in this process: the processor is not known yet
 torch.testing.assert_close(traced(other), model(other), rtol=1e-4, atol=1e-5)

@@ -29,13 +29,15 @@ def small(bfloat16: bool = False) -> bytes:
         Step("conv", 1, (2, 4, 4), (2, 4, 4), residual=1, kernel=(3, 3), padding=(1, 1), reflect=True, norm="affine",
              weight=floats(2, 2, 3, 3), mean=floats(2), var=floats(2) ** 2 + 1, activation="tanh"),
         Step("concat", 1, (2, 4, 4), (4, 4, 4), residual=2),
-        Step("pointwise", 3, (4, 4, 4), (4, 4, 4), norm="group", num_groups=2, norm_weight=floats(4), activation="silu"),
+        Step("pointwise", 3, (4, 4, 4), (4, 4, 4), norm="group", num_groups=2, norm_weight=floats(4),
+        activation="silu"),
     ]  # fmt: skip
     return encode(steps, (3, 1, 1), (4, 4, 4), bfloat16=bfloat16)
 
 
 def several(bfloat16: bool = False) -> bytes:
-    """(3, 4, 4), labels below 5 and (2, 1, 1) -> all kinds of steps that `small` lacks: (16), (2, 8, 8) and one number."""
+    """(3, 4, 4), labels below 5 and (2, 1, 1) -> all kinds of steps that `small` lacks: (16), (2, 8, 8) and one
+    number."""
     generator = np.random.default_rng(0)
     steps = [
         Step("input", 0, (1, 1, 1), (1, 1, 1), kernel=(0, 1)),

@@ -157,7 +157,8 @@ def break_update(model):
     [
         (
             break_forward,
-            r"d_loss is nan at step 5; it first appears in the output of generator\.main\.4 \(BatchNorm2d\) of step 5; ",
+            r"d_loss is nan at step 5; it first appears in the output of generator\.main\.4 \(BatchNorm2d\) of step "
+            r"5; ",
         ),
         (break_backward, r" at step \d; it first appears in the gradient of generator\.main\.6\.weight of step 5; "),
         (break_update, r" at step \d; it first appears in generator\.main\.4\.bias after the update of step 5; "),

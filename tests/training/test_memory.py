@@ -68,7 +68,8 @@ for thread in threads:
     thread.start()
 children = []
 for _ in range(4):  # while the threads allocate
-    if not (child := os.fork()):  # it allocates and no more: other locks than the allocator's may be held for ever in it
+    # It allocates and no more: other locks than the allocator's may be held for ever in it.
+    if not (child := os.fork()):
         os._exit(0 if torch.empty(2**20).numel() == 2**20 else 1)
     children.append(child)
 assert all(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 for child in children)

@@ -18,8 +18,8 @@ from fastgen.training.recipes import RECIPES
 from fastgen.uses import Drawing
 
 SMALL = {
-    "nz": 3, "width": 4, "ngf": 2, "ndf": 2, "embedding": 2, "condition": 4, "text_width": 4, "text_layers": 1, "blocks": 1,
-    "unet_depth": 2,
+    "nz": 3, "width": 4, "ngf": 2, "ndf": 2, "embedding": 2, "condition": 4, "text_width": 4, "text_layers": 1,
+    "blocks": 1, "unet_depth": 2,
 }  # fmt: skip
 
 

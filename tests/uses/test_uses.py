@@ -272,8 +272,8 @@ def test_classes_and_defaults(vae, images):
         with torch.inference_mode():
             return [
                 uses.denoise(vae, images, std=0.5, steps=3), uses.upscale(vae, avg_pool2d(images, 2), steps=3),
-                uses.inpaint(vae, images, images[0, 0] > 0, steps=3), uses.translate(Picky(), whole, tile=16, overlap=8),
-                uses.conditions(ClassDrawer(), 3, label=2)["labels"],
+                uses.inpaint(vae, images, images[0, 0] > 0, steps=3), uses.translate(Picky(), whole, tile=16,
+                overlap=8), uses.conditions(ClassDrawer(), 3, label=2)["labels"],
             ]  # fmt: skip
 
     expected = results()

@@ -20,9 +20,9 @@ from fastgen.training.ema import EMA, batch_norms_reestimated
 class Recipe(ABC):
     """One system's training: its model, optimizers and averaged weights, and what a step does.
 
-    A subclass names its model and that model's options, says which optimizer trains which parts, and writes `step`; the loop
-    does the rest. A step takes its data from `next_batches` and all that is random from `self.noise` or torch's own
-    generator, or a resumed run would differ.
+    A subclass names its model and that model's options, says which optimizer trains which parts, and writes `step`; the
+    loop does the rest. A step takes its data from `next_batches` and all that is random from `self.noise` or torch's
+    own generator, or a resumed run would differ.
 
     Args:
         config: the run's settings.
@@ -151,7 +151,8 @@ class Recipe(ABC):
 
     @torch.no_grad()
     def finish_average(self) -> None:
-        """Makes the averaged model fit to sample from: re-estimates the statistics of its batch norms, if it has any."""
+        """Makes the averaged model fit to sample from: re-estimates the statistics of its batch norms, if it has
+        any."""
         with batch_norms_reestimated(self.ema.modules) as there_are:
             if there_are:
                 self.calibrate(self.ema.model)
@@ -208,7 +209,8 @@ class Recipe(ABC):
 
 
 class _Float32(TorchFunctionMode):
-    """What is made without a dtype is float32 in the context, whatever torch.set_default_dtype says; in this thread alone."""
+    """What is made without a dtype is float32 in the context, whatever torch.set_default_dtype says; in this thread
+    alone."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

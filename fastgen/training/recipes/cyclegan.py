@@ -13,8 +13,8 @@ from fastgen.training.recipes.base import Recipe, frozen
 
 
 class CycleGANRecipe(Recipe):
-    """Both generators at once, on adversarial, cycle and identity losses, then both discriminators, on images from a pool
-    (Zhu et al. 2017, arXiv:1703.10593).
+    """Both generators at once, on adversarial, cycle and identity losses, then both discriminators, on images from a
+    pool (Zhu et al. 2017, arXiv:1703.10593).
     """
 
     model_name = "cyclegan"

@@ -10,8 +10,8 @@ from fastgen.training.recipes.base import Recipe
 
 
 class VAERecipe(Recipe):
-    """The evidence lower bound, with a weight on its KL term (Kingma and Welling 2014, arXiv:1312.6114; Higgins et al. 2017)
-    that grows at first (Bowman et al. 2016, arXiv:1511.06349).
+    """The evidence lower bound, with a weight on its KL term (Kingma and Welling 2014, arXiv:1312.6114; Higgins et al.
+    2017) that grows at first (Bowman et al. 2016, arXiv:1511.06349).
     """
 
     parts: ClassVar = {"model": ("",)}

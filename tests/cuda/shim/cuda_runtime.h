@@ -1,4 +1,5 @@
-// A host compiler's stand-in for CUDA: kernels become functions that are run block by block, each thread a fibre (shim.cpp).
+// A host compiler's stand-in for CUDA: kernels become functions that are run block by block, each thread a fibre
+// (shim.cpp).
 #pragma once
 
 #include <algorithm>
@@ -26,7 +27,9 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 4, cudaSuccess; }
 struct cudaFuncAttributes {};
 template <class Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) { return cudaSuccess; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return cudaSuccess;
+}
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
 namespace shim {
@@ -68,7 +71,8 @@ template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
   T result;
   shim::with_warp(&x, sizeof(T), &result, sizeof(T), [=](const unsigned char* given, unsigned char* results) {
-    for (int lane = 0; lane < 32; ++lane) memcpy(results + lane * sizeof(T), given + (lane ^ mask) * sizeof(T), sizeof(T));
+    for (int lane = 0; lane < 32; ++lane)
+      memcpy(results + lane * sizeof(T), given + (lane ^ mask) * sizeof(T), sizeof(T));
   });
   return result;
 }

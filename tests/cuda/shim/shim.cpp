@@ -1,10 +1,11 @@
-// Runs CUDA kernels on the CPU. The threads of a block are fibres that take turns: one runs until it waits, for a barrier or for its
-// warp. Blocks run one after another, the last one first: what is to come from a block before is not there.
+// Runs CUDA kernels on the CPU. The threads of a block are fibres that take turns: one runs until it waits, for a
+// barrier or for its warp. Blocks run one after another, the last one first: what is to come from a block before is not
+// there.
 //
-// The kernels are compiled with -fsanitize=thread, so that their every access calls the functions at the end of this file (that
-// sanitizer's own library is not linked). They look for races in shared memory: two accesses race if different threads make
-// them, one of them writes, and no barrier of the block (within a warp: of the warp) lies between. And for accesses out of
-// bounds: the address sanitizer's library, which is loaded, knows what is allocated.
+// The kernels are compiled with -fsanitize=thread, so that their every access calls the functions at the end of this
+// file (that sanitizer's own library is not linked). They look for races in shared memory: two accesses race if
+// different threads make them, one of them writes, and no barrier of the block (within a warp: of the warp) lies
+// between. And for accesses out of bounds: the address sanitizer's library, which is loaded, knows what is allocated.
 #include <sanitizer/asan_interface.h>
 #include <ucontext.h>
 
@@ -140,7 +141,8 @@ void run_block(const Place& place, int threads) {
       if (!block->error.empty()) throw std::runtime_error(block->error);
     }
     if (block->at_barrier && block->at_barrier == block->left) {
-      if (block->left < threads) throw std::runtime_error("a thread ended where others of its block wait for it at a barrier");
+      if (block->left < threads)
+        throw std::runtime_error("a thread ended where others of its block wait for it at a barrier");
       open_barrier();
     } else if (!ran && block->left) {
       throw std::runtime_error("threads wait for ever: not all of a warp or block reach an operation of it");
@@ -154,8 +156,10 @@ const Place& here() { return block->current->place; }
 void* shared_memory() { return block->shared; }
 
 void launch(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel) {
-  if (threads % kLanes || threads > 1024 || shared_bytes > (99 << 10)) throw std::runtime_error("not every GPU from sm_80 on runs a block of this size");
-  if (grid.x > 2147483647u || grid.y > 65535u || grid.z > 65535u) throw std::runtime_error("no GPU runs a grid of this size");
+  if (threads % kLanes || threads > 1024 || shared_bytes > (99 << 10))
+    throw std::runtime_error("not every GPU from sm_80 on runs a block of this size");
+  if (grid.x > 2147483647u || grid.y > 65535u || grid.z > 65535u)
+    throw std::runtime_error("no GPU runs a grid of this size");
   Block state;
   if (static_cast<int>(fibres.size()) < threads) fibres.resize(threads);
   state.fibres = {fibres.data(), static_cast<size_t>(threads)};
@@ -205,10 +209,8 @@ void with_warp(const void* mine, size_t size, void* result, size_t result_size,
   }
   memcpy(result, warp.results.data() + lane * result_size, result_size);
   // No lane may overwrite the results before all have read theirs.
-  if (++warp.arrived == kLanes)
-    open_warp(block->current->number / kLanes);
-  else
-    wait_as(Fibre::in_warp);
+  if (++warp.arrived == kLanes) open_warp(block->current->number / kLanes);
+  else wait_as(Fibre::in_warp);
 }
 
 void sync_warp() {
@@ -219,13 +221,15 @@ void sync_warp() {
   });
 }
 
-// A copy may arrive at any time from its begin until it is waited for: it is a write at both, and between them the target is NaN.
+// A copy may arrive at any time from its begin until it is waited for: it is a write at both, and between them the
+// target is NaN.
 extern "C" void __tsan_write16(void*);
 extern "C" void __tsan_read16(void*);
 
 void copy_async(void* to, const void* from, bool valid) {
   Copy copy{static_cast<unsigned char*>(to), {}};
-  if (reinterpret_cast<uintptr_t>(to) % 16 || (valid && reinterpret_cast<uintptr_t>(from) % 16)) block->error = "a copy is not aligned";
+  if (reinterpret_cast<uintptr_t>(to) % 16 || (valid && reinterpret_cast<uintptr_t>(from) % 16))
+    block->error = "a copy is not aligned";
   if (valid) {
     __tsan_read16(const_cast<void*>(from));
     memcpy(copy.from, from, sizeof(copy.from));
@@ -314,7 +318,9 @@ void multiply_16_bits(float (&total)[4], const uint32_t (&a)[4], const uint32_t 
       [=](const Fragments* of, int row, int k) {
         return half_of(of[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2], k % 2, bfloat16);
       },
-      [=](const Fragments* of, int k, int column) { return half_of(of[column * 4 + k % 8 / 2].b[k / 8], k % 2, bfloat16); });
+      [=](const Fragments* of, int k, int column) {
+        return half_of(of[column * 4 + k % 8 / 2].b[k / 8], k % 2, bfloat16);
+      });
 }
 
 void multiply_tf32(float (&total)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -322,7 +328,8 @@ void multiply_tf32(float (&total)[4], const uint32_t (&a)[4], const uint32_t (&b
   memcpy(mine.a, a, sizeof(a));
   memcpy(mine.b, b, sizeof(b));
   multiply_fragments(
-      total, mine, 8, [](const Fragments* of, int row, int k) { return float_of(of[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]); },
+      total, mine, 8,
+      [](const Fragments* of, int row, int k) { return float_of(of[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]); },
       [](const Fragments* of, int k, int column) { return float_of(of[column * 4 + k % 4].b[k / 4]); });
 }
 
@@ -351,11 +358,12 @@ void note_access(void* address, size_t size, bool writes) {
   const Access now{block->epoch, block->warps[thread / kLanes].epoch, thread};
   for (size_t i = offset; i < std::min(offset + size, block->shadow.size()); ++i) {
     Shadow& byte = block->shadow[i];
-    const bool after_read = ordered(byte.read, thread) && !(byte.read_by_others && byte.read.block_epoch == block->epoch);
+    const bool after_read =
+        ordered(byte.read, thread) && !(byte.read_by_others && byte.read.block_epoch == block->epoch);
     if (!ordered(byte.written, thread) || (writes && !after_read)) {
       const int other = !ordered(byte.written, thread) ? byte.written.thread : byte.read.thread;
-      block->error = std::string("threads ") + std::to_string(other) + " and " + std::to_string(thread) + " race for byte " +
-                     std::to_string(i) + " of shared memory";
+      block->error = std::string("threads ") + std::to_string(other) + " and " + std::to_string(thread) +
+                     " race for byte " + std::to_string(i) + " of shared memory";
     }
     if (writes) {
       byte.written = now;
@@ -372,10 +380,10 @@ void note_access(void* address, size_t size, bool writes) {
 
 // What -fsanitize=thread makes of accesses.
 extern "C" {
-#define FASTGEN_ACCESS(size)                                                                    \
-  void __tsan_read##size(void* address) { shim::note_access(address, size, false); }            \
-  void __tsan_write##size(void* address) { shim::note_access(address, size, true); }            \
-  void __tsan_unaligned_read##size(void* address) { shim::note_access(address, size, false); }  \
+#define FASTGEN_ACCESS(size)                                                                   \
+  void __tsan_read##size(void* address) { shim::note_access(address, size, false); }           \
+  void __tsan_write##size(void* address) { shim::note_access(address, size, true); }           \
+  void __tsan_unaligned_read##size(void* address) { shim::note_access(address, size, false); } \
   void __tsan_unaligned_write##size(void* address) { shim::note_access(address, size, true); }
 FASTGEN_ACCESS(1)
 FASTGEN_ACCESS(2)
