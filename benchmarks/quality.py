@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, pad
 
-from fastgen import training, uses
+from fastgen import tasks, training
 from fastgen.data import load_dataset
 from fastgen.training import CONFIGS
 from fastgen.training.checkpoint import write_atomically
@@ -102,7 +102,7 @@ def _vae(folder: Path, seed: int) -> Iterator[Measure]:
     noise = 0.5
     noisy = images + noise * torch.randn(images.shape, generator=draw)
     medians = {f"{size}x{size} median filter": psnr(_median(noisy, size), images) for size in (3, 5)}
-    yield _restored("denoising", uses.denoise(model, noisy, std=noise), images, medians, f"noise of {noise}")
+    yield _restored("denoising", tasks.denoise(model, noisy, std=noise), images, medians, f"noise of {noise}")
 
     side = images.shape[2]
     mask = torch.zeros(side, side, dtype=torch.bool)
@@ -114,13 +114,13 @@ def _vae(folder: Path, seed: int) -> Iterator[Measure]:
         "mean of the known pixels": psnr(known.expand_as(hole), hole),
         "mean image of the data": psnr(average.expand_as(hole), hole),
     }
-    filled = uses.inpaint(model, images, mask)[:, :, mask]
+    filled = tasks.inpaint(model, images, mask)[:, :, mask]
     yield _restored("inpainting", filled, hole, fills, "the middle half of height and width, PSNR of these pixels")
 
     factor = 8
     small = avg_pool2d(images, factor)
     bicubic = interpolate(small, scale_factor=factor, mode="bicubic").clamp(-1, 1)
-    enlarged = uses.upscale(model, small)
+    enlarged = tasks.upscale(model, small)
     yield _restored("super-resolution", enlarged, images, {"bicubic": psnr(bicubic, images)}, f"{factor} times")
 
 

@@ -30,7 +30,7 @@ _SUBMODULES = {
     "ops",
     "runtime",
     "training",
-    "uses",
+    "tasks",
 }
 __all__ = ["__version__", *sorted(_EXPORTS), *sorted(_SUBMODULES)]
 

@@ -25,7 +25,7 @@ LAYERS: dict[str, set[str] | None] = {
     "images": set(),
     "data": {"images"},
     "metrics": {"data"},
-    "uses": {"data", "models"},
+    "tasks": {"data", "models"},
     "training": {"_build", "models", "losses", "data", "metrics", "inference"},
     "runtime": {"_build"},
     "inference": {"nn", "ops", "runtime"},

@@ -53,8 +53,8 @@ def generate(
         plan = Plan.load(run)
         save_grid(plan(*_inputs(plan, n, seed, label)), out)
     else:
+        from fastgen.tasks import conditions
         from fastgen.training import load_model, sample
-        from fastgen.uses import conditions
 
         model = load_model(run)
         if interpolate:
@@ -69,8 +69,8 @@ def _draw_way(model: Any, n: int, points: int, seed: int, label: int | None, tex
     import torch
 
     from fastgen.data import save_animation, save_grid
+    from fastgen.tasks import interpolate
     from fastgen.training.run import check_seed
-    from fastgen.uses import interpolate
 
     check_seed(seed)
     moving = out.suffix.lower() == ".gif"
@@ -91,7 +91,7 @@ def reconstruct(run: Positional[Path], pictures: Positional[Path], out: Path, st
         out: Folder to write to.
         strict: A picture that cannot be used is an error; otherwise it is named and left out.
     """
-    from fastgen.uses import reconstruct
+    from fastgen.tasks import reconstruct
 
     model = _load_vae(run)
     _transform(model, pictures, out, strict, lambda image: reconstruct(model, image))
@@ -115,7 +115,7 @@ def denoise(
         steps: Steps of the search for the picture.
         strict: A picture that cannot be used is an error; otherwise it is named and left out.
     """
-    from fastgen.uses import denoise
+    from fastgen.tasks import denoise
 
     model = _load_vae(run)
     _transform(model, pictures, out, strict, lambda image: denoise(model, image, std=std, steps=steps))
@@ -137,7 +137,7 @@ def inpaint(
     import torch
 
     from fastgen.data import read_image
-    from fastgen.uses import inpaint
+    from fastgen.tasks import inpaint
 
     model = _load_vae(run)
     missing = torch.from_numpy(read_image(mask, 1, image_size=model.config.image_size)[0] >= 128)
@@ -164,7 +164,7 @@ def upscale(
         steps: Steps of the search for the picture.
         strict: A picture that cannot be used is an error; otherwise it is named and left out.
     """
-    from fastgen.uses import upscale
+    from fastgen.tasks import upscale
 
     model = _load_vae(run)
     size = model.config.image_size
@@ -193,8 +193,8 @@ def translate(
         overlap: Pixels that neighbouring tiles share.
         strict: A picture that cannot be used is an error; otherwise it is named and left out.
     """
+    from fastgen.tasks import transform_pictures, translate
     from fastgen.training import load_model
-    from fastgen.uses import transform_pictures, translate
 
     model = load_model(run)
     if not hasattr(model, "translate"):
@@ -223,7 +223,7 @@ def _load_vae(run: Path) -> Any:
 def _transform(
     model: Any, pictures: Path, out: Path, strict: bool, function: Callable[[Any], Any], size: int | None = None
 ) -> None:
-    from fastgen.uses import transform_pictures
+    from fastgen.tasks import transform_pictures
 
     size = size or model.config.image_size
     written = transform_pictures(pictures, out, function, model.config.channels, image_size=size, strict=strict)
@@ -238,8 +238,8 @@ def export(run: Positional[Path], plan: Path = Path("generator.fgplan")) -> None
         plan: File to write.
     """
     from fastgen.inference import Engine
+    from fastgen.tasks import Drawing
     from fastgen.training import load_model
-    from fastgen.uses import Drawing
 
     model = Drawing(load_model(run))
     engine = Engine(model, model.example, impl="cpp")

@@ -1,4 +1,4 @@
-"""The uses, over small models of which the right answer is known."""
+"""The tasks, over small models of which the right answer is known."""
 
 from types import SimpleNamespace
 
@@ -8,11 +8,11 @@ from PIL import Image
 from torch.nn.functional import avg_pool2d, conv2d, interpolate, mse_loss, pad
 
 import fastgen
-from fastgen import uses
+from fastgen import tasks
 from fastgen.data import save_animation
 from fastgen.errors import DataError, FastgenError, UsageError
-from fastgen.uses.draw import slerp
-from fastgen.uses.translate import in_tiles
+from fastgen.tasks.draw import slerp
+from fastgen.tasks.translate import in_tiles
 
 
 class LinearVAE:
@@ -46,12 +46,12 @@ def images(vae):
 
 
 def test_reconstruct_keeps_what_the_model_knows(vae, images):
-    torch.testing.assert_close(uses.reconstruct(vae, images), images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tasks.reconstruct(vae, images), images, atol=1e-5, rtol=0)
 
 
 def test_denoise_takes_the_noise_away(vae, images):
     noisy = images + 0.5 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
-    found = uses.denoise(vae, noisy, std=0.5)
+    found = tasks.denoise(vae, noisy, std=0.5)
     # the best linear estimate of the six numbers, which are N(0, 1)
     gram = vae.basis @ vae.basis.T + 0.25 * torch.eye(6)
     best = vae.decode(torch.linalg.solve(gram, vae.basis @ noisy.flatten(1).T).T)
@@ -59,34 +59,34 @@ def test_denoise_takes_the_noise_away(vae, images):
     assert mse_loss(found, images) < mse_loss(noisy, images) / 5
     assert found.requires_grad is False
     with pytest.raises(UsageError, match="std must be between 0 and 2, not 3"):
-        uses.denoise(vae, noisy, std=3)
+        tasks.denoise(vae, noisy, std=3)
 
 
 def test_inpaint_fills_what_is_missing_and_keeps_the_rest(vae, images):
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[2:6, 3:] = True
     holed = images.masked_fill(mask, float("nan"))
-    found = uses.inpaint(vae, holed, mask)
+    found = tasks.inpaint(vae, holed, mask)
     assert torch.equal(found[:, :, ~mask], images[:, :, ~mask])
     torch.testing.assert_close(found, images, atol=0.02, rtol=0)
     one_each = mask.expand(16, 1, 8, 8).clone()
     one_each[1:] = False
-    assert torch.equal(uses.inpaint(vae, images, one_each)[1:], images[1:])
+    assert torch.equal(tasks.inpaint(vae, images, one_each)[1:], images[1:])
     with pytest.raises(UsageError, match="mask must leave a pixel"):
-        uses.inpaint(vae, images, torch.ones(8, 8))
+        tasks.inpaint(vae, images, torch.ones(8, 8))
     with pytest.raises(UsageError, match=r"mask must be \(8, 8\) or one an image, not \(4, 4\)"):
-        uses.inpaint(vae, images, torch.ones(4, 4))
+        tasks.inpaint(vae, images, torch.ones(4, 4))
 
 
 def test_upscale_keeps_the_means_and_beats_bicubic(vae, images):
     small = avg_pool2d(images, 2)
-    found = uses.upscale(vae, small)
+    found = tasks.upscale(vae, small)
     torch.testing.assert_close(avg_pool2d(found, 2), small, atol=1e-5, rtol=0)
     bicubic = interpolate(small, size=(8, 8), mode="bicubic")
     assert mse_loss(found, images) < mse_loss(bicubic, images) / 10
     for shape in ((8, 8), (3, 3), (4, 2)):
         with pytest.raises(UsageError, match="images must be squares of 8 pixels over 2, 3"):
-            uses.upscale(vae, torch.zeros(1, 1, *shape))
+            tasks.upscale(vae, torch.zeros(1, 1, *shape))
 
 
 class Drawer:
@@ -112,20 +112,20 @@ def test_interpolation_goes_through_its_points_in_equal_steps():
         return torch.Generator().manual_seed(3)
 
     ends = Drawer().latent(3, generator=seeded())
-    frames = uses.interpolate(Drawer(), 9, points=3, generator=seeded()).flatten(1)
+    frames = tasks.interpolate(Drawer(), 9, points=3, generator=seeded()).flatten(1)
     torch.testing.assert_close(frames[::4], ends)
     angles = torch.nn.functional.cosine_similarity(frames[:4], frames[1:5]).acos()
     torch.testing.assert_close(angles, angles[:1].expand(4), atol=1e-3, rtol=1e-3)
-    circle = uses.interpolate(Drawer(), 12, points=3, closed=True, generator=seeded()).flatten(1)
+    circle = tasks.interpolate(Drawer(), 12, points=3, closed=True, generator=seeded()).flatten(1)
     torch.testing.assert_close(circle[::4], ends)
     steps = (circle - circle.roll(-1, 0)).norm(dim=1)
     assert steps[-1] < 2 * steps.mean(), "from the last image it is one step to the first"
-    assert (uses.interpolate(ClassDrawer(), 4, label=7) == 7).all()
+    assert (tasks.interpolate(ClassDrawer(), 4, label=7) == 7).all()
     for frames, points in ((1, 2), (5, 1), (3, 4)):
         with pytest.raises(UsageError, match="frames must be"):
-            uses.interpolate(Drawer(), frames, points=points)
+            tasks.interpolate(Drawer(), frames, points=points)
     with pytest.raises(UsageError, match="draws with labels: say which"):
-        uses.interpolate(ClassDrawer(), 4)
+        tasks.interpolate(ClassDrawer(), 4)
 
 
 def test_the_way_between_parallel_vectors_is_straight():
@@ -135,11 +135,11 @@ def test_the_way_between_parallel_vectors_is_straight():
 
 
 def test_conditions_that_the_model_does_not_take():
-    assert uses.conditions(ClassDrawer(), 3, label=2)["labels"].tolist() == [2, 2, 2]
-    assert uses.conditions(Drawer(), 3) == {}
+    assert tasks.conditions(ClassDrawer(), 3, label=2)["labels"].tolist() == [2, 2, 2]
+    assert tasks.conditions(Drawer(), 3) == {}
     for given, message in (({"label": 1}, "a class is given"), ({"text": "x"}, "a text is given")):
         with pytest.raises(UsageError, match=message):
-            uses.conditions(Drawer(), 3, **given)
+            tasks.conditions(Drawer(), 3, **given)
 
 
 def test_an_animation_holds_every_image(tmp_path):
@@ -166,7 +166,7 @@ def test_tiles_give_what_the_whole_gives(size):
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     height, width = size
     whole = Blur().translate(pad(images, (0, -width % 4, 0, -height % 4), "replicate"), "b_to_a")[:, :, :height, :width]
-    tiled = uses.translate(Blur(), images, "b_to_a", tile=64, overlap=32)
+    tiled = tasks.translate(Blur(), images, "b_to_a", tile=64, overlap=32)
     torch.testing.assert_close(tiled, whole)
 
 
@@ -178,7 +178,7 @@ def test_tiles_of_different_brightness_fade_into_each_other():
     with pytest.raises(UsageError, match="tile must be a multiple of 4 and at least twice overlap, not 30"):
         in_tiles(lambda part: part, torch.zeros(1, 1, 64, 64), 30, 8, 4)
     with pytest.raises(UsageError, match="translates nothing"):
-        uses.translate(Drawer(), torch.zeros(1, 3, 8, 8))
+        tasks.translate(Drawer(), torch.zeros(1, 3, 8, 8))
 
 
 def test_pictures_of_a_folder(tmp_path, caplog):
@@ -192,16 +192,16 @@ def test_pictures_of_a_folder(tmp_path, caplog):
     def negative(image):
         return -image
 
-    written = uses.transform_pictures(source, out, negative, 3)
+    written = tasks.transform_pictures(source, out, negative, 3)
     assert [path.name for path in written] == ["a.bmp.png", "a.png.png"]
     assert "b.png is grey, and the model needs colour" in caplog.text
     with pytest.raises(DataError, match=r"b\.png is grey, and the model needs colour"):
-        uses.transform_pictures(source, out, negative, 3, strict=True)
-    written = uses.transform_pictures(source, out, negative, 3, grey_as_colour=True)
+        tasks.transform_pictures(source, out, negative, 3, strict=True)
+    written = tasks.transform_pictures(source, out, negative, 3, grey_as_colour=True)
     assert [path.name for path in written] == ["a.bmp.png", "a.png.png", "b.png"] and "left out" in caplog.text
     with Image.open(out / "a.png.png") as picture:
         assert picture.size == (6, 4) and picture.getpixel((0, 0)) == (0, 255, 255)
-    (single,) = uses.transform_pictures(source / "a.png", out, negative, 1, image_size=4)
+    (single,) = tasks.transform_pictures(source / "a.png", out, negative, 1, image_size=4)
     with Image.open(single) as picture:
         assert picture.size == (4, 4) and picture.mode == "L"
     for arguments, message in (
@@ -211,9 +211,9 @@ def test_pictures_of_a_folder(tmp_path, caplog):
         ((source / "c.png", out), "not an image"),
     ):
         with pytest.raises(DataError, match=message):
-            uses.transform_pictures(*arguments, negative, 3)
+            tasks.transform_pictures(*arguments, negative, 3)
     with pytest.raises(DataError, match=r"c\.png is not an image"):
-        uses.transform_pictures(source, out, negative, 3, grey_as_colour=True, strict=True)
+        tasks.transform_pictures(source, out, negative, 3, grey_as_colour=True, strict=True)
 
 
 def test_a_picture_that_fails_leaves_the_others(tmp_path, caplog):
@@ -225,21 +225,21 @@ def test_a_picture_that_fails_leaves_the_others(tmp_path, caplog):
     def reflect(image):
         return pad(image, (3, 3, 3, 3), "reflect")
 
-    (written,) = uses.transform_pictures(source, out, reflect, 1)
+    (written,) = tasks.transform_pictures(source, out, reflect, 1)
     assert written.name == "b.png" and "a.png: RuntimeError: " in caplog.text and "c.png: " in caplog.text
     with pytest.raises(RuntimeError, match=r"[Pp]adding"):
-        uses.transform_pictures(source, out, reflect, 1, strict=True)
+        tasks.transform_pictures(source, out, reflect, 1, strict=True)
     (source / "b.png").unlink()
     with pytest.raises(RuntimeError, match=r"[Pp]adding"):  # as for a function that is wrong
-        uses.transform_pictures(source, out, reflect, 1)
+        tasks.transform_pictures(source, out, reflect, 1)
     with pytest.raises(FastgenError, match="not finite"):
-        uses.transform_pictures(source, out, lambda image: image / 0, 1)
+        tasks.transform_pictures(source, out, lambda image: image / 0, 1)
 
     def wrong(image):
         raise UsageError("tile must be")
 
     with pytest.raises(UsageError, match="tile must be"):
-        uses.transform_pictures(source, out, wrong, 1)
+        tasks.transform_pictures(source, out, wrong, 1)
 
 
 class Picky:
@@ -255,15 +255,15 @@ class Picky:
 @pytest.mark.parametrize("size", [(1, 1), (3, 100), (70, 2), (4, 4), (9, 12)])
 def test_thin_pictures_are_continued_and_cut(size):
     images = torch.rand(1, 3, *size)
-    torch.testing.assert_close(uses.translate(Picky(), images, tile=64, overlap=32), images)
+    torch.testing.assert_close(tasks.translate(Picky(), images, tile=64, overlap=32), images)
     with pytest.raises(UsageError, match="tile must be a multiple of 4 from 8"):
-        uses.translate(Picky(), images, tile=4, overlap=0)
+        tasks.translate(Picky(), images, tile=4, overlap=0)
 
 
 def test_classes_and_defaults(vae, images):
     for label in (-1, 10, 2**70):
         with pytest.raises(UsageError, match=f"the class must be between 0 and 9, not {label}"):
-            uses.conditions(
+            tasks.conditions(
                 SimpleNamespace(sample=ClassDrawer().sample, config=SimpleNamespace(classes=10)), 2, label=label
             )
     whole = torch.rand(1, 3, 40, 40)
@@ -271,9 +271,9 @@ def test_classes_and_defaults(vae, images):
     def results():
         with torch.inference_mode():
             return [
-                uses.denoise(vae, images, std=0.5, steps=3), uses.upscale(vae, avg_pool2d(images, 2), steps=3),
-                uses.inpaint(vae, images, images[0, 0] > 0, steps=3), uses.translate(Picky(), whole, tile=16,
-                overlap=8), uses.conditions(ClassDrawer(), 3, label=2)["labels"],
+                tasks.denoise(vae, images, std=0.5, steps=3), tasks.upscale(vae, avg_pool2d(images, 2), steps=3),
+                tasks.inpaint(vae, images, images[0, 0] > 0, steps=3), tasks.translate(Picky(), whole, tile=16,
+                overlap=8), tasks.conditions(ClassDrawer(), 3, label=2)["labels"],
             ]  # fmt: skip
 
     expected = results()
@@ -295,13 +295,13 @@ def test_a_model_in_training_is_used_as_in_evaluation():
     images, mask = torch.rand(3, 1, 16, 16) * 2 - 1, torch.zeros(16, 16, dtype=torch.bool)
     mask[:, :8] = True
     for use in (
-        lambda x: uses.reconstruct(model, x),
-        lambda x: uses.denoise(model, x, std=0.1, steps=2),
-        lambda x: uses.inpaint(model, x, mask, steps=2),
-        lambda x: uses.upscale(model, x[:, :, ::4, ::4], steps=2),
+        lambda x: tasks.reconstruct(model, x),
+        lambda x: tasks.denoise(model, x, std=0.1, steps=2),
+        lambda x: tasks.inpaint(model, x, mask, steps=2),
+        lambda x: tasks.upscale(model, x[:, :, ::4, ::4], steps=2),
     ):
         torch.testing.assert_close(use(images)[:1], use(images[:1]))
-    uses.interpolate(model, 3)
+    tasks.interpolate(model, 3)
     assert model.training
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
@@ -309,6 +309,6 @@ def test_a_model_in_training_is_used_as_in_evaluation():
 def test_images_of_no_pixels():
     model = fastgen.create_model("vae", image_size=16, channels=1, widths=(4, 8), nz=4)
     with pytest.raises(UsageError, match=r"images must be squares of 16 pixels .* not 0x0"):
-        uses.upscale(model, torch.zeros(1, 1, 0, 0))
+        tasks.upscale(model, torch.zeros(1, 1, 0, 0))
     with pytest.raises(UsageError, match=r"with C, H and W above 0, got shape \(1, 1, 0, 5\)"):
         in_tiles(lambda x: x, torch.zeros(1, 1, 0, 5), 8, 0)

@@ -13,9 +13,9 @@ import fastgen
 from fastgen.data import DomainPair
 from fastgen.errors import UsageError
 from fastgen.models.registry import _MODELS
+from fastgen.tasks import Drawing
 from fastgen.training.config import CONFIGS
 from fastgen.training.recipes import RECIPES
-from fastgen.uses import Drawing
 
 SMALL = {
     "nz": 3, "width": 4, "ngf": 2, "ndf": 2, "embedding": 2, "condition": 4, "text_width": 4, "text_layers": 1,

@@ -1,9 +1,9 @@
 """What a trained model is used for: functions over a model and images, the same whatever trained it."""
 
-from fastgen.uses.draw import Drawing, conditions, interpolate
-from fastgen.uses.pictures import transform_pictures
-from fastgen.uses.restore import denoise, inpaint, reconstruct, upscale
-from fastgen.uses.translate import translate
+from fastgen.tasks.draw import Drawing, conditions, interpolate
+from fastgen.tasks.pictures import transform_pictures
+from fastgen.tasks.restore import denoise, inpaint, reconstruct, upscale
+from fastgen.tasks.translate import translate
 
 __all__ = [
     "Drawing",
