@@ -66,7 +66,7 @@ def out_of_time(*_: object) -> None:
 
 def modelled(call: Callable[[], object]) -> float:
     """Milliseconds that an H200's rates leave to what Triton's kernels launch for a call."""
-    with _dispatch.kernels("_common").recorded() as launches, ops.use_impl("triton"):
+    with _dispatch.kernels("_launch").recorded() as launches, ops.use_impl("triton"):
         call()
     return 1e3 * as_launched(launches, H200)
 

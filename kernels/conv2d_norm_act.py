@@ -1,11 +1,12 @@
-"""The convolution with its norm and activation: kernels/_convolution.py, with reflection as an index."""
+"""The convolution with its epilogue."""
 
 from fastgen.kernels import _convolution
+from fastgen.kernels._epilogue import Epilogue
+from fastgen.kernels._geometry import Geometry
 
 
-def forward(x, weight, bias, norm_weight, norm_bias, mean, var, residual, *rest, tile=""):
+def forward(x, weight, bias, *rest, tile=""):
     """The op fastgen::conv2d_norm_act."""
-    *options, stride, padding, reflect, groups, dilation, save = rest
-    geometry = (stride, padding, None, groups, dilation, reflect)
-    tail = (norm_weight, norm_bias, mean, var, residual)
-    return _convolution.forward(x, weight, bias, *tail, *options, *geometry, save, tile)
+    *epilogue, stride, padding, reflect, groups, dilation, save = rest
+    geometry = Geometry(stride, padding, dilation, groups, reflect=reflect)
+    return _convolution.forward(x, weight, Epilogue.of(*epilogue, bias=bias), geometry, save, tile)

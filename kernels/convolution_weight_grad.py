@@ -1,12 +1,13 @@
 """The gradient of a convolution's weight, strided or transposed: a matrix product on tensor cores whose sum runs over
 pixels.
 
-Of x and the output's gradient one is read once at each of its own pixels (i, j), the inner one: x of a transposed
-convolution, the gradient of a strided one. The outer one is read at (i, j) * stride - padding + tap * dilation. Rows
-are channels of the inner one, columns taps and channels of the outer one: both kinds of weight have their dimensions in
-this order.
+There are two images: x and the gradient of the output. The inner one (x of a transposed convolution, the gradient of a
+strided one) is read at each of its pixels (i, j), the outer one at (i, j) * stride - padding + tap * dilation. Rows are
+channels of the inner image, columns are taps and channels of the outer one, in which order both kinds of weight have
+their dimensions.
 
-There are few tiles and long sums: these are split (split-K) into float32 tensors, which are added in a fixed order.
+There are few tiles and long sums, so the sums are split (split-K) into float32 tensors, which are added in a fixed
+order.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from fastgen.kernels import _convolution
-from fastgen.kernels._common import INTERPRETED, in_order, is_channels_last, launch, multiprocessors, power_of_2, wide
-from fastgen.kernels._convolution import mirror
-from fastgen.kernels.norm_act import merge_sums
+from fastgen.kernels import _tiles
+from fastgen.kernels._geometry import Geometry, mirror
+from fastgen.kernels._launch import INTERPRETED, launch, multiprocessors, power_of_2, strides, wide
+from fastgen.kernels._layout import in_order, is_channels_last
+from fastgen.kernels._statistics import merge_sums
 from torch import Tensor
 
 MOST_SPLITS = 128
-FEW = 64  # fewer channels than this are flattened with the taps where their loads are of one value at a time anyway
+FEW = 64  # fewer channels are flattened with the taps, where loads are of one value at a time anyway
 
 
 @triton.jit
@@ -37,7 +39,7 @@ def correlate(
 ):  # fmt: skip
     """A tile of one group: ROWS channels of `inner` by COLUMNS of `outer`, over `chunk` of the pixels, DEPTH at a time.
 
-    rows, channels: of a group, of inner and outer. height, width: outer's. A tile has one tap; FLAT: taps and channels
+    rows, channels: per group, of inner and outer. height, width: of outer. A tile has one tap; FLAT: taps and channels
     are one dimension, for few channels.
     """
     if FLAT:
@@ -108,45 +110,44 @@ def operands(grad: Tensor, x: Tensor, transposed: bool) -> tuple[Tensor, Tensor]
 
 
 def kind_of(inner: Tensor, outer: Tensor, groups: int) -> str:
-    """Which of _convolution.TILES the product can have: loads of several values are along the channels of both."""
+    """The kind of _tiles.TILES for the product: loads of several values are along the channels of both images."""
     adjacent = inner.stride(1) == outer.stride(1) == 1
     rows, channels = inner.shape[1] // groups, outer.shape[1] // groups
-    return _convolution.kind_of(inner, adjacent and rows % 16 == 0, channels)
+    return _tiles.kind_of(inner, adjacent and rows % 16 == 0, channels)
 
 
 def weight_grad(
     grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int],
     output_padding: Sequence[int], groups: int, dilation: Sequence[int], reflect: bool, tile: str = "",
 ) -> Tensor:  # fmt: skip
-    """The op fastgen::convolution_weight_grad. tile: the fastest one's str(), if it was measured."""
-    inner, outer = operands(grad, x, bool(output_padding))
+    """The op fastgen::convolution_weight_grad; output_padding is empty for a strided convolution. tile: the str() of
+    the fastest one, if known."""
+    geometry = Geometry(stride, padding, dilation, groups, bool(output_padding), output_padding, reflect)
+    inner, outer = operands(grad, x, geometry.transposed)
     out = torch.empty_like(weight)
     if inner.numel() == 0:
         return out.zero_()
     n, _, inner_height, inner_width = inner.shape
-    rows, channels, kernel = weight.shape[0] // groups, weight.shape[1], weight.shape[2:]
-    taps, pixels = math.prod(kernel), n * inner_height * inner_width
+    rows, channels = weight.shape[0] // groups, weight.shape[1]
+    taps, pixels = math.prod(weight.shape[2:]), n * inner_height * inner_width
     kind, chip = kind_of(inner, outer, groups), multiprocessors(x)
     flat = kind in ("gathered", "ieee") and channels < FEW
-    columns, products = (taps * channels, 1) if flat else (channels, taps)  # of a group
-    chosen = _convolution.choose_tile(kind, rows, columns, products * groups, chip, tile)
+    columns, products = (taps * channels, 1) if flat else (channels, taps)  # per group
+    chosen = _tiles.choose_tile(kind, rows, columns, products * groups, chip, tile)
     tiles = products * triton.cdiv(rows, chosen.rows) * triton.cdiv(columns, chosen.columns)
     steps = triton.cdiv(pixels, chosen.depth)
-    chunk = triton.cdiv(steps, _convolution.splits_of(tiles * groups, steps, chip, MOST_SPLITS)) * chosen.depth
+    chunk = triton.cdiv(steps, _tiles.splits_of(tiles * groups, steps, chip, MOST_SPLITS)) * chosen.depth
     splits = triton.cdiv(pixels, chunk)
     target = out if splits == 1 else x.new_empty((splits, out.numel()), dtype=torch.float32)
     launch(
         correlate, (tiles, groups, splits), x, warps=chosen.warps, stages=chosen.stages,
         maxnreg=255,  # as in _convolution
         inner=inner, outer=outer, out=target, rows=rows, channels=channels, pixels=pixels, inner_height=inner_height,
-        inner_width=inner_width, height=outer.shape[2], width=outer.shape[3],
-        **dict(zip(("xn", "xc", "xh", "xw"), inner.stride(), strict=True)),
-        **dict(zip(("yn", "yc", "yh", "yw"), outer.stride(), strict=True)),
-        **dict(zip(("wr", "wc", "wh", "ww"), out.stride(), strict=True)), chunk=chunk, split_size=out.numel(),
-        KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[1], DH=dilation[0],
-        DW=dilation[1], REFLECT=reflect, FLAT=flat,
-        PRECISION="tf32" if _convolution.precision_of(x) == "tf32" else "ieee", INTERPRETED=INTERPRETED,
-        WIDE=wide(inner, outer, target), ROWS=chosen.rows, COLUMNS=chosen.columns, DEPTH=chosen.depth,
+        inner_width=inner_width, height=outer.shape[2], width=outer.shape[3], **strides("x", inner),
+        **strides("y", outer), **strides("w", out, "rchw"), chunk=chunk, split_size=out.numel(),
+        **geometry.arguments(weight), FLAT=flat, PRECISION="tf32" if _tiles.precision_of(x) == "tf32" else "ieee",
+        INTERPRETED=INTERPRETED, WIDE=wide(inner, outer, target), ROWS=chosen.rows, COLUMNS=chosen.columns,
+        DEPTH=chosen.depth,
     )  # fmt: skip
     if splits > 1:
         across = power_of_2(splits)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastgen.kernels._common import in_order, is_channels_last, launch, power_of_2, program_id
+from fastgen.kernels._launch import launch, power_of_2, program_id
+from fastgen.kernels._layout import in_order, is_channels_last
 from torch import Tensor
 
 ELEMENTS = 1024  # of a program

@@ -23,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import triton
 import triton.language as tl
-from fastgen.kernels._common import in_order, is_channels_last, launch, wide
+from fastgen.kernels._launch import launch, wide
+from fastgen.kernels._layout import in_order, is_channels_last
 from torch import Tensor
 
 ROWS, COLUMNS = 16, 128  # a tile of the products

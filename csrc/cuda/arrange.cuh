@@ -1,24 +1,25 @@
-// Copies of a convolution's input and weight into the order that its kernel reads, of those that do not lie so.
+// Copies a convolution's input and weight into the memory order that its kernel reads, where they have another.
 #pragma once
 
 #include <algorithm>
 
+#include "cuda/launch.cuh"
 #include "cuda/matrix.cuh"
 
 namespace fastgen::cuda::convolution {
 
-// Element (i, j, k, l, d) of a tensor lies at `from`'s strides, in its copy at those of `to`, where d is contiguous and
-// padded with zeros.
+// A tensor's element (i, j, k, l, d) has the strides `from`, its copy the strides `to` with d contiguous and padded
+// with zeros.
 struct Arrangement {
   int64_t size[4], from[4], to[4];
   int64_t depth, padded, from_depth;
   bool tf32;  // rounds float32 to TF32
-  int width;  // of a block's tile along d: a power of 2
+  int width;  // of a block's tile along d, a power of 2
 };
-constexpr int kArrangers = 256, kArranged = 2048;  // elements of a block's tile
+constexpr int kArrangers = 256, kArranged = 2048;  // threads of a block, elements of its tile
 
-// Grid: tiles along (i, j, k, l) by tiles along d. A block reads its tile along l, and writes it along d, 16 bytes a
-// thread.
+// Grid: tiles along (i, j, k, l) times tiles along d. A block reads its tile along l and writes it along d, 16 bytes
+// per thread.
 template <class T>
 __global__ void __launch_bounds__(kArrangers) arrange(Arrangement a, const T* from, T* to) {
   constexpr int values = kAccess / sizeof(T);
@@ -44,12 +45,12 @@ __global__ void __launch_bounds__(kArrangers) arrange(Arrangement a, const T* fr
   }
   __syncthreads();
   for (int i = threadIdx.x; i < kArranged / values; i += kArrangers) {
-    const int d = i % (a.width / values) * values, of_line = i / (a.width / values);
-    if (targets[of_line] < 0 || first + d >= a.padded) continue;
+    const int d = i % (a.width / values) * values, to_line = i / (a.width / values);
+    if (targets[to_line] < 0 || first + d >= a.padded) continue;
     Vector<T, values> chunk;
 #pragma unroll
-    for (int j = 0; j < values; ++j) chunk.value[j] = tile[(d + j) * (tall + 1) + of_line];
-    *reinterpret_cast<Vector<T, values>*>(to + targets[of_line] + first + d) = chunk;
+    for (int j = 0; j < values; ++j) chunk.value[j] = tile[(d + j) * (tall + 1) + to_line];
+    *reinterpret_cast<Vector<T, values>*>(to + targets[to_line] + first + d) = chunk;
   }
 }
 
@@ -69,40 +70,42 @@ template <class T>
 const T* arranged_x(const Convolution& conv, int64_t samples, int64_t padded, const void* x, const Queue& queue) {
   const int64_t channels = conv.ic / conv.groups, pixels = conv.ih * conv.iw, all = conv.groups * padded;
   if (conv.x_channels_last && padded == channels && is_aligned(x)) return static_cast<const T*>(x);
-  const int64_t of_channel = conv.x_channels_last ? 1 : pixels, of_pixel = conv.x_channels_last ? conv.ic : 1;
+  const int64_t channel_stride = conv.x_channels_last ? 1 : pixels, pixel_stride = conv.x_channels_last ? conv.ic : 1;
   return arranged<T>({{1, samples, conv.groups, pixels},
-                      {0, conv.ic * pixels, channels * of_channel, of_pixel},
+                      {0, conv.ic * pixels, channels * channel_stride, pixel_stride},
                       {0, pixels * all, padded, all},
                       channels,
                       padded,
-                      of_channel,
+                      channel_stride,
                       false,
                       0},
                      x, queue);
 }
 
-// A weight that lies as the copy would is not copied: conv2d's in channels_last order is one.
+// A weight that already has the copy's order is not copied: that of conv2d in channels_last order, for one.
 template <class T>
 const T* arranged_weight(const Convolution& conv, bool transposed, int64_t out_channels, int64_t padded, bool tf32,
                          const void* weight, const Queue& queue) {
   const int64_t* const stride = conv.weight_strides;
-  const int64_t channels = conv.ic / conv.groups, of_depth = stride[transposed ? 0 : 1],
-                of_column = stride[transposed ? 1 : 0];
-  const int64_t of_group = transposed ? channels * of_depth : out_channels * of_column, taps = conv.kh * conv.kw;
-  const auto lies = [](int64_t size, int64_t is, int64_t wanted) { return size == 1 || is == wanted; };
-  if (!tf32 && padded == channels && is_aligned(weight) && lies(channels, of_depth, 1) &&
-      lies(conv.kw, stride[3], channels) && lies(conv.kh, stride[2], conv.kw * channels) &&
-      lies(out_channels, of_column, taps * channels) && lies(conv.groups, of_group, out_channels * taps * channels))
+  const int64_t channels = conv.ic / conv.groups, depth_stride = stride[transposed ? 0 : 1],
+                column_stride = stride[transposed ? 1 : 0];
+  const int64_t group_stride = transposed ? channels * depth_stride : out_channels * column_stride,
+                taps = conv.kh * conv.kw;
+  const auto has_stride = [](int64_t size, int64_t is, int64_t wanted) { return size == 1 || is == wanted; };
+  if (!tf32 && padded == channels && is_aligned(weight) && has_stride(channels, depth_stride, 1) &&
+      has_stride(conv.kw, stride[3], channels) && has_stride(conv.kh, stride[2], conv.kw * channels) &&
+      has_stride(out_channels, column_stride, taps * channels) &&
+      has_stride(conv.groups, group_stride, out_channels * taps * channels))
     return static_cast<const T*>(weight);
   Arrangement a{{conv.groups, out_channels, conv.kh, conv.kw},
-                {of_group, of_column, stride[2], stride[3]},
+                {group_stride, column_stride, stride[2], stride[3]},
                 {out_channels * taps * padded, taps * padded, conv.kw * padded, padded},
                 channels,
                 padded,
-                of_depth,
+                depth_stride,
                 tf32,
                 0};
-  if (of_column < stride[3])  // reads go along the closest elements
+  if (column_stride < stride[3])  // reads go along the dimension of the smallest stride
     for (int64_t* of : {a.size, a.from, a.to}) std::rotate(of + 1, of + 2, of + 4);
   return arranged<T>(a, weight, queue);
 }

@@ -1,4 +1,6 @@
-#include "cuda/common.cuh"
+#include <cuda_runtime.h>
+
+#include "cuda/kernels.h"
 
 namespace fastgen::cuda {
 namespace {
@@ -10,7 +12,7 @@ __global__ void nothing() {}
 bool has_code() {
   cudaFuncAttributes found;
   const bool has = cudaFuncGetAttributes(&found, nothing) == cudaSuccess;
-  cudaGetLastError();  // which no later launch shall find
+  cudaGetLastError();  // clears the error, or the next launch would report it
   return has;
 }
 

@@ -1,13 +1,13 @@
 // Tensor-core products of a warp, and the copies from global to shared memory that feed them (sm_80 and later).
 #pragma once
 
-#include "cuda/common.cuh"
+#include "cuda/access.cuh"
 
 namespace fastgen::cuda {
 
-// 16 bytes from global to shared memory behind the thread's back; zeros where not `valid`, whose address is then not
-// read. Groups end with commit_copies; wait_for_copies<n> waits until at most n of the thread's last groups are under
-// way, for its own copies alone: a barrier makes them all threads'.
+// Copies 16 bytes from global to shared memory asynchronously; not `valid`: writes zeros and does not read the address.
+// A group of copies ends with commit_copies; wait_for_copies<n> waits until at most n of the thread's last groups are
+// under way. That covers the thread's own copies only: after a barrier they are visible to all threads of the block.
 __device__ inline void copy_async(void* to, const void* from, bool valid) {
 #if defined(__CUDACC__)
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));

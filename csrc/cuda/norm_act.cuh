@@ -1,12 +1,141 @@
-// What the convolution's epilogue hands to norm_act's kernels.
+// How the passes of norm_act over x are divided among blocks and threads, and what normalizes a thread's values.
+//
+// A pass sees x as n samples of c channels of s pixels. The values of one channel of one sample are a line; in
+// channels_last order they are c apart. Each line is split into `splits` chunks of `chunk` accesses, so that few lines
+// fill the chip too. A block has kThreads threads: `lanes` of them side by side along memory, in kThreads / lanes rows.
+// channels_last: the lanes are accesses to neighbouring channels; else they are neighbouring accesses to one line, and
+// the block has several lines.
 #pragma once
 
-#include "cuda/common.cuh"
+#include <algorithm>
+#include <type_traits>
 
-namespace fastgen::cuda {
+#include "cuda/access.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/team.cuh"
 
-// mean and var of batch statistics from those of `parts` parts: counts (parts), means and m2s (parts, c).
-void merge_moments(const NormAct& op, const float* counts, const float* means, const float* m2s, int64_t parts,
-                   void* mean, void* var, const Queue& queue);
+namespace fastgen::cuda::norm_act {
 
-}  // namespace fastgen::cuda
+constexpr int kThreads = 256;
+constexpr int kMostSplits = 64;
+constexpr int kWave = 4;  // blocks per multiprocessor that a pass asks for
+
+// The blocks of a pass over x: along channels (channels_last) or lines, times samples, times splits.
+struct Tiling {
+  int64_t c, s;
+  int64_t lines;      // in channels_last order accesses to channels, c / access; else lines, n * c
+  int64_t length;     // accesses per line: s, or s / access
+  int64_t chunk;      // accesses per line and block
+  int splits, lanes;  // lanes: a power of 2, kThreads at most
+  int64_t samples;    // n in channels_last order, else 1
+};
+
+template <bool channels_last>
+Tiling tile(const NormAct& op, int access, const Queue& queue) {
+  Tiling tiling{op.c,
+                op.s,
+                channels_last ? op.c / access : op.n * op.c,
+                channels_last ? op.s : op.s / access,
+                0,
+                1,
+                1,
+                channels_last ? op.n : 1};
+  const int64_t wide = channels_last ? tiling.lines : tiling.length;
+  while (tiling.lanes < (channels_last ? kWarp : kThreads) && tiling.lanes < wide) tiling.lanes *= 2;
+  const int64_t deep = kThreads / tiling.lanes;  // threads that share a line, or lines per block
+  const int64_t blocks = ceil_div(tiling.lines, channels_last ? tiling.lanes : deep) * tiling.samples;
+  const int64_t least = channels_last ? 4 * deep : 4 * tiling.lanes;  // accesses that make a block worth while
+  const int64_t wanted =
+      std::min<int64_t>({kMostSplits, ceil_div(kWave * queue.multiprocessors, blocks), ceil_div(tiling.length, least)});
+  tiling.chunk = ceil_div(tiling.length, std::max<int64_t>(1, wanted));
+  tiling.splits = static_cast<int>(ceil_div(tiling.length, tiling.chunk));
+  return tiling;
+}
+
+template <bool channels_last>
+dim3 grid(const Tiling& tiling) {
+  const int64_t deep = kThreads / tiling.lanes,
+                blocks = ceil_div(tiling.lines, channels_last ? tiling.lanes : deep) * tiling.samples;
+  return dim3(static_cast<unsigned>(blocks), tiling.splits);
+}
+
+// What one thread reads: `count` accesses, the first at element `at`, each `advance` after the one before.
+template <bool channels_last, int access>
+struct Slice {
+  bool valid;
+  int lane, depth, deep;    // position in the block, which has `deep` threads along the reduced direction
+  int64_t sample, channel;  // of the first value
+  int64_t at, advance, count;
+
+  __device__ explicit Slice(const Tiling& tiling) {
+    const int column = threadIdx.x % tiling.lanes, row = threadIdx.x / tiling.lanes, rows = kThreads / tiling.lanes;
+    const int64_t per_block = channels_last ? tiling.lanes : rows, blocks = (tiling.lines + per_block - 1) / per_block;
+    const int64_t line = blockIdx.x % blocks * per_block + (channels_last ? column : row);
+    lane = channels_last ? column : row;
+    depth = channels_last ? row : column;
+    deep = channels_last ? rows : tiling.lanes;
+    valid = line < tiling.lines;
+    sample = channels_last ? blockIdx.x / blocks : line / tiling.c;
+    channel = channels_last ? line * access : line % tiling.c;
+    const int64_t first = blockIdx.y * tiling.chunk + depth, stop = min((blockIdx.y + 1) * tiling.chunk, tiling.length);
+    const int64_t step = channels_last ? tiling.c : access;
+    at = (channels_last ? sample * tiling.s * tiling.c + channel : line * tiling.s) + first * step;
+    advance = deep * step;
+    count = valid && first < stop ? (stop - first + deep - 1) / deep : 0;
+  }
+};
+
+// The channels of an access: neighbouring ones in channels_last order, else one.
+template <bool channels_last, int access>
+constexpr int kChannels = channels_last ? access : 1;
+
+// Where this block's partial result of a channel is stored for the next pass: partial results are (splits, n, c).
+__device__ inline int64_t part_at(const Tiling& tiling, int64_t samples, int64_t sample, int64_t channel) {
+  return (blockIdx.y * samples + sample) * tiling.c + channel;
+}
+
+// Which partial results (splits, n, c) make up the statistics of a group: those of `channels` neighbouring channels, of
+// one sample or of all of them.
+struct StatGroups {
+  int64_t c, n, groups, channels;
+  int splits;
+  bool per_sample;
+
+  StatGroups(const NormAct& op, int splits)
+      : c(op.c), n(op.n), groups(op.sets), channels(op.c / op.sets), splits(splits), per_sample(op.per_sample) {}
+  FASTGEN_HD int64_t count() const { return (per_sample ? n : 1) * groups; }
+  FASTGEN_HD int64_t samples() const { return per_sample ? 1 : n; }  // that share statistics
+};
+
+// What normalizes the channels of a thread: z = (x - center) * rstd * gain + shift.
+template <int channels>
+struct Scales {
+  float center[channels], rstd[channels], gain[channels], shift[channels];
+
+  __device__ Scales(const NormAct& op, const NormActTensors& given, int64_t sample, int64_t channel) {
+#pragma unroll
+    for (int i = 0; i < channels; ++i) {
+      const int64_t group = (op.per_sample ? sample * op.sets : 0) + (channel + i) / (op.c / op.sets);
+      center[i] = op.normalize ? static_cast<const float*>(given.mean)[group] : 0.f;
+      rstd[i] =
+          op.normalize ? 1 / sqrtf(static_cast<const float*>(given.var)[group] + static_cast<float>(op.eps)) : 1.f;
+      gain[i] = op.normalize && given.weight ? static_cast<const float*>(given.weight)[channel + i] : 1.f;
+      shift[i] = op.normalize && given.bias ? static_cast<const float*>(given.bias)[channel + i] : 0.f;
+    }
+  }
+};
+
+// run(channels_last, access), both as constants, for the memory order of x and the widest access to all pointers.
+template <class T, class Run, class... Pointers>
+void with_layout(const NormAct& op, const Run& run, Pointers... pointers) {
+  constexpr int widest = kAccess / sizeof(T);
+  const bool wide = access_of<T>(op.channels_last ? op.c : op.s, pointers...) == widest;
+  const auto with = [&](auto channels_last) {
+    if (wide) return run(channels_last, std::integral_constant<int, widest>{});
+    return run(channels_last, std::integral_constant<int, 1>{});
+  };
+  if (op.channels_last) return with(std::true_type{});
+  return with(std::false_type{});
+}
+
+}  // namespace fastgen::cuda::norm_act

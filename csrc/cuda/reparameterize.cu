@@ -1,65 +1,68 @@
 // z = mu + exp(logvar / 2) * noise and the divergence from the prior in one pass over memory, their gradients in
 // another. The noise is drawn in registers, from the key on the device (docs/random.md). Sums are float32, in an order
-// that the shape alone decides.
+// that depends on the shape only.
 //
-// A pass sees mu as lines: rows whose divergence is summed, or else a key's elements all together. A thread takes a
-// group, neighbouring elements of a line: one access of 16 bytes, and one counter of Philox or two. A block has
-// kThreads threads, `lanes` of them side by side along a line: short lines share a block, and a long line has several.
+// A pass sees mu as lines: rows whose divergence is summed, else all elements of a key as one line. A thread takes a
+// group of neighbouring elements of a line: one access of 16 bytes, and one or two counters of Philox. A block has
+// kThreads threads, `lanes` of them side by side along a line: short lines share a block, a long line has several.
 #include <algorithm>
 
-#include "cuda/common.cuh"
+#include "cuda/access.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/team.cuh"
 #include "shared/philox.h"
 
 namespace fastgen::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kCounter = 4;  // normals of a counter
+constexpr int kCounter = 4;  // normals per counter
 template <class T>
 constexpr int kGroup = kAccess / sizeof(T);
+// Blocks per multiprocessor for elements of type T, by those for float.
 template <class T>
-constexpr int blocks_of(int of_float) {
-  return of_float * kCounter / kGroup<T>;
-}  // that a multiprocessor holds
+constexpr int blocks_of(int blocks_of_float) {
+  return blocks_of_float * kCounter / kGroup<T>;
+}
 
-struct Cut {
+struct Tiling {
   int64_t lines, length;
-  int splits, lanes_log2;  // blocks that share a line; threads
-  bool aligned;            // every line, of every sample, starts at an access
+  int splits, lanes_log2;  // blocks and threads that share a line
+  bool aligned;            // every line of every sample starts at a 16-byte boundary
 
   int deep() const { return kThreads >> lanes_log2; }  // lines that share a block
   dim3 grid() const { return dim3(static_cast<unsigned>(ceil_div(lines, deep()) * splits)); }
 };
 
 template <class T, class... Pointers>
-Cut cut(int64_t lines, int64_t length, int64_t samples, Pointers... pointers) {
-  Cut cut{lines, length, 1, 0, false};
+Tiling tile(int64_t lines, int64_t length, int64_t samples, Pointers... pointers) {
+  Tiling tiling{lines, length, 1, 0, false};
   const int64_t groups = ceil_div(length, kGroup<T>);
-  while (cut.deep() > 1 && (1 << cut.lanes_log2) < groups) ++cut.lanes_log2;
-  cut.splits = static_cast<int>(ceil_div(groups, 1 << cut.lanes_log2));
+  while (tiling.deep() > 1 && (1 << tiling.lanes_log2) < groups) ++tiling.lanes_log2;
+  tiling.splits = static_cast<int>(ceil_div(groups, 1 << tiling.lanes_log2));
   const bool aligned = (is_aligned(pointers) && ...);
-  cut.aligned = aligned && (lines * samples == 1 || length % kGroup<T> == 0);
-  return cut;
+  tiling.aligned = aligned && (lines * samples == 1 || length % kGroup<T> == 0);
+  return tiling;
 }
 
-// The group of a thread: `count` elements of N from `at` on, of all elements.
+// The group of a thread: `count` elements, N at most, from element `at` of all on.
 template <int N>
 struct Group {
   int lane, split;
   int64_t line, at;
   int count;
-  bool full;  // it is one access
+  bool full;  // the group is one access
 
-  __device__ explicit Group(const Cut& cut) {
-    const int lanes = 1 << cut.lanes_log2;
-    const unsigned tile = cut.splits == 1 ? blockIdx.x : blockIdx.x / cut.splits;
-    split = blockIdx.x - tile * cut.splits;
+  __device__ explicit Group(const Tiling& tiling) {
+    const int lanes = 1 << tiling.lanes_log2;
+    const unsigned tile = tiling.splits == 1 ? blockIdx.x : blockIdx.x / tiling.splits;
+    split = blockIdx.x - tile * tiling.splits;
     lane = threadIdx.x & (lanes - 1);
-    line = static_cast<int64_t>(tile) * (kThreads >> cut.lanes_log2) + (threadIdx.x >> cut.lanes_log2);
+    line = static_cast<int64_t>(tile) * (kThreads >> tiling.lanes_log2) + (threadIdx.x >> tiling.lanes_log2);
     const int64_t first = (static_cast<int64_t>(split) * lanes + lane) * N;
-    at = line * cut.length + first;
-    count = line < cut.lines ? static_cast<int>(max(int64_t{0}, min(cut.length - first, int64_t{N}))) : 0;
-    full = cut.aligned && count == N;
+    at = line * tiling.length + first;
+    count = line < tiling.lines ? static_cast<int>(max(int64_t{0}, min(tiling.length - first, int64_t{N}))) : 0;
+    full = tiling.aligned && count == N;
   }
 };
 
@@ -78,7 +81,7 @@ __device__ void store_group(T* to, const Group<N>& group, const float (&from)[N]
     if (i < group.count) to[i] = from_float<T>(from[i]);
 }
 
-// Elements of a prior that repeats itself after `period`.
+// Elements of a prior that repeats after `period` elements.
 template <int N, class T>
 __device__ void load_periodic(const T* from, int64_t period, const Group<N>& group, float (&to)[N]) {
   const bool narrow = (group.at | period) >> 32 == 0;
@@ -92,7 +95,7 @@ __device__ void load_periodic(const T* from, int64_t period, const Group<N>& gro
   }
 }
 
-// What the kernels are told of the op; `lines` are those of a key.
+// The op's options; `lines` per key.
 struct Sampler {
   const int64_t* keys;
   int64_t key_count, lines, samples;
@@ -100,13 +103,13 @@ struct Sampler {
   float low, high, least;
 };
 
-// The key of a line, and where its elements begin among all.
+// The key of a line, and where the key's elements begin among all.
 struct Key {
   uint64_t seed, offset;
   int64_t index, size, begin;
 
-  __device__ Key(const Sampler& op, const Cut& cut, int64_t line)
-      : index(op.key_count == 1 ? 0 : line / op.lines), size(op.lines * cut.length), begin(index * size) {
+  __device__ Key(const Sampler& op, const Tiling& tiling, int64_t line)
+      : index(op.key_count == 1 ? 0 : line / op.lines), size(op.lines * tiling.length), begin(index * size) {
     seed = static_cast<uint64_t>(op.keys[2 * index]);
     offset = static_cast<uint64_t>(op.keys[2 * index + 1]);
   }
@@ -122,10 +125,11 @@ __device__ void draw(const Key& key, uint64_t counter, float* out) {
   out[3] = odd.second;
 }
 
-// `plain`, here and below, is a constant for the frequent case, which then needs half the registers: every group starts
-// with a counter, there is one sample, and the prior is the standard normal.
+// `plain`, here and below, is a constant for the frequent case, which then takes half the registers: every group starts
+// at a counter's first normal, there is one sample, and the prior is the standard normal.
 
-// The normals of the key's elements from `element` on: of one counter more where they do not start with one.
+// The normals of the key's elements from `element` on; one more counter is drawn where `element` is not a counter's
+// first.
 template <bool plain, int N>
 __device__ void noise_of(const Key& key, int64_t element, float (&out)[N]) {
   const uint64_t counter = static_cast<uint64_t>(element) / kCounter;
@@ -139,7 +143,7 @@ __device__ void noise_of(const Key& key, int64_t element, float (&out)[N]) {
     out[i] = skip == 0 ? all[i] : skip == 1 ? all[i + 1] : skip == 2 ? all[i + 2] : all[i + 3];
 }
 
-// mu, logvar as given and as clamped, and exp(logvar / 2) of a group.
+// mu, logvar as given and clamped, and exp(logvar / 2), of a group.
 template <class T>
 struct Gaussian {
   static constexpr int N = kGroup<T>;
@@ -184,34 +188,34 @@ struct Prior {
     load_periodic(static_cast<const T*>(tensors.prior_logvar), op.logvar_period, group, logvar);
   }
 
-  // Of element i of the group from q.
+  // The divergence of element i of the group from q.
   __device__ Divergence divergence(const Gaussian<T>& q, int i) const {
     return given ? Divergence(q.mu[i], q.logvar[i], mean[i], logvar[i]) : Divergence(q.mu[i], q.logvar[i], q.sd[i]);
   }
 };
 
-// The normals alone. Grid: `Cut::grid`.
+// The normals alone. Grid: `Tiling::grid`.
 template <bool plain>
-__global__ void __launch_bounds__(kThreads, plain ? 6 : 2) draw_noise(Cut cut, Sampler op, float* out) {
+__global__ void __launch_bounds__(kThreads, plain ? 6 : 2) draw_noise(Tiling tiling, Sampler op, float* out) {
   constexpr int N = kGroup<float>;
-  const Group<N> group(cut);
+  const Group<N> group(tiling);
   if (!group.count) return;
-  const Key key(op, cut, group.line);
+  const Key key(op, tiling, group.line);
   float eps[N];
   noise_of<plain>(key, group.at - key.begin, eps);
   store_group(out + group.at, group, eps);
 }
 
-// z, and where `sums` is not null each block's sum of divergences of a line, (lines, splits), times `scale`. Grid:
-// `Cut::grid`.
+// z; and, where `sums` is not null, each block's sum of the divergences of a line, (lines, splits), times `scale`.
+// Grid: `Tiling::grid`.
 template <class T, bool plain>
 __global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 6 : 2))
-    sample(Cut cut, Sampler op, ReparameterizeTensors given, T* z, float* sums, float scale) {
+    sample(Tiling tiling, Sampler op, ReparameterizeTensors given, T* z, float* sums, float scale) {
   constexpr int N = kGroup<T>;
-  const Group<N> group(cut);
+  const Group<N> group(tiling);
   float sum = 0;
   if (group.count) {
-    const Key key(op, cut, group.line);
+    const Key key(op, tiling, group.line);
     const Gaussian<T> q(op, given, group);
     T* to = z + group.at + (plain ? 0 : key.begin * (op.samples - 1));
     int64_t element = group.at - key.begin;
@@ -232,11 +236,11 @@ __global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 6 : 2))
     }
   }
   if (!sums) return;
-  sum = team_sum(sum, 1 << cut.lanes_log2, shared_memory<float>());
-  if (group.line < cut.lines && group.lane == 0) sums[group.line * cut.splits + group.split] = scale * sum;
+  sum = team_sum(sum, 1 << tiling.lanes_log2, shared_memory<float>());
+  if (group.line < tiling.lines && group.lane == 0) sums[group.line * tiling.splits + group.split] = scale * sum;
 }
 
-// kl = beta * the sum of a line's parts. Grid: a team, a warp or a block, for each line.
+// kl = beta * the sum of a line's parts. Grid: one team (a warp or a block) per line.
 __global__ void __launch_bounds__(kThreads)
     add_parts(int64_t lines, int team, int splits, float beta, const float* parts, float* kl) {
   const int64_t line = static_cast<int64_t>(blockIdx.x) * (kThreads / team) + threadIdx.x / team;
@@ -246,17 +250,17 @@ __global__ void __launch_bounds__(kThreads)
   if (line < lines && threadIdx.x % team == 0) kl[line] = beta * sum;
 }
 
-// The gradients, from those of z and of the divergence; either may be null. Grid: `Cut::grid`.
+// The gradients, from those of z and of the divergence; either may be null. Grid: `Tiling::grid`.
 template <class T, bool plain>
 __global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 5 : 2))
-    differentiate(Cut cut, Sampler op, float beta, const T* grad_z, const float* grad_kl, ReparameterizeTensors given,
-                  ReparameterizeGrads grads) {
+    differentiate(Tiling tiling, Sampler op, float beta, const T* grad_z, const float* grad_kl,
+                  ReparameterizeTensors given, ReparameterizeGrads grads) {
   constexpr int N = kGroup<T>;
-  const Group<N> group(cut);
+  const Group<N> group(tiling);
   if (!group.count) return;
-  const Key key(op, cut, group.line);
+  const Key key(op, tiling, group.line);
   const Gaussian<T> q(op, given, group);
-  float sum[N] = {}, along[N] = {};  // of grad_z over the samples, of grad_z * noise
+  float sum[N] = {}, along[N] = {};  // of grad_z and of grad_z * noise, over the samples
   if (grad_z) {
     const T* from = grad_z + group.at + (plain ? 0 : key.begin * (op.samples - 1));
     int64_t element = group.at - key.begin;
@@ -280,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 5 : 2))
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const Divergence d = prior.divergence(q, i);
-      const float g = d.value < op.least ? 0.f : of_kl;  // none where free_bits hold
+      const float g = d.value < op.least ? 0.f : of_kl;  // none where free_bits apply
       sum[i] += g * d.slope;
       along[i] += 0.5f * g * (d.ratio - 1);
       for_mean[i] = -g * d.slope;
@@ -289,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 5 : 2))
   }
 #pragma unroll
   for (int i = 0; i < N; ++i)
-    if (q.given[i] < op.low || q.given[i] > op.high) along[i] = 0;  // none through a bound
+    if (q.given[i] < op.low || q.given[i] > op.high) along[i] = 0;  // no gradient through a bound
   store_group(static_cast<T*>(grads.mu) + group.at, group, sum);
   store_group(static_cast<T*>(grads.logvar) + group.at, group, along);
   if (!prior.given) return;
@@ -297,8 +301,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 5 : 2))
   store_group(static_cast<T*>(grads.prior_logvar) + group.at, group, for_prior);
 }
 
-bool is_plain(const Reparameterize& op, const Cut& pass, bool prior) {
-  return op.samples == 1 && !prior && (pass.length % kCounter == 0 || pass.lines == op.keys);
+bool is_plain(const Reparameterize& op, const Tiling& tiling, bool prior) {
+  return op.samples == 1 && !prior && (tiling.length % kCounter == 0 || tiling.lines == op.keys);
 }
 
 // `by_row`: lines are rows.
@@ -317,18 +321,19 @@ Sampler sampler(const Reparameterize& op, bool by_row) {
 template <class T>
 void sample_of(const Reparameterize& op, const ReparameterizeTensors& given, void* z, void* kl, const Queue& queue) {
   const int64_t lines = op.keys * (kl ? op.rows : 1), length = op.keys * op.rows * op.size / lines;
-  const Cut pass = cut<T>(lines, length, op.samples, given.mu, given.logvar, given.prior_mean, given.prior_logvar, z);
+  const Tiling tiling =
+      tile<T>(lines, length, op.samples, given.mu, given.logvar, given.prior_mean, given.prior_logvar, z);
   const float beta = static_cast<float>(op.beta);
   const int shared = kThreads / kWarp * int(sizeof(float));
-  const bool in_parts = kl && pass.splits > 1;
-  float* const sums = static_cast<float*>(in_parts ? queue.scratch(lines * pass.splits * sizeof(float)) : kl);
-  const auto kernel = is_plain(op, pass, given.prior_mean) ? sample<T, true> : sample<T, false>;
-  launch(queue, kernel, pass.grid(), kThreads, shared, pass, sampler(op, kl != nullptr), given, static_cast<T*>(z),
+  const bool in_parts = kl && tiling.splits > 1;
+  float* const sums = static_cast<float*>(in_parts ? queue.scratch(lines * tiling.splits * sizeof(float)) : kl);
+  const auto kernel = is_plain(op, tiling, given.prior_mean) ? sample<T, true> : sample<T, false>;
+  launch(queue, kernel, tiling.grid(), kThreads, shared, tiling, sampler(op, kl != nullptr), given, static_cast<T*>(z),
          sums, in_parts ? 1.f : beta);
   if (!in_parts) return;
-  const int team = pass.splits > 4 * kWarp ? kThreads : kWarp;
-  const dim3 blocks(static_cast<unsigned>(ceil_div(lines, kThreads / team)));
-  launch(queue, add_parts, blocks, kThreads, shared, lines, team, pass.splits, beta, sums, static_cast<float*>(kl));
+  const int team = team_for(tiling.splits, kThreads);
+  launch(queue, add_parts, grid_of_teams(lines, team, kThreads), kThreads, shared, lines, team, tiling.splits, beta,
+         sums, static_cast<float*>(kl));
 }
 
 template <class T>
@@ -337,21 +342,21 @@ void differentiate_of(const Reparameterize& op, const void* grad_z, const void* 
   const int64_t lines = op.keys * (grad_kl ? op.rows : 1), length = op.keys * op.rows * op.size / lines;
   const void* const mean = given.prior_mean ? grads.prior_mean : nullptr;
   const void* const logvar = given.prior_mean ? grads.prior_logvar : nullptr;
-  const Cut pass = cut<T>(lines, length, op.samples, given.mu, given.logvar, given.prior_mean, given.prior_logvar,
-                          grad_z, grads.mu, grads.logvar, mean, logvar);
-  const auto kernel = is_plain(op, pass, given.prior_mean) ? differentiate<T, true> : differentiate<T, false>;
-  launch(queue, kernel, pass.grid(), kThreads, 0, pass, sampler(op, grad_kl != nullptr), static_cast<float>(op.beta),
-         static_cast<const T*>(grad_z), static_cast<const float*>(grad_kl), given, grads);
+  const Tiling tiling = tile<T>(lines, length, op.samples, given.mu, given.logvar, given.prior_mean, given.prior_logvar,
+                                grad_z, grads.mu, grads.logvar, mean, logvar);
+  const auto kernel = is_plain(op, tiling, given.prior_mean) ? differentiate<T, true> : differentiate<T, false>;
+  launch(queue, kernel, tiling.grid(), kThreads, 0, tiling, sampler(op, grad_kl != nullptr),
+         static_cast<float>(op.beta), static_cast<const T*>(grad_z), static_cast<const float*>(grad_kl), given, grads);
 }
 
 }  // namespace
 
 void noise(const Reparameterize& op, void* out, const Queue& queue) {
-  Reparameterize flat = op;  // samples are part of a key's elements here
+  Reparameterize flat = op;  // here the samples are part of a key's elements
   flat.samples = flat.rows = 1;
-  const Cut pass = cut<float>(op.keys, op.samples * op.rows * op.size, 1, out);
-  const auto kernel = is_plain(flat, pass, false) ? draw_noise<true> : draw_noise<false>;
-  launch(queue, kernel, pass.grid(), kThreads, 0, pass, sampler(flat, false), static_cast<float*>(out));
+  const Tiling tiling = tile<float>(op.keys, op.samples * op.rows * op.size, 1, out);
+  const auto kernel = is_plain(flat, tiling, false) ? draw_noise<true> : draw_noise<false>;
+  launch(queue, kernel, tiling.grid(), kThreads, 0, tiling, sampler(flat, false), static_cast<float*>(out));
 }
 
 void reparameterize(const Reparameterize& op, const ReparameterizeTensors& given, void* z, void* kl,

@@ -1,7 +1,8 @@
-// What a warp of the convolution's kernel multiplies of a step in shared memory: by tensor cores, or by FMA.
+// The product that a warp of the convolution's kernel adds in each step from shared memory, by tensor cores or FMA.
 #pragma once
 
 #include "cuda/matrix.cuh"
+#include "cuda/team.cuh"
 
 namespace fastgen::cuda::convolution {
 
@@ -9,22 +10,22 @@ struct alignas(kAccess) Chunk {
   unsigned char bytes[kAccess];
 };
 
-// Where a chunk of a row lies in shared memory, whose 32 banks serve 8 chunks at a time. 8 rows further on it lies 8 *
-// chunks further on.
+// The position of a chunk of a row in shared memory, whose 32 banks serve 8 chunks at a time. It repeats every 8 rows,
+// 8 * chunks further on.
 template <int chunks>
-FASTGEN_HD constexpr int place(int row, int chunk) {
+FASTGEN_HD constexpr int swizzle(int row, int chunk) {
   return row * chunks + (chunk ^ (row / (8 / chunks) % chunks));
 }
 
-// Whether 8 threads that read any one chunk of 8 neighbouring rows (ldmatrix, Fma), and 8 that copy all chunks of a row
-// or of two, meet different banks.
+// Whether 8 threads access different banks, both when they read the same chunk of 8 neighbouring rows (ldmatrix, Fma)
+// and when they copy all chunks of one row or of two.
 template <int chunks>
 constexpr bool meets_all_banks() {
   for (int chunk = 0; chunk < chunks; ++chunk) {
     int read = 0, copied = 0;
     for (int i = 0; i < 8; ++i) {
-      read |= 1 << place<chunks>(i, chunk) % 8;
-      copied |= 1 << place<chunks>(i / chunks, i % chunks) % 8;
+      read |= 1 << swizzle<chunks>(i, chunk) % 8;
+      copied |= 1 << swizzle<chunks>(i / chunks, i % chunks) % 8;
     }
     if (read != 255 || copied != 255) return false;
   }
@@ -43,20 +44,20 @@ struct TensorCores {
     const int lane = threadIdx.x % kWarp, matrix = lane / 8, line = lane % 8;
 #pragma unroll
     for (int chunk = 0; chunk < chunks; chunk += 2) {
-      const Chunk* const from_a = a + place<chunks>(matrix % 2 * 8 + line, chunk + matrix / 2);
-      const Chunk* const from_b = b + place<chunks>(matrix / 2 * 8 % columns + line, chunk + matrix % 2);
+      const Chunk* const from_a = a + swizzle<chunks>(matrix % 2 * 8 + line, chunk + matrix / 2);
+      const Chunk* const from_b = b + swizzle<chunks>(matrix / 2 * 8 % columns + line, chunk + matrix % 2);
       uint32_t of_a[high][4], of_b[wide][2];
 #pragma unroll
       for (int i = 0; i < high; ++i) load_matrices(of_a[i], from_a + i * 16 * chunks);
 #pragma unroll
-      for (int j = 0; j < wide; j += 2) {  // two neighbours at once; twice the same where there is one
-        uint32_t pair[4];
-        load_matrices(pair, from_b + j * 8 * chunks);
-        of_b[j][0] = pair[0];
-        of_b[j][1] = pair[1];
+      for (int j = 0; j < wide; j += 2) {  // two neighbours at once; the same one twice where there is only one
+        uint32_t both[4];
+        load_matrices(both, from_b + j * 8 * chunks);
+        of_b[j][0] = both[0];
+        of_b[j][1] = both[1];
         if (j + 1 < wide) {
-          of_b[j + 1][0] = pair[2];
-          of_b[j + 1][1] = pair[3];
+          of_b[j + 1][0] = both[2];
+          of_b[j + 1][1] = both[3];
         }
       }
       if constexpr (std::is_same_v<T, float>) {  // the weight is rounded already
@@ -75,7 +76,7 @@ struct TensorCores {
     }
   }
 
-  // The sums as rows of floats, `length` apart: 8 mod 32, for which a half warp's stores meet different banks.
+  // Stores the sums as rows of floats, `length` apart: 8 mod 32, so that the stores of a half warp hit different banks.
   __device__ void put(float* to, int length) const {
     const int lane = threadIdx.x % kWarp;
     to += lane / 4 * length + lane % 4 * 2;
@@ -85,14 +86,14 @@ struct TensorCores {
       for (int j = 0; j < wide; ++j)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float pair[2] = {total[i][j][half * 2], total[i][j][half * 2 + 1]};
-          store<2>(to + (i * 16 + half * 8) * length + j * 8, pair);
+          const float values[2] = {total[i][j][half * 2], total[i][j][half * 2 + 1]};
+          store<2>(to + (i * 16 + half * 8) * length + j * 8, values);
         }
   }
 };
 
 // The same by FMA, for float32: lane (r, c) of lane_rows x lane_columns has rows r, r + lane_rows, ... and columns
-// likewise. A step is summed for itself: long sums lose less to rounding.
+// likewise. Each step is summed separately: long sums then lose less to rounding.
 template <int rows_, int columns_, int lane_rows, int lane_columns>
 struct Fma {
   static constexpr int rows = rows_, columns = columns_, high = rows / lane_rows, wide = columns / lane_columns;
@@ -106,11 +107,11 @@ struct Fma {
     const auto add_chunk = [&](int chunk, auto first) {
       float of_b[wide][4];
 #pragma unroll
-      for (int j = 0; j < wide; ++j) read(b + place<chunks>(column + j * lane_columns, chunk), of_b[j]);
+      for (int j = 0; j < wide; ++j) read(b + swizzle<chunks>(column + j * lane_columns, chunk), of_b[j]);
 #pragma unroll
       for (int i = 0; i < high; ++i) {
         float of_a[4];
-        read(a + place<chunks>(row + i * lane_rows, chunk), of_a);
+        read(a + swizzle<chunks>(row + i * lane_rows, chunk), of_a);
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
@@ -119,7 +120,7 @@ struct Fma {
       }
     };
     add_chunk(0, std::true_type{});
-#pragma unroll 1  // two chunks would not fit into the registers
+#pragma unroll 1  // two chunks do not fit into the registers
     for (int chunk = 1; chunk < chunks; ++chunk) add_chunk(chunk, std::false_type{});
 #pragma unroll
     for (int i = 0; i < high; ++i)

@@ -26,7 +26,7 @@ def names(question: Question) -> list[str]:
 def tiles(question: Question) -> list[str]:
     """The names of Triton's kernel with each of its tiles."""
     geometry, x, weight, grad = _operands(question)
-    kernel = _dispatch.kernels("_convolution")
+    kernel = _dispatch.kernels("_tiles")
     if question.what == "weight_grad":
         of_weight = _dispatch.kernels("convolution_weight_grad")
         kind = of_weight.kind_of(*of_weight.operands(grad, x, geometry.transposed), geometry.groups)

@@ -1,4 +1,4 @@
-"""What test_executed.py runs besides the ops' own tests: float32 multiplied in TF32, by torch's own switch."""
+"""What test_executed.py runs besides the ops' own tests: float32 multiplied in TF32, switched on as in torch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What nvcc says of each kernel; `python -m tests.cuda.compiled` writes it down, for the test to compare with."""
+"""The resources of each kernel according to nvcc; `python -m tests.cuda.compiled` records them for the test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastgen._build import cuda, toolchain
 
-# And KiB of a multiprocessor's shared memory, of which a block takes 1 more than it asks for.
+# With KiB of shared memory per multiprocessor; a block takes 1 KiB more than it asks for.
 ARCHITECTURES = {"80": 164, "90a": 228, "100": 228}
 RECORDED = Path(__file__).with_name("resources.json")
 _FLAGS = (*cuda.NVCC_FLAGS, "-Werror", "all-warnings", "-Xptxas", "-v")
@@ -27,11 +27,12 @@ def nvcc() -> str | None:
 
 @functools.cache
 def resources(source: Path, architecture: str) -> dict[str, dict[str, int]]:
-    """Each kernel of the file by its name: registers of a thread, bytes of its stack and spills, shared memory of a
-    block (where it says so: takes_shared_memory), its threads, and how many blocks these let one multiprocessor run.
+    """For each kernel of the file, by its name: registers per thread, bytes of its stack and spills, shared memory per
+    block (the dynamic part if takes_shared_memory names it), threads per block, and how many blocks one multiprocessor
+    can then run.
 
-    Raises RuntimeError with the compiler's words where it fails or warns. The host's part of the file, which is the
-    same for all, is compiled with the first of the ARCHITECTURES alone.
+    Raises RuntimeError with the compiler's output where it fails or warns. The host's part of the file, which is the
+    same for all, is compiled for the first of the ARCHITECTURES only.
     """
     parts = "-c" if architecture == next(iter(ARCHITECTURES)) else "-cubin"
     chosen = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
@@ -66,6 +67,8 @@ def resources(source: Path, architecture: str) -> dict[str, dict[str, int]]:
                 32,
             ),
         }
+    if not found:  # without arguments c++filt would read its standard input
+        return {}
     names = subprocess.run(["c++filt", *found], capture_output=True, text=True, check=True).stdout.splitlines()
     return dict(sorted(zip(map(_short, names), found.values(), strict=True)))
 
@@ -84,7 +87,7 @@ def main() -> None:
         for architecture in ARCHITECTURES
     }
     text = json.dumps({"nvcc": cuda.nvcc_release(nvcc()), **found}, indent=1)
-    RECORDED.write_text(re.sub(r"\n {4,}|\n {3}(?=\})", "", text).replace(',"', ', "') + "\n")  # a kernel a line
+    RECORDED.write_text(re.sub(r"\n {4,}|\n {3}(?=\})", "", text).replace(',"', ', "') + "\n")  # one line per kernel
 
 
 if __name__ == "__main__":

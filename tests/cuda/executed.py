@@ -1,4 +1,4 @@
-"""The CUDA kernels built by the host's compiler over the shim (tests/cuda/shim), to run on the CPU."""
+"""The CUDA kernels built by the host's compiler with the shim (tests/cuda/shim), to run on the CPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fastgen._build import cuda, toolchain
 
 SHIM = Path(__file__).parent / "shim"
 FLAGS = ("-O1", "-std=c++20", "-fPIC", "-DFASTGEN_CUDA=CPU", toolchain.STABLE_ABI, "-Wall", "-Wno-unknown-pragmas")
-# Every access of the kernels calls the shim, which looks for races in shared memory, and asks the address sanitizer,
-# whose library knows what is allocated, whether it is in bounds.
+# Every memory access of a kernel calls the shim, which looks for races in shared memory and asks the library of the
+# address sanitizer, which knows what is allocated, whether the access is in bounds.
 CHECKED = ("-fsanitize=thread,alignment", "-fsanitize-undefined-trap-on-error")
 
 
@@ -66,13 +66,13 @@ def _run(command: list) -> None:
 
 
 def environment() -> dict[str, str]:
-    """What a process needs in its environment to run the kernels, of the gradients too."""
+    """The environment of a process that is to run the kernels, also for gradients."""
     return {
         "FASTGEN_CUDA_ON_CPU": str(library()),
         "FASTGEN_IMPL": "cuda",
-        # Both, to see what is thrown.
+        # libstdc++ too: the sanitizer must find its functions that throw.
         "LD_PRELOAD": ":".join(map(_file_of_compiler, ("libasan.so", "libstdc++.so"))),
-        # Python's own allocations are not looked at, and it does not free all of them at its end. New memory is NaN.
+        # No leak check: Python does not free everything at exit. New memory is filled with NaN.
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:malloc_fill_byte=255:"
         "max_malloc_fill_size=1073741824",
     }

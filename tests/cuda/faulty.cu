@@ -1,9 +1,11 @@
-// Kernels with one fault each, for the shim to find; and what has none.
+// Kernels with one fault each for the shim to find, and kernels without a fault.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
+#include "cuda/launch.cuh"
 #include "cuda/matrix.cuh"
+#include "cuda/team.cuh"
 
 using namespace fastgen::cuda;
 
@@ -40,7 +42,8 @@ __global__ void copies(const int* from, int* to, bool wait) {
   for (int i = 0; i < 4; ++i) to[4 * threadIdx.x + i] = shared[4 * threadIdx.x + i];
 }
 
-__global__ void copies_twice(const int* from, int* to, bool wait) {  // the second copy over what a neighbour reads
+__global__ void copies_twice(const int* from, int* to,
+                             bool wait) {  // the second copy overwrites what a neighbour reads
   int* const shared = shared_memory<int>();
   copy_async(shared + 4 * threadIdx.x, from + 4 * threadIdx.x, true);
   commit_copies();
@@ -58,30 +61,30 @@ __global__ void block_after_block(int* data) { data[blockIdx.x + 1] = data[block
 
 __global__ void beyond(int* data, int size) { data[threadIdx.x + size] = 1; }
 
-__global__ void pairs(int* data, int from) { *reinterpret_cast<int64_t*>(data + 2 * threadIdx.x + from) = 1; }
+__global__ void write_64_bits(int* data, int from) { *reinterpret_cast<int64_t*>(data + 2 * threadIdx.x + from) = 1; }
 
 __global__ void product(const BFloat16* a, const BFloat16* b, float* out) {  // out (16, 8) = a (16, 16) b (8, 16)^T
-  const int group = threadIdx.x / 4, place = threadIdx.x % 4;
+  const int group = threadIdx.x / 4, column = threadIdx.x % 4;
   BFloat16* const shared = shared_memory<BFloat16>();
   for (int i = threadIdx.x; i < 256; i += kWarp) shared[i] = a[i];
   __syncwarp();
-  uint32_t of_a[4], of_b[2];
-  load_matrices(of_a, shared + (threadIdx.x % 16) * 16 + threadIdx.x / 16 * 8);
-  memcpy(&of_b[0], b + group * 16 + 2 * place, 4);
-  memcpy(&of_b[1], b + group * 16 + 2 * place + 8, 4);
+  uint32_t fragment_a[4], fragment_b[2];
+  load_matrices(fragment_a, shared + (threadIdx.x % 16) * 16 + threadIdx.x / 16 * 8);
+  memcpy(&fragment_b[0], b + group * 16 + 2 * column, 4);
+  memcpy(&fragment_b[1], b + group * 16 + 2 * column + 8, 4);
   float total[4] = {};
-  multiply<BFloat16>(total, of_a, of_b);
-  for (int i = 0; i < 4; ++i) out[(group + i / 2 * 8) * 8 + 2 * place + i % 2] = total[i];
+  multiply<BFloat16>(total, fragment_a, fragment_b);
+  for (int i = 0; i < 4; ++i) out[(group + i / 2 * 8) * 8 + 2 * column + i % 2] = total[i];
 }
 
 __global__ void product_tf32(const float* a, const float* b, float* out) {  // out (16, 8) = a (16, 8) b (8, 8)^T
-  const int group = threadIdx.x / 4, place = threadIdx.x % 4;
-  const uint32_t of_a[4] = {to_tf32(a[group * 8 + place]), to_tf32(a[(group + 8) * 8 + place]),
-                            to_tf32(a[group * 8 + place + 4]), to_tf32(a[(group + 8) * 8 + place + 4])};
-  const uint32_t of_b[2] = {to_tf32(b[group * 8 + place]), to_tf32(b[group * 8 + place + 4])};
+  const int group = threadIdx.x / 4, column = threadIdx.x % 4;
+  const uint32_t fragment_a[4] = {to_tf32(a[group * 8 + column]), to_tf32(a[(group + 8) * 8 + column]),
+                                  to_tf32(a[group * 8 + column + 4]), to_tf32(a[(group + 8) * 8 + column + 4])};
+  const uint32_t fragment_b[2] = {to_tf32(b[group * 8 + column]), to_tf32(b[group * 8 + column + 4])};
   float total[4] = {};
-  multiply_tf32(total, of_a, of_b);
-  for (int i = 0; i < 4; ++i) out[(group + i / 2 * 8) * 8 + 2 * place + i % 2] = total[i];
+  multiply_tf32(total, fragment_a, fragment_b);
+  for (int i = 0; i < 4; ++i) out[(group + i / 2 * 8) * 8 + 2 * column + i % 2] = total[i];
 }
 
 void check(bool right, const char* what) {
@@ -102,7 +105,7 @@ int main(int, char** arguments) {
     if (fault == "half a warp") launch(queue, half_a_warp, dim3(1), 32, 0, data.data());
     if (fault == "beyond the end") launch(queue, beyond, dim3(1), 32, 0, data.data(), 40);
     if (fault == "a copy beyond the end") launch(queue, copies, dim3(1), 32, 512, more.data() + 160, more.data(), true);
-    if (fault == "not aligned") launch(queue, pairs, dim3(1), 32, 0, more.data(), 1);
+    if (fault == "not aligned") launch(queue, write_64_bits, dim3(1), 32, 0, more.data(), 1);
     if (fault == "too much shared memory") launch(queue, reverse, dim3(1), 64, 100 << 10, data.data(), true);
     if (fault == "no wait") {
       std::vector<int> out(128);
@@ -123,7 +126,7 @@ int main(int, char** arguments) {
       check(data[0] == 63 && data[63] == 0, "reverse");
       launch(queue, neighbours, dim3(1), 32, 128, data.data(), true);
       check(data[0] == 62 && data[1] == 63, "neighbours");
-      launch(queue, pairs, dim3(1), 32, 0, data.data(), 0);
+      launch(queue, write_64_bits, dim3(1), 32, 0, data.data(), 0);
       launch(queue, copies, dim3(1), 32, 512, more.data(), out.data(), true);
       check(out[0] == 1 && out[127] == 128, "copies");
       std::vector<float> a(256), b(128), products(128);

@@ -1,4 +1,4 @@
-"""Every .cu compiled for GPUs that this machine need not have: no warnings, spills or stack, and as many blocks as
+"""Each .cu compiled for GPUs that need not be here: no warnings, no spills or stack, and no fewer resident blocks than
 recorded."""
 
 import json

@@ -1,5 +1,5 @@
-"""Every CUDA kernel, executed on the CPU from its own source, against the reference: the ops' own tests with cuda for
-cpp, in a process of its own that looks for races in shared memory and for accesses out of bounds.
+"""Every CUDA kernel, executed on the CPU from its source, against the reference: the ops' own tests with cuda in place
+of cpp, in a separate process that looks for races in shared memory and accesses out of bounds.
 
 All of them: env $(python -m tests.cuda.executed) pytest tests/ops -k "parity and not float64"
 """
@@ -28,7 +28,7 @@ def test_against_the_reference():
     if toolchain.compiler() is None:
         pytest.skip("no C++ compiler to build the CUDA kernels for the CPU with")
     chosen = " or ".join(f"({Path(file).name} and ({which}))" for file, which in CHOSEN.items())
-    options = ("-q", "-x", "-rp", "-p", "no:xdist", "--capture=sys")  # what the address sanitizer says is shown, too
+    options = ("-q", "-x", "-rp", "-p", "no:xdist", "--capture=sys")  # which also shows the address sanitizer's output
     command = [sys.executable, "-m", "pytest", *options, *CHOSEN, "-k", chosen]
     environment = os.environ | executed.environment()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from fastgen.ops._dispatch import kernels
 
-Launch = kernels("_common").Launch
+Launch = kernels("_launch").Launch
 
 # Compute capability -> shared memory of a program, bytes; what is compiled for 80 runs on 86 and 89, which have less,
 # too.

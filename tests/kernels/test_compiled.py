@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.kernels.compiled import TARGETS, compiled
 
-_common, _convolution = kernels("_common"), kernels("_convolution")
+_launch, _tiles = kernels("_launch"), kernels("_tiles")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PRECISIONS = {"16 bits": (BF16, FP16), "tf32": (FP32,), "gathered": (BF16, FP32), "ieee": (FP32,)}
 
@@ -43,7 +43,7 @@ def convolution(n, c, size, out, kernel, dtype, *, training=True, transposed=Tru
     added = meta(n, out, size, size, dtype=dtype, channels_last=channels_last) if residual else None
     tail = [x, w, vector(out) if bias else None, *norm, added, "batch", 0, 1e-5, activation, 0.2, stride, [1, 1]]
     name, rest = ("conv_transpose2d_norm_act", [0, 0]) if transposed else ("conv2d_norm_act", reflect)
-    with _common.recorded() as launches:
+    with _launch.recorded() as launches:
         kernels(name).forward(*tail, rest, groups, [1, 1], training, tile=tile)
     return launches
 
@@ -53,8 +53,8 @@ def of_tile(precision, tile, dtype, **layer):
     """The launch of a layer for which a table of measured choices names this tile."""
     layer = {"c": 256, "size": 8, "out": 128, "kernel": 4, "channels_last": precision != "gathered"} | layer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_convolution, "precision_of", lambda x: "tf32" if precision == "gathered" else precision)
-        patch.setattr(_convolution, "splits_of", lambda *_: 1)
+        patch.setattr(_tiles, "precision_of", lambda x: "tf32" if precision == "gathered" else precision)
+        patch.setattr(_tiles, "splits_of", lambda *_: 1)
         return convolution(64, dtype=dtype, tile=str(tile), **layer)[0]
 
 
@@ -68,7 +68,7 @@ def check(launch, capability):
 
 every_tile = pytest.mark.parametrize(
     ("precision", "tile"),
-    [(precision, tile) for precision, tiles in _convolution.TILES.items() for tile in tiles],
+    [(precision, tile) for precision, tiles in _tiles.TILES.items() for tile in tiles],
     ids=str,
 )
 
@@ -108,7 +108,7 @@ def test_tiles_of_other_layers(precision, tile, name, capability):
     dtype = FP32 if precision == "gathered" else PRECISIONS[precision][0]
     launch = of_tile(precision, tile, dtype, **OTHER_LAYERS[name])
     if name == "eval" and tile.columns == 128:
-        tile = _convolution.TILES[precision][1]
+        tile = _tiles.TILES[precision][1]
     assert (launch[2]["ROWS"], launch[2]["COLUMNS"], launch[2]["DEPTH"]) == tile[:3]
     check(launch, capability)
 
@@ -122,7 +122,7 @@ def weight_gradient(n, rows, size, channels, dtype, *, transposed=True, channels
     weight = meta(rows, channels // groups, 4, 4, dtype=dtype, channels_last=channels_last)
     images = (outer, inner) if transposed else (inner, outer)
     geometry = ([2, 2], [1, 1], [0, 0] if transposed else [], groups, [1, 1], reflect)
-    with _common.recorded() as launches:
+    with _launch.recorded() as launches:
         kernels("convolution_weight_grad").weight_grad(*images, weight, *geometry, tile=tile)
     return launches
 
@@ -135,7 +135,7 @@ def test_tiles_of_weight_gradients(precision, tile, channels, capability, monkey
     copied 16 bytes at a time all the same, TF32 is turned on its way where the newest instruction reads it."""
     if channels == 3 and precision not in ("gathered", "ieee"):
         return  # they are gathered
-    monkeypatch.setattr(_convolution, "precision_of", lambda x: "tf32" if precision == "gathered" else precision)
+    monkeypatch.setattr(_tiles, "precision_of", lambda x: "tf32" if precision == "gathered" else precision)
     dtype = FP32 if precision == "gathered" else PRECISIONS[precision][0]
     layer = {"transposed": False, "reflect": True, "channels_last": precision != "gathered"}
     launch = weight_gradient(64, 256, 8, channels, dtype, **layer, tile=str(tile))[0]
@@ -212,7 +212,7 @@ def norm_act_launches(dtype, channels_last, norm, activation):
     groups = 32 if norm == "group" else 0
     mean = vector(128) if norm == "batch" else meta(64, groups or 128, dtype=FP32)
     parameters, options = (vector(128), vector(128)), (norm, groups, 1e-5, activation, 0.2)
-    with _common.recorded() as launches:
+    with _launch.recorded() as launches:
         kernels("norm_act").forward(x, *parameters, None, None, x, *options)
         kernels("norm_act").backward(x, x, *parameters, mean, mean, x, True, *options)
         kernels("norm_act").forward(x, *parameters, *(vector(128),) * 2, x, *options)
@@ -223,7 +223,7 @@ def sampler_launches(dtype, batch, length, samples, prior):
     mu = meta(batch, length, dtype=dtype)
     key, kl, z = meta(2, dtype=torch.int64), vector(batch), meta(samples, batch, length, dtype=dtype) if samples else mu
     given, options = (mu, mu) if prior else (None, None), (-1.0, 1.0, 0.1, 0.5)
-    with _common.recorded() as launches:
+    with _launch.recorded() as launches:
         kernels("reparameterize").forward(mu, mu, key, *given, samples, True, *options)
         kernels("reparameterize").backward(z, kl, mu, mu, key, *given, samples, *options)
     return launches
@@ -232,7 +232,7 @@ def sampler_launches(dtype, batch, length, samples, prior):
 def test_a_batch_of_any_size_is_launched():
     """A GPU takes 65535 programs along any but the first dimension of a grid; vmap makes batches of them."""
     mu, key = meta(10**5, 2, 3, dtype=FP32), meta(10**5, 2, dtype=torch.int64)
-    with _common.recorded() as launches:
+    with _launch.recorded() as launches:
         kernels("reparameterize").forward(mu, mu, key, None, None, 0, True, None, None, 0.0, 1.0)
         kernels("reparameterize").backward(mu, None, mu, mu, key, None, None, 0, None, None, 0.0, 1.0)
     assert [len(grid) for _, grid, *_ in launches] == [1, 1]
@@ -247,7 +247,7 @@ def test_a_grid_that_no_gpu_takes():
 def spectral_launches(dtype, count, v_first, iterations, divide=True, rows=96):
     weights = [meta(rows, 96, 3, 3, dtype=dtype, channels_last=False)] * count
     us, vs, scalars = [vector(rows)] * count, [vector(864)] * count, [meta(dtype=FP32)] * count
-    with _common.recorded() as launches:
+    with _launch.recorded() as launches:
         kernels("spectral_norm").forward(weights, us, vs, [0] * count, iterations, 1e-12, v_first, divide)
         kernels("spectral_norm").backward(weights, scalars, weights, scalars, us, vs, [0] * count)
     return launches
@@ -282,18 +282,18 @@ def test_others(name, capability):
 def test_every_tile_can_be_picked():
     """By some layer; and none is picked that is not in the list."""
     picked = {
-        (precision, _convolution.choose_tile(precision, rows, columns, products, 132))
-        for precision in _convolution.TILES
+        (precision, _tiles.choose_tile(precision, rows, columns, products, 132))
+        for precision in _tiles.TILES
         for rows in (1, 16, 100, 1024, 10**4, 10**6)
         for columns in (1, 3, 24, 48, 64, 128, 1024)
         for products in (1, 4)
     }
-    assert picked == {(precision, tile) for precision, tiles in _convolution.TILES.items() for tile in tiles}
+    assert picked == {(precision, tile) for precision, tiles in _tiles.TILES.items() for tile in tiles}
 
 
 def test_a_measured_tile_is_picked_if_it_is_of_the_kind():
-    for kind, tiles in _convolution.TILES.items():
-        ours = _convolution.choose_tile(kind, 10**6, 128, 1, 132)
-        assert [_convolution.choose_tile(kind, 10**6, 128, 1, 132, str(tile)) for tile in tiles] == list(tiles)
+    for kind, tiles in _tiles.TILES.items():
+        ours = _tiles.choose_tile(kind, 10**6, 128, 1, 132)
+        assert [_tiles.choose_tile(kind, 10**6, 128, 1, 132, str(tile)) for tile in tiles] == list(tiles)
         for other in ("", "7x7x7x1x1", "128x128x32x8x9"):
-            assert _convolution.choose_tile(kind, 10**6, 128, 1, 132, other) == ours
+            assert _tiles.choose_tile(kind, 10**6, 128, 1, 132, other) == ours

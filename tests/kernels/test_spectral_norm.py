@@ -57,6 +57,6 @@ def test_one_launch_an_iteration(iterations):
     weights = [torch.empty(shape, device="meta") for shape in SHAPES]
     us = [torch.empty(w.shape[0], device="meta") for w in weights]
     vs = [torch.empty(w[0].numel(), device="meta") for w in weights]
-    with kernels("_common").recorded() as launches:
+    with kernels("_launch").recorded() as launches:
         _spectral.forward(weights, us, vs, [0] * len(weights), iterations, 1e-12, False, True)
     assert [kernel.__name__ for kernel, *_ in launches] == ["iterate"] * max(1, iterations)

@@ -290,7 +290,7 @@ def test_tiles_of_a_weight_gradient(images_last):
     question = _choices.Question(
         "weight_grad", GEOMETRY, X.shape, WEIGHT.shape, torch.bfloat16, "cpu", True, images_last
     )
-    kinds = _dispatch.kernels("_convolution").TILES
+    kinds = _dispatch.kernels("_tiles").TILES
     tiles = [f"triton {tile}" for tile in kinds["16 bits" if images_last else "gathered"]]
     assert tuning._candidates.tiles(question) == tiles
 
@@ -302,14 +302,14 @@ from fastgen.ops import _choices, _dispatch
 _choices.chip = lambda device: "interpreter"
 x, weight = torch.ones(1, 16, 8, 8).requires_grad_(), torch.ones(16, 16, 4, 4).requires_grad_()
 def launches():
-    with _dispatch.kernels("_common").recorded() as launches:
+    with _dispatch.kernels("_launch").recorded() as launches:
         out = ops.conv_transpose2d_norm_act(x, weight, norm="none", activation="relu", stride=2, padding=1)
         torch.autograd.grad(out, (x, weight), torch.ones_like(out))
     return [(of["ROWS"], of["COLUMNS"], of["DEPTH"]) for _, _, of, _ in launches if "COLUMNS" in of]
 with _choices.recorded() as questions:
     launches()
 torch.backends.cudnn.conv.fp32_precision = "ieee"
-for tile in _dispatch.kernels("_convolution").TILES["ieee"]:
+for tile in _dispatch.kernels("_tiles").TILES["ieee"]:
     _choices.save("interpreter", {str(q): (f"triton {tile}", {}) for q in questions})
     assert launches() == [tile[:3]] * 3, launches()
     with ops.use_impl("reference"):

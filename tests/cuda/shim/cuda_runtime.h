@@ -1,5 +1,4 @@
-// A host compiler's stand-in for CUDA: kernels become functions that are run block by block, each thread a fibre
-// (shim.cpp).
+// CUDA for a host compiler: kernels become functions that run block by block, each thread as a fibre (shim.cpp).
 #pragma once
 
 #include <algorithm>
@@ -34,19 +33,19 @@ inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
 namespace shim {
 
-struct Place {
+struct Position {
   dim3 thread, block, block_size;
 };
-const Place& here();
+const Position& here();
 
-// Runs a kernel. Raises std::runtime_error for a race in shared memory, and where threads wait for each other for ever.
+// Runs a kernel. Raises std::runtime_error for a race in shared memory or a deadlock of threads.
 void launch(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel);
 void* shared_memory();
 
 void sync_block();
 void sync_warp();
 
-// Every lane of the warp calls it with its `size` bytes; combine then sees all lanes' and writes all lanes' results.
+// Every lane of the warp calls it with its `size` bytes; `combine` reads those of all lanes and writes all results.
 void with_warp(const void* mine, size_t size, void* result, size_t result_size,
                const std::function<void(const unsigned char* of_lanes, unsigned char* results)>& combine);
 

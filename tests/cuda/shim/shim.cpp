@@ -1,11 +1,11 @@
-// Runs CUDA kernels on the CPU. The threads of a block are fibres that take turns: one runs until it waits, for a
-// barrier or for its warp. Blocks run one after another, the last one first: what is to come from a block before is not
-// there.
+// Runs CUDA kernels on the CPU. The threads of a block are fibres that take turns: each runs until it waits for a
+// barrier or for its warp. Blocks run one after another, the last one first, so that a block which relies on an earlier
+// one fails.
 //
-// The kernels are compiled with -fsanitize=thread, so that their every access calls the functions at the end of this
-// file (that sanitizer's own library is not linked). They look for races in shared memory: two accesses race if
-// different threads make them, one of them writes, and no barrier of the block (within a warp: of the warp) lies
-// between. And for accesses out of bounds: the address sanitizer's library, which is loaded, knows what is allocated.
+// The kernels are compiled with -fsanitize=thread, so that each of their memory accesses calls a function at the end of
+// this file (that sanitizer's own library is not linked). These functions look for races in shared memory: two accesses
+// race if different threads make them, at least one writes, and there is no barrier of the block (within a warp: of the
+// warp) between them. The address sanitizer's library, which is loaded, tells them of accesses out of bounds.
 #include <sanitizer/asan_interface.h>
 #include <ucontext.h>
 
@@ -31,17 +31,17 @@ struct Copy {
 };
 
 struct Fibre {
-  void* at[5];  // where it goes on: of __builtin_setjmp
+  void* at[5];  // where it continues, from __builtin_setjmp
   bool begun = false;
-  ucontext_t context;  // where it begins
+  ucontext_t context;  // where it starts
   std::unique_ptr<char[]> stack{new char[kStack]};
-  Place place;
+  Position position;
   int number;  // of the thread in its block
   enum { running, at_block_barrier, in_warp, done } state;
-  std::vector<std::vector<Copy>> copies;  // groups under way, the oldest first; the last one is open
+  std::vector<std::vector<Copy>> copies;  // groups under way, the oldest first; the last one still grows
 };
 
-// What the lanes of a warp have brought to the operation that they are in.
+// The operation that the lanes of a warp are in.
 struct Warp {
   int arrived = 0;
   unsigned epoch = 0;  // barriers of the warp so far
@@ -90,7 +90,7 @@ void wait_as(decltype(Fibre::state) state) {
 }
 
 void run_fibre() {
-  for (;;) {  // of one block after the other
+  for (;;) {  // one block after another
     (*block->kernel)();
     --block->left;
     wait_as(Fibre::done);
@@ -112,12 +112,12 @@ void open_warp(int warp) {
     if (Fibre& fibre = block->fibres[warp * kLanes + lane]; fibre.state == Fibre::in_warp) fibre.state = Fibre::running;
 }
 
-void run_block(const Place& place, int threads) {
+void run_block(const Position& position, int threads) {
   block->left = threads;
   for (int t = 0; t < threads; ++t) {
     Fibre& fibre = block->fibres[t];
-    fibre.place = place;
-    fibre.place.thread = dim3(t, 0, 0);
+    fibre.position = position;
+    fibre.position.thread = dim3(t, 0, 0);
     fibre.number = t;
     fibre.state = Fibre::running;
     fibre.copies.assign(1, {});
@@ -152,7 +152,7 @@ void run_block(const Place& place, int threads) {
 
 }  // namespace
 
-const Place& here() { return block->current->place; }
+const Position& here() { return block->current->position; }
 void* shared_memory() { return block->shared; }
 
 void launch(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel) {
@@ -183,7 +183,7 @@ void launch(dim3 grid, int threads, int shared_bytes, const std::function<void()
         }
   } catch (...) {
     block = nullptr;
-    fibres.clear();  // they stand in the midst of the kernel
+    fibres.clear();  // they are suspended inside the kernel
     throw;
   }
   block = nullptr;
@@ -208,7 +208,7 @@ void with_warp(const void* mine, size_t size, void* result, size_t result_size,
     wait_as(Fibre::in_warp);
   }
   memcpy(result, warp.results.data() + lane * result_size, result_size);
-  // No lane may overwrite the results before all have read theirs.
+  // No lane may overwrite the results before all lanes have read theirs.
   if (++warp.arrived == kLanes) open_warp(block->current->number / kLanes);
   else wait_as(Fibre::in_warp);
 }
@@ -221,8 +221,8 @@ void sync_warp() {
   });
 }
 
-// A copy may arrive at any time from its begin until it is waited for: it is a write at both, and between them the
-// target is NaN.
+// A copy may arrive at any time between its start and the wait for it: it counts as a write at both times, and in
+// between the target is NaN.
 extern "C" void __tsan_write16(void*);
 extern "C" void __tsan_read16(void*);
 
@@ -274,7 +274,7 @@ struct Fragments {
   uint32_t a[4], b[2];
 };
 
-// total of every lane += a b, the elements of whose fragments `a_of` and `b_of` find.
+// total += a b for all lanes; `a_of` and `b_of` find an element of a matrix among the lanes' fragments.
 template <class OfA, class OfB>
 void multiply_fragments(float (&total)[4], const Fragments& mine, int depth, const OfA& a_of, const OfB& b_of) {
   float sums[4];
@@ -301,7 +301,7 @@ float half_of(uint32_t pair, int which, bool bfloat16) {
 }
 
 float float_of(uint32_t bits) {
-  bits &= 0xffffe000u;  // the product ignores the other bits
+  bits &= 0xffffe000u;  // the product ignores the low bits
   float value;
   memcpy(&value, &bits, sizeof(value));
   return value;
@@ -378,7 +378,7 @@ void note_access(void* address, size_t size, bool writes) {
 }  // namespace
 }  // namespace shim
 
-// What -fsanitize=thread makes of accesses.
+// The functions that -fsanitize=thread calls for each access.
 extern "C" {
 #define FASTGEN_ACCESS(size)                                                                   \
   void __tsan_read##size(void* address) { shim::note_access(address, size, false); }           \

@@ -1,0 +1,7 @@
+#include "cuda/convolution.cuh"
+
+namespace fastgen::cuda::convolution {
+
+FASTGEN_CONVOLUTION(float)
+
+}  // namespace fastgen::cuda::convolution

@@ -1,0 +1,253 @@
+// A convolution with its epilogue as an implicit matrix product: the kernels.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/epilogue.cuh"
+#include "cuda/phases.cuh"
+#include "cuda/warp_product.cuh"
+
+namespace fastgen::cuda::convolution {
+
+constexpr int kThreads = 128;
+
+// An output pixel.
+struct Row {
+  int64_t x, out;  // the first element of its sample and group in the input, its own first element in the output
+  int y, z;        // the input pixel that the phase's first tap reads
+};
+constexpr int kNowhere = -(1 << 29);  // no pixel, nor is twice this
+
+// A block's tile of the product: `chunks` per row and step, `stages` steps under way, `resident` blocks per
+// multiprocessor.
+template <class Product_, int rows_, int columns_, int chunks_, int stages_, int resident_>
+struct Tile {
+  using Product = Product_;
+  static constexpr int rows = rows_, columns = columns_, chunks = chunks_, stages = stages_, resident = resident_;
+  static constexpr int stage = (rows + columns) * chunks;
+  static constexpr int length = columns + (40 - columns % 32) % 32;  // between rows of sums: 8 mod 32
+  static constexpr int body = std::max(stages * stage * kAccess, rows * length * int(sizeof(float)));
+  static constexpr int bytes = body + rows * int(sizeof(Row)) + (4 * columns + kThreads) * int(sizeof(float));
+  static_assert(rows / Product::rows * (columns / Product::columns) == kThreads / kWarp);
+  static_assert(bytes <= (99 << 10));  // of a block on sm_86, sm_89 and sm_120; others have more
+};
+
+template <class T>
+struct Problem {
+  const T* x;
+  const T* weight;
+  Axis height, width;
+  int64_t samples, size;               // size: elements of the output
+  int groups, channels, out_channels;  // channels per group, those of x padded
+  int column_tiles, split_steps;
+  bool channels_last, wide;  // of the output; wide: its channels are whole chunks on 16-byte boundaries
+  Epilogue<T> epilogue;
+  float* splits;                // (splits, size), and then no epilogue; or null
+  float *counts, *means, *m2s;  // (parts), (parts, c), (parts, c), one part per tile of rows and phase; or null
+};
+
+// Grid: (tiles of rows, phases, groups, tiles of columns), the last one fastest, times splits of the sum. A block
+// multiplies a tile; each of its warps has a Product.
+template <class T, class Tile, bool reflect>
+__global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> p) {
+  using Product = typename Tile::Product;
+  constexpr int values = kAccess / sizeof(T), chunks = Tile::chunks, length = Tile::length;
+  const int thread = threadIdx.x, warp = thread / kWarp;
+  takes_shared_memory<Tile::bytes>();
+  Chunk* const stages = shared_memory<Chunk>();
+  float* const sums = shared_memory<float>();  // after the last stage
+  Row* const rows = reinterpret_cast<Row*>(shared_memory<unsigned char>() + Tile::body);
+  float* const affine = reinterpret_cast<float*>(rows + Tile::rows);  // (4, columns), the arrays of Affine
+  float* const scratch = affine + 4 * Tile::columns;
+
+  unsigned part = blockIdx.x;
+  const int first_column = static_cast<int>(part % p.column_tiles) * Tile::columns;
+  part /= p.column_tiles;
+  const int group = static_cast<int>(part % p.groups), phases = p.height.phases * p.width.phases;
+  part /= p.groups;
+  const int q = static_cast<int>(part % phases);
+  const Phase height = phase_of(p.height, q / p.width.phases), width = phase_of(p.width, q % p.width.phases);
+  const unsigned pixels = static_cast<unsigned>(height.size) * width.size;
+  const int64_t first_row = static_cast<int64_t>(part / phases) * Tile::rows, left = p.samples * pixels - first_row;
+  const int count = static_cast<int>(max(int64_t{0}, min(left, int64_t{Tile::rows})));
+  const int first_channel = group * p.out_channels + first_column,
+            columns = min(Tile::columns, p.out_channels - first_column);
+
+  const int64_t all_channels = static_cast<int64_t>(p.groups) * p.out_channels;
+  const int64_t image = static_cast<int64_t>(p.height.out) * p.width.out;  // pixels
+  if (thread < Tile::rows) {
+    Row row{0, 0, kNowhere, kNowhere};
+    if (thread < count) {
+      unsigned pixel = static_cast<unsigned>(first_row % pixels) + thread;
+      const int64_t sample = first_row / pixels + pixel / pixels;
+      pixel %= pixels;
+      const int i = static_cast<int>(pixel / width.size), j = static_cast<int>(pixel % width.size);
+      const int to = (height.first + i * p.height.out_step) * p.width.out + width.first + j * p.width.out_step;
+      row.x = (sample * p.height.in * p.width.in * p.groups + group) * p.channels;
+      row.out = p.channels_last ? (sample * image + to) * all_channels : sample * all_channels * image + to;
+      row.y = height.origin + i * p.height.in_step;
+      row.z = width.origin + j * p.width.in_step;
+    }
+    rows[thread] = row;
+  }
+  if (thread < columns) {
+    const Affine<1> one = affine_of<1>(p.epilogue, first_channel + thread, 0);
+    affine[thread] = one.bias[0];
+    affine[thread + Tile::columns] = one.center[0];
+    affine[thread + 2 * Tile::columns] = one.gain[0];
+    affine[thread + 3 * Tile::columns] = one.shift[0];
+  }
+  __syncthreads();
+
+  // In each step the thread copies the chunk at `position` of some rows and columns, which is number `chunk` of tap
+  // (a, b). An image, or the weight of a group, has fewer than 2^31 chunks.
+  constexpr int copiers = kThreads / chunks, rows_per_thread = Tile::rows / copiers;
+  constexpr int columns_per_thread = (Tile::columns + copiers - 1) / copiers;
+  static_assert(Tile::rows % copiers == 0 && copiers % 8 == 0);
+  const int position = thread % chunks, line = thread / chunks, taps = max(width.taps, 1);
+  const int chunks_per_tap = p.channels / values, chunks_per_pixel = p.groups * chunks_per_tap;
+  const int chunks_per_column = p.height.kernel * p.width.kernel * chunks_per_tap;
+  const Chunk* const weight =
+      reinterpret_cast<const Chunk*>(p.weight) + static_cast<int64_t>(first_channel) * chunks_per_column;
+  const Chunk* from[rows_per_thread];
+  int y[rows_per_thread], z[rows_per_thread];
+#pragma unroll
+  for (int i = 0; i < rows_per_thread; ++i) {
+    const Row& row = rows[line + i * copiers];
+    from[i] = reinterpret_cast<const Chunk*>(p.x + row.x);
+    y[i] = row.y;
+    z[i] = row.z;
+  }
+  const int steps = count ? (height.taps * width.taps * chunks_per_tap + chunks - 1) / chunks : 0;
+  int step = static_cast<int>(blockIdx.y) * p.split_steps;
+  const int last = min(steps, step + p.split_steps);
+  int chunk = (step * chunks + position) % chunks_per_tap, a = (step * chunks + position) / chunks_per_tap / taps;
+  int b = (step * chunks + position) / chunks_per_tap % taps;
+  const auto copy_step = [&](int slot) {
+    Chunk* const to = stages + slot * Tile::stage + swizzle<chunks>(line, position);
+    const bool inside = a < height.taps;
+    const int up = inside ? a * p.height.tap_move : kNowhere, along = b * p.width.tap_move;
+#pragma unroll
+    for (int i = 0; i < rows_per_thread; ++i) {  // unsigned: negative pixels are out of range, too
+      const unsigned h = reflect ? mirrored(y[i] + up, p.height.in) : y[i] + up;
+      const unsigned w = reflect ? mirrored(z[i] + along, p.width.in) : z[i] + along;
+      const unsigned at = (h * p.width.in + w) * chunks_per_pixel + chunk;
+      copy_async(to + i * copiers * chunks, from[i] + at, h < unsigned(p.height.in) && w < unsigned(p.width.in));
+    }
+    const int tap = (height.tap + a * p.height.tap_step) * p.width.kernel + width.tap + b * p.width.tap_step;
+    const unsigned of_tap = tap * chunks_per_tap + chunk;
+#pragma unroll
+    for (int i = 0; i < columns_per_thread; ++i) {
+      const int column = line + i * copiers;
+      if (Tile::columns % copiers == 0 || column < Tile::columns)
+        copy_async(to + (Tile::rows + i * copiers) * chunks, weight + (of_tap + unsigned(column * chunks_per_column)),
+                   inside && column < columns);
+    }
+    for (chunk += chunks; chunk >= chunks_per_tap; chunk -= chunks_per_tap)
+      if (++b == taps) {
+        b = 0;
+        ++a;
+      }
+  };
+
+  constexpr int across = Tile::columns / Product::columns;
+  const int warp_row = warp / across * Product::rows, warp_column = warp % across * Product::columns;
+  Product product;
+#pragma unroll
+  for (int i = 0; i < Tile::stages - 1; ++i) {
+    if (step + i < last) copy_step(i);
+    commit_copies();
+  }
+  for (int slot = 0; step < last; ++step) {
+    wait_for_copies<Tile::stages - 2>();
+    __syncthreads();  // this step has arrived, and all threads have multiplied the one before: its slot is free
+    if (step + Tile::stages - 1 < last) copy_step(slot == 0 ? Tile::stages - 1 : slot - 1);
+    commit_copies();
+    const Chunk* const at = stages + slot * Tile::stage;
+    product.template add<chunks>(at + warp_row * chunks, at + (Tile::rows + warp_column) * chunks);
+    slot = slot + 1 == Tile::stages ? 0 : slot + 1;
+  }
+  wait_for_copies<0>();
+  __syncthreads();
+  product.put(sums + warp_row * length + warp_column, length);
+  __syncthreads();
+
+  if (p.means) {  // the mean of each column as it is stored, and the squared deviations from it
+    constexpr int slices = kThreads / Tile::columns;
+    const int column = thread % Tile::columns, slice = thread / Tile::columns;
+    const float bias = column < columns ? affine[column] : 0.f;
+    const auto stored = [&](int r) { return to_float(from_float<T>(sums[r * length + column] + bias)); };
+    const auto over_rows = [&](const auto& value) {
+      float partial = 0, total = 0;
+      for (int r = slice; r < count; r += slices) partial += value(r);
+      scratch[thread] = partial;
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < slices; ++i) total += scratch[i * Tile::columns + column];
+      __syncthreads();
+      return total;
+    };
+    const float first =
+        count ? stored(0) : 0.f;  // the mean is relative to it, so that the mean of equal values is exact
+    const float mean = first + over_rows([&](int r) { return stored(r) - first; }) / static_cast<float>(max(count, 1));
+    const float m2 = over_rows([&](int r) { return (stored(r) - mean) * (stored(r) - mean); });
+    if (thread < columns) {
+      p.means[part * all_channels + first_channel + column] = mean;
+      p.m2s[part * all_channels + first_channel + column] = m2;
+    }
+    if (thread == 0 && first_channel == 0) p.counts[part] = static_cast<float>(count);
+  }
+
+  const auto put = [&](auto width_, int r, int column) {
+    constexpr int side = decltype(width_)::value;
+    if (r >= count || column >= columns) return;
+    const int64_t at = rows[r].out + (first_channel + column) * (p.channels_last ? 1 : image);
+    float value[side];
+    load<side>(sums + r * length + column, value);
+    if (p.splits) {
+      store<side>(p.splits + blockIdx.y * p.size + at, value);
+      return;
+    }
+    Affine<side> values_of;
+    load<side>(affine + column, values_of.bias);
+    load<side>(affine + column + Tile::columns, values_of.center);
+    load<side>(affine + column + 2 * Tile::columns, values_of.gain);
+    load<side>(affine + column + 3 * Tile::columns, values_of.shift);
+    finish<side>(p.epilogue, at, value, values_of);
+  };
+  constexpr int across_values = Tile::columns / values;
+  if (p.wide) {
+    for (int i = thread; i < Tile::rows * across_values; i += kThreads)
+      put(std::integral_constant<int, values>{}, i / across_values, i % across_values * values);
+  } else {
+    for (int i = thread; i < Tile::rows * Tile::columns; i += kThreads) {
+      // Neighbours in memory are channels, or else pixels: then a warp has 8 pixels of 4 channels, in 32 different
+      // banks.
+      const int r = p.channels_last ? i / Tile::columns : i % 8 + i / 32 % (Tile::rows / 8) * 8;
+      const int column = p.channels_last ? i % Tile::columns : i / 8 % 4 + i / (4 * Tile::rows) * 4;
+      put(std::integral_constant<int, 1>{}, r, column);
+    }
+  }
+}
+
+// Adds the splits one after another, and runs the epilogue. `inner`: neighbouring elements of one channel. Grid: one
+// thread per access of `count` elements.
+constexpr int kAdders = 256;
+
+template <class T, int count>
+__global__ void __launch_bounds__(kAdders)
+    add_splits(Epilogue<T> epilogue, const float* splits, int number, int64_t size, int64_t channels, int64_t inner) {
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kAdders + threadIdx.x) * count;
+  if (at >= size) return;
+  float total[count] = {};
+#pragma unroll 8
+  for (int split = 0; split < number; ++split) {
+    float value[count];
+    load<count>(splits + split * size + at, value);
+#pragma unroll
+    for (int i = 0; i < count; ++i) total[i] += value[i];
+  }
+  finish<count>(epilogue, at, total, affine_of<count>(epilogue, at / inner % channels, inner == 1));
+}
+
+}  // namespace fastgen::cuda::convolution

@@ -1,0 +1,114 @@
+// What the passes of spectral norm and of its gradient share: how the weights of a launch are divided among blocks.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/access.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/team.cuh"
+
+namespace fastgen::cuda::spectral {
+
+constexpr int kThreads = 512;
+constexpr int kMostWeights = 32;          // per launch: their records fill the 4 KB of its parameters
+constexpr int kMostSums = 512;            // of a weight, which every block of the last pass adds
+constexpr int kHeld = 8;                  // elements per thread in the passes over elements
+constexpr int kBlock = kThreads * kHeld;  // elements per block there
+constexpr int kShared = kThreads * 8 * int(sizeof(float));
+
+// Blocks of a pass that leaves a sum per block.
+FASTGEN_HD int64_t summing_blocks(int64_t blocks) { return blocks < 1 ? 1 : blocks > kMostSums ? kMostSums : blocks; }
+
+// The records of a launch, one per weight, and its blocks: those of record i are starts[i], ..., starts[i + 1] - 1.
+template <class Record>
+struct Group {
+  Record of[kMostWeights];
+  unsigned starts[kMostWeights + 1];
+  int count;
+
+  template <class Blocks>
+  dim3 grid(const Blocks& blocks) {
+    starts[0] = 0;
+    for (int i = 0; i < kMostWeights; ++i)
+      starts[i + 1] = starts[i] + (i < count ? static_cast<unsigned>(blocks(of[i])) : 0);
+    return dim3(starts[kMostWeights]);
+  }
+};
+
+// The record of this block, and its number among that record's blocks.
+struct Work {
+  int index = 0;
+  int64_t number, blocks;
+
+  template <class Record>
+  __device__ explicit Work(const Group<Record>& group) {
+#pragma unroll
+    for (int step = kMostWeights / 2; step > 0; step /= 2)
+      if (group.starts[index + step] <= blockIdx.x) index += step;
+    number = blockIdx.x - group.starts[index];
+    blocks = group.starts[index + 1] - group.starts[index];
+  }
+};
+
+// The sum over the block, in its first thread. Shared memory may be used again after the next barrier.
+__device__ inline double block_total(double x) {
+  __syncthreads();
+  return team_sum(x, kThreads, shared_memory<double>());
+}
+
+__device__ inline double total_of(const double* sums, int64_t count) {
+  double total = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) total += sums[i];
+  return block_total(total);
+}
+
+// Floats that belong to `access` elements of a weight, in accesses of up to 4: they are aligned to 16 bytes.
+template <int access>
+__device__ void load_floats(const float* from, float (&to)[access]) {
+  constexpr int width = access < 4 ? access : 4;
+#pragma unroll
+  for (int i = 0; i < access; i += width) {
+    float values[width];
+    load<width>(from + i, values);
+#pragma unroll
+    for (int j = 0; j < width; ++j) to[i + j] = values[j];
+  }
+}
+
+// A block's kBlock elements, kHeld per thread, in accesses: the thread's element i is at(i - i % access) + i % access.
+template <int access>
+struct Elements {
+  int64_t start, size;
+
+  __device__ int64_t at(int i) const {
+    return start + (static_cast<int64_t>(i / access) * kThreads + threadIdx.x) * access;
+  }
+
+  template <class T>
+  __device__ void load_all(const T* from, float (&to)[kHeld]) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; i += access) {
+      float values[access] = {};
+      if (at(i) < size) load<access>(from + at(i), values);
+#pragma unroll
+      for (int j = 0; j < access; ++j) to[i + j] = values[j];
+    }
+  }
+
+  template <class T>
+  __device__ void store_all(T* to, const float (&from)[kHeld]) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; i += access) {
+      float values[access];
+#pragma unroll
+      for (int j = 0; j < access; ++j) values[j] = from[i + j];
+      if (at(i) < size) store<access>(to + at(i), values);
+    }
+  }
+};
+
+inline int64_t lines_of(const SpectralMatrix& m) { return m.a == 1 ? m.d : m.a; }
+inline int64_t length_of(const SpectralMatrix& m) { return m.a == 1 ? m.b : m.d * m.b; }
+inline int width_of(const SpectralMatrix& m) { return m.a == 1 ? 1 : static_cast<int>(std::max<int64_t>(1, m.b)); }
+
+}  // namespace fastgen::cuda::spectral
