@@ -67,12 +67,14 @@ const T* arranged(Arrangement a, const void* from, const Queue& queue) {
 }
 
 template <class T>
-const T* arranged_x(const Convolution& conv, int64_t samples, int64_t padded, const void* x, const Queue& queue) {
-  const int64_t channels = conv.ic / conv.groups, pixels = conv.ih * conv.iw, all = conv.groups * padded;
-  if (conv.x_channels_last && padded == channels && is_aligned(x)) return static_cast<const T*>(x);
-  const int64_t channel_stride = conv.x_channels_last ? 1 : pixels, pixel_stride = conv.x_channels_last ? conv.ic : 1;
-  return arranged<T>({{1, samples, conv.groups, pixels},
-                      {0, conv.ic * pixels, channels * channel_stride, pixel_stride},
+const T* arranged_x(const Geometry& geometry, int64_t samples, int64_t padded, const void* x, const Queue& queue) {
+  const int64_t channels = geometry.ic / geometry.groups, pixels = geometry.ih * geometry.iw,
+                all = geometry.groups * padded;
+  if (geometry.x_channels_last && padded == channels && is_aligned(x)) return static_cast<const T*>(x);
+  const int64_t channel_stride = geometry.x_channels_last ? 1 : pixels,
+                pixel_stride = geometry.x_channels_last ? geometry.ic : 1;
+  return arranged<T>({{1, samples, geometry.groups, pixels},
+                      {0, geometry.ic * pixels, channels * channel_stride, pixel_stride},
                       {0, pixels * all, padded, all},
                       channels,
                       padded,
@@ -84,22 +86,22 @@ const T* arranged_x(const Convolution& conv, int64_t samples, int64_t padded, co
 
 // A weight that already has the copy's order is not copied: that of conv2d in channels_last order, for one.
 template <class T>
-const T* arranged_weight(const Convolution& conv, bool transposed, int64_t out_channels, int64_t padded, bool tf32,
-                         const void* weight, const Queue& queue) {
-  const int64_t* const stride = conv.weight_strides;
-  const int64_t channels = conv.ic / conv.groups, depth_stride = stride[transposed ? 0 : 1],
-                column_stride = stride[transposed ? 1 : 0];
-  const int64_t group_stride = transposed ? channels * depth_stride : out_channels * column_stride,
-                taps = conv.kh * conv.kw;
+const T* arranged_weight(const Geometry& geometry, int64_t out_channels, int64_t padded, bool tf32, const void* weight,
+                         const Queue& queue) {
+  const int64_t* const stride = geometry.weight_strides;
+  const int64_t channels = geometry.ic / geometry.groups, depth_stride = stride[geometry.transposed ? 0 : 1],
+                column_stride = stride[geometry.transposed ? 1 : 0];
+  const int64_t group_stride = geometry.transposed ? channels * depth_stride : out_channels * column_stride,
+                taps = geometry.kh * geometry.kw;
   const auto has_stride = [](int64_t size, int64_t is, int64_t wanted) { return size == 1 || is == wanted; };
   if (!tf32 && padded == channels && is_aligned(weight) && has_stride(channels, depth_stride, 1) &&
-      has_stride(conv.kw, stride[3], channels) && has_stride(conv.kh, stride[2], conv.kw * channels) &&
+      has_stride(geometry.kw, stride[3], channels) && has_stride(geometry.kh, stride[2], geometry.kw * channels) &&
       has_stride(out_channels, column_stride, taps * channels) &&
-      has_stride(conv.groups, group_stride, out_channels * taps * channels))
+      has_stride(geometry.groups, group_stride, out_channels * taps * channels))
     return static_cast<const T*>(weight);
-  Arrangement a{{conv.groups, out_channels, conv.kh, conv.kw},
+  Arrangement a{{geometry.groups, out_channels, geometry.kh, geometry.kw},
                 {group_stride, column_stride, stride[2], stride[3]},
-                {out_channels * taps * padded, taps * padded, conv.kw * padded, padded},
+                {out_channels * taps * padded, taps * padded, geometry.kw * padded, padded},
                 channels,
                 padded,
                 depth_stride,

@@ -46,8 +46,7 @@ Division divide(const Problem<T>& p, int64_t most_splits, const Queue& queue) {
 
 // A call of the op: `moments` asks for the batch's statistics.
 struct Call {
-  const NormAct& op;
-  const NormActTensors& given;
+  const Epilogue& epilogue;
   const Queue& queue;
   bool reflect, moments;
 };
@@ -55,32 +54,30 @@ struct Call {
 // Launches the product in these tiles, with its epilogue. Returns whether it computed the statistics, if asked to.
 template <class Tile, class T>
 bool multiply_in(Problem<T> p, const Division& d, const Call& call) {
-  const NormAct& op = call.op;
+  const Epilogue& epilogue = call.epilogue;
   const int64_t parts = d.row_tiles * p.height.phases * p.width.phases;
   const bool moments = call.moments && d.splits == 1;
   p.column_tiles = static_cast<int>(d.column_tiles);
   p.split_steps = static_cast<int>(ceil_div(d.steps, d.splits));
   if (d.splits > 1) p.splits = static_cast<float*>(call.queue.scratch(d.splits * p.size * int64_t(sizeof(float))));
   if (moments) {
-    p.counts = static_cast<float*>(call.queue.scratch(parts * (2 * op.c + 1) * int64_t(sizeof(float))));
+    p.counts = static_cast<float*>(call.queue.scratch(parts * (2 * epilogue.c + 1) * int64_t(sizeof(float))));
     p.means = p.counts + parts;
-    p.m2s = p.means + parts * op.c;
+    p.m2s = p.means + parts * epilogue.c;
   }
   const auto kernel = call.reflect ? convolve<T, Tile, true> : convolve<T, Tile, false>;
   const dim3 blocks(static_cast<unsigned>(d.blocks), static_cast<unsigned>(d.splits));
   launch(call.queue, kernel, blocks, kThreads, Tile::bytes, p);
   if (d.splits > 1) {
-    const Epilogue<T>& e = p.epilogue;
-    const int64_t inner = op.channels_last ? 1 : op.s;
+    const TileEpilogue<T>& e = p.epilogue;
+    const int64_t inner = epilogue.channels_last ? 1 : epilogue.s;
     const bool aligned = is_aligned(e.pre) && is_aligned(e.out) && is_aligned(e.residual);
-    const bool wide = aligned && (op.channels_last ? op.c : op.s) % 4 == 0;
+    const bool wide = aligned && (epilogue.channels_last ? epilogue.c : epilogue.s) % 4 == 0;
     const dim3 accesses(static_cast<unsigned>(ceil_div(p.size, kAdders * (wide ? 4 : 1))));
     launch(call.queue, wide ? add_splits<T, 4> : add_splits<T, 1>, accesses, kAdders, 0, e, p.splits, d.splits, p.size,
-           op.c, inner);
+           epilogue.c, inner);
   }
-  if (moments)
-    merge_moments(op, p.counts, p.means, p.m2s, parts, const_cast<void*>(call.given.mean),
-                  const_cast<void*>(call.given.var), call.queue);
+  if (moments) merge_moments(epilogue, p.counts, p.means, p.m2s, parts, epilogue.mean, epilogue.var, call.queue);
   return moments;
 }
 
@@ -116,61 +113,63 @@ bool multiply(const Problem<T>& p, const Call& call) {
 }
 
 template <class T>
-void run(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors,
-         const NormActTensors& given, const Queue& queue) {
+void run(const Geometry& geometry, const Epilogue& epilogue, const ConvolutionTensors& tensors, const Queue& queue) {
   constexpr int64_t values = kAccess / sizeof(T), most = (int64_t{1} << 31) - 1;
-  const bool tf32 = std::is_same_v<T, float> && conv.tf32;
-  const bool later = op.normalize && op.batch_stats;  // norm, residual and activation are then a pass over `sum`
+  const bool tf32 = std::is_same_v<T, float> && geometry.tf32;
+  const bool later =
+      epilogue.normalize && epilogue.batch_stats;  // norm, residual and activation are then a pass over `sum`
   T* const out = static_cast<T*>(tensors.out);
   T* const sum = later && !tensors.pre ? out : static_cast<T*>(tensors.pre);
-  const int64_t padded = ceil_div(conv.ic / conv.groups, values) * values, out_channels = op.c / conv.groups;
-  if (conv.ih * conv.iw * conv.groups * padded / values > most || conv.oh * conv.ow > most ||
-      conv.kh * conv.kw * padded / values * out_channels > most)
-    throw std::runtime_error("fastgen: an image or a weight is larger than the CUDA kernels count");
+  const int64_t padded = ceil_div(geometry.ic / geometry.groups, values) * values,
+                out_channels = epilogue.c / geometry.groups;
+  if (geometry.ih * geometry.iw * geometry.groups * padded / values > most || geometry.oh * geometry.ow > most ||
+      geometry.kh * geometry.kw * padded / values * out_channels > most)
+    throw std::runtime_error("fastgen: an image or a weight is larger than the CUDA kernels can index");
 
   Problem<T> p{};
-  p.x = arranged_x<T>(conv, op.n, padded, tensors.x, queue);
-  p.weight = arranged_weight<T>(conv, transposed, out_channels, padded, tf32, tensors.weight, queue);
-  p.height = make_axis(transposed, conv.ih, conv.oh, conv.kh, conv.stride[0], conv.padding[0], conv.dilation[0]);
-  p.width = make_axis(transposed, conv.iw, conv.ow, conv.kw, conv.stride[1], conv.padding[1], conv.dilation[1]);
-  p.samples = op.n;
-  p.size = op.n * op.c * op.s;
-  p.groups = static_cast<int>(conv.groups);
+  p.x = arranged_x<T>(geometry, epilogue.n, padded, tensors.x, queue);
+  p.weight = arranged_weight<T>(geometry, out_channels, padded, tf32, tensors.weight, queue);
+  p.height = make_axis(geometry.transposed, geometry.ih, geometry.oh, geometry.kh, geometry.stride[0],
+                       geometry.padding[0], geometry.dilation[0]);
+  p.width = make_axis(geometry.transposed, geometry.iw, geometry.ow, geometry.kw, geometry.stride[1],
+                      geometry.padding[1], geometry.dilation[1]);
+  p.samples = epilogue.n;
+  p.size = epilogue.n * epilogue.c * epilogue.s;
+  p.groups = static_cast<int>(geometry.groups);
   p.channels = static_cast<int>(padded);
   p.out_channels = static_cast<int>(out_channels);
-  p.channels_last = op.channels_last;
-  p.epilogue.bias = static_cast<const float*>(tensors.bias);
+  p.channels_last = epilogue.channels_last;
+  p.epilogue.bias = static_cast<const float*>(epilogue.bias);
   p.epilogue.pre = sum;
   if (!later) {
     p.epilogue.out = out;
-    p.epilogue.activation = op.activation;
-    p.epilogue.slope = static_cast<float>(op.negative_slope);
-    p.epilogue.residual = static_cast<const T*>(given.residual);
-    if (op.normalize) {
-      p.epilogue.mean = static_cast<const float*>(given.mean);
-      p.epilogue.var = static_cast<const float*>(given.var);
-      p.epilogue.weight = static_cast<const float*>(given.weight);
-      p.epilogue.shift = static_cast<const float*>(given.bias);
-      p.epilogue.eps = static_cast<float>(op.eps);
+    p.epilogue.activation = epilogue.activation;
+    p.epilogue.slope = static_cast<float>(epilogue.negative_slope);
+    p.epilogue.residual = static_cast<const T*>(epilogue.residual);
+    if (epilogue.normalize) {
+      p.epilogue.mean = static_cast<const float*>(epilogue.mean);
+      p.epilogue.var = static_cast<const float*>(epilogue.var);
+      p.epilogue.weight = static_cast<const float*>(epilogue.norm_weight);
+      p.epilogue.shift = static_cast<const float*>(epilogue.norm_bias);
+      p.epilogue.eps = static_cast<float>(epilogue.eps);
     }
   }
   const bool aligned = is_aligned(sum) && is_aligned(p.epilogue.out) && is_aligned(p.epilogue.residual);
-  p.wide = op.channels_last && out_channels % values == 0 && aligned;
+  p.wide = epilogue.channels_last && out_channels % values == 0 && aligned;
 
-  const Call call{op, given, queue, conv.reflect, later && !op.per_sample};
+  const Call call{epilogue, queue, geometry.reflect, later && !epilogue.per_sample};
   bool moments;
   if constexpr (std::is_same_v<T, float>)
     moments = tf32 ? multiply<TensorTiles<T>>(p, call) : multiply<FmaTiles>(p, call);
   else moments = multiply<TensorTiles<T>>(p, call);
   if (!later) return;
-  if (!moments) norm_act_moments(op, sum, const_cast<void*>(given.mean), const_cast<void*>(given.var), queue);
-  norm_act_apply(op, sum, given, out, queue);
+  if (!moments) norm_act_moments(epilogue, sum, epilogue.mean, epilogue.var, queue);
+  norm_act_apply(epilogue, sum, out, queue);
 }
 
 // Compiled for float32 in convolution_float32.cu, for the others in convolution_16_bits.cu.
-#define FASTGEN_CONVOLUTION(T)                                                                                     \
-  template void run<T>(const Convolution&, const NormAct&, bool, const ConvolutionTensors&, const NormActTensors&, \
-                       const Queue&);
+#define FASTGEN_CONVOLUTION(T) \
+  template void run<T>(const Geometry&, const Epilogue&, const ConvolutionTensors&, const Queue&);
 extern FASTGEN_CONVOLUTION(float) extern FASTGEN_CONVOLUTION(BFloat16) extern FASTGEN_CONVOLUTION(Float16)
 
 }  // namespace fastgen::cuda::convolution

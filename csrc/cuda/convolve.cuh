@@ -41,7 +41,7 @@ struct Problem {
   int groups, channels, out_channels;  // channels per group, those of x padded
   int column_tiles, split_steps;
   bool channels_last, wide;  // of the output; wide: its channels are whole chunks on 16-byte boundaries
-  Epilogue<T> epilogue;
+  TileEpilogue<T> epilogue;
   float* splits;                // (splits, size), and then no epilogue; or null
   float *counts, *means, *m2s;  // (parts), (parts, c), (parts, c), one part per tile of rows and phase; or null
 };
@@ -235,8 +235,8 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
 constexpr int kAdders = 256;
 
 template <class T, int count>
-__global__ void __launch_bounds__(kAdders)
-    add_splits(Epilogue<T> epilogue, const float* splits, int number, int64_t size, int64_t channels, int64_t inner) {
+__global__ void __launch_bounds__(kAdders) add_splits(TileEpilogue<T> epilogue, const float* splits, int number,
+                                                      int64_t size, int64_t channels, int64_t inner) {
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * kAdders + threadIdx.x) * count;
   if (at >= size) return;
   float total[count] = {};

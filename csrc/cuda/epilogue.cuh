@@ -8,7 +8,7 @@ namespace fastgen::cuda::convolution {
 
 // The sum plus bias goes to `pre`; normalized, with the residual and the activation, to `out`. Either may be null.
 template <class T>
-struct Epilogue {
+struct TileEpilogue {
   const float *bias, *mean, *var, *weight, *shift;  // (c), each or null
   float eps, slope;
   Activation activation;
@@ -24,7 +24,7 @@ struct Affine {
 
 // `step`: from one element's channel to the next one's, 0 or 1.
 template <int count, class T>
-__device__ Affine<count> affine_of(const Epilogue<T>& e, int64_t channel, int step) {
+__device__ Affine<count> affine_of(const TileEpilogue<T>& e, int64_t channel, int step) {
   Affine<count> affine;
 #pragma unroll
   for (int i = 0; i < count; ++i, channel += step) {
@@ -38,7 +38,7 @@ __device__ Affine<count> affine_of(const Epilogue<T>& e, int64_t channel, int st
 
 // Writes the results of `count` sums z, the elements from `at` on.
 template <int count, class T>
-__device__ void finish(const Epilogue<T>& e, int64_t at, float (&z)[count], const Affine<count>& affine) {
+__device__ void finish(const TileEpilogue<T>& e, int64_t at, float (&z)[count], const Affine<count>& affine) {
 #pragma unroll
   for (int i = 0; i < count; ++i) z[i] += affine.bias[i];
   if (e.pre) store<count>(e.pre + at, z);

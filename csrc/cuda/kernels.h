@@ -1,6 +1,6 @@
 // The CUDA tier: kernels' launchers over raw pointers and a stream. Problems are those of shared/problems.h, for
-// float32, bfloat16 and float16; parameters, statistics and the divergence are float32. No torch, and nothing of CUDA's
-// in this header.
+// float32, bfloat16 and float16; parameters, statistics and the divergence are float32. This header needs neither torch
+// nor CUDA.
 #pragma once
 
 #include <functional>
@@ -12,32 +12,28 @@ namespace fastgen::cuda {
 
 // Where launches go, and what a launcher may ask for.
 struct Queue {
-  void* stream;         // a cudaStream_t
-  int multiprocessors;  // of the device
-  std::function<void*(int64_t bytes)>
-      scratch;  // device memory, 256-byte aligned, valid for all that this call launches
+  void* stream;                                 // a cudaStream_t
+  int multiprocessors;                          // of the device
+  std::function<void*(int64_t bytes)> scratch;  // device memory, 256-byte aligned, valid for the launches of this call
 };
 
-// Of the current device: whether this library was built for it (all files are for the same ones); its multiprocessors.
+// Of the current device: whether this library has code for it, and the number of its multiprocessors.
 bool has_code();
 int multiprocessors();
 
 // mean and (biased) var of x.
-void norm_act_moments(const NormAct& op, const void* x, void* mean, void* var, const Queue& queue);
+void norm_act_moments(const Epilogue& op, const void* x, void* mean, void* var, const Queue& queue);
 
 // x == out is allowed.
-void norm_act_apply(const NormAct& op, const void* x, const NormActTensors& given, void* out, const Queue& queue);
+void norm_act_apply(const Epilogue& op, const void* x, void* out, const Queue& queue);
 
-void norm_act_backward(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given,
-                       const NormActGrads& grads, const Queue& queue);
+void norm_act_backward(const Epilogue& op, const void* grad_out, const void* x, const NormActGrads& grads,
+                       const Queue& queue);
 
-// mean and var of `given` are written when op.batch_stats, else read.
-void conv2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors,
-                     const NormActTensors& given, const Queue& queue);
-void conv_transpose2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors,
-                               const NormActTensors& given, const Queue& queue);
+void convolution_norm_act(const Geometry& geometry, const Epilogue& epilogue, const ConvolutionTensors& tensors,
+                          const Queue& queue);
 
-// Each element's normal, (keys, samples, rows, size), float32; the keys lie on the device.
+// The noise of each element, (keys, samples, rows, size), float32; the keys are on the device.
 void noise(const Reparameterize& op, void* out, const Queue& queue);
 
 // kl: (keys, rows), or null.
@@ -48,7 +44,7 @@ void reparameterize(const Reparameterize& op, const ReparameterizeTensors& given
 void reparameterize_backward(const Reparameterize& op, const void* grad_z, const void* grad_kl,
                              const ReparameterizeTensors& given, const ReparameterizeGrads& grads, const Queue& queue);
 
-// As of cpu/spectral_norm.h; all matrices have one dtype.
+// As in cpu/spectral_norm.h; all matrices have one dtype.
 void spectral_norm(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first,
                    const Queue& queue);
 void spectral_norm_backward(const std::vector<SpectralMatrix>& matrices, const std::vector<SpectralMatrixGrad>& grads,

@@ -103,13 +103,12 @@ __global__ void __launch_bounds__(kThreads, 2) merge(StatGroups of, int team, bo
 
 // The second pass: from x to y. Grid: `grid`.
 template <class T, bool channels_last, int access>
-__global__ void __launch_bounds__(kThreads, 2)
-    apply(Tiling tiling, NormAct op, NormActTensors given, const T* x, T* out) {
+__global__ void __launch_bounds__(kThreads, 2) apply(Tiling tiling, Epilogue op, const T* x, T* out) {
   constexpr int channels = kChannels<channels_last, access>;
   const Slice<channels_last, access> slice(tiling);
   if (!slice.valid) return;
-  const Scales<channels> scales(op, given, slice.sample, slice.channel);
-  const T* const residual = static_cast<const T*>(given.residual);
+  const Scales<channels> scales(op, slice.sample, slice.channel);
+  const T* const residual = static_cast<const T*>(op.residual);
   int64_t at = slice.at;
   for (int64_t left = slice.count; left > 0; --left, at += slice.advance) {
     float values[access], added[access] = {};
@@ -134,7 +133,7 @@ void merge_parts(const StatGroups& of, bool shared_counts, const float* counts, 
 }
 
 template <class T>
-void moments_of(const NormAct& op, const void* x, void* mean, void* var, const Queue& queue) {
+void moments_of(const Epilogue& op, const void* x, void* mean, void* var, const Queue& queue) {
   with_layout<T>(
       op,
       [&](auto channels_last, auto access) {
@@ -151,33 +150,33 @@ void moments_of(const NormAct& op, const void* x, void* mean, void* var, const Q
 }
 
 template <class T>
-void apply_of(const NormAct& op, const void* x, const NormActTensors& given, void* out, const Queue& queue) {
+void apply_of(const Epilogue& op, const void* x, void* out, const Queue& queue) {
   with_layout<T>(
       op,
       [&](auto channels_last, auto access) {
         constexpr bool last = decltype(channels_last)::value;
         const Tiling tiling = tile<last>(op, access, queue);
-        launch(queue, apply<T, last, decltype(access)::value>, grid<last>(tiling), kThreads, 0, tiling, op, given,
+        launch(queue, apply<T, last, decltype(access)::value>, grid<last>(tiling), kThreads, 0, tiling, op,
                static_cast<const T*>(x), static_cast<T*>(out));
       },
-      x, given.residual, out);
+      x, op.residual, out);
 }
 
 }  // namespace
 
-void norm_act_moments(const NormAct& op, const void* x, void* mean, void* var, const Queue& queue) {
+void norm_act_moments(const Epilogue& op, const void* x, void* mean, void* var, const Queue& queue) {
   FASTGEN_FOR_GPU_DTYPE(op.dtype, moments_of, op, x, mean, var, queue)
 }
 
-void merge_moments(const NormAct& op, const float* counts, const float* means, const float* m2s, int64_t parts,
+void merge_moments(const Epilogue& op, const float* counts, const float* means, const float* m2s, int64_t parts,
                    void* mean, void* var, const Queue& queue) {
   StatGroups channels(op, static_cast<int>(parts));
   channels.n = 1;  // a part may be of several samples
   merge_parts(channels, true, counts, means, m2s, mean, var, queue);
 }
 
-void norm_act_apply(const NormAct& op, const void* x, const NormActTensors& given, void* out, const Queue& queue) {
-  FASTGEN_FOR_GPU_DTYPE(op.dtype, apply_of, op, x, given, out, queue)
+void norm_act_apply(const Epilogue& op, const void* x, void* out, const Queue& queue) {
+  FASTGEN_FOR_GPU_DTYPE(op.dtype, apply_of, op, x, out, queue)
 }
 
 }  // namespace fastgen::cuda

@@ -31,7 +31,7 @@ struct Tiling {
 };
 
 template <bool channels_last>
-Tiling tile(const NormAct& op, int access, const Queue& queue) {
+Tiling tile(const Epilogue& op, int access, const Queue& queue) {
   Tiling tiling{op.c,
                 op.s,
                 channels_last ? op.c / access : op.n * op.c,
@@ -101,8 +101,13 @@ struct StatGroups {
   int splits;
   bool per_sample;
 
-  StatGroups(const NormAct& op, int splits)
-      : c(op.c), n(op.n), groups(op.sets), channels(op.c / op.sets), splits(splits), per_sample(op.per_sample) {}
+  StatGroups(const Epilogue& op, int splits)
+      : c(op.c),
+        n(op.n),
+        groups(op.stats_groups),
+        channels(op.c / op.stats_groups),
+        splits(splits),
+        per_sample(op.per_sample) {}
   FASTGEN_HD int64_t count() const { return (per_sample ? n : 1) * groups; }
   FASTGEN_HD int64_t samples() const { return per_sample ? 1 : n; }  // that share statistics
 };
@@ -112,22 +117,21 @@ template <int channels>
 struct Scales {
   float center[channels], rstd[channels], gain[channels], shift[channels];
 
-  __device__ Scales(const NormAct& op, const NormActTensors& given, int64_t sample, int64_t channel) {
+  __device__ Scales(const Epilogue& op, int64_t sample, int64_t channel) {
 #pragma unroll
     for (int i = 0; i < channels; ++i) {
-      const int64_t group = (op.per_sample ? sample * op.sets : 0) + (channel + i) / (op.c / op.sets);
-      center[i] = op.normalize ? static_cast<const float*>(given.mean)[group] : 0.f;
-      rstd[i] =
-          op.normalize ? 1 / sqrtf(static_cast<const float*>(given.var)[group] + static_cast<float>(op.eps)) : 1.f;
-      gain[i] = op.normalize && given.weight ? static_cast<const float*>(given.weight)[channel + i] : 1.f;
-      shift[i] = op.normalize && given.bias ? static_cast<const float*>(given.bias)[channel + i] : 0.f;
+      const int64_t group = (op.per_sample ? sample * op.stats_groups : 0) + (channel + i) / (op.c / op.stats_groups);
+      center[i] = op.normalize ? static_cast<const float*>(op.mean)[group] : 0.f;
+      rstd[i] = op.normalize ? 1 / sqrtf(static_cast<const float*>(op.var)[group] + static_cast<float>(op.eps)) : 1.f;
+      gain[i] = op.normalize && op.norm_weight ? static_cast<const float*>(op.norm_weight)[channel + i] : 1.f;
+      shift[i] = op.normalize && op.norm_bias ? static_cast<const float*>(op.norm_bias)[channel + i] : 0.f;
     }
   }
 };
 
 // run(channels_last, access), both as constants, for the memory order of x and the widest access to all pointers.
 template <class T, class Run, class... Pointers>
-void with_layout(const NormAct& op, const Run& run, Pointers... pointers) {
+void with_layout(const Epilogue& op, const Run& run, Pointers... pointers) {
   constexpr int widest = kAccess / sizeof(T);
   const bool wide = access_of<T>(op.channels_last ? op.c : op.s, pointers...) == widest;
   const auto with = [&](auto channels_last) {

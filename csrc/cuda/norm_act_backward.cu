@@ -9,7 +9,7 @@ using namespace norm_act;
 
 // g, the gradient before the activation, and the normalized x of one access.
 template <class T, bool channels_last, int access, int channels>
-__device__ void gradient_of_z(const NormAct& op, const Scales<channels>& scales, const T* grad_out, const T* x,
+__device__ void gradient_of_z(const Epilogue& op, const Scales<channels>& scales, const T* grad_out, const T* x,
                               const T* residual, int64_t at, float (&g)[access], float (&normalized)[access]) {
   float added[access] = {};
   load<access>(grad_out + at, g);
@@ -26,19 +26,17 @@ __device__ void gradient_of_z(const NormAct& op, const Scales<channels>& scales,
 
 // Sums of g and of g * normalized x over each line's chunk. Grid: `grid`.
 template <class T, bool channels_last, int access>
-__global__ void __launch_bounds__(kThreads, 2)
-    backward_sums(Tiling tiling, int64_t samples, NormAct op, NormActTensors given, const T* grad_out, const T* x,
-                  float* sums, float* dots) {
+__global__ void __launch_bounds__(kThreads, 2) backward_sums(Tiling tiling, int64_t samples, Epilogue op,
+                                                             const T* grad_out, const T* x, float* sums, float* dots) {
   constexpr int channels = kChannels<channels_last, access>;
   const Slice<channels_last, access> slice(tiling);
   float sum[channels] = {}, dot[channels] = {};
   if (slice.valid) {
-    const Scales<channels> scales(op, given, slice.sample, slice.channel);
+    const Scales<channels> scales(op, slice.sample, slice.channel);
     int64_t at = slice.at;
     for (int64_t left = slice.count; left > 0; --left, at += slice.advance) {
       float g[access], normalized[access];
-      gradient_of_z<T, channels_last>(op, scales, grad_out, x, static_cast<const T*>(given.residual), at, g,
-                                      normalized);
+      gradient_of_z<T, channels_last>(op, scales, grad_out, x, static_cast<const T*>(op.residual), at, g, normalized);
 #pragma unroll
       for (int i = 0; i < access; ++i) {
         sum[channels_last ? i : 0] += g[i];
@@ -107,17 +105,18 @@ __global__ void __launch_bounds__(kThreads, 2)
 // The second tiling. mean_sums: null where the statistics are not those of x. Grid: `grid`.
 template <class T, bool channels_last, int access>
 __global__ void __launch_bounds__(kThreads, 2)
-    backward_apply(Tiling tiling, NormAct op, NormActTensors given, const T* grad_out, const T* x,
-                   const float* mean_sums, const float* mean_dots, T* grad_x, T* grad_residual) {
+    backward_apply(Tiling tiling, Epilogue op, const T* grad_out, const T* x, const float* mean_sums,
+                   const float* mean_dots, T* grad_x, T* grad_residual) {
   constexpr int channels = kChannels<channels_last, access>;
   const Slice<channels_last, access> slice(tiling);
   if (!slice.valid) return;
-  const Scales<channels> scales(op, given, slice.sample, slice.channel);
+  const Scales<channels> scales(op, slice.sample, slice.channel);
   float mean_sum[channels] = {}, mean_dot[channels] = {};
   if (mean_sums) {
 #pragma unroll
     for (int i = 0; i < channels; ++i) {
-      const int64_t group = (op.per_sample ? slice.sample * op.sets : 0) + (slice.channel + i) / (op.c / op.sets);
+      const int64_t group =
+          (op.per_sample ? slice.sample * op.stats_groups : 0) + (slice.channel + i) / (op.c / op.stats_groups);
       mean_sum[i] = mean_sums[group];
       mean_dot[i] = mean_dots[group];
     }
@@ -125,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   int64_t at = slice.at;
   for (int64_t left = slice.count; left > 0; --left, at += slice.advance) {
     float g[access], normalized[access];
-    gradient_of_z<T, channels_last>(op, scales, grad_out, x, static_cast<const T*>(given.residual), at, g, normalized);
+    gradient_of_z<T, channels_last>(op, scales, grad_out, x, static_cast<const T*>(op.residual), at, g, normalized);
     if (grad_residual) store<access>(grad_residual + at, g);
 #pragma unroll
     for (int i = 0; i < access; ++i) {
@@ -137,8 +136,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class T>
-void backward_of(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given,
-                 const NormActGrads& grads, const Queue& queue) {
+void backward_of(const Epilogue& op, const void* grad_out, const void* x, const NormActGrads& grads,
+                 const Queue& queue) {
   with_layout<T>(
       op,
       [&](auto channels_last, auto access) {
@@ -157,25 +156,25 @@ void backward_of(const NormAct& op, const void* grad_out, const void* x, const N
             mean_dots = mean_sums + count;
           }
           launch(queue, backward_sums<T, last, width>, grid<last>(tiling), kThreads, kThreads * 2 * int(sizeof(float)),
-                 tiling, op.n, op, given, typed_grad, typed_x, sums, dots);
+                 tiling, op.n, op, typed_grad, typed_x, sums, dots);
           const float values = static_cast<float>(op.n * op.c * op.s / groups.count());
           const int team = team_for(tiling.splits * op.n, kThreads);
           launch(queue, merge_sums, grid_of_teams(op.c + count, team, kThreads), kThreads,
                  kThreads / kWarp * 2 * int(sizeof(float)), groups, team, op.c, count, values,
-                 static_cast<const float*>(given.weight), sums, dots, static_cast<float*>(grads.bias),
+                 static_cast<const float*>(op.norm_weight), sums, dots, static_cast<float*>(grads.bias),
                  static_cast<float*>(grads.weight), mean_sums, mean_dots);
         }
-        launch(queue, backward_apply<T, last, width>, grid<last>(tiling), kThreads, 0, tiling, op, given, typed_grad,
-               typed_x, mean_sums, mean_dots, static_cast<T*>(grads.x), static_cast<T*>(grads.residual));
+        launch(queue, backward_apply<T, last, width>, grid<last>(tiling), kThreads, 0, tiling, op, typed_grad, typed_x,
+               mean_sums, mean_dots, static_cast<T*>(grads.x), static_cast<T*>(grads.residual));
       },
-      grad_out, x, given.residual, grads.x, grads.residual);
+      grad_out, x, op.residual, grads.x, grads.residual);
 }
 
 }  // namespace
 
-void norm_act_backward(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given,
-                       const NormActGrads& grads, const Queue& queue) {
-  FASTGEN_FOR_GPU_DTYPE(op.dtype, backward_of, op, grad_out, x, given, grads, queue)
+void norm_act_backward(const Epilogue& op, const void* grad_out, const void* x, const NormActGrads& grads,
+                       const Queue& queue) {
+  FASTGEN_FOR_GPU_DTYPE(op.dtype, backward_of, op, grad_out, x, grads, queue)
 }
 
 }  // namespace fastgen::cuda

@@ -147,16 +147,16 @@ Weight record_of(const SpectralMatrix& m, bool v_first) {
   Weight record{};
   record.weight = m.weight;
   record.out = m.out;
-  record.line_vector = static_cast<const float*>(m.a == 1 ? m.given_u : m.given_v);
-  record.summed_vector = static_cast<const float*>(m.a == 1 ? m.given_v : m.given_u);
-  record.new_line_vector = static_cast<float*>(m.a == 1 ? m.u : m.v);
-  record.new_summed_vector = static_cast<float*>(m.a == 1 ? m.v : m.u);
+  record.line_vector = static_cast<const float*>(m.outer == 1 ? m.given_u : m.given_v);
+  record.summed_vector = static_cast<const float*>(m.outer == 1 ? m.given_v : m.given_u);
+  record.new_line_vector = static_cast<float*>(m.outer == 1 ? m.u : m.v);
+  record.new_summed_vector = static_cast<float*>(m.outer == 1 ? m.v : m.u);
   record.sigma = static_cast<float*>(m.sigma);
-  record.lines = lines_of(m);
-  record.line_size = length_of(m);
+  record.lines = m.lines();
+  record.line_size = m.line_size();
   record.width = width_of(m);
   record.chunk = static_cast<int>(chunk_of(record));
-  record.fused = (m.a == 1) != v_first;
+  record.fused = (m.outer == 1) != v_first;
   const int access = access_of<T>(record.line_size, m.weight, m.out, record.summed_vector, record.new_summed_vector);
   record.aligned = access > 1;
   while ((1 << record.lanes_log2) < kThreads && (1 << record.lanes_log2) * access < record.line_size)

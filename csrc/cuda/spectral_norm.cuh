@@ -107,8 +107,9 @@ struct Elements {
   }
 };
 
-inline int64_t lines_of(const SpectralMatrix& m) { return m.a == 1 ? m.d : m.a; }
-inline int64_t length_of(const SpectralMatrix& m) { return m.a == 1 ? m.b : m.d * m.b; }
-inline int width_of(const SpectralMatrix& m) { return m.a == 1 ? 1 : static_cast<int>(std::max<int64_t>(1, m.b)); }
+// Neighbouring columns of a line.
+inline int width_of(const SpectralMatrix& m) {
+  return m.outer == 1 ? 1 : static_cast<int>(std::max<int64_t>(1, m.inner));
+}
 
 }  // namespace fastgen::cuda::spectral

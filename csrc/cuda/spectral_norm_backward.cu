@@ -114,13 +114,13 @@ void differentiate_all(const std::vector<SpectralMatrix>& matrices, const std::v
       record = {m.weight,
                 grad.grad_out,
                 grad.grad_weight,
-                m.a == 1 ? u : v,
-                m.a == 1 ? v : u,
+                m.outer == 1 ? u : v,
+                m.outer == 1 ? v : u,
                 static_cast<const float*>(m.sigma),
                 static_cast<const float*>(grad.grad_sigma),
                 sums,
-                lines_of(m),
-                length_of(m),
+                m.lines(),
+                m.line_size(),
                 width_of(m),
                 false};
       record.aligned =

@@ -199,14 +199,15 @@ bool runs(cpu::Algorithm algorithm, const Step& step, bool bfloat16) {
   const bool statistics = step.norm != Norm::none && step.norm != Norm::affine;
   if (statistics && (algorithm == Algorithm::rows || algorithm == Algorithm::rows_bf16)) return false;
   if (!bfloat16 && (algorithm == Algorithm::direct_bf16 || algorithm == Algorithm::rows_bf16)) return false;
-  return cpu::can_run(algorithm, geometry(step), step.c);
+  return cpu::can_run(algorithm, geometry(step));
 }
 
-Convolution geometry(const Step& s) {
-  Convolution conv{};
+Geometry geometry(const Step& s) {
+  Geometry conv{};
   conv.ic = s.ic;
   conv.ih = s.ih;
   conv.iw = s.iw;
+  conv.oc = s.c;
   conv.oh = s.oh;
   conv.ow = s.ow;
   conv.kh = s.kh;
@@ -222,13 +223,14 @@ Convolution geometry(const Step& s) {
     conv.dilation[i] = s.dilation[i];
   }
   conv.groups = s.groups;
+  conv.transposed = s.kind == Kind::conv_transpose;
   conv.reflect = s.reflect != 0;
   conv.x_channels_last = true;
   return conv;
 }
 
-NormAct describe(const Step& s, DType dtype, int64_t n, bool channels_last) {
-  NormAct op{};
+Epilogue describe(const Step& s, DType dtype, int64_t n, bool channels_last) {
+  Epilogue op{};
   op.dtype = dtype;
   op.n = n;
   op.c = s.c;
@@ -237,7 +239,7 @@ NormAct describe(const Step& s, DType dtype, int64_t n, bool channels_last) {
   op.normalize = s.norm != Norm::none;
   op.batch_stats = op.normalize && s.norm != Norm::affine;
   op.per_sample = op.batch_stats && s.norm != Norm::batch;
-  op.sets = s.norm == Norm::group ? s.num_groups : s.c;
+  op.stats_groups = s.norm == Norm::group ? s.num_groups : s.c;
   op.eps = s.eps;
   op.activation = static_cast<Activation>(s.activation);
   op.negative_slope = s.negative_slope;

@@ -17,7 +17,7 @@ void seal(std::string& bytes);
 // Whether the algorithm can compute the step, on some processor.
 bool runs(cpu::Algorithm algorithm, const Step& step, bool bfloat16);
 
-Convolution geometry(const Step& step);
-NormAct describe(const Step& step, DType dtype, int64_t n, bool channels_last);
+Geometry geometry(const Step& step);
+Epilogue describe(const Step& step, DType dtype, int64_t n, bool channels_last);
 
 }  // namespace fastgen::plan

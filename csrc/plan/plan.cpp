@@ -279,15 +279,17 @@ void Plan::run_step(size_t i, int64_t n, const void* x, const void* residual, vo
 
 void Plan::run_with(const cpu::PackedConvolution* convolution, const Step& s, int64_t n, const void* x,
                     const void* residual, void* out, bool channels_last) const {
-  const NormAct op = describe(s, dtype_, n, channels_last);
-  std::vector<float> stats(static_cast<size_t>(op.batch_stats ? 2 * (op.per_sample ? n * op.sets : op.c) : 0));
-  const NormActTensors given{op.batch_stats ? stats.data() : value(s.mean),
-                             op.batch_stats ? stats.data() + stats.size() / 2 : value(s.var), value(s.norm_weight),
-                             value(s.norm_bias), residual};
-  if (convolution) return convolution->run(op, x, given, out, parallel_);
-  if (op.batch_stats)
-    cpu::norm_act_moments(op, x, const_cast<void*>(given.mean), const_cast<void*>(given.var), parallel_);
-  cpu::norm_act_apply(op, x, given, out, parallel_);
+  Epilogue op = describe(s, dtype_, n, channels_last);
+  std::vector<float> stats(static_cast<size_t>(op.batch_stats ? 2 * op.rows_of_stats() * op.stats_groups : 0));
+  op.bias = value(s.bias);
+  op.mean = op.batch_stats ? stats.data() : const_cast<float*>(value(s.mean));
+  op.var = op.batch_stats ? stats.data() + stats.size() / 2 : const_cast<float*>(value(s.var));
+  op.norm_weight = value(s.norm_weight);
+  op.norm_bias = value(s.norm_bias);
+  op.residual = residual;
+  if (convolution) return convolution->run(op, x, out, parallel_);
+  if (op.batch_stats) cpu::norm_act_moments(op, x, op.mean, op.var, parallel_);
+  cpu::norm_act_apply(op, x, out, parallel_);
 }
 
 cpu::Algorithm Plan::algorithm(size_t i, int64_t n) const {
@@ -306,8 +308,7 @@ const cpu::PackedConvolution& Plan::packed(size_t i, int64_t n) const {
   Convolution& mine = algorithm(i, n) == algorithm(i, kFew) ? many : *convolutions_[2 * i];
   std::call_once(mine.once, [&] {
     const Step& s = steps_[i];
-    mine.packed = cpu::pack_convolution(geometry(s), s.c, s.kind == Kind::conv_transpose, algorithm(i, n),
-                                        value(s.weight), value(s.bias), parallel_);
+    mine.packed = cpu::pack_convolution(geometry(s), algorithm(i, n), value(s.weight), parallel_);
   });
   return *mine.packed;
 }
@@ -381,8 +382,7 @@ std::vector<Plan::Timed> Plan::time_alone(const Step& s, int64_t n) const {
     const auto algorithm = static_cast<cpu::Algorithm>(a);
     if (!runs(algorithm, s, dtype_ == DType::bfloat16) || is_turned_off(algorithm)) continue;
     candidates.push_back({{a, std::numeric_limits<double>::infinity()},
-                          cpu::pack_convolution(geometry(s), s.c, s.kind == Kind::conv_transpose, algorithm,
-                                                value(s.weight), value(s.bias), parallel_)});
+                          cpu::pack_convolution(geometry(s), algorithm, value(s.weight), parallel_)});
     measure(candidates.back());
   }
   const auto faster = [](const auto& one, const auto& other) { return one.timed.seconds < other.timed.seconds; };
@@ -427,8 +427,7 @@ std::vector<int64_t> Plan::tune(int64_t n) {
   for (size_t i = 0; i < steps_.size(); ++i) {
     const auto from_memory = [&](const Timed& timed) {
       return timed.seconds +
-             cpu::packed_bytes(static_cast<cpu::Algorithm>(timed.algorithm), geometry(steps_[i]), steps_[i].c) /
-                 kFetched;
+             cpu::packed_bytes(static_cast<cpu::Algorithm>(timed.algorithm), geometry(steps_[i])) / kFetched;
     };
     for (size_t k = 1; k < alone[i].size(); ++k) {
       const int64_t best = steps_[i].algorithm[n >= kFew], other = alone[i][k].algorithm;
