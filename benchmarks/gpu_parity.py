@@ -1,4 +1,4 @@
-"""Whether the GPU's kernels are right on it: parity with the float64 reference, and what compute-sanitizer says."""
+"""Whether the kernels are right on a GPU: parity with the float64 reference, and what compute-sanitizer finds."""
 
 import functools
 import itertools
@@ -16,23 +16,23 @@ from fastgen.ops import _dispatch
 from tests.cases import SAMPLER, SMALL, SPECTRAL, OpCase
 from tests.ops.test_cases import differentiable, error, observe
 
-PARITY = 200  # no case of parity starts later than so many seconds after the first
-HANGS = 200  # seconds after which a case that has not ended counts as one that never would
+PARITY = 200  # seconds after which no further case of parity starts
+HANGS = 200  # seconds after which a case counts as hanging
 CASES = (*SMALL, *SAMPLER, *SPECTRAL)
 PRECISIONS = ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "tf32"))  # of a convolution's products
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 def tiers(device: str = "cuda:0") -> dict[str, str | None]:
-    """fastgen's two for a GPU, and why each cannot run here, or None."""
+    """For each of fastgen's tiers for a GPU, why it cannot run here, or None."""
     return {tier: _dispatch.why_not("norm_act", tier, device, torch.float32) for tier in _dispatch.GPU_TIERS}
 
 
 def parity(document: dict) -> None:
-    """What differs from the float64 reference by more than the table allows, and what compute-sanitizer says.
+    """Adds what differs from the float64 reference by more than the table allows, and what compute-sanitizer finds.
 
-    A case has a process of its own: most of the time is the compiler's, and a kernel that hangs or writes where it may
-    not takes its process with it.
+    Each case runs in its own process: most of the time goes to compilers, and a kernel that hangs or writes out of
+    bounds ends its process.
     """
     tiers()  # builds the CUDA kernels, once
     deadline = time.monotonic() + PARITY
@@ -44,10 +44,10 @@ def parity(document: dict) -> None:
 
 
 def case_apart(index: int, deadline: float) -> list[str]:
-    """What `wrong_of` says, from another process."""
+    """The result of `wrong_of` in another process."""
     name = CASES[index].id
     if time.monotonic() > deadline:
-        return [f"{name}: not looked at, for want of time"]
+        return [f"{name}: not checked for lack of time"]
     command = [
         sys.executable,
         "-c",
@@ -63,7 +63,7 @@ def case_apart(index: int, deadline: float) -> list[str]:
 
 
 def wrong_of(index: int, device: str = "cuda") -> list[str]:
-    """The results of a case that differ, by tier, dtype and layout."""
+    """What of a case's results differs, by tier, dtype and layout."""
     torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
     case, wrong = CASES[index], []
     able = [tier for tier, reason in tiers(device).items() if reason is None]
@@ -89,7 +89,7 @@ def wrong_of(index: int, device: str = "cuda") -> list[str]:
             what = f"{tier}: {case.id} {dtype} channels_last={channels_last}"
             try:
                 ours = on_gpu(tier)
-            except Exception as failed:  # a kernel that does not run is wrong, and the others are of interest
+            except Exception as failed:  # a kernel that does not run is wrong; go on with the others
                 wrong.append(f"{what}: {' '.join(str(failed).split())}"[:300])
                 continue
             for name in exact:
@@ -102,8 +102,8 @@ def wrong_of(index: int, device: str = "cuda") -> list[str]:
 
 
 def agrees(case: OpCase, tier: str, device: str) -> bool:
-    """Whether a sampler's or a spectral norm's results and gradients are the reference's, of the same key, in
-    float32."""
+    """Whether results and gradients of a sampler or a spectral norm are the reference's, in float32 and for the same
+    key."""
     found = []
     for impl in ("reference", tier):
         torch.manual_seed(0)  # the CPU's for the inputs, the GPU's for the key
@@ -118,14 +118,13 @@ def agrees(case: OpCase, tier: str, device: str) -> bool:
 
 
 def sanitized() -> list[str]:
-    """What compute-sanitizer says of the CUDA kernels over the smallest cases: a line for each tool that is not
-    content."""
+    """What compute-sanitizer finds in the CUDA kernels over the smallest cases: one line per tool that fails."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{CUDA_HOME}/bin")
     if tool is None:
         return ["compute-sanitizer is not installed: not run"]
-    apart = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else what lies beyond a tensor is mostly another's
+    apart = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else memory beyond a tensor is mostly another's
     smallest = "from benchmarks import gpu_parity; gpu_parity.smallest()"
     said = []
     for check in ("memcheck", "racecheck"):
@@ -141,7 +140,7 @@ def sanitized() -> list[str]:
 
 
 def smallest() -> None:
-    """Runs each op's first case, forward and backward, by the CUDA kernels: by FMA, and by each kind of tensor core."""
+    """Runs each op's first case, forward and backward, with the CUDA kernels: by FMA and each kind of tensor core."""
     firsts = {case.op: case for case in reversed(CASES)}
     for case, (dtype, precision) in itertools.product(firsts.values(), PRECISIONS):
         torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """The least time that a call of an op can take on a GPU: its bytes and its operations over the chip's rates.
 
-`work` has them by the shapes of the call, `as_launched` by the launches that Triton's kernels make for it.
+`work` counts them by the shapes of the call, `as_launched` by the launches that Triton's kernels make for it.
 """
 
 import math
@@ -16,20 +16,20 @@ from tests.cases import OpCase
 
 @dataclass(frozen=True)
 class Chip:
-    """Rates that were seen on such a GPU, by random data: bytes a second (read + written) and operations a second."""
+    """Rates that were measured on such a GPU with random data: bytes (read + written) and operations per second."""
 
     name: str
     copy: float
-    matrix: dict[str, float]  # of tensor cores, by kind of number
+    matrix: dict[str, float]  # of matrix products, by precision
 
 
-# 16 bits: seen; the others from the vendor's sheet, dense, and so leads.
+# 16 bits: measured; the others are from the vendor's sheet, dense, and so only a lead.
 H200 = Chip("NVIDIA H200", 4.3e12, {"16 bits": 785e12, "tf32": 495e12, "ieee": 67e12})
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one call: the bytes of its passes through memory, and its multiplications and additions."""
+    """The bytes that one call moves, and its multiplications and additions."""
 
     bytes: int
     flops: int
@@ -40,9 +40,8 @@ class Work:
 
 
 def work(case: OpCase, dtype: torch.dtype, backward: bool = False) -> Work:
-    """What fastgen's own passes move. Forward: each input read and the output written; with statistics of the batch
-    also what the convolution leaves is written and read again. Backward: two passes over the norm, and two more
-    products."""
+    """What fastgen's passes move. Forward: each input is read and the output written; with statistics of the batch, the
+    convolution's result is also written and read again. Backward: two passes over the norm, and two more products."""
     moved, flops = case.bytes(dtype), case.flops()
     out = 1
     for size in case._output_shape():
@@ -58,13 +57,13 @@ def work(case: OpCase, dtype: torch.dtype, backward: bool = False) -> Work:
 
 
 def as_launched(launches: Iterable[tuple], chip: Chip) -> float:
-    """Seconds of launches that `fastgen.kernels._common.recorded` wrote down, one after the other."""
+    """Seconds of the launches that `fastgen.kernels._launch.recorded` recorded, one after another."""
     return sum(of_launch(launch).floor(chip, _kind(launch[2])) for launch in launches)
 
 
 def of_launch(launch: tuple) -> Work:
-    """Every tensor that the kernel is given, once: partial sums, statistics and copies with them; and all products of
-    its tiles, those that a mask hides with them."""
+    """Each tensor among the kernel's arguments once, partial sums, statistics and copies included; and all products of
+    its tiles, including those that a mask hides."""
     kernel, grid, arguments, _ = launch
     leaves = [t for value in arguments.values() for t in (value if isinstance(value, tuple) else (value,))]
     tensors = {id(t): t for t in leaves if isinstance(t, Tensor)}
@@ -76,10 +75,10 @@ def _products(name: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> in
         return 0
     depth, taps = arguments["DEPTH"], arguments["KH"] * arguments["KW"]
     tile = 2 * arguments["ROWS"] * arguments["COLUMNS"] * depth
-    if name == "correlate":  # the weight's gradient: splits share the pixels
+    if name == "correlate":  # the weight's gradient: splits divide the pixels
         return grid[0] * grid[1] * math.ceil(arguments["pixels"] / depth) * tile
     groups, channels = arguments["GROUPS"], arguments["channels"]
-    phases = grid[1] // groups  # which share the taps
+    phases = grid[1] // groups  # which divide the taps
     flat = phases * math.ceil(math.ceil(taps / phases) * channels / depth)
     return grid[0] * groups * (flat if arguments["FLAT"] else taps * math.ceil(channels / depth)) * tile
 

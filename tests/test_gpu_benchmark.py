@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from torch.utils import cpp_extension
 
-from benchmarks import gpu, gpu_parity
+from benchmarks import gpu_parity, gpu_session
+from benchmarks.gpu_floors import LAYERS
+from benchmarks.gpu_networks import networks
 from benchmarks.traffic import of_launch
 from fastgen.ops import _dispatch
 
@@ -32,10 +34,10 @@ def clock(call):
 def test_rows_of_networks(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
     monkeypatch.setattr(nn.Module, "compile", lambda module, **_: None)
-    document = gpu.started(Path("none"), {"date": "today"})
-    gpu.add_rows(document, gpu.networks(clock, "cpu", 2))
+    document = gpu_session.started(Path("none"), {"date": "today"})
+    gpu_session.add_rows(document, networks(clock, "cpu", 2))
     assert len(document["rows"]) == 7 and all(row["correct"] for row in document["rows"])
-    said = gpu.table(document | {"tiers": {}})
+    said = gpu_session.table(document | {"tiers": {}})
     assert "| DCGAN-64 training step | 2 | bfloat16 | step | fastgen auto | 1.500 |" in said
 
 
@@ -57,9 +59,9 @@ def test_a_run_goes_on_where_the_last_one_ended(tmp_path):
         file.write_text(json.dumps(document))
 
     def run(about, seconds, **stages):
-        document = gpu.started(file, about)
-        made = ((name, partial(gpu.add_rows, rows=rows)) for name, rows in stages.items())
-        gpu.run(document, made, time.monotonic() + seconds, keep)
+        document = gpu_session.started(file, about)
+        made = ((name, partial(gpu_session.add_rows, rows=rows)) for name, rows in stages.items())
+        gpu_session.run(document, made, time.monotonic() + seconds, keep)
         return json.loads(file.read_text())
 
     first = run(about, 60, layers=rows(1, fails=True))
@@ -84,11 +86,13 @@ def test_a_stage_that_outlasts_the_time_keeps_its_rows():
             time.sleep(60)
         yield ROW | {"ms": 2}
 
-    before, kept = signal.signal(signal.SIGALRM, gpu.out_of_time), []
+    before, kept = signal.signal(signal.SIGALRM, gpu_session.out_of_time), []
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
-        stages = [("layers", partial(gpu.add_rows, rows=endless()))]
-        gpu.run(gpu.started(Path("none"), {}), stages, float("inf"), lambda document: kept.append(dict(document)))
+        stages = [("layers", partial(gpu_session.add_rows, rows=endless()))]
+        gpu_session.run(
+            gpu_session.started(Path("none"), {}), stages, float("inf"), lambda document: kept.append(dict(document))
+        )
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -109,8 +113,8 @@ def test_parity_names_what_differs(monkeypatch):
 
 
 def test_what_a_machine_cannot_say_is_unknown():
-    assert gpu.said("echo", "595.1") == "595.1"
-    assert gpu.said("false") == gpu.said("no-such-program") == "unknown"
+    assert gpu_session.output_of("echo", "595.1") == "595.1"
+    assert gpu_session.output_of("false") == gpu_session.output_of("no-such-program") == "unknown"
 
 
 def test_the_sanitizer(monkeypatch, tmp_path):
@@ -153,12 +157,12 @@ def test_work_of_a_launch():
 def test_floors_as_launched():
     """What is launched takes no less than the shapes say, and not many times as long."""
     pytest.importorskip("triton", reason="triton is not installed")
-    command = [sys.executable, "-c", "from benchmarks import gpu; gpu.floors()"]
+    command = [sys.executable, "-m", "benchmarks.gpu_floors"]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True
     )
     _, _, *lines = done.stdout.splitlines()
-    assert len(lines) == len(gpu.LAYERS)
+    assert len(lines) == len(LAYERS)
     for line in lines:
         shape, launched, *both = map(float, line.split(" | ")[1:5])
         assert shape <= launched <= 5 * shape and both[0] <= both[1] <= 5 * both[0], line
@@ -171,4 +175,4 @@ def test_a_case_that_dies_or_hangs_is_said(monkeypatch):
     monkeypatch.setattr(gpu_parity, "HANGS", 60)
     monkeypatch.setattr(gpu_parity.sys, "executable", "false")
     assert gpu_parity.case_apart(0, late) == [f"{gpu_parity.CASES[0].id}: "]
-    assert gpu_parity.case_apart(0, 0.0) == [f"{gpu_parity.CASES[0].id}: not looked at, for want of time"]
+    assert gpu_parity.case_apart(0, 0.0) == [f"{gpu_parity.CASES[0].id}: not checked for lack of time"]

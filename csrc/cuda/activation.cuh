@@ -1,6 +1,8 @@
 // The activations of shared/activation.h, chosen when the kernel runs.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <type_traits>
 
 #include "shared/activation.h"

@@ -1,0 +1,44 @@
+"""The activations have the same names and the same order everywhere: their positions are codes in files and kernels."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fastgen.ops import _dispatch
+from fastgen.ops._check import ACTIVATIONS
+
+ROOT = Path(__file__).parents[1]
+
+
+def native() -> list[str]:
+    """The enumerators of csrc/shared/activation.h."""
+    text = (ROOT / "csrc/shared/activation.h").read_text()
+    return re.findall(r"\w+", re.search(r"enum class Activation \{([^}]*)\}", text)[1])
+
+
+def test_native_code_has_the_same_activations():
+    assert native() == list(ACTIVATIONS)
+
+
+def test_triton_has_the_same_activations():
+    pytest.importorskip("triton", reason="triton is not installed")
+    assert _dispatch.kernels("_activations").ACTIVATIONS == ACTIVATIONS
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS[1:])
+@pytest.mark.parametrize(
+    ("file", "functions"),
+    (
+        ("csrc/shared/activation.h", ("activate", "activate_grad")),
+        ("kernels/_activations.py", ("activate", "activate_grad")),
+        ("csrc/cuda/activation.cuh", ("with_activation",)),
+    ),
+)
+def test_every_activation_has_a_branch(file, functions, name):
+    """A name without a branch would silently be the identity."""
+    text = (ROOT / file).read_text()
+    for function in functions:
+        body = re.split(rf"\b{function}\(", text, maxsplit=1)[1]
+        body = re.split(r"\n\}|\n\n\n", body, maxsplit=1)[0]
+        assert re.search(rf'Activation::{name}\b|"{name}"', body), f"{function} of {file} has no {name}"
