@@ -1,8 +1,8 @@
 """z = mu + exp(logvar / 2) * noise, the divergence from the prior, and their gradients; the noise is drawn in
 registers.
 
-docs/random.md says which noise a key stands for. The key stays on the device, so that a CUDA graph's replay, whose key
-is drawn anew, draws anew.
+docs/random.md says which noise a key stands for. The key stays on the device, so that each replay of a CUDA graph,
+which draws a new key, draws new noise.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from fastgen.kernels._launch import launch, power_of_2, program_id
 from fastgen.kernels._layout import in_order, is_channels_last
 from torch import Tensor
 
-ELEMENTS = 1024  # of a program
+ELEMENTS = 1024  # per program
 
 
 @triton.jit
 def log_(x):
-    """log of a positive normal number, as csrc/shared/philox.h has it (Cephes, logf.c)."""
+    """log of a positive normal number, as in csrc/shared/philox.h (Cephes, logf.c)."""
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
     m = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1
@@ -39,7 +39,7 @@ def log_(x):
 
 @triton.jit
 def box_muller(first, second):
-    """Two normals from two words, as csrc/shared/philox.h has it: the angle's quarter turns are exact."""
+    """Two normals from two words, as in csrc/shared/philox.h: quarter turns of the angle are exact."""
     u = ((first >> 1).to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10
     radius = tl.sqrt(-2 * log_(u))
     quarter = (second + 0x20000000) >> 30
@@ -71,8 +71,8 @@ def words(key, counter):
 def noise(key, start, column, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr):
     """Normals (ROWS, 4 * COUNTERS) of the elements start (ROWS, 1) + column (1, 4 * COUNTERS).
 
-    ALIGNED: every row starts at a counter's first element, so that each counter is drawn once. Else each element draws
-    its own.
+    ALIGNED: every row starts at a counter's first element, so that each counter is drawn once. Else it is drawn for
+    each of its elements.
     """
     if ALIGNED:
         first = tl.reshape(tl.min(column, 1), (1, 1))
@@ -90,9 +90,9 @@ def noise(key, start, column, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COUNTER
 
 
 @triton.jit
-def place(rows, length, WIDE: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr):
-    """The program's batch and how many there are, its rows, where they start (ROWS, 1), its columns (1, 4 * COUNTERS),
-    which of their elements there are, its number along the rows, and the size of all rows."""
+def tile_of(rows, length, WIDE: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr):
+    """The program's batch and the number of batches, its rows, where they start (ROWS, 1), its columns
+    (1, 4 * COUNTERS), which of their elements exist, the number of its chunk of the rows, and the size of all rows."""
     tiles = tl.cdiv(rows, ROWS)
     programs = tiles * tl.cdiv(length, 4 * COUNTERS)  # of a batch
     batch = program_id(WIDE) // programs
@@ -117,7 +117,7 @@ def clamp(value, low, high):
 
 @triton.jit
 def divergence(mu, logvar, prior_mean, prior_logvar, at, inside):
-    """Of each element; and shift, slope and ratio, from which its gradients follow."""
+    """The divergence of each element; and shift, slope and ratio, from which its gradients follow."""
     shift = mu
     slope = mu
     log_ratio = logvar
@@ -135,9 +135,9 @@ def sample(
     mu, logvar, key, prior_mean, prior_logvar, z, kl, low, high, free_bits, rows, length, samples,
     ALIGNED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
-    """mu (batch, rows, length), z (batch, samples, rows, length); kl (chunks, batch, rows), parts of the rows'
-    divergence."""
-    batch, batches, row, start, column, inside, chunk, size = place(rows, length, WIDE, ROWS, COUNTERS)
+    """mu (batch, rows, length), z (batch, samples, rows, length); kl (chunks, batch, rows): parts of the divergence of
+    each row."""
+    batch, batches, row, start, column, inside, chunk, size = tile_of(rows, length, WIDE, ROWS, COUNTERS)
     at = batch * size + start + column
     mean = tl.load(mu + at, inside, 0.0).to(tl.float32)
     log = clamp(tl.load(logvar + at, inside, 0.0).to(tl.float32), low, high)
@@ -160,7 +160,7 @@ def sample_backward(
     grad_prior_logvar, low, high, free_bits, beta, rows, length, samples, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
-    batch, _, row, start, column, inside, _, size = place(rows, length, WIDE, ROWS, COUNTERS)
+    batch, _, row, start, column, inside, _, size = tile_of(rows, length, WIDE, ROWS, COUNTERS)
     at = batch * size + start + column
     mean = tl.load(mu + at, inside, 0.0).to(tl.float32)
     unbounded = tl.load(logvar + at, inside, 0.0).to(tl.float32)

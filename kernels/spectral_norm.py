@@ -1,37 +1,32 @@
 """weight / sigma for many weights: one launch for a power iteration, however many weights there are.
 
-A weight is a matrix W of rows along its `dim` and columns along the rest. One pass over W gives t = W v of some rows
-and what they add to s = W^T t, while they are in the cache; then those parts are added; then u = t / |t|, v = s / |s|
-and, with W^T u = s / |t|, sigma = u^T W v = (s / |t|) . v need no further pass, and a last one writes them and weight /
-sigma. With v_first the same holds of the transposed matrix, u and v in each other's place.
+A weight is a matrix W with rows along its `dim` and columns along the rest. One pass over W computes t = W v, the line
+product, for some of its lines (the rows) and, while they are in the cache, their part of s = W^T t, the summed product;
+then the parts are added. With u = t / |t|, v = s / |s| and W^T u = s / |t|, sigma = u^T W v = (s / |t|) . v needs no
+further pass; a last pass writes them and weight / sigma. With v_first the lines are the columns, and u and v change
+roles.
 
-The three steps' programs are one launch. Each draws a ticket, all of a step before those of the next, and waits until
-those of its weight have arrived whose results it reads. They drew before it, so they run or are done, whatever the
-order in which a GPU starts programs: none waits for ever.
+The programs of all three steps are one launch. Each program draws a ticket; a step has lower tickets than the next
+one. It then waits for the programs of its weight whose results it reads. Those drew their tickets earlier, so they run
+or have ended, in whatever order a GPU starts programs: there is no deadlock.
 
-Sums are float32, in a fixed order. A ticket's weight and its part of it stand in a table on the device, which is made
-once for the shapes; the tensors' addresses come as arguments.
+Sums are float32, in a fixed order. A table on the device, made once per set of shapes, says which part of which weight
+a ticket stands for; the tensors' addresses are arguments.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
 import triton.language as tl
 from fastgen.kernels._launch import launch, wide
 from fastgen.kernels._layout import in_order, is_channels_last
+from fastgen.kernels._spectral_plan import CHUNK, COLUMNS, FIELDS, PARTS, ROWS, WIDTH, Plan, matrix
 from torch import Tensor
 
-ROWS, COLUMNS = 16, 128  # a tile of the products
-PARTS, WIDTH = 16, 128  # a tile of the parts that are added
-CHUNK = 2048  # elements of a program of the passes over elements
-MOST_WEIGHTS = 32  # of a launch
-FIELDS = tl.constexpr(12)  # of a weight in the table
+MOST_WEIGHTS = 32  # per launch
 
 
 @triton.jit
@@ -50,9 +45,9 @@ def field(table, weight, FIELD: tl.constexpr):
 
 @triton.jit
 def part_of(table, blocks, ticket, WIDE: tl.constexpr):
-    """The ticket's weight, its number among that weight's; rows, inner and columns of the matrix, and spread.
+    """The ticket's weight, the ticket's number for that weight; rows, inner and columns of the matrix, and spread.
 
-    Element (r, m) lies at m / inner * rows * inner + r * inner + m % inner, where m counts columns in memory's order:
+    Element (r, m) is at m / inner * rows * inner + r * inner + m % inner, where m counts columns in memory order: m is
     column m % spread * (columns / spread) + m / spread of the matrix. WIDE: what is computed from them has 64 bits.
     """
     at = blocks + 2 * ticket
@@ -65,19 +60,20 @@ def part_of(table, blocks, ticket, WIDE: tl.constexpr):
 
 @triton.jit
 def arrive(counter):
-    tl.debug_barrier()  # after the stores of all threads
+    tl.debug_barrier()  # the stores of all threads come first
     tl.atomic_add(counter, 1, sem="release")
 
 
 @triton.jit
 def wait(counter, count):
-    """Until so many have arrived. What they stored is to be read past the multiprocessor's own cache."""
+    """Waits until so many programs have arrived. Read their results by load_shared."""
     while tl.atomic_add(counter, 0, sem="acquire") < count:
         pass
 
 
 @triton.jit
 def load_shared(pointer, mask, other):
+    """Loads what another program stored: not from the multiprocessor's own cache."""
     return tl.load(pointer, mask, other, cache_modifier=".cg")
 
 
@@ -86,8 +82,8 @@ def products(
     weights, vectors, others, table, blocks, ticket, t, parts, norms, COUNT: tl.constexpr, TRANSPOSED: tl.constexpr,
     ITERATE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Some lines (rows, or columns if TRANSPOSED) of t = W vector. ITERATE: their part of W^T t, and |t|^2; else other
-    . t. Returns the weight."""
+    """t = W vector for some lines (rows, or columns if TRANSPOSED). ITERATE: also their part of W^T t, and |t|^2; else
+    other . t. Returns the weight."""
     index, number, rows, inner, columns, spread = part_of(table, blocks, ticket, WIDE)
     lines = columns if TRANSPOSED else rows
     length = rows if TRANSPOSED else columns
@@ -102,12 +98,12 @@ def products(
         inside = m < length
         if TRANSPOSED:
             step = m * inner
-            place = m
+            position = m
         else:
             step = m // inner * rows * inner + m % inner
-            place = m % spread * (columns // spread) + m // spread
+            position = m % spread * (columns // spread) + m // spread
         w = tl.load(weight + base[:, None] + step[None, :], valid[:, None] & inside[None, :], 0.0).to(tl.float32)
-        total += w * tl.load(vector + place, inside, 0.0)[None, :]
+        total += w * tl.load(vector + position, inside, 0.0)[None, :]
     product = tl.sum(total, 1)
     if ITERATE:
         tl.store(t + field(table, index, 4) + line, product, valid)
@@ -120,8 +116,8 @@ def products(
             w = tl.load(weight + base[:, None] + step[None, :], valid[:, None] & inside[None, :], 0.0).to(tl.float32)
             tl.store(to + m, tl.sum(w * product[:, None], 0), inside)
     else:
-        place = line % spread * (columns // spread) + line // spread if TRANSPOSED else line
-        other = tl.load(pick(others, index, COUNT) + place, valid, 0.0)
+        position = line % spread * (columns // spread) + line // spread if TRANSPOSED else line
+        other = tl.load(pick(others, index, COUNT) + position, valid, 0.0)
         tl.store(norms + ticket, tl.sum(product * other, 0))
     return index
 
@@ -131,7 +127,7 @@ def add_parts(
     table, blocks, ticket, arrived, parts, s, norms, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Some elements of s = W^T t, and |s|^2 of them. Returns the weight."""
+    """Some elements of s = W^T t, and their part of |s|^2. Returns the weight."""
     index, number, rows, _, columns, _ = part_of(table, blocks, ticket, WIDE)
     length = rows if TRANSPOSED else columns
     count = field(table, index, 8)
@@ -167,11 +163,11 @@ def finish(
     index, number, rows, _, columns, spread = part_of(table, blocks, ticket, WIDE)
     at = number * CHUNK + tl.arange(0, CHUNK)
     inside = at < rows * columns
-    if DIVIDE:  # on its way while others work
+    if DIVIDE:  # loads while other programs work
         value = tl.load(pick(weights, index, COUNT) + at, inside, 0.0).to(tl.float32)
     tiles = field(table, index, 8)
     sums = field(table, index, 10)
-    if ITERATE:  # who adds the parts has waited for all the products
+    if ITERATE:  # the programs that add the parts have waited for all products
         wait(arrived + COUNT + index, sums)
     else:
         wait(arrived + index, tiles)
@@ -186,13 +182,13 @@ def finish(
         length = rows if TRANSPOSED else columns
         first = load_shared(t + field(table, index, 4) + at, at < lines, 0.0) / of_t
         second = load_shared(s + field(table, index, 6) + at, at < length, 0.0) / of_t / tl.maximum(of_s, eps)
-        place = at % spread * (columns // spread) + at // spread
+        position = at % spread * (columns // spread) + at // spread
         if TRANSPOSED:
-            tl.store(new_v + place, first, at < lines)
+            tl.store(new_v + position, first, at < lines)
             tl.store(new_u + at, second, at < length)
         else:
             tl.store(new_u + at, first, at < lines)
-            tl.store(new_v + place, second, at < length)
+            tl.store(new_v + position, second, at < length)
     else:
         tl.store(new_u + at, tl.load(pick(us, index, COUNT) + at, at < rows), at < rows)
         tl.store(new_v + at, tl.load(pick(vs, index, COUNT) + at, at < columns), at < columns)
@@ -210,8 +206,8 @@ def iterate(
     LAST: tl.constexpr, DIVIDE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The ticket's part of one of the three steps; counters: tickets drawn, then who has arrived from the first step
-    and from the second, a weight each. ITERATE: else sigma of the given u and v."""
+    """The ticket's part of one of the three steps. counters: tickets drawn; then, per weight, how many programs of the
+    first step have arrived, and of the second. Not ITERATE: sigma of the given u and v."""
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
     arrived = counters + 1
     if ticket < line_count:
@@ -260,61 +256,13 @@ def grad_weights(
     tl.store(out + at, (g / sigma + slope * u * v).to(out.dtype.element_ty), inside)
 
 
-def matrix(weight: Tensor, dim: int) -> tuple[int, int, int, int]:
-    """rows, inner, columns and spread (see `part_of`) of a dense weight."""
-    rows = weight.shape[dim]
-    columns = weight.numel() // rows
-    if not is_channels_last(weight):
-        return rows, math.prod(weight.shape[dim + 1 :]), columns, 1
-    return (rows, columns, columns, weight.shape[1]) if dim == 0 else (rows, 1, columns, 1)
-
-
-class Plan:
-    """The programs of each step for weights of these shapes, and where they find their part."""
-
-    def __init__(self, matrices: Sequence[tuple[int, int, int, int]], transposed: bool, device: torch.device) -> None:
-        lines, sums, vectors, elements, fields = [], [], [], [], []
-        self.t = self.parts = self.s = 0  # sizes of the work space
-        for index, (rows, inner, columns, spread) in enumerate(matrices):
-            of_t, of_s = (columns, rows) if transposed else (rows, columns)
-            tiles, chunks = triton.cdiv(of_t, ROWS), triton.cdiv(of_s, WIDTH)
-            fields += [
-                rows, inner, columns, spread, self.t, self.parts, self.s, len(lines), tiles, len(sums), chunks,
-                len(elements),
-            ]  # fmt: skip
-            lines += [(index, tile) for tile in range(tiles)]
-            sums += [(index, chunk) for chunk in range(chunks)]
-            vectors += [(index, chunk) for chunk in range(triton.cdiv(max(rows, columns), CHUNK))]
-            elements += [(index, chunk) for chunk in range(triton.cdiv(max(rows * columns, rows, columns), CHUNK))]
-            self.t, self.parts, self.s = self.t + of_t, self.parts + tiles * of_s, self.s + of_s
-        self.count = len(matrices)
-        self.table, self.lines, self.sums, self.elements, self.vectors = _kept(
-            (fields, lines, sums, elements, vectors), device
-        )
-
-    @staticmethod
-    @functools.cache  # a CUDA graph reads its plan as long as it lives
-    def of(matrices: tuple[tuple[int, int, int, int], ...], transposed: bool, device: torch.device) -> Plan:
-        return Plan(matrices, transposed, device)
-
-
-def _kept(tables: Sequence[list], device: torch.device) -> list[Tensor]:
-    """int32 tensors of the tables, in memory of their own.
-
-    A thread that warms up or records a CUDA graph allocates from the graph's memory, where nothing may stay
-    (torch.compile looks): another one makes them.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        return list(thread.map(lambda table: torch.tensor(table, dtype=torch.int32, device=device), tables))
-
-
 def _dense(weight: Tensor, dim: int) -> Tensor:
-    """The weight in an order that `matrix` describes."""
+    """The weight in a memory order that `matrix` describes."""
     return in_order(weight, is_channels_last(weight) and dim < 2)
 
 
-def _grouped(weights: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of weights that go together: of one dtype, at most MOST_WEIGHTS."""
+def _groups(weights: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of weights that share a launch: of one dtype, MOST_WEIGHTS at most."""
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, weight in enumerate(weights):
         by_dtype.setdefault(weight.dtype, []).append(i)
@@ -324,7 +272,7 @@ def _grouped(weights: Sequence[Tensor]) -> list[list[int]]:
 def forward(weights, us, vs, dims, n_power_iterations, eps, v_first, divide):
     """The op fastgen::spectral_norm."""
     outs, sigmas, new_us, new_vs = ([None] * len(weights) for _ in range(4))
-    for of in _grouped(weights):
+    for of in _groups(weights):
         results = _forward([weights[i] for i in of], [us[i] for i in of], [vs[i] for i in of], [dims[i] for i in of],
                            n_power_iterations, eps, v_first, divide)  # fmt: skip
         for i, *result in zip(of, *results, strict=True):
@@ -359,7 +307,7 @@ def _forward(weights, us, vs, dims, n_power_iterations, eps, v_first, divide):
             COUNT=plan.count, TRANSPOSED=v_first, ITERATE=iterates, LAST=last, DIVIDE=divides, ROWS=ROWS,
             COLUMNS=COLUMNS, PARTS=PARTS, WIDTH=WIDTH, CHUNK=CHUNK, WIDE=wide(*dense), warps=8,
         )  # fmt: skip
-        given = news  # a weight's are written when all its products are done
+        given = news  # a weight's vectors are written after all its products
     if divide:
         outs = [in_order(out, is_channels_last(weight)) for out, weight in zip(outs, weights, strict=True)]
     return (
@@ -372,7 +320,7 @@ def _forward(weights, us, vs, dims, n_power_iterations, eps, v_first, divide):
 def backward(grad_outs, grad_sigmas, weights, sigmas, us, vs, dims):
     """The op fastgen::spectral_norm_backward."""
     grads: list = [None] * len(weights)
-    for of in _grouped(weights):
+    for of in _groups(weights):
         lists = ([list_[i] for i in of] for list_ in (grad_outs, grad_sigmas, weights, sigmas, us, vs, dims))
         for i, grad in zip(of, _backward(*lists), strict=True):
             grads[i] = grad

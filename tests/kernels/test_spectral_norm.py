@@ -1,5 +1,4 @@
-"""The one launch of a power iteration: who waits, waits for programs with earlier tickets, and for all that it
-reads."""
+"""The one launch of a power iteration: programs wait for programs with earlier tickets, and for all that they read."""
 
 import os
 import re
@@ -12,30 +11,30 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastgen.ops._dispatch import kernels
 
-_spectral = kernels("spectral_norm")
+_spectral, _plan = kernels("spectral_norm"), kernels("_spectral_plan")
 SHAPES = ((96, 40, 3, 3), (1, 1), (700, 3), (5, 3000))
 
 
 @pytest.mark.parametrize("v_first", (False, True))
 def test_what_is_waited_for_is_what_arrives(v_first):
     """The table's counts are those of a weight's programs; their order is that of the steps."""
-    matrices = tuple(_spectral.matrix(torch.empty(shape), 0) for shape in SHAPES)
-    plan = _spectral.Plan.of(matrices, v_first, torch.device("cpu"))
-    fields = plan.table.view(len(SHAPES), _spectral.FIELDS.value).tolist()
+    matrices = tuple(_plan.matrix(torch.empty(shape), 0) for shape in SHAPES)
+    plan = _plan.Plan.of(matrices, v_first, torch.device("cpu"))
+    fields = plan.table.view(len(SHAPES), _plan.FIELDS.value).tolist()
     for i, (rows, _, columns, *_, first_line, lines, first_sum, sums, _) in enumerate(fields):
         of_t, of_s = (columns, rows) if v_first else (rows, columns)
         assert plan.lines[first_line : first_line + lines].tolist() == [[i, k] for k in range(lines)]
         assert plan.sums[first_sum : first_sum + sums].tolist() == [[i, k] for k in range(sums)]
-        assert lines * _spectral.ROWS >= of_t and sums * _spectral.WIDTH >= of_s
+        assert lines * _plan.ROWS >= of_t and sums * _plan.WIDTH >= of_s
 
 
 def test_what_is_kept_lies_outside_of_a_graphs_memory(monkeypatch):
-    """That is the memory of the thread that records; and a graph's plan is not forgotten for others."""
+    """That is the memory of the thread that records; and the plan of a graph is kept while others are made."""
     made, tensor = [], torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda *a, **o: made.append(threading.get_ident()) or tensor(*a, **o))
-    plans = [_spectral.Plan.of(((k, 1, 1, 1),), False, torch.device("cpu")) for k in range(1, 300)]
+    plans = [_plan.Plan.of(((k, 1, 1, 1),), False, torch.device("cpu")) for k in range(1, 300)]
     assert len(made) == 5 * len(plans) and threading.get_ident() not in made
-    assert _spectral.Plan.of(((1, 1, 1, 1),), False, torch.device("cpu")) is plans[0]
+    assert _plan.Plan.of(((1, 1, 1, 1),), False, torch.device("cpu")) is plans[0]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled")
