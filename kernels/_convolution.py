@@ -205,17 +205,14 @@ def forward(
         multiply(x, weight, out, epilogue, geometry, division, None)
         return out, nothing, *new_pair(x, 0)
 
+    pre, parts = out, None
+    if division.splits == 1 and epilogue.norm == "batch" and epilogue.batch_stats:
+        parts = Parts.empty(x, geometry.phases * division.row_tiles, out.shape[1])
     bias = Epilogue(bias=epilogue.bias)
-    if division.splits > 1:
-        pre, parts = out, None
-        summands = multiply(x, weight, out, bias, geometry, division, None)
-        if save or epilogue.batch_stats:
-            pre, summands = normalize(out, bias, summands=summands)[0], None
-    else:
-        pre, summands, parts = out, None, None
-        if epilogue.norm == "batch" and epilogue.batch_stats:
-            parts = Parts.empty(x, geometry.phases * division.row_tiles, out.shape[1])
-        multiply(x, weight, out, bias, geometry, division, parts)
+    target = multiply(x, weight, out, bias, geometry, division, parts)
+    summands = target if division.splits > 1 else None
+    if summands is not None and (save or epilogue.batch_stats):
+        pre, summands = normalize(out, bias, summands=summands)[0], None
     if epilogue.batch_stats and parts is None:
         parts = statistics(pre, epilogue.stats_shape(pre))
     if epilogue.norm == "none" and epilogue.activation == "identity" and epilogue.residual is None and summands is None:
