@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.traffic import H200, as_launched, work
 from fastgen import ops
-from fastgen.ops import _dispatch
+from fastgen.ops import _tiers
 from tests.cases import LARGE, ON_GPU, OpCase
 from tests.ops.test_cases import differentiable
 
@@ -22,7 +22,7 @@ def trained(call: Callable, inputs: dict[str, torch.Tensor]) -> object:
 
 def modelled(call: Callable[[], object]) -> float:
     """Milliseconds at an H200's rates of all that Triton's kernels launch for a call."""
-    with _dispatch.kernels("_launch").recorded() as launches, ops.use_impl("triton"):
+    with _tiers.triton.kernels("_launch").recorded() as launches, ops.use_impl("triton"):
         call()
     return 1e3 * as_launched(launches, H200)
 

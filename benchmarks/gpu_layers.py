@@ -12,7 +12,7 @@ from benchmarks.gpu_session import milliseconds, tier_of
 from benchmarks.traffic import H200, work
 from fastgen import ops
 from fastgen.inference.tune import tune_call
-from fastgen.ops import _choices, _dispatch
+from fastgen.ops import _choices, _tiers
 from tests.cases import OpCase
 from tests.ops.test_cases import differentiable, error
 
@@ -20,7 +20,7 @@ TUNING = 90  # seconds for auto's choices
 BATCHES = (64, 512)
 NORM_ACT = OpCase(
     "norm_act", "dcgan64-g2", {"x": (512, 128, 16, 16), "norm_weight": (128,), "norm_bias": (128,)},
-    {"training": True, "activation": "relu"},
+    {"norm": "batch", "training": True, "activation": "relu"},
 )  # fmt: skip
 MEMORY_BOUND = {
     "norm_act": NORM_ACT.id,
@@ -75,7 +75,7 @@ def prefer(document: dict) -> None:
     for op, case in MEMORY_BOUND.items():
         both = [row for row in document["rows"] if row["case"] == case and row["what"] == "forward + backward"]
         ms = {row["peer"].removeprefix("fastgen "): row["ms"] for row in both if row["correct"]}
-        ms = {tier: ms[tier] for tier in _dispatch.GPU_TIERS if tier in ms}
+        ms = {tier: ms[tier] for tier in _tiers.GPU_TIERS if tier in ms}
         if len(ms) == 2:
             chosen[op] = (min(ms, key=ms.__getitem__), ms)
     if chosen:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from fastgen import ops
-from fastgen.ops import _dispatch
+from fastgen.ops import _tiers
 from tests.cases import SAMPLER, SMALL, SPECTRAL, OpCase
 from tests.ops.test_cases import differentiable, error, observe
 
@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 def tiers(device: str = "cuda:0") -> dict[str, str | None]:
     """For each of fastgen's tiers for a GPU, why it cannot run here, or None."""
-    return {tier: _dispatch.why_not("norm_act", tier, device, torch.float32) for tier in _dispatch.GPU_TIERS}
+    return {tier: _tiers.why_not("norm_act", tier, device, torch.float32) for tier in _tiers.GPU_TIERS}
 
 
 def parity(document: dict) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fastgen.ops import _dispatch
-from fastgen.ops._check import ACTIVATIONS
+from fastgen.ops import _tiers
+from fastgen.ops._activations import ACTIVATIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,10 +23,10 @@ def test_native_code_has_the_same_activations():
 
 def test_triton_has_the_same_activations():
     pytest.importorskip("triton", reason="triton is not installed")
-    assert _dispatch.kernels("_activations").ACTIVATIONS == ACTIVATIONS
+    assert tuple(ACTIVATIONS) == _tiers.triton.kernels("_activations").ACTIVATIONS
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS[1:])
+@pytest.mark.parametrize("name", list(ACTIVATIONS)[1:])
 @pytest.mark.parametrize(
     ("file", "functions"),
     (

@@ -20,9 +20,9 @@ from benchmarks import gpu_parity, gpu_session
 from benchmarks.gpu_floors import LAYERS
 from benchmarks.gpu_networks import networks
 from benchmarks.traffic import of_launch
-from fastgen.ops import _dispatch
+from fastgen.ops import _tiers
 
-if _dispatch.INTERPRETED or _dispatch.CUDA_ON_CPU:
+if _tiers.ON_CPU:
     pytest.skip("whole networks: too slow for kernels in another's place", allow_module_level=True)
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastgen.ops._dispatch import kernels
+from fastgen.ops import _tiers
 
-Launch = kernels("_launch").Launch
+Launch = _tiers.triton.kernels("_launch").Launch
 
 # Compute capability -> shared memory of a program, bytes; what is compiled for 80 runs on 86 and 89, which have less,
 # too.

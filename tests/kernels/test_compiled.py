@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from fastgen.ops._dispatch import kernels
+from fastgen.ops import _tiers
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: the kernels are interpreted, not compiled", allow_module_level=True)
@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.kernels.compiled import TARGETS, compiled
 
+kernels = _tiers.triton.kernels
 _launch, _tiles = kernels("_launch"), kernels("_tiles")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PRECISIONS = {"16 bits": (BF16, FP16), "tf32": (FP32,), "gathered": (BF16, FP32), "ieee": (FP32,)}

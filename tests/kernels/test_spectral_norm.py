@@ -9,8 +9,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastgen.ops._dispatch import kernels
+from fastgen.ops import _tiers
 
+kernels = _tiers.triton.kernels
 _spectral, _plan = kernels("spectral_norm"), kernels("_spectral_plan")
 SHAPES = ((96, 40, 3, 3), (1, 1), (700, 3), (5, 3000))
 
