@@ -15,8 +15,7 @@ from tests.ops.test_cases import error
 
 
 def networks(clock: Clock, device: str = "cuda", batch: int = 512) -> Iterator[dict]:
-    """Rows of DCGAN-64 as a whole, in bfloat16: a training step, and its generator in inference, one image at a
-    time."""
+    """Rows of both, in bfloat16."""
     torch.manual_seed(0)
     model = GAN().to(device)
     inputs = [t.to(device) for t in model.inputs(batch)]
@@ -29,17 +28,14 @@ def networks(clock: Clock, device: str = "cuda", batch: int = 512) -> Iterator[d
     allowed = 0.0
     for name, peer, mode in (
         ("eager channels_last", "eager", None),
-        (
-            "max-autotune channels_last",
-            "compile",
-            "max-autotune-no-cudagraphs",
-        ),  # graphs break on calls of one D in turns
+        # no CUDA graphs: they fail when one discriminator is called several times in a step
+        ("max-autotune channels_last", "compile", "max-autotune-no-cudagraphs"),
         ("fastgen auto", "fastgen", None),
     ):
         torch._dynamo.reset()
-        own = copy.deepcopy(model).to(memory_format=torch.channels_last)
-        prepared(own, peer, mode)
-        step = stepper(own, inputs, "bf16")
+        trained = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        prepared(trained, peer, mode)
+        step = stepper(trained, inputs, "bf16")
         worst = distance(step(False), exact)
         allowed = allowed or 2 * worst
         found = {"ms": clock(step), "floor_ms_h200": floor, "error": worst, "correct": worst < allowed}

@@ -126,17 +126,17 @@ def sanitized() -> list[str]:
         return ["compute-sanitizer is not installed: not run"]
     apart = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else memory beyond a tensor is mostly another's
     smallest = "from benchmarks import gpu_parity; gpu_parity.smallest()"
-    said = []
+    findings = []
     for check in ("memcheck", "racecheck"):
         command = [tool, f"--tool={check}", "--error-exitcode=3", sys.executable, "-c", smallest]
         try:
             done = subprocess.run(command, capture_output=True, text=True, env=apart, timeout=HANGS)
         except subprocess.TimeoutExpired:
-            said.append(f"{check}: no result after {HANGS} seconds")
+            findings.append(f"{check}: no result after {HANGS} seconds")
             continue
         if done.returncode:
-            said.append(f"{check}: {' '.join((done.stdout + done.stderr).split())[-300:]}")
-    return said
+            findings.append(f"{check}: {' '.join((done.stdout + done.stderr).split())[-300:]}")
+    return findings
 
 
 def smallest() -> None:

@@ -1,4 +1,4 @@
-"""Launches compiled ahead of time for GPUs that this machine need not have."""
+"""Launches compiled ahead of time for GPUs that need not be here."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from fastgen.ops import _tiers
 
 Launch = _tiers.triton.kernels("_launch").Launch
 
-# Compute capability -> shared memory of a program, bytes; what is compiled for 80 runs on 86 and 89, which have less,
-# too.
+# Compute capability -> bytes of shared memory per program; code for 80 also runs on 86 and 89, which have less.
 TARGETS = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 _NAMES = {
     torch.float32: "*fp32",
@@ -38,18 +37,18 @@ class Compiled:
     """What the compiler says of a kernel."""
 
     ptx: str
-    registers: int  # of a thread
-    local: int  # bytes of a thread: spills and arrays
-    shared: int  # bytes of a program
+    registers: int  # per thread
+    local: int  # bytes per thread: spills and arrays
+    shared: int  # bytes per program
 
     @property
     def matrix_instructions(self) -> set[str]:
-        """Those of the tensor cores, by their PTX names."""
+        """The instructions for tensor cores, by their PTX names."""
         return set(re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", self.ptx))
 
 
 def compiled(launch: Launch, capability: int) -> Compiled:
-    """The kernel of the launch as a GPU of this compute capability would get it."""
+    """The launch's kernel, compiled for a GPU of this compute capability."""
     kernel, _, arguments, options = launch
     return _compiled(
         kernel, tuple((name, *_kind(value)) for name, value in arguments.items()), tuple(options.items()), capability
@@ -57,8 +56,7 @@ def compiled(launch: Launch, capability: int) -> Compiled:
 
 
 def _kind(value: Any) -> tuple[str, Any, bool]:
-    """An argument's type, its value where it is compiled in, and whether it is a multiple of 16, as the launch sees
-    it."""
+    """As a launch would: an argument's type, its value where it is compiled in, and whether it is a multiple of 16."""
     if isinstance(value, tuple):
         return tuple(_kind(v)[0] for v in value), None, True
     if isinstance(value, Tensor):

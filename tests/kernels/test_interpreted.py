@@ -1,5 +1,5 @@
-"""Every kernel in Triton's interpreter, against the reference: the ops' own tests with triton for cpp, in a process of
-its own.
+"""Every kernel in Triton's interpreter, against the reference: the ops' own tests with triton in place of cpp, in a
+separate process.
 
 All of them: TRITON_INTERPRET=1 FASTGEN_IMPL=triton pytest tests/ops -k "parity and not float64"
 """
@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-# The interpreter's time goes by programs, of which wide-rows has four times as many as any other case: it runs in one
-# layout. More than one tile of rows, with statistics of each, are in cyclegan-first, vae and patchgan-middle in all.
+# The interpreter's time is proportional to the programs, of which wide-rows has four times as many as any other case:
+# it runs in one layout. Several tiles of rows with partial statistics are in cyclegan-first, vae and patchgan-middle.
 CHOSEN = {
     "test_cases.py": "test_parity and (float32 or (bfloat16 and channels_last)) and not winograd and not "
     "real_layers and not "
@@ -27,7 +27,7 @@ CHOSEN = {
 def test_against_the_reference(file):
     pytest.importorskip("triton", reason="triton is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", f"tests/ops/{file}", "-k", CHOSEN[file]]
-    # Asked for by name, the kernels compute all gradients too.
+    # Requested by name, the kernels compute all gradients, too.
     environment = os.environ | {"TRITON_INTERPRET": "1", "FASTGEN_IMPL": "triton"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout
