@@ -77,7 +77,7 @@ every_tile = pytest.mark.parametrize(
 @pytest.mark.parametrize("capability", TARGETS)
 @every_tile
 def test_tiles(precision, tile, capability):
-    """Each configuration of the convolutions, with partial statistics, and the newest instruction of the tensor cores."""
+    """Each configuration of the convolutions, with partial statistics, by the newest instruction of tensor cores."""
     for dtype in PRECISIONS[precision]:
         launch = of_tile(precision, tile, dtype)
         assert (launch[2]["ROWS"], launch[2]["COLUMNS"], launch[2]["DEPTH"]) == tile[:3]
