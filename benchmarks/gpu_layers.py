@@ -11,7 +11,7 @@ from benchmarks.gpu_parity import TOLERANCE, tiers
 from benchmarks.gpu_session import milliseconds, tier_of
 from benchmarks.traffic import H200, work
 from fastgen import ops
-from fastgen.inference.tune import tune_call
+from fastgen.inference._tune import tune_call
 from fastgen.ops import _choices, _tiers
 from tests.cases import OpCase
 from tests.ops.test_cases import differentiable, error

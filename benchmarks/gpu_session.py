@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastgen.inference.tune import milliseconds as once
+from fastgen.inference._tune import milliseconds as once
 
 Clock = Callable[[Callable[[], object]], float]
 
