@@ -1,0 +1,186 @@
+"""What the documents show runs, what they name is there, and their tables agree with the code."""
+
+import ast
+import functools
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastgen
+from fastgen import cli, ops
+from fastgen.cli import train
+from fastgen.data import list_datasets
+from fastgen.ops._dispatch import _WRITTEN
+from fastgen.training.config import CONFIGS
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(file.relative_to(ROOT)): file.read_text()
+    for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+ALL = PAGES | {name: (ROOT / name).read_text() for name in ("CHANGELOG.md", "benchmarks/NOTES.md")}
+README, OPS = PAGES["README.md"], PAGES["docs/ops.md"]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+
+
+def commands(page: str) -> list[list[str]]:
+    """The arguments of each line that calls fastgen."""
+    lines = "".join(blocks(page, "sh")).splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("fastgen ")]
+
+
+def first_cells(page: str) -> list[str]:
+    """What stands in backticks at the start of a table's rows."""
+    return [name for row in re.findall(r"^\| (`[^|]*) \|", PAGES[page], re.MULTILINE) for name in code(row)]
+
+
+def code(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder to run in, with official checkpoints in it."""
+    monkeypatch.chdir(tmp_path)
+    official = fastgen.create_model("dcgan")
+    torch.save(official.generator.state_dict(), "netG_epoch_24.pth")
+    torch.save(official.discriminator.state_dict(), "netD_epoch_24.pth")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_blocks_run(page, folder, monkeypatch):
+    if "digits" in "".join(blocks(page, "python")):
+        pytest.importorskip("sklearn")
+    # Inductor has tests of its own and is slow.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), {"__name__": page})
+
+
+def test_the_four_lines_save_a_picture(folder):
+    (lines,) = re.findall(r"^python -c '\n(.*?)^'", "".join(blocks("README.md", "sh")), re.DOTALL | re.MULTILINE)
+    assert len(lines.splitlines()) == 4
+    exec(compile(lines, "README.md", "exec"), {})
+    assert (folder / "grid.png").stat().st_size > 0
+
+
+def test_the_commands_of_the_readme_run(folder):
+    pytest.importorskip("sklearn")
+    shown = [*commands("README.md"), ["train", "dcgan", "--out", "runs/a", "--resume"]]
+    assert [command[0] for command in shown] == [
+        *("train", "generate", "evaluate", "export", "generate", "bench", "info", "build", "train")
+    ]
+    for command in shown:
+        if "--steps" in command:  # a small run
+            command[command.index("--steps") + 1] = "2"
+            command += ["--ngf", "2", "--ndf", "2", "--nz", "4"]
+        assert cli.main(command) == 0, command
+    assert (folder / "grid.png").exists() and (folder / "runs" / "a" / "samples.png").exists()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_commands_are_what_the_command_line_takes(page, monkeypatch):
+    """Parsed, not run."""
+    parsed = []
+
+    def parse_alone(function):
+        @functools.wraps(function)
+        def instead(*args, **kwargs):
+            parsed.append(function.__name__)
+
+        return instead
+
+    monkeypatch.setattr(cli, "_COMMANDS", {name: parse_alone(run) for name, run in cli._COMMANDS.items()})
+    monkeypatch.setattr(cli, "run_train", lambda kind, given: parsed.append(train._parse(kind(), given)) or 0)
+    for command in commands(page):
+        assert cli.main(command) == 0, command
+    assert len(parsed) == len(commands(page))
+
+
+def test_the_readme_names_every_command_and_page():
+    assert len(README.splitlines()) <= 150
+    for command in cli._COMMANDS:
+        assert re.search(rf"\b{command}\b", README), command
+    linked = re.findall(r"\]\(([^)]+)\)", README)
+    assert set(PAGES) - {"README.md"} <= set(linked)
+
+
+@pytest.mark.parametrize("page", ALL)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", ALL[page]):
+        if "://" in link:
+            continue
+        name, _, heading = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_targets_that_are_named_are_there(page):
+    for name in re.findall(r"`((?:fastgen|csrc|kernels|tests|benchmarks|docs)/[\w./-]*)", PAGES[page]):
+        made_later = "upsample_act" in name or name.startswith("fastgen/ops/choices/")  # an example; by `make gpu`
+        assert made_later or (ROOT / name).exists(), name
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"(?:^    |^|`)make (\w+)", PAGES[page], re.MULTILINE)) <= set(targets)
+
+
+@pytest.mark.parametrize("page", ALL)
+def test_lines_are_no_wider_than_code(page):
+    assert [line for line in ALL[page].splitlines() if len(line) > 120] == []
+
+
+def test_every_environment_variable_is_in_the_table():
+    files = [
+        file
+        for folder in ("fastgen", "csrc")
+        for file in (ROOT / folder).rglob("*.*")
+        if file.suffix in (".py", ".cpp", ".h")
+    ]
+    read = {name for file in files for name in re.findall(r'"(FASTGEN_[A-Z_]+)"', file.read_text())} - {"FASTGEN_FILE"}
+    of_users = {name for name in first_cells("docs/environment.md") if name.startswith("FASTGEN_")}
+    of_tests = {name for name in first_cells("CONTRIBUTING.md") if name.startswith("FASTGEN_")}
+    assert of_users | of_tests == read and not of_users & of_tests
+
+
+def test_the_table_of_ops_is_complete():
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w+) \| (\w+) \| (\w+) \|$", OPS, re.MULTILINE)
+    written = {
+        op: ["yes" if name in there else "no" for name in ("reference", "cpp", "triton", "cuda")]
+        for op, there in _WRITTEN.items()
+    }
+    assert {op: cells for op, *cells in rows} == written
+
+
+def test_signatures_are_those_of_the_code():
+    (text,) = blocks("docs/ops.md", "text")
+    shown = dict(re.findall(r"^(\w+)\((.*)\)$", text, re.MULTILINE))
+    assert set(shown) == {"conv2d_norm_act", "conv_transpose2d_norm_act", "norm_act"}
+    pairs = [cell.split("=") for cell in first_cells("docs/ops.md") if "=" in cell]
+    keywords = {name: ast.literal_eval(default) for name, default in pairs}
+    unused = set(keywords)
+    for op, positional in shown.items():
+        parameters = inspect.signature(getattr(ops, op)).parameters.values()
+        first = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert positional == ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in first), op
+        only = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        assert only.items() <= keywords.items(), op
+        unused -= set(only)
+    assert not unused
+
+
+def test_tables_of_systems_and_data_are_complete():
+    rows = re.findall(r"^\| (`[^|]*) \| (`[^|]*) \| [^|]+ \| [^|`]+ \|$", README, re.MULTILINE)
+    assert {name for names, _ in rows for name in code(names)} == set(CONFIGS)
+    assert {name for _, names in rows for name in code(names)} == set(fastgen.list_models())
+    assert set(list_datasets()) <= set(first_cells("docs/data.md"))
