@@ -1,4 +1,4 @@
-"""Builds the native code ahead of time if torch, pybind11 and a compiler are there; otherwise it is built at first use."""
+"""Builds the native code ahead of time if torch, pybind11 and a compiler are there; otherwise at first use."""
 
 import contextlib
 import os

@@ -16,6 +16,7 @@ from fastgen.cli import train
 from fastgen.data import list_datasets
 from fastgen.ops._dispatch import _WRITTEN
 from fastgen.training.config import CONFIGS
+from tests.test_imports import ANYTHING, LAYERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -184,3 +185,10 @@ def test_tables_of_systems_and_data_are_complete():
     assert {name for names, _ in rows for name in code(names)} == set(CONFIGS)
     assert {name for _, names in rows for name in code(names)} == set(fastgen.list_models())
     assert set(list_datasets()) <= set(first_cells("docs/data.md"))
+
+
+def test_the_table_of_imports_is_the_one_that_is_tested():
+    rows = re.findall(r"^\| `fastgen/(\w+)(?:/|\.py)` \| [^|]+ \| ([^|]*)\|$", PAGES["CONTRIBUTING.md"], re.MULTILINE)
+    shown = {layer: ANYTHING if "everything" in cell else set(code(cell)) - {"kernels"} for layer, cell in rows}
+    assert shown == {layer: allowed for layer, allowed in LAYERS.items() if layer in shown}
+    assert set(LAYERS) - set(shown) == {"__init__", "__main__", "errors", "images"}  # single files without a row
