@@ -12,8 +12,10 @@ import torch
 
 import fastgen
 from fastgen import cli, ops
+from fastgen._build import native, runtime
 from fastgen.cli import train
 from fastgen.data import list_datasets
+from fastgen.ops import _choices
 from fastgen.ops._dispatch import _WRITTEN
 from fastgen.training.config import CONFIGS
 from tests.test_imports import ANYTHING, LAYERS
@@ -56,12 +58,24 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache folder for what is measured; the native code comes from the real one."""
+    native.load()
+    runtime.load()
+    monkeypatch.setenv("FASTGEN_CACHE_DIR", str(tmp_path / "cache"))
+    _choices.forget()
+    yield
+    _choices.forget()
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_python_blocks_run(page, folder, monkeypatch):
+def test_python_blocks_run(page, folder, cache, monkeypatch):
     if "digits" in "".join(blocks(page, "python")):
         pytest.importorskip("sklearn")
-    # Inductor has tests of its own and is slow.
+    # Inductor, and what follows training, have tests of their own and are slow.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr("fastgen.training.run.finish_run", lambda *arguments: None)
     for block in blocks(page, "python"):
         exec(compile(block, page, "exec"), {"__name__": page})
 
