@@ -207,9 +207,9 @@ def table(document: dict[str, Any]) -> str:
     lines = [
         "# Quality on the bundled data",
         "",
-        "`make quality` runs all rows, `make quality ROW=name` one. Each trains a system with the defaults of the command",
-        f"line and the options beside its name, for at most {_MINUTES} minutes on two cores, and is measured on held-out",
-        "images. ✓: the target is met, ✗: it is not.",
+        "`make quality` runs all rows, `make quality ROW=name` one. Each trains a system with the defaults of the",
+        f"command line and the options beside its name, for at most {_MINUTES} minutes on two cores, and is measured",
+        "on held-out images. ✓: the target is met, ✗: it is not.",
         "",
         "| row | figure | value | target | beside | training |",
         "|---|---|---|---|---|---|",
