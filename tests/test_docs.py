@@ -15,8 +15,7 @@ from fastgen import cli, ops
 from fastgen._build import native, runtime
 from fastgen.cli import train
 from fastgen.data import list_datasets
-from fastgen.ops import _choices
-from fastgen.ops._dispatch import _WRITTEN
+from fastgen.ops import _choices, _rules, _tiers
 from fastgen.training.config import CONFIGS
 from tests.test_imports import ANYTHING, LAYERS
 
@@ -172,7 +171,7 @@ def test_the_table_of_ops_is_complete():
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w+) \| (\w+) \| (\w+) \|$", OPS, re.MULTILINE)
     written = {
         op: ["yes" if name in there else "no" for name in ("reference", "cpp", "triton", "cuda")]
-        for op, there in _WRITTEN.items()
+        for op, there in _tiers.ops().items()
     }
     assert {op: cells for op, *cells in rows} == written
 
@@ -192,6 +191,12 @@ def test_signatures_are_those_of_the_code():
         assert only.items() <= keywords.items(), op
         unused -= set(only)
     assert not unused
+
+
+def test_rules_name_headings_of_the_notes():
+    headings = re.findall(r"^#+ (.*)$", ALL["benchmarks/NOTES.md"], re.MULTILINE)
+    assert len(set(headings)) == len(headings)
+    assert {rule.notes for rule in (*_rules.FORWARD, *_rules.WEIGHT_GRAD)} <= set(headings)
 
 
 def test_tables_of_systems_and_data_are_complete():
