@@ -15,7 +15,7 @@ from fastgen import cli, ops
 from fastgen._build import native, runtime
 from fastgen.cli import train
 from fastgen.data import list_datasets
-from fastgen.ops import _choices, _rules, _tiers
+from fastgen.ops import _choices, _policy, _rules, _tiers
 from fastgen.training.config import CONFIGS
 from tests.test_imports import ANYTHING, LAYERS
 
@@ -174,6 +174,13 @@ def test_the_table_of_ops_is_complete():
         for op, there in _tiers.ops().items()
     }
     assert {op: cells for op, *cells in rows} == written
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/ops.md"])
+def test_every_word_of_who_computes_is_explained(page):
+    words = {*ops.IMPLEMENTATIONS, "unfused", _policy.MODULES.implementation}
+    (table,) = re.findall(r"^\| word \|.*\n\|---\|---\|\n((?:\|.*\n)+)", PAGES[page], re.MULTILINE)
+    assert {word for row in table.splitlines() for word in code(row.split("|")[1])} == words
 
 
 def test_signatures_are_those_of_the_code():
