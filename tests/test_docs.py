@@ -150,8 +150,8 @@ def test_files_and_targets_that_are_named_are_there(page):
 
 
 @pytest.mark.parametrize("page", ALL)
-def test_lines_are_no_wider_than_code(page):
-    assert [line for line in ALL[page].splitlines() if len(line) > 120] == []
+def test_prose_is_no_wider_than_code(page):
+    assert [line for line in ALL[page].splitlines() if len(line) > 120 and not line.startswith("|")] == []
 
 
 def test_every_environment_variable_is_in_the_table():
