@@ -142,9 +142,9 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_and_targets_that_are_named_are_there(page):
-    for name in re.findall(r"`((?:fastgen|csrc|kernels|tests|benchmarks|docs)/[\w./-]*)", PAGES[page]):
-        made_later = "upsample_act" in name or name.startswith("fastgen/ops/choices/")  # an example; by `make gpu`
-        assert made_later or (ROOT / name).exists(), name
+    named = re.findall(r"`((?:fastgen|csrc|kernels|tests|benchmarks|docs)/[\w./-]*)", PAGES[page])
+    later = ("upsample_act", "fastgen/ops/choices/")  # an example; what `make gpu` writes
+    assert [name for name in named if not (ROOT / name).exists() and not any(part in name for part in later)] == []
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"(?:^    |^|`)make (\w+)", PAGES[page], re.MULTILINE)) <= set(targets)
 
