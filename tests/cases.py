@@ -69,8 +69,9 @@ class OpCase:
         return max(self.factor * theirs, floor * UNIT_ROUNDOFF[dtype], self.winograd if winograd else 0)
 
     def call(self, tensors: dict[str, Tensor], **options: Any) -> Tensor:
+        first = [tensors[name] for name in tensors if name == "x"]  # by position: its name is the op's own
         rest = {name: tensor for name, tensor in tensors.items() if name != "x"}
-        return getattr(ops, self.op)(tensors["x"], **rest, **self.options | options)
+        return getattr(ops, self.op)(*first, **rest, **self.options | options)
 
     def _steps(self) -> tuple[int, int]:
         stride = self.options.get("stride", 1)
