@@ -56,9 +56,7 @@ def nothing_is_measured():
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
-def nothing_is_small():
-    """The layers run the fused ops also for the small images of tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_modules, "SMALL", {True: 0, False: 0})
-        yield
+@pytest.fixture
+def fused_when_small(monkeypatch):
+    """The layers run the fused ops for the small images of tests too, which by default PyTorch's modules compute."""
+    monkeypatch.setattr(_modules, "SMALL", {True: 0, False: 0})

@@ -19,6 +19,8 @@ from tests.inference.networks import NETWORKS, DCGANDiscriminator, DCGANGenerato
 from tests.inference.parity import assert_close, assert_same_calls, assert_same_state
 from tests.inference.patterns import VALUE, Attributes, OneActivationForTwoRuns, RefusalBeforeOtherCalls
 
+pytestmark = pytest.mark.usefixtures("fused_when_small")
+
 MODELS = {
     "attributes": (OneActivationForTwoRuns, (2, 4, 6, 6)),
     "subclass": (lambda: nn.Sequential(ConvNormAct(4, nn.SiLU()), nn.Conv2d(4, 4, 1), nn.Tanh()), (2, 4, 6, 6)),

@@ -10,6 +10,8 @@ import fastgen
 from tests.inference.networks import NETWORKS
 from tests.inference.parity import TOLERANCE, assert_same_calls, assert_same_state, assert_same_training
 
+pytestmark = pytest.mark.usefixtures("fused_when_small")
+
 
 @pytest.fixture(params=NETWORKS)
 def network(request):

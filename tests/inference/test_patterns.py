@@ -10,6 +10,8 @@ from tests.inference.layers import PATTERNS
 from tests.inference.parity import assert_close, assert_same_calls, assert_same_training, tensors
 from tests.inference.patterns import CALLS
 
+pytestmark = pytest.mark.usefixtures("fused_when_small")
+
 
 @pytest.fixture(params=PATTERNS)
 def case(request):

@@ -13,6 +13,8 @@ import fastgen
 import fastgen.nn
 from tests.inference.parity import assert_close, assert_same_state
 
+pytestmark = pytest.mark.usefixtures("fused_when_small")
+
 FORMS = {"parametrization": parametrizations.spectral_norm, "hook": old_spectral_norm}
 
 

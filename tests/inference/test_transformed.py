@@ -13,6 +13,8 @@ from tests.inference.networks import GBlock, unet
 from tests.inference.parity import assert_close, assert_same_state
 from tests.inference.patterns import OneActivationForTwoRuns
 
+pytestmark = pytest.mark.usefixtures("fused_when_small")
+
 MODELS = {
     "attributes": OneActivationForTwoRuns,
     "subclass": lambda: nn.Sequential(ConvNormAct(4, nn.SiLU()), nn.ConvTranspose2d(4, 4, 1), nn.Tanh()),

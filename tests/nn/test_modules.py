@@ -9,7 +9,7 @@ from torch import nn
 
 import fastgen
 from fastgen import ops
-from fastgen.nn import Conv2dNormAct, ConvTranspose2dNormAct, NormAct, _modules
+from fastgen.nn import Conv2dNormAct, ConvTranspose2dNormAct, NormAct
 
 
 def layers(module: nn.Sequential) -> nn.Sequential:
@@ -17,6 +17,7 @@ def layers(module: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*(copy.deepcopy(child) for child in module))
 
 
+@pytest.mark.usefixtures("fused_when_small")
 @pytest.mark.parametrize("memory_efficient", (False, True))
 @pytest.mark.parametrize("norm", ("batch", "instance", "group", None))
 @pytest.mark.parametrize("cls", (Conv2dNormAct, ConvTranspose2dNormAct))
@@ -58,12 +59,14 @@ def test_what_cannot_be_says_why(options, message):
         Conv2dNormAct(4, 6, 3, **options)
 
 
+@pytest.mark.usefixtures("fused_when_small")
 def test_reflection_padding():
     module = Conv2dNormAct(4, 6, 3, padding=1, padding_mode="reflect", norm="instance")
     x = torch.randn(1, 4, 5, 5)
     torch.testing.assert_close(module(x), layers(module)(x))
 
 
+@pytest.mark.usefixtures("fused_when_small")
 def test_fuse_memory_efficient_changes_no_bit():
     blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.LeakyReLU(0.2)) for _ in range(4)]
     model, x = nn.Sequential(*blocks), torch.randn(2, 8, 16, 16)
@@ -77,9 +80,6 @@ def test_fuse_memory_efficient_changes_no_bit():
         assert torch.equal(mine, theirs)
 
 
-SMALL = copy.deepcopy(_modules.SMALL)
-
-
 def calls(op: str) -> tuple[int, int]:
     """Calls so far by PyTorch and by fastgen."""
     used = ops.implementations_used().get(op, {})
@@ -87,9 +87,8 @@ def calls(op: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("kind", (nn.Conv2d, nn.ConvTranspose2d))
-def test_small_convolutions_are_pytorchs(kind, monkeypatch):
+def test_small_convolutions_are_pytorchs(kind):
     """They give PyTorch's bits; larger ones, and what is asked for, are the op's."""
-    monkeypatch.setattr(_modules, "SMALL", SMALL)
     torch.manual_seed(0)
     layer = nn.utils.parametrizations.spectral_norm(kind(4, 6, 4, 2, 1, bias=False))
     plain = nn.Sequential(layer, nn.BatchNorm2d(6, momentum=None), nn.LeakyReLU(0.2, inplace=True))

@@ -11,9 +11,7 @@ from torch.nn.modules import module as torch_module
 
 import fastgen
 from fastgen import ops
-from fastgen.nn import Reparameterize, Sequential, SpectralNormGroup, _modules, spectral_norm
-
-SMALL = copy.deepcopy(_modules.SMALL)
+from fastgen.nn import Reparameterize, Sequential, SpectralNormGroup, spectral_norm
 
 
 class Image(torch.Tensor):
@@ -76,12 +74,12 @@ def observe(model: nn.Module, x: object) -> tuple:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("small", (False, True), ids=("large", "small"))
+@pytest.mark.parametrize("fused", (True, False), ids=("fused", "by default"))
 @pytest.mark.parametrize("run", RUNS)
-def test_the_same_result_or_error(run, small, monkeypatch):
+def test_the_same_result_or_error(run, fused, request):
     """Of images without a batch dimension, other numbers of channels, dtypes, layouts and devices."""
-    if small:
-        monkeypatch.setattr(_modules, "SMALL", SMALL)
+    if fused:
+        request.getfixturevalue("fused_when_small")
     torch.manual_seed(0)
     plain = nn.Sequential(*RUNS[run]())
     for name, x in INPUTS.items():
@@ -118,6 +116,7 @@ class Model(nn.Module):
         return self.last(self.act(self.norm(self.conv(x))))
 
 
+@pytest.mark.usefixtures("fused_when_small")
 @pytest.mark.parametrize("register", REGISTER, ids=lambda function: function.__name__)
 def test_hooks_of_all_modules_are_called(register):
     plain, found = Model(), []
@@ -152,6 +151,7 @@ def grouped() -> nn.Module:
     return model
 
 
+@pytest.mark.usefixtures("fused_when_small")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dynamo", (False, True), ids=("torchscript", "dynamo"))
 @pytest.mark.parametrize("make", (Model, grouped, Sampler), ids=lambda make: make.__name__)
@@ -170,6 +170,7 @@ def test_onnx(make, dynamo):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("fused_when_small")
 @pytest.mark.parametrize("strict", (False, True))
 @pytest.mark.parametrize("impl", ("auto", "reference"))
 @pytest.mark.parametrize("dim", (torch.export.Dim.AUTO, torch.export.Dim("n", min=2, max=64)), ids=("auto", "named"))

@@ -2,8 +2,6 @@
 
 import copy
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 import fastgen.nn
 from fastgen.ops import _over_sigma
+from tests.support.process import run_ranks
+
+pytestmark = pytest.mark.usefixtures("fused_when_small")
 
 LAYERS = {
     "Linear": (lambda: nn.Linear(5, 7), (3, 5)),
@@ -350,11 +351,7 @@ os._exit(0)  # gloo's threads may abort an interpreter that ends in the usual wa
 @pytest.mark.parametrize("grouped", ("0", "1"))
 def test_ranks_hold_the_same_vectors(tmp_path, grouped):
     """DistributedDataParallel, the discriminator called twice in one graph, another thread count on each rank."""
-    commands = [[sys.executable, "-c", DISTRIBUTED, str(rank), str(tmp_path / "store"), grouped] for rank in range(2)]
-    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    for process in running:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said
+    run_ranks(DISTRIBUTED, 2, tmp_path / "store", grouped)
 
 
 def test_step_differs_from_calls():

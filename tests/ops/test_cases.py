@@ -12,34 +12,11 @@ from torch import Tensor
 from fastgen import ops
 from fastgen.ops import _convolution, _memory, _rules
 from fastgen.ops.norm_act import activate
-from tests.cases import CASES, LARGE, OWN, SAMPLER, SMALL, SPECTRAL, UNIT_ROUNDOFF, OpCase
+from tests.cases import CASES, LARGE, OWN, SAMPLER, SMALL, SPECTRAL, OpCase
+from tests.support.observe import by_id, differentiable, observe
+from tests.support.tolerance import UNIT_ROUNDOFF, error
 
 IMPLEMENTATIONS = ("reference", OWN)
-
-
-def by_id(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)
-
-
-def differentiable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.requires_grad_(not name.startswith("running")) for name, t in tensors.items()}
-
-
-def observe(case: OpCase, tensors: dict[str, Tensor], upstream: Tensor, impl: str) -> dict[str, Tensor]:
-    """Output, gradients and running statistics of one call on copies of the tensors."""
-    tensors = differentiable(
-        {name: t.detach().clone(memory_format=torch.preserve_format) for name, t in tensors.items()}
-    )
-    out = case.call(tensors, impl=impl)
-    leaves = {name: t for name, t in tensors.items() if t.requires_grad}
-    grads = torch.autograd.grad(out, list(leaves.values()), upstream.to(out.dtype))
-    seen = {"out": out.detach()} | {f"grad of {name}": g for name, g in zip(leaves, grads, strict=True)}
-    return seen | {name: t for name, t in tensors.items() if name.startswith("running")}
-
-
-def error(found: Tensor, exact: Tensor) -> float:
-    """Relative L2 error."""
-    return ((found.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
 
 
 @pytest.fixture

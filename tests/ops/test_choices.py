@@ -3,9 +3,6 @@
 import importlib
 import json
 import logging
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,11 +18,14 @@ from fastgen.ops import _autograd, _choices, _convolution, _dispatch, _processor
 from fastgen.ops._geometry import Geometry
 from fastgen.ops._layout import Like, like
 from tests.cases import PROCESSORS, SMALL
-from tests.ops.test_cases import error, observe
+from tests.support.observe import observe
+from tests.support.process import run_python, run_ranks
+from tests.support.tolerance import error
 
 if _dispatch.INTERPRETED or _dispatch.CUDA_ON_CPU:
     pytest.skip("nothing is measured of kernels in another's place", allow_module_level=True)
 tuning = importlib.import_module("fastgen.inference.tune")
+pytestmark = pytest.mark.usefixtures("fused_when_small")
 BY_NAME = {case.id: case for case in SMALL}
 # By the rules the forward pass of the first is fastgen's, that of the second PyTorch's.
 OWN = replace(BY_NAME["conv_transpose2d_norm_act-dcgan-middle"], shapes={"x": (2, 16, 8, 8), "weight": (16, 16, 4, 4)})
@@ -193,8 +193,7 @@ for i in range(15):
 
 
 def test_two_processes_write_at_once(folder):
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(i)]) for i in range(2)]
-    assert [writer.wait() for writer in writers] == [0, 0]
+    run_ranks(WRITER, 2)
     file = folder / "cache" / "choices" / "chip.json"
     assert set(_choices._read(file)) == {f"{writer} {i}" for writer in range(2) for i in range(15)}
     assert [other.name for other in file.parent.iterdir()] == [file.name]
@@ -322,9 +321,7 @@ assert launches()
 def test_a_measured_tile_is_launched():
     """Forward and both gradients."""
     pytest.importorskip("triton", reason="triton is not installed")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", LAUNCHES], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    run_python(LAUNCHES, environment={"TRITON_INTERPRET": "1"})
 
 
 # tune

@@ -1,8 +1,5 @@
 """torch.func over the ops, compiled too, and what they say to forward derivatives."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -10,6 +7,7 @@ from torch.func import grad, jvp, vmap
 
 from fastgen import ops
 from tests.cases import OWN
+from tests.support.process import run_python
 
 X, WEIGHT = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((2, 3, 6, 6), (4, 3, 3, 3)))
 U, V = torch.ones(4) / 2, torch.ones(27) / 27**0.5
@@ -89,5 +87,4 @@ torch.testing.assert_close(traced(other), model(other), rtol=1e-4, atol=1e-5)
 
 
 def test_jit_trace_is_the_first_call():
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", TRACED], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_python(TRACED, flags=("-W", "ignore"))
