@@ -13,6 +13,7 @@ import fastgen
 from fastgen.errors import CheckpointError, UsageError
 from tests.inference import networks
 from tests.models.published import ExamplesVAE, published, unet
+from tests.support.tolerance import FLOAT32
 
 
 def wrapped(state, *prefixes):
@@ -81,7 +82,7 @@ def test_forms_of_a_file(tmp_path, form):
         assert {tensor.dtype for tensor in tensors} == {torch.float32, torch.int64}
         assert all(tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
         assert all(parameter.requires_grad for parameter in network.parameters())
-        torch.testing.assert_close(network(z), theirs(z), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(network(z), theirs(z), **FLOAT32)
 
 
 def several(path):

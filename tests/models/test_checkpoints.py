@@ -10,6 +10,7 @@ from fastgen.errors import CheckpointError, UsageError
 from fastgen.models.checkpoints import DIALECTS
 from tests.inference import networks
 from tests.models.published import NORMS, PUBLISHED, call_unet, published, unet
+from tests.support.tolerance import FLOAT32
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -22,7 +23,7 @@ def test_computes_what_the_original_does(name, tmp_path):
         network = fastgen.load_checkpoint(tmp_path / "net.pth", asked)
         assert not network.training
         ours = (called(network) if called else network)(x)
-        torch.testing.assert_close(ours, theirs_called(theirs, x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, theirs_called(theirs, x), **FLOAT32)
     expected = theirs_called(theirs, x)
     for tensor in theirs.state_dict().values():
         tensor.zero_()
@@ -46,7 +47,7 @@ def test_dropout_of_a_unet(tmp_path, norm, asked):
     for draw in (network, lambda x: call_unet(theirs, x)):  # as pix2pix draws, too: in training mode
         torch.manual_seed(0)
         images.append(draw(x))
-    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*images, **FLOAT32)
 
 
 def test_dropout_that_the_names_show_is_not_asked_for(tmp_path):
@@ -115,11 +116,11 @@ def test_wrapped_prefixed_sorted_and_with_old_statistics(tmp_path):
     for name, form in forms.items():
         torch.save(form, tmp_path / f"{name}.pth")
         network = fastgen.load_checkpoint(tmp_path / f"{name}.pth")
-        torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(network(x), expected, **FLOAT32)
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "net.safetensors")
-    torch.testing.assert_close(fastgen.load_checkpoint(tmp_path / "net.safetensors")(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fastgen.load_checkpoint(tmp_path / "net.safetensors")(x), expected, **FLOAT32)
     torch.save(state, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
-    torch.testing.assert_close(fastgen.load_checkpoint(tmp_path / "legacy.pth")(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fastgen.load_checkpoint(tmp_path / "legacy.pth")(x), expected, **FLOAT32)
 
 
 def test_what_fastgen_trained_loads_too(tmp_path):

@@ -5,6 +5,7 @@ from torch import nn
 import fastgen
 from fastgen.errors import UsageError
 from fastgen.models import DCGAN, DCGANConfig, create_model, list_models, register_model
+from tests.support.tolerance import FLOAT32
 
 
 def official_generator(nz=100, ngf=64, nc=3):
@@ -50,9 +51,9 @@ def test_official_checkpoints_load_both_ways(training):
         module.train(training)
     z = torch.randn(4, 16)
     images = generator["main"](z[:, :, None, None])
-    torch.testing.assert_close(model(z), images, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(z), images, **FLOAT32)
     torch.testing.assert_close(
-        model.discriminator.probability(images), discriminator["main"](images).flatten(), rtol=1e-4, atol=1e-5
+        model.discriminator.probability(images), discriminator["main"](images).flatten(), **FLOAT32
     )
     generator.load_state_dict(model.generator.state_dict())
 

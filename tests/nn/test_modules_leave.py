@@ -12,6 +12,7 @@ from torch.nn.modules import module as torch_module
 import fastgen
 from fastgen import ops
 from fastgen.nn import Reparameterize, Sequential, SpectralNormGroup, spectral_norm
+from tests.support.tolerance import BFLOAT16, FLOAT32
 
 
 class Image(torch.Tensor):
@@ -90,7 +91,7 @@ def test_the_same_result_or_error(run, fused, request):
             expected, *found = [observe(model, x) for model in models]
             for mine in found:
                 assert mine[0] is expected[0], (name, training, mine[0], expected[0])
-                near = {"rtol": 0.05, "atol": 0.01} if name == "torch.bfloat16" else {"rtol": 1e-4, "atol": 1e-4}
+                near = BFLOAT16 if name == "torch.bfloat16" else FLOAT32
                 torch.testing.assert_close(
                     mine[1:], expected[1:], **near, msg=lambda text, name=name: f"{name}: {text}"
                 )
@@ -167,7 +168,7 @@ def test_onnx(make, dynamo):
     with torch.no_grad():
         expected = model(x).numpy()
     (found,) = runtime.InferenceSession(file.getvalue()).run(None, {"x": x.numpy()})
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found, expected, **FLOAT32)
 
 
 @pytest.mark.usefixtures("fused_when_small")

@@ -9,6 +9,7 @@ from torch import nn
 import fastgen.nn
 from fastgen import ops
 from tests.support.process import run_ranks
+from tests.support.tolerance import BFLOAT16
 
 CASES = {
     "convolution": lambda: (nn.ConvTranspose2d(4, 6, 4, 2, 1), nn.BatchNorm2d(6), nn.LeakyReLU(0.2)),
@@ -87,7 +88,7 @@ def test_a_group_of_one(alone):
     torch.testing.assert_close(ops.norm_act(x, **options, process_group=alone), expected)
     options["residual"] = options["residual"].bfloat16()
     half = ops.norm_act(x.bfloat16(), **options, process_group=alone)
-    torch.testing.assert_close(half.float(), expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(half.float(), expected, **BFLOAT16)
     assert ops.norm_act(x[:0], training=True, process_group=alone).shape == (0, 6, 5, 5)
     layer = nn.SyncBatchNorm(6)
     model, plain = fastgen.nn.Sequential(layer, nn.ReLU()), nn.BatchNorm2d(6)

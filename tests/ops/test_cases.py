@@ -14,7 +14,7 @@ from fastgen.ops import _convolution, _memory, _rules
 from fastgen.ops.norm_act import activate
 from tests.cases import CASES, LARGE, OWN, SAMPLER, SMALL, SPECTRAL, OpCase
 from tests.support.observe import by_id, differentiable, observe
-from tests.support.tolerance import UNIT_ROUNDOFF, error
+from tests.support.tolerance import BFLOAT16, FLOAT32, FLOAT64, OPCHECK, UNIT_ROUNDOFF, error
 
 IMPLEMENTATIONS = ("reference", OWN)
 
@@ -103,7 +103,7 @@ def test_composed(case, grads, monkeypatch):
     upstream = torch.randn_like(case.call({name: t.clone() for name, t in tensors.items()}, impl="reference"))
     before = ops.implementations_used().get(case.op, {}).get("composed", 0)
     found = [observe(case, tensors, upstream, impl) for impl in ("auto", "reference")]
-    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(*found, **FLOAT64)
     assert ops.implementations_used()[case.op]["composed"] == before + 1
 
 
@@ -209,7 +209,7 @@ def test_third_derivative(case, own_kernels):
             ]
             value = sum(g.pow(2).mean() for g in grads)
         found.append(value)
-    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(*found, **FLOAT64)
 
 
 def recorded_calls(case: OpCase, dtype: torch.dtype, channels_last: bool):
@@ -249,7 +249,7 @@ def test_opcheck(case, dtype, channels_last, own_kernels):
         args = tuple(
             a.requires_grad_(i not in given_statistics) if isinstance(a, Tensor) else a for i, a in enumerate(args)
         )
-        torch.library.opcheck(func, args, test_utils=checks, rtol=1e-2, atol=1e-2)
+        torch.library.opcheck(func, args, test_utils=checks, **OPCHECK)
 
 
 @by_id(SMALL)
@@ -283,7 +283,7 @@ def test_compile_with_inductor(case):
             call(t).sum().backward()
         for name in tensors:
             mine, theirs = (t[name].grad if t[name].requires_grad else t[name] for t in copies)
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(mine, theirs, **FLOAT32)
 
 
 @by_id(SMALL)
@@ -303,7 +303,7 @@ def test_strides(case, impl):
     leaves = {n: t for n, t in tensors.items() if t.requires_grad}
     torch.testing.assert_close(out, expected["out"])
     for name, grad in zip(leaves, torch.autograd.grad(out, list(leaves.values()), upstream), strict=True):
-        torch.testing.assert_close(grad, expected[f"grad of {name}"], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(grad, expected[f"grad of {name}"], **FLOAT64)
 
 
 @by_id(SMALL)
@@ -320,7 +320,7 @@ def test_expanded(case, impl):
             observe(case, case.tensors(torch.float64), torch.ones(()).expand_as(results[0]), i)
             for i in ("reference", impl)
         ]
-        torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(*found, **FLOAT64)
 
 
 @by_id([case for case in SMALL if case.options.get("norm") in ("instance", "group") or not case.batch_stats])
@@ -349,7 +349,7 @@ def test_autocast(case):
         out.float().sum().backward()
         assert all(t.grad.dtype == torch.float32 for t in tensors.values() if t.requires_grad)
         found.append(out)
-    torch.testing.assert_close(*found, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(*found, **BFLOAT16)
 
 
 @by_id([case for case in SMALL if case.options.get("training")])

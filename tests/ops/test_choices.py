@@ -20,7 +20,7 @@ from fastgen.ops._layout import Like, like
 from tests.cases import PROCESSORS, SMALL
 from tests.support.observe import observe
 from tests.support.process import run_python, run_ranks
-from tests.support.tolerance import error
+from tests.support.tolerance import BFLOAT16, FLOAT32, error
 
 if _dispatch.INTERPRETED or _dispatch.CUDA_ON_CPU:
     pytest.skip("nothing is measured of kernels in another's place", allow_module_level=True)
@@ -211,7 +211,7 @@ def test_a_compiled_graph_takes_the_choice_for_its_sizes():
             fullgraph=True, dynamic=dynamic, backend="aot_eager",
         )  # fmt: skip
         expected = torch.nn.functional.conv_transpose2d(x, weight, stride=2, padding=1).relu()
-        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled(x), expected, **FLOAT32)
         assert ops.implementations_used()["conv_transpose2d_norm_act"][implementation] > before
 
 
@@ -388,7 +388,7 @@ def test_dtypes_that_pytorch_does_not_multiply(processor, multiplies, monkeypatc
         y = model(x)
     y.float().sum().backward()
     assert ops.implementations_used()["conv2d_norm_act"].get("cpp", 0) == before + (not multiplies)
-    torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(y.float(), expected, **BFLOAT16)
     _choices.forget()
 
 
@@ -402,7 +402,7 @@ def test_every_candidate_computes_the_same():
                 out = tuning._candidates.calls(question, [name])[name]()
                 found.append(next(t for t in (out if isinstance(out, tuple) else (out,)) if t is not None))
             assert len(found) == 2
-            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(*found, **FLOAT32)
 
 
 def test_the_rules_choice_stays_unless_another_is_clearly_faster():

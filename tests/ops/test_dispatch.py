@@ -172,6 +172,7 @@ import torch
 from fastgen.ops import _dispatch
 from tests.cases import SMALL
 from tests.support.observe import observe
+from tests.support.tolerance import FLOAT64
 
 said = []
 logging.getLogger("fastgen").addFilter(lambda record: said.append(record.getMessage()))
@@ -182,7 +183,7 @@ for case in SMALL:
     expected = observe(case, tensors, upstream, "reference")
     torch.testing.assert_close(observe(case, tensors, upstream, "auto"), expected)
     _dispatch._choose = lambda *_: "cpp"  # on to the registered op, whose default kernel runs
-    torch.testing.assert_close(observe(case, tensors, upstream, "auto"), expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(observe(case, tensors, upstream, "auto"), expected, **FLOAT64)
     _dispatch._choose = choose
 assert len(said) == 1 and "FASTGEN_BUILD=0" in said[0], said
 """

@@ -16,6 +16,7 @@ from fastgen.models.registry import _MODELS
 from fastgen.tasks import Drawing
 from fastgen.training.config import CONFIGS
 from fastgen.training.recipes import RECIPES
+from tests.support.tolerance import FLOAT32
 
 SMALL = {
     "nz": 3, "width": 4, "ngf": 2, "ndf": 2, "embedding": 2, "condition": 4, "text_width": 4, "text_layers": 1,
@@ -80,6 +81,6 @@ def test_every_system_exports_or_says_why_not():
         engine = fastgen.Engine(drawing, drawing.example, impl="cpp")
         z = model.latent(3)
         given = (z, torch.arange(3)) if "labels" in inspect.signature(model.generate).parameters else (z,)
-        torch.testing.assert_close(engine(*given), model.generate(*given).detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(engine(*given), model.generate(*given).detach(), **FLOAT32)
         plans.add(name)
     assert plans | REFUSED.keys() == set(fastgen.list_models())
