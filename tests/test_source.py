@@ -27,7 +27,6 @@ LONG = dict.fromkeys(
         "csrc/cuda/norm_act.cu",
         "csrc/cuda/spectral_norm.cu",
         "csrc/plan/plan.cpp",
-        "fastgen/ops/_convolution.py",
         "kernels/norm_act.py",
         "tests/inference/patterns.py",
         "tests/ops/test_cases.py",
