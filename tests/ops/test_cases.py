@@ -15,7 +15,7 @@ from fastgen.ops._activations import activate
 from fastgen.ops._question import Choice
 from tests.cases import CASES, LARGE, OWN, SAMPLER, SMALL, SPECTRAL, OpCase
 from tests.support.observe import by_id, differentiable, observe
-from tests.support.tolerance import BFLOAT16, FLOAT32, FLOAT64, OPCHECK, UNIT_ROUNDOFF, error
+from tests.support.tolerance import FLOAT32, FLOAT64, OPCHECK, UNIT_ROUNDOFF, error, units
 
 IMPLEMENTATIONS = ("reference", OWN)
 
@@ -331,6 +331,9 @@ def test_empty_batch(case, impl):
             assert not tensors[name].grad.any()
 
 
+AUTOCAST = units(torch.bfloat16, 8, 8)  # PyTorch rounds the convolution before a norm that may divide by less than 1
+
+
 @by_id([case for case in SMALL if case.op.startswith("conv")])
 def test_autocast(case):
     """x, weight and bias in autocast's dtype, the norm's parameters as they are; gradients in each leaf's own dtype."""
@@ -343,7 +346,7 @@ def test_autocast(case):
         out.float().sum().backward()
         assert all(t.grad.dtype == torch.float32 for t in tensors.values() if t.requires_grad)
         found.append(out)
-    torch.testing.assert_close(*found, **BFLOAT16)
+    torch.testing.assert_close(*found, **AUTOCAST)
 
 
 @by_id([case for case in SMALL if case.options.get("training")])
