@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fastgen._build.native import CUDA_ON_CPU
-from fastgen.ops import _rules
+from fastgen.ops import _memo, _rules
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +61,6 @@ def fused_when_small(monkeypatch):
     """The layers run the fused ops for the small images of tests too, which by default PyTorch's modules compute."""
     monkeypatch.setattr(_rules, "SMALL", 0)
     monkeypatch.setattr(_rules, "SMALL_WITH_GRADIENTS", 0)
+    _memo.forget()
+    yield
+    _memo.forget()

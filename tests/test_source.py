@@ -30,7 +30,6 @@ LONG = dict.fromkeys(
         "kernels/norm_act.py",
         "tests/inference/patterns.py",
         "tests/ops/test_cases.py",
-        "tests/ops/test_choices.py",
         "tests/ops/test_reparameterize.py",
         "tests/training/test_loop.py",
     ),
