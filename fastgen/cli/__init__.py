@@ -1,4 +1,7 @@
-"""The command line: parses, calls, prints. A command imports what it needs, so that help costs no import of torch."""
+"""The command line: parses, calls, prints.
+
+A command imports what it needs inside its function, so that `--help` answers without the seconds that torch takes.
+"""
 
 import io
 import os
@@ -10,25 +13,24 @@ from typing import Any
 import tyro
 
 from fastgen import __version__
-from fastgen.cli import commands
+from fastgen.cli import draw, evaluation, info, pictures, plans, tune
 from fastgen.cli.train import run_train
-from fastgen.cli.tune import tune
 from fastgen.errors import FastgenError, UsageError, out_of_memory, unknown_name
 from fastgen.training.config import CONFIGS
 
 _COMMANDS: dict[str, Callable[..., Any]] = {
-    "generate": commands.generate,
-    "reconstruct": commands.reconstruct,
-    "denoise": commands.denoise,
-    "inpaint": commands.inpaint,
-    "upscale": commands.upscale,
-    "translate": commands.translate,
-    "export": commands.export,
-    "evaluate": commands.evaluate,
-    "bench": commands.bench,
-    "tune": tune,
-    "info": commands.info,
-    "build": commands.build,
+    "generate": draw.generate,
+    "reconstruct": pictures.reconstruct,
+    "denoise": pictures.denoise,
+    "inpaint": pictures.inpaint,
+    "upscale": pictures.upscale,
+    "translate": pictures.translate,
+    "export": plans.export,
+    "evaluate": evaluation.evaluate,
+    "bench": plans.bench,
+    "tune": tune.tune,
+    "info": info.info,
+    "build": info.build,
 }
 _DESCRIPTION = """Fast convolutional image generators in PyTorch.
 
@@ -69,6 +71,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
 
 
+def _train() -> None:
+    """Train a model on a data set; leaves a run folder."""
+
+
 def _run(arguments: list[str]) -> int:
     command, *rest = arguments or [""]
     if command == "--version":
@@ -86,6 +92,6 @@ def _run(arguments: list[str]) -> int:
             pages, prog="fastgen train", description="Train a model on a data set.", args=rest
         )
         return 2
-    table = {"train": commands.train_page, **_COMMANDS}
+    table = {"train": _train, **_COMMANDS}
     tyro.extras.subcommand_cli_from_dict(table, prog="fastgen", description=_DESCRIPTION, args=arguments)
     return 0

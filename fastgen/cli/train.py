@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 import tyro
 
+from fastgen.cli.evaluation import print_evaluation
 from fastgen.training.config import TrainConfig
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -46,10 +47,8 @@ def run_train(kind: type[TrainConfig], arguments: list[str]) -> int:
     print(f"  losses      {folder / 'metrics.jsonl'}" + (f"  (drawn: {plot})" if plot.exists() else ""))
     print(f"  checkpoint  {folder / 'checkpoint.json'}")
     if result.evaluation is not None:
-        from fastgen.cli.commands import print_evaluation
-
         print_evaluation(result.evaluation)
-        print(f"  kept in     {folder / 'evaluation.json'}")
+        print(f"  saved in    {folder / 'evaluation.json'}")
     for op, calls in ops.implementations_used().items():
         print(f"  {op} ran on " + ", ".join(f"{impl} ({count} calls)" for impl, count in calls.items()))
     return 0

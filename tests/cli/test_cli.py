@@ -205,6 +205,6 @@ def test_export_then_generate_and_measure_without_torch(run, tmp_path, capsys):
     )  # fmt: skip
     assert "batch 2, " in done.stdout and "p50 " in done.stdout and "p99 " in done.stdout
     assert "between 1 and" in fails(capsys, 2, "generate", plan, "--n", "0", "--out", tmp_path / "d.png")
-    assert "draws without one" in fails(capsys, 2, "generate", plan, "--class", "1", "--out", tmp_path / "d.png")
+    assert "draws without classes" in fails(capsys, 2, "generate", plan, "--class", "1", "--out", tmp_path / "d.png")
     plan.write_bytes(plan.read_bytes()[:-1])
     assert "cut short" in fails(capsys, 1, "bench", "latency", plan)

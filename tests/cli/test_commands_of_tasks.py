@@ -73,7 +73,7 @@ def test_the_uses_of_a_vae(runs, pictures, capsys):
     arguments = (runs / "vae", pictures / "colour", "--out", out / "x")
     assert "mask must leave a pixel" in fails(capsys, 2, "inpaint", *arguments, "--mask", pictures / "mask.png")
     assert "factor must be 2 or more and divide" in fails(capsys, 2, "upscale", *arguments, "--factor", 3)
-    assert "holds a CGAN, and this takes a VAE" in fails(
+    assert "holds a CGAN, but this needs a VAE" in fails(
         capsys, 2, "denoise", runs / "cgan", pictures, "--out", out / "x"
     )
     assert "is not there" in fails(capsys, 1, "reconstruct", runs / "vae", pictures / "none", "--out", out / "x")
@@ -87,7 +87,7 @@ def test_translate_takes_any_size(runs, pictures, capsys):
     for name in "abc":
         with Image.open(out / f"{name}.png") as picture:
             assert picture.size == (40, 20) and picture.mode == "RGB"
-    assert "takes a CycleGAN" in fails(capsys, 2, "translate", runs / "vae", pictures / "grey", "--out", out)
+    assert "needs a CycleGAN" in fails(capsys, 2, "translate", runs / "vae", pictures / "grey", "--out", out)
     assert "give it images with `fastgen translate`" in fails(capsys, 2, "generate", runs / "cyclegan")
 
 

@@ -1,0 +1,159 @@
+"""What a trained model does with the user's pictures: a VAE restores them, a CycleGAN translates them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from fastgen.errors import UsageError
+
+
+def reconstruct(run: Positional[Path], pictures: Positional[Path], out: Path, strict: bool = False) -> None:
+    """Encode pictures with a VAE and decode them again.
+
+    Args:
+        run: Run folder of a VAE (`fastgen train vae`).
+        pictures: Folder of pictures, or one picture; each is scaled down and cropped to the model's size.
+        out: Folder to write to.
+        strict: Stop at a picture that cannot be used; otherwise it is named and left out.
+    """
+    from fastgen.tasks import reconstruct
+
+    model = _load_vae(run)
+    _restore(model, pictures, out, strict, lambda image: reconstruct(model, image))
+
+
+def denoise(
+    run: Positional[Path],
+    pictures: Positional[Path],
+    out: Path,
+    std: float = 0.2,
+    steps: int = 100,
+    strict: bool = False,
+) -> None:
+    """Remove noise from pictures with a VAE.
+
+    Args:
+        run: Run folder of a VAE (`fastgen train vae`), trained on pictures like these without noise.
+        pictures: Folder of pictures, or one picture; each is scaled down and cropped to the model's size.
+        out: Folder to write to.
+        std: Standard deviation of the noise, where black is -1 and white 1.
+        steps: Optimization steps per picture.
+        strict: Stop at a picture that cannot be used; otherwise it is named and left out.
+    """
+    from fastgen.tasks import denoise
+
+    model = _load_vae(run)
+    _restore(model, pictures, out, strict, lambda image: denoise(model, image, std=std, steps=steps))
+
+
+def inpaint(
+    run: Positional[Path], pictures: Positional[Path], mask: Path, out: Path, steps: int = 100, strict: bool = False
+) -> None:
+    """Fill in missing parts of pictures with a VAE.
+
+    Args:
+        run: Run folder of a VAE (`fastgen train vae`), trained on complete pictures like these.
+        pictures: Folder of pictures, or one picture; each is scaled down and cropped to the model's size.
+        mask: Picture that is white where the pictures are to be filled in; scaled and cropped as they are.
+        out: Folder to write to.
+        steps: Optimization steps per picture.
+        strict: Stop at a picture that cannot be used; otherwise it is named and left out.
+    """
+    import torch
+
+    from fastgen.data import read_image
+    from fastgen.tasks import inpaint
+
+    model = _load_vae(run)
+    missing = torch.from_numpy(read_image(mask, 1, image_size=model.config.image_size)[0] >= 128)
+    if not missing.any():
+        raise UsageError(f"mask {mask} is nowhere white (128 of 255 or more): nothing would be filled in")
+    _restore(model, pictures, out, strict, lambda image: inpaint(model, image, missing, steps=steps))
+
+
+def upscale(
+    run: Positional[Path],
+    pictures: Positional[Path],
+    out: Path,
+    factor: int = 4,
+    steps: int = 100,
+    strict: bool = False,
+) -> None:
+    """Enlarge pictures to a VAE's size.
+
+    Args:
+        run: Run folder of a VAE (`fastgen train vae`), trained at the size to enlarge to.
+        pictures: Folder of pictures, or one picture; each is scaled down and cropped to the model's size / factor.
+        out: Folder to write to.
+        factor: How many times higher and wider the pictures become.
+        steps: Optimization steps per picture.
+        strict: Stop at a picture that cannot be used; otherwise it is named and left out.
+    """
+    from fastgen.tasks import upscale
+
+    model = _load_vae(run)
+    size = model.config.image_size
+    if factor < 2 or size % factor:
+        raise UsageError(f"factor must be 2 or more and divide the model's {size} pixels, not {factor}")
+    _restore(model, pictures, out, strict, lambda image: upscale(model, image, steps=steps), size // factor)
+
+
+def translate(
+    run: Positional[Path],
+    pictures: Positional[Path],
+    out: Path,
+    direction: Literal["a_to_b", "b_to_a"] = "a_to_b",
+    tile: int = 256,
+    overlap: int = 64,
+    strict: bool = False,
+) -> None:
+    """Translate pictures of any size from one domain to the other with a CycleGAN.
+
+    Args:
+        run: Run folder of a CycleGAN (`fastgen train cyclegan`).
+        pictures: Folder of pictures, or one picture.
+        out: Folder to write to.
+        direction: From the first domain to the second, or back.
+        tile: Height and width of the tiles in which a large picture is processed.
+        overlap: Pixels that neighbouring tiles share.
+        strict: Stop at a picture that cannot be used; otherwise it is named and left out.
+    """
+    from fastgen.tasks import transform_pictures, translate
+    from fastgen.training import load_model
+
+    model = load_model(run)
+    if not hasattr(model, "translate"):
+        raise UsageError(f"{run} holds a {type(model).__name__}, but translating needs a CycleGAN")
+    channels = model.config.channels_a if direction == "a_to_b" else model.config.channels_b
+    written = transform_pictures(
+        pictures,
+        out,
+        lambda image: translate(model, image, direction, tile=tile, overlap=overlap),
+        channels,
+        grey_as_colour=True,
+        strict=strict,
+    )
+    print(f"{len(written)} pictures in {out}")
+
+
+def _load_vae(run: Path) -> Any:
+    from fastgen.training import load_model
+
+    model = load_model(run)
+    if not hasattr(model, "encode"):
+        raise UsageError(f"{run} holds a {type(model).__name__}, but this needs a VAE")
+    return model
+
+
+def _restore(
+    model: Any, pictures: Path, out: Path, strict: bool, function: Callable[[Any], Any], size: int | None = None
+) -> None:
+    from fastgen.tasks import transform_pictures
+
+    size = size or model.config.image_size
+    written = transform_pictures(pictures, out, function, model.config.channels, image_size=size, strict=strict)
+    print(f"{len(written)} pictures in {out}")
