@@ -22,8 +22,8 @@ def reconstruct(run: Positional[Path], pictures: Positional[Path], out: Path, st
     """
     from fastgen.tasks import reconstruct
 
-    model = _load_vae(run)
-    _restore(model, pictures, out, strict, lambda image: reconstruct(model, image))
+    model, size = _load_vae(run)
+    _restore(model, pictures, out, strict, size, lambda image: reconstruct(model, image))
 
 
 def denoise(
@@ -46,8 +46,8 @@ def denoise(
     """
     from fastgen.tasks import denoise
 
-    model = _load_vae(run)
-    _restore(model, pictures, out, strict, lambda image: denoise(model, image, std=std, steps=steps))
+    model, size = _load_vae(run)
+    _restore(model, pictures, out, strict, size, lambda image: denoise(model, image, std=std, steps=steps))
 
 
 def inpaint(
@@ -68,11 +68,11 @@ def inpaint(
     from fastgen.data import read_image
     from fastgen.tasks import inpaint
 
-    model = _load_vae(run)
-    missing = torch.from_numpy(read_image(mask, 1, image_size=model.config.image_size)[0] >= 128)
+    model, size = _load_vae(run)
+    missing = torch.from_numpy(read_image(mask, 1, image_size=size)[0] >= 128)
     if not missing.any():
         raise UsageError(f"mask {mask} is nowhere white (128 of 255 or more): nothing would be filled in")
-    _restore(model, pictures, out, strict, lambda image: inpaint(model, image, missing, steps=steps))
+    _restore(model, pictures, out, strict, size, lambda image: inpaint(model, image, missing, steps=steps))
 
 
 def upscale(
@@ -95,11 +95,10 @@ def upscale(
     """
     from fastgen.tasks import upscale
 
-    model = _load_vae(run)
-    size = model.config.image_size
+    model, size = _load_vae(run)
     if factor < 2 or size % factor:
         raise UsageError(f"factor must be 2 or more and divide the model's {size} pixels, not {factor}")
-    _restore(model, pictures, out, strict, lambda image: upscale(model, image, steps=steps), size // factor)
+    _restore(model, pictures, out, strict, size // factor, lambda image: upscale(model, image, steps=steps))
 
 
 def translate(
@@ -122,13 +121,15 @@ def translate(
         overlap: Pixels that neighbouring tiles share.
         strict: Stop at a picture that cannot be used; otherwise it is named and left out.
     """
+    from fastgen.models import capabilities
     from fastgen.tasks import transform_pictures, translate
     from fastgen.training import load_model
 
     model = load_model(run)
-    if not hasattr(model, "translate"):
+    directions = capabilities(model).directions
+    if direction not in directions:
         raise UsageError(f"{run} holds a {type(model).__name__}, but translating needs a CycleGAN")
-    channels = model.config.channels_a if direction == "a_to_b" else model.config.channels_b
+    channels, _ = directions[direction]
     written = transform_pictures(
         pictures,
         out,
@@ -140,20 +141,23 @@ def translate(
     print(f"{len(written)} pictures in {out}")
 
 
-def _load_vae(run: Path) -> Any:
+def _load_vae(run: Path) -> tuple[Any, int]:
+    """The VAE in a run folder, and the height and width of its images."""
+    from fastgen.models import capabilities
     from fastgen.training import load_model
 
     model = load_model(run)
-    if not hasattr(model, "encode"):
+    declared = capabilities(model)
+    if not declared.encodes or declared.image_size is None:
         raise UsageError(f"{run} holds a {type(model).__name__}, but this needs a VAE")
-    return model
+    return model, declared.image_size
 
 
-def _restore(
-    model: Any, pictures: Path, out: Path, strict: bool, function: Callable[[Any], Any], size: int | None = None
-) -> None:
+def _restore(model: Any, pictures: Path, out: Path, strict: bool, size: int, function: Callable[[Any], Any]) -> None:
+    """Writes function(image) of each picture, scaled down and cropped to `size` pixels."""
+    from fastgen.models import capabilities
     from fastgen.tasks import transform_pictures
 
-    size = size or model.config.image_size
-    written = transform_pictures(pictures, out, function, model.config.channels, image_size=size, strict=strict)
+    channels = capabilities(model).channels or 3
+    written = transform_pictures(pictures, out, function, channels, image_size=size, strict=strict)
     print(f"{len(written)} pictures in {out}")

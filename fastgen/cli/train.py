@@ -1,3 +1,4 @@
+import re
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -16,13 +17,15 @@ Config = TypeVar("Config", bound=TrainConfig)
 class _Options(Generic[Config]):
     config: tyro.conf.OmitArgPrefixes[Config]
     out: Path
-    """Run folder: new or empty, or with --resume that of a run."""
+    """Run folder: new or empty, or with --resume the folder of an earlier run."""
     resume: bool = False
-    """Go on from the run folder's checkpoint, with its settings; only what is given here changes."""
+    """Continue from the run folder's checkpoint, with its settings except for those given here."""
 
 
 def run_train(kind: type[TrainConfig], arguments: list[str]) -> int:
-    """`fastgen train`: trains, then says what came of it; returns the exit code."""
+    """`fastgen train`: trains, then prints a summary; returns the exit code."""
+    for old, name in kind.renamed.items():
+        arguments = [re.sub(f"^--{old}(?=$|=)", "--" + name.replace("_", "-"), argument) for argument in arguments]
     options = _parse(kind(), arguments)
     if options.resume:
         from fastgen.training.run import read_config
@@ -55,14 +58,15 @@ def run_train(kind: type[TrainConfig], arguments: list[str]) -> int:
 
 
 def _parse(config: TrainConfig, arguments: list[str]) -> _Options[TrainConfig]:
-    """The options given; their values are checked here, as tyro would draw a box around the one line of an error."""
+    """Parses the arguments. Values are checked here, not by tyro, which would draw a box around the one line of an
+    error."""
     kind = type(config)
     unchecked = type(kind.__name__, (kind,), {"__post_init__": lambda self: None, "__module__": kind.__module__})
     options = tyro.cli(
         _Options[unchecked],  # type: ignore[valid-type]
         prog=f"fastgen train {kind.system}",
-        description="Train on a data set; leaves a run folder: settings, metrics, checkpoint, samples, plots. "
-        "The defaults are a recipe that works.",
+        description="Train on a data set and write a run folder: settings, metrics, checkpoint, samples, plots. "
+        "The defaults work.",
         args=arguments,
         default=_Options(unchecked(**vars(config)), out=tyro.MISSING),
     )

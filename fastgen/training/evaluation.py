@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgen.data import Batch, DomainPair, ImageDataset, load_dataset
 from fastgen.data.folders import NoTestPartError
@@ -25,6 +25,7 @@ from fastgen.metrics import (
     train_classifier,
     vae_log_likelihood,
 )
+from fastgen.models import capabilities
 from fastgen.training.config import TrainConfig
 
 _log = logging.getLogger(__name__)
@@ -77,27 +78,30 @@ def _evaluate(model: Any, config: TrainConfig, n: int, seed: int, class_names: S
         return Evaluation(_translation_figures(model, real, min(n, _TRANSLATED), seed), None)
     check_classes(class_names, real.data, config.data)
     figures, batch = _samples(model, real, n, seed)
-    if hasattr(model, "encode"):
+    if capabilities(model).encodes:
         figures |= _likelihood_figures(model, real, seed)
     recognised = None if real.classifier is None else classifier_sure_share(batch.images, real.classifier)
     return Evaluation(figures, recognised)
 
 
 def sample_like(model: Any, data: ImageDataset, n: int, seed: int) -> Batch:
-    """`n` images of the model, with labels and captions that are asked of it, where it takes them: the classes in turn,
-    or captions of the data.
+    """`n` images of the model, with the labels or captions that it drew them with, if it takes any: each class in
+    turn, or the captions of random images of the data.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    classes = getattr(model.config, "classes", None)
-    if isinstance(classes, int):
-        labels = torch.arange(n, device="cpu") % classes
-        return Batch(model.sample(n, generator=generator, labels=labels), labels)
-    if hasattr(model, "text_encoder"):
-        draw = torch.Generator("cpu").manual_seed(seed)
-        asked = data.batch(torch.randint(len(data), (n,), generator=draw, device="cpu"))
-        images = model.sample(n, generator=generator, captions=asked.captions)
-        return Batch(images, asked.labels, asked.captions)
-    return Batch(model.sample(n, generator=generator))
+    known: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    for condition in capabilities(model).conditions:
+        if condition.classes is not None:
+            values[condition.name] = torch.arange(n, device="cpu") % condition.classes
+        else:
+            if not known:
+                draw = torch.Generator("cpu").manual_seed(seed)
+                known = vars(data.batch(torch.randint(len(data), (n,), generator=draw, device="cpu")))
+            if known.get(condition.name) is None:
+                raise DataError(f"the model draws with {condition.name}, and {data.name} has none")
+            values[condition.name] = known[condition.name]
+    return Batch(**{**known, **values, "images": model.sample(n, generator=generator, **values)})
 
 
 def check_classes(class_names: Sequence[str] | None, data: ImageDataset, name: str) -> None:
@@ -204,7 +208,7 @@ def _samples(model: Any, real: _Real, n: int, seed: int) -> tuple[dict[str, Figu
     else:
         _log.warning("FID, KID, precision and recall are left out: they take 10 samples or more, not %d", n)
     held = real.held.all()
-    if isinstance(getattr(model, "discriminator", None), nn.Module):
+    if capabilities(model).discriminator is not None:
         figures["discriminator"] = Figure(
             _judged(model, batch),
             f"mean output (a logit) of the run's own discriminator for {n} generated images; the real figure is of "
@@ -228,17 +232,13 @@ def _samples(model: Any, real: _Real, n: int, seed: int) -> tuple[dict[str, Figu
 
 @torch.no_grad()
 def _judged(model: Any, batch: Batch) -> float:
-    """What the discriminator says of images and of what goes with them."""
-    outputs = []
-    for indices in torch.arange(len(batch), device="cpu").split(256):
-        conditions = []
-        if hasattr(model, "text_encoder"):
-            assert batch.captions is not None
-            conditions = [model.text_encoder([batch.captions[index] for index in indices.tolist()])]
-        elif hasattr(model.config, "classes"):
-            assert batch.labels is not None
-            conditions = [batch.labels[indices]]
-        outputs.append(model.discriminator(batch.images[indices], *conditions).double().flatten())
+    """Mean output of the discriminator for the images and their conditions."""
+    declared, outputs = capabilities(model), []
+    assert declared.discriminator is not None
+    for start in range(0, len(batch), 256):
+        part = slice(start, start + 256)
+        conditions = [condition.encode(getattr(batch, condition.name)[part]) for condition in declared.conditions]
+        outputs.append(declared.discriminator(batch.images[part], *conditions).double().flatten())
     return torch.cat(outputs).mean().item()
 
 
@@ -247,13 +247,14 @@ def _likelihood_figures(model: Any, real: _Real, seed: int) -> dict[str, Figure]
     draw = torch.Generator("cpu").manual_seed(seed)
     elbo, bound = vae_log_likelihood(model, held, samples=_LIKELIHOOD_SAMPLES, generator=draw)
     gaussian = model.config.likelihood == "gaussian"
-    latent, fitted = model.config.nz, None
+    mu, _ = model.encode(held)
+    latent, fitted = mu.shape[1], None
     if gaussian and latent < min(len(real.data), held[0].numel()):
         fitted = -PCAGaussian(real.data.all().images, latent).log_likelihood(held).mean().item()
     units = f"nats an image of {held.shape[3]}x{held.shape[2]}, mean of {len(held)} held-out images ({real.note}), "
     units += "density of pixels in [-1, 1], " if gaussian else "cross-entropy of grey levels in [0, 1], "
     baseline = f"a Gaussian by PCA with {latent} directions, fitted on {len(real.data)} images"
-    reconstruction = model.decode(model.encode(held)[0])
+    reconstruction = model.decode(mu)
     return {
         "nll": Figure(
             -bound.mean().item(),

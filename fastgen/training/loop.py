@@ -14,6 +14,8 @@ from torch import Tensor
 from fastgen import __version__
 from fastgen.data import DomainPair, ImageDataset, load_dataset, save_grid
 from fastgen.errors import CheckpointError, DataError, FastgenError, UsageError
+from fastgen.models.registry import config_class
+from fastgen.options import with_current_names
 from fastgen.training import checkpoint, run
 from fastgen.training.config import TrainConfig
 from fastgen.training.evaluation import Evaluation, check_classes
@@ -181,8 +183,9 @@ def _check_same_data(stored: Any, recipe: Recipe) -> None:
     stored = stored if isinstance(stored, dict) else {}
     check_classes(stored.get("class_names"), recipe.sources[0], recipe.config.data)
     options = json.loads(json.dumps(recipe.model_options))  # lists, as they are stored
-    for name, before in (stored.get("options") or options).items():
-        if options.get(name) != before:
+    before = with_current_names(config_class(recipe.model_name), stored.get("options") or options)
+    for name, value in before.items():
+        if options.get(name) != value:
             raise DataError(f"{recipe.config.data} is not what the run learned from: {name} of its model would change")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgen.data import save_grid
 from fastgen.errors import CheckpointError, DataError, FastgenError, UsageError, naming
 from fastgen.inference import fusion_report
-from fastgen.models import create_model
+from fastgen.models import capabilities, create_model
 from fastgen.training import checkpoint
 from fastgen.training.config import TrainConfig, config_from_json
 from fastgen.training.evaluation import Evaluation, evaluate_model
@@ -121,7 +121,7 @@ def _load(folder: Path) -> tuple[dict[str, Any], Any]:
 
 def sample(model: Any, n: int, seed: int, **conditions: Any) -> Tensor:
     """`n` images of the model, of the `labels` or `captions` given, the same for the same seed on the same machine."""
-    if not hasattr(model, "sample"):
+    if not capabilities(model).draws:
         raise UsageError(f"a {type(model).__name__} draws nothing from noise: give it images with `fastgen translate`")
     _check_count(model, n)
     check_seed(seed)
@@ -134,9 +134,9 @@ def check_seed(seed: int) -> None:
 
 
 def _check_count(model: Any, n: int) -> None:
-    config = model.config
-    channels = config.channels if hasattr(config, "channels") else config.channels_a
-    most = max(1, _MAX_SAMPLED // (channels * getattr(config, "image_size", 1) ** 2))
+    declared = capabilities(model)
+    channels = declared.channels or max((before for before, _ in declared.directions.values()), default=1)
+    most = max(1, _MAX_SAMPLED // (channels * (declared.image_size or 1) ** 2))
     if not 1 <= n <= most:
         raise UsageError(f"n must be between 1 and {most} for images of this size, not {n}")
 

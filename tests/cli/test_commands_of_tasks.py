@@ -13,7 +13,7 @@ from fastgen.training import CONFIGS, train
 GAN = {"batch_size": 4, "nz": 4, "ngf": 2, "ndf": 2}
 OPTIONS = {
     "cgan": {**GAN, "embedding": 4},
-    "text2image": {**GAN, "text_width": 8, "text_layers": 1, "condition": 4},
+    "text2image": {**GAN, "text_width": 8, "text_layers": 1, "caption_width": 4},
     "vae": {"batch_size": 4, "image_size": 16, "nz": 4, "width": 2},
     "cyclegan": {"batch_size": 1, "image_size": 16, "ngf": 2, "ndf": 2, "blocks": 1, "pool_size": 2},
 }
@@ -71,7 +71,9 @@ def test_the_uses_of_a_vae(runs, pictures, capsys):
         expected = true.convert("L").resize((16, 16), Image.Resampling.BICUBIC, box=(10, 0, 30, 20))
         assert filled.crop((0, 8, 16, 16)).tobytes() == expected.crop((0, 8, 16, 16)).tobytes()
     arguments = (runs / "vae", pictures / "colour", "--out", out / "x")
-    assert "mask must leave a pixel" in fails(capsys, 2, "inpaint", *arguments, "--mask", pictures / "mask.png")
+    assert "mask must leave at least one pixel" in fails(
+        capsys, 2, "inpaint", *arguments, "--mask", pictures / "mask.png"
+    )
     assert "factor must be 2 or more and divide" in fails(capsys, 2, "upscale", *arguments, "--factor", 3)
     assert "holds a CGAN, but this needs a VAE" in fails(
         capsys, 2, "denoise", runs / "cgan", pictures, "--out", out / "x"
@@ -103,8 +105,8 @@ def test_generate_draws_what_is_asked_for(runs, tmp_path, capsys):
     with Image.open(animation) as moving:
         assert moving.n_frames == 6 and moving.size == (32, 32)
     for system, options, message in (
-        ("vae", ("--class", 1), "a class is given, and this VAE draws without one"),
-        ("cgan", ("--text", "one"), "a text is given, and this CGAN"),
+        ("vae", ("--class", 1), "a class was given, but this VAE draws without classes"),
+        ("cgan", ("--text", "one"), "a text was given, but this CGAN"),
         ("cgan", ("--class", 10), "the class must be between 0 and 9, not 10"),
         ("cgan", ("--interpolate", 2), "say which class or text"),
         ("text2image", (), "captions must say what to draw"),
@@ -129,4 +131,4 @@ def test_a_generator_with_classes_and_a_decoder_become_plans(runs, tmp_path, cap
     assert "between 0 and 9, not 10" in fails(capsys, 2, "generate", plan, "--class", 10, "--out", out)
     assert "--text" in fails(capsys, 2, "generate", plan, "--text", "a", "--out", out)
     assert "does not draw from noise" in fails(capsys, 2, "export", runs / "cyclegan", "--plan", plan)
-    assert "draws from condition" in fails(capsys, 2, "export", runs / "text2image", "--plan", plan)
+    assert "draws with captions" in fails(capsys, 2, "export", runs / "text2image", "--plan", plan)

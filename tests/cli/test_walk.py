@@ -37,7 +37,7 @@ TINY = {
     "gan": {"nz": 2, "width": 4, "image_size": 8},
     "vae": {"nz": 2, "width": 2, "image_size": 8},
     "cgan": {**GAN, "embedding": 2},
-    "text2image": {**GAN, "text_width": 4, "text_layers": 1, "condition": 2},
+    "text2image": {**GAN, "text_width": 4, "text_layers": 1, "caption_width": 2},
     "cyclegan": {"ngf": 2, "ndf": 2, "image_size": 16, "unet_depth": 2, "blocks": 1, "pool_size": 2},
 }  # fmt: skip
 

@@ -338,7 +338,7 @@ def test_official_checkpoint_layout_is_what_is_saved(run, tmp_path):
         ({"lr": float("nan")}, "lr must be positive"),
         ({"beta1": 1.0}, "beta1 must be"),
         ({"image_size": 33}, "image_size must be one of 32, 64, 128, not 33"),
-        ({"batch_size": 2.5}, "batch_size must be of type int"),
+        ({"batch_size": 2.5}, "batch_size must be an integer, not 2.5"),
         ({"augment": "colour"}, "unknown augmentation 'colour': did you mean color"),
         ({"clip_grad": -1.0}, "clip_grad must be between 0 and"),
         ({"lr_decay_from": 2.0}, "lr_decay_from must be between 0 and 1"),

@@ -44,7 +44,7 @@ RUNS = {
         {"batch_size": 1, "image_size": 16, "ngf": 2, "ndf": 2, "generator": "unet", "unet_depth": 3, "dropout": True}
         | {"precision": "bf16", "identity": 0.0},
     ),
-    "text2image": ("text2image", {**DCGAN, "text_width": 8, "text_layers": 1, "condition": 4, "r1_every": 2}),
+    "text2image": ("text2image", {**DCGAN, "text_width": 8, "text_layers": 1, "caption_width": 4, "r1_every": 2}),
 }
 
 
@@ -234,7 +234,7 @@ def without(data, *names):
         (
             "cgan",
             ("labels", "classes"),
-            "cgan learns from labelled images, and digits has no labels: use a folder a class",
+            "cgan learns from labelled images, and digits has no labels: use one folder per class",
         ),
         ("text2image", ("captions",), "digits has none: use a folder with metadata.jsonl"),
         ("cyclegan", (), "cyclegan learns from two domains, and digits is one: use a folder with trainA and trainB"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from fastgen.data import Batch, BatchSampler, DomainPair, ImageDataset
 from fastgen.errors import CheckpointError, DataError
 from fastgen.models import create_model
+from fastgen.models.registry import config_class
 from fastgen.training.config import TrainConfig
 from fastgen.training.ema import EMA, batch_norms_reestimated
 
@@ -77,6 +79,12 @@ class Recipe(ABC):
     @abstractmethod
     def make_model_options(self) -> dict[str, Any]:
         """Options of `create_model`."""
+
+    def shared_options(self, **others: Any) -> dict[str, Any]:
+        """The settings that are options of the model too, and `others`."""
+        names = {field.name for field in fields(config_class(self.model_name))}
+        shared = {name: getattr(self.config, name) for name in names & {field.name for field in fields(self.config)}}
+        return shared | others
 
     @abstractmethod
     def step(self, step: int) -> dict[str, Tensor]:

@@ -16,15 +16,12 @@ class CGANRecipe(DCGANRecipe):
     config: CGANTraining
 
     def make_model_options(self) -> dict[str, Any]:
-        data, config = self.one_set(), self.config
+        data = self.one_set()
         if data.labels is None or data.classes is None:
-            raise DataError(f"cgan learns from labelled images, and {config.data} has no labels: use a folder a class")
-        return super().make_model_options() | {
-            "classes": len(data.classes),
-            "embedding": config.embedding,
-            "generator_norm": config.generator_norm,
-            "condition": config.condition,
-        }
+            raise DataError(
+                f"cgan learns from labelled images, and {self.config.data} has no labels: use one folder per class"
+            )
+        return super().make_model_options() | {"classes": len(data.classes)}
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

@@ -23,24 +23,11 @@ class CycleGANRecipe(Recipe):
     config: CycleGANTraining
 
     def make_model_options(self) -> dict[str, Any]:
-        config = self.config
         if not isinstance(self.data, DomainPair):
             raise DataError(
-                f"cyclegan learns from two domains, and {config.data} is one: use a folder with trainA and trainB"
+                f"cyclegan learns from two domains, and {self.config.data} is one: use a folder with trainA and trainB"
             )
-        names = (
-            "image_size",
-            "generator",
-            "ngf",
-            "ndf",
-            "blocks",
-            "unet_depth",
-            "discriminator_layers",
-            "norm",
-            "dropout",
-        )
-        channels = {"channels_a": self.data.a.channels, "channels_b": self.data.b.channels}
-        return channels | {name: getattr(config, name) for name in names}
+        return self.shared_options(channels_a=self.data.a.channels, channels_b=self.data.b.channels)
 
     def make_extra(self) -> nn.Module:
         size = self.config.image_size

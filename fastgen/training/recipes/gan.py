@@ -103,14 +103,7 @@ class MLPGANRecipe(GANRecipe):
     config: MLPGANTraining
 
     def make_model_options(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "image_size": config.image_size,
-            "channels": self.one_set().channels,
-            "nz": config.nz,
-            "width": config.width,
-            "generator_norm": config.generator_norm,
-        }
+        return self.shared_options(channels=self.one_set().channels)
 
 
 class DCGANRecipe(GANRecipe):
@@ -120,12 +113,4 @@ class DCGANRecipe(GANRecipe):
     config: DCGANTraining
 
     def make_model_options(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "image_size": config.image_size,
-            "channels": self.one_set().channels,
-            "nz": config.nz,
-            "ngf": config.ngf,
-            "ndf": config.ndf,
-            "discriminator_norm": "none",
-        }
+        return self.shared_options(channels=self.one_set().channels, discriminator_norm="none")

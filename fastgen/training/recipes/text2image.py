@@ -21,19 +21,13 @@ class Text2ImageRecipe(DCGANRecipe):
     config: Text2ImageTraining
 
     def make_model_options(self) -> dict[str, Any]:
-        data, config = self.one_set(), self.config
+        data = self.one_set()
         if data.captions is None:
             raise DataError(
-                f"text2image learns from images with captions, and {config.data} has none: "
+                f"text2image learns from images with captions, and {self.config.data} has none: "
                 "use a folder with metadata.jsonl"
             )
-        return super().make_model_options() | {
-            "vocabulary": make_vocabulary(data.captions),
-            "text_encoder": config.text_encoder,
-            "text_width": config.text_width,
-            "text_layers": config.text_layers,
-            "condition": config.condition,
-        }
+        return super().make_model_options() | {"vocabulary": make_vocabulary(data.captions)}
 
     def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
         return (self.model.text_encoder(batch.captions),)

@@ -21,15 +21,11 @@ class VAERecipe(Recipe):
     def make_model_options(self) -> dict[str, Any]:
         config = self.config
         self.model_name = "vae" if config.architecture == "conv" else "vae_mlp"
-        options: dict[str, Any] = {
-            "image_size": config.image_size,
-            "channels": self.one_set().channels,
-            "nz": config.nz,
-            "likelihood": config.likelihood,
-        }
+        channels = self.one_set().channels
         if config.architecture == "mlp":
-            return options | {"width": 25 * config.width}
-        return options | {"widths": [config.width * 2**level for level in range(config.halvings)]}
+            return self.shared_options(channels=channels, width=25 * config.width)
+        widths = [config.width * 2**level for level in range(config.halvings)]
+        return self.shared_options(channels=channels, widths=widths)
 
     def step(self, step: int) -> dict[str, Tensor]:
         config, model = self.config, self.model
