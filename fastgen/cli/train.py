@@ -41,7 +41,7 @@ def run_train(kind: type[TrainConfig], arguments: list[str]) -> int:
     folder = result.folder
     if result.interrupted:
         print(f"stopped at step {result.step}; the checkpoint is in {folder}", file=sys.stderr)
-        print(f"go on with: fastgen train {kind.system} --out {shlex.quote(str(folder))} --resume", file=sys.stderr)
+        print(f"continue with: fastgen train {kind.system} --out {shlex.quote(str(folder))} --resume", file=sys.stderr)
         return 130
     print(f"trained {kind.system} to step {result.step} at {result.images_per_second:.0f} images/s")
     print(f"  samples     {folder / 'samples.png'}  (along the way: {folder / 'samples'})")
@@ -66,7 +66,7 @@ def _parse(config: TrainConfig, arguments: list[str]) -> _Options[TrainConfig]:
         _Options[unchecked],  # type: ignore[valid-type]
         prog=f"fastgen train {kind.system}",
         description="Train on a data set and write a run folder: settings, metrics, checkpoint, samples, plots. "
-        "The defaults work.",
+        "The defaults are a recipe that works.",
         args=arguments,
         default=_Options(unchecked(**vars(config)), out=tyro.MISSING),
     )

@@ -100,8 +100,7 @@ class GANTraining(TrainConfig):
     clip_weights: float = 0.0
     """Bound on the absolute value of the discriminator's weights, as in WGAN; 0 does not clip."""
     augment: str = ""
-    """Augmentations of all images that the discriminator sees, for small data sets (DiffAugment): any of color,
-    translation and cutout, separated by commas."""
+    """Augmentations of the discriminator's images (DiffAugment), separated by commas: color, translation, cutout."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

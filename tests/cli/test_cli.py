@@ -166,7 +166,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_130(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130, errors
-    assert f"go on with: fastgen train dcgan --out {folder} --resume" in errors and "Traceback" not in errors
+    assert f"continue with: fastgen train dcgan --out {folder} --resume" in errors and "Traceback" not in errors
     assert main(["generate", str(folder), "--n", "4", "--out", str(tmp_path / "grid.png")]) == 0
 
 

@@ -248,9 +248,9 @@ def test_mnist(tmp_path):
     assert batch.labels.tolist() == [7, 0, 9] and batch.captions[0] == "a handwritten seven"
     assert load(tmp_path, 32).all().images.shape == (3, 1, 32, 32)
     for content, message in (
-        (idx(labels + 3), "run from 3 to 12; they must be 0 to 9"),
-        (idx(labels[:2]), "3 images, but there are 2 labels"),
-        (idx(labels)[:-1], r"names \[3\] values and holds 2"),
+        (idx(labels + 3), "must be 0 to 9, but run from 3 to 12"),
+        (idx(labels[:2]), "3 images, but 2 labels"),
+        (idx(labels)[:-1], r"says \[3\] values, but it holds 2"),
         (idx(images), "not an IDX file of bytes in 1 dimensions"),
         (b"", "not an IDX file"),
     ):

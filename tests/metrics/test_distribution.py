@@ -125,7 +125,7 @@ def test_inception_comes_from_a_file_at_hand(tmp_path, monkeypatch):
     features, logits = inception()(torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 1, 2, 2))
     assert torch.equal(features[:, 0], torch.tensor([0.0, 128.0, 255.0])) and logits.shape == (3, 5)
     monkeypatch.setenv("FASTGEN_INCEPTION", str(tmp_path / "none"))
-    with pytest.raises(FastgenError, match="where no file is"):
+    with pytest.raises(FastgenError, match="but there is no such file"):
         inception()
     path.write_bytes(b"damaged")
     monkeypatch.setenv("FASTGEN_INCEPTION", str(path))
@@ -210,7 +210,7 @@ def test_what_an_extractor_must_return(result, says):
 
 def test_what_a_classifier_is_trained_on():
     images, classes = torch.rand(6, 1, 8, 8), ("a", "b")
-    with pytest.raises(DataError, match="the labels of x must be 0 to 1, and run from 0 to 5"):
+    with pytest.raises(DataError, match="the labels of x must be 0 to 1, but run from 0 to 5"):
         train_classifier(ImageDataset("x", images, torch.arange(6), classes), steps=1)
     with pytest.raises(DataError, match="x has 6 images, but 5 labels"):
         train_classifier(ImageDataset("x", images, torch.zeros(5).long(), classes), steps=1)

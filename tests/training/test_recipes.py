@@ -18,6 +18,8 @@ from fastgen.training.checkpoint import load_meta
 from fastgen.training.recipes import RECIPES
 from fastgen.training.recipes.cyclegan import ImagePool
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GAN = {"batch_size": 4, "nz": 4}
 DCGAN = {**GAN, "ngf": 2, "ndf": 2}
 # system, options
@@ -46,14 +48,6 @@ RUNS = {
     ),
     "text2image": ("text2image", {**DCGAN, "text_width": 8, "text_layers": 1, "caption_width": 4, "r1_every": 2}),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(name, **options):
