@@ -95,8 +95,8 @@ class ImageDataset:
 
 @dataclass(frozen=True)
 class DomainPair:
-    """Two unpaired sets of images of one size, which a CycleGAN learns from: image i of `a` has nothing to do with image
-    i of `b`, unless they are aligned."""
+    """Two sets of images of one size, which a CycleGAN learns from. They are unpaired: image i of `a` has nothing to do
+    with image i of `b`, unless they are aligned."""
 
     name: str
     a: ImageDataset

@@ -97,9 +97,9 @@ def test_captions(folder, kept):
         ({"file_name": "1.png", "text": " "}, "line 2 has no text"),
         ({"text": "red"}, "line 2 has no file_name"),
         ([], "line 2 has no file_name"),
-        ({"file_name": "../secret.png", "text": "x"}, "which is no file in"),
-        ({"file_name": "none.png", "text": "x"}, "which is no file in"),
-        ({"file_name": "a\0b", "text": "x"}, "which is no file in"),
+        ({"file_name": "../secret.png", "text": "x"}, "which is not a file in"),
+        ({"file_name": "none.png", "text": "x"}, "which is not a file in"),
+        ({"file_name": "a\0b", "text": "x"}, "which is not a file in"),
         ("{", "line 2 is not JSON"),
         ("[" * 60_000, "line 2 is not JSON"),
         ("x" * 70_000, "line 2 is longer than"),
@@ -180,9 +180,9 @@ def test_folders_of_no_use_say_what_they_hold(tmp_path, monkeypatch):
         load(tmp_path / "one")
     fill(tmp_path / "classes" / "a")
     (tmp_path / "classes" / "b").mkdir()
-    with pytest.raises(DataError, match="a folder a class, and b holds no image"):
+    with pytest.raises(DataError, match="one folder per class, but b holds no image"):
         load(tmp_path / "classes")
-    with pytest.raises(DataError, match="no part to test on"):
+    with pytest.raises(DataError, match="no test part"):
         load(tmp_path / "one", split="test")
     with pytest.raises(DataError, match="nowhere is not there"):
         load(tmp_path / "nowhere")

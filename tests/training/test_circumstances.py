@@ -93,7 +93,7 @@ def test_a_part_held_out_that_is_wrong_is_not_replaced_by_half_of_the_other(clas
     config = CONFIGS["gan"](**GAN | {"data": str(classes), "width": 4, "image_size": 8})
     run = train(config, tmp_path / "run").folder
     (classes / "test" / "a").rename(classes / "test" / "other")
-    with pytest.raises(DataError, match=r"test has a class 'other', and .*train has not"):
+    with pytest.raises(DataError, match=r"test has a class 'other', but .*train does not"):
         evaluate(run, 10)
 
 

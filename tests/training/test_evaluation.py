@@ -107,7 +107,7 @@ def test_a_linear_vae_is_as_good_as_the_pca_gaussian():
     figures = evaluate_model(LinearVAE(), config("vae"), 50, 0).figures
     assert figures["nll"].value == pytest.approx(figures["nll"].baseline, rel=1e-3)
     assert figures["elbo"].value == pytest.approx(-figures["nll"].value, rel=1e-3)
-    assert "5 directions, fitted on 1347 images" in figures["nll"].baseline_is
+    assert "5 directions, fitted to 1347 images" in figures["nll"].baseline_is
     assert 10 < figures["reconstruction_psnr"].value < 30
 
 

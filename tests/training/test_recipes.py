@@ -228,10 +228,10 @@ def without(data, *names):
         (
             "cgan",
             ("labels", "classes"),
-            "cgan learns from labelled images, and digits has no labels: use one folder per class",
+            "cgan learns from labelled images, but digits has no labels: use one folder per class",
         ),
         ("text2image", ("captions",), "digits has none: use a folder with metadata.jsonl"),
-        ("cyclegan", (), "cyclegan learns from two domains, and digits is one: use a folder with trainA and trainB"),
+        ("cyclegan", (), "cyclegan learns from two domains, but digits is one: use a folder with trainA and trainB"),
     ],
 )
 def test_data_that_lacks_what_a_system_learns_from(name, lacks, message):
@@ -243,7 +243,7 @@ def test_data_that_lacks_what_a_system_learns_from(name, lacks, message):
 @pytest.mark.parametrize("name", ["dcgan", "vae", "gan"])
 def test_one_set_of_images_is_not_two(name):
     images = ImageDataset("a", torch.zeros(2, 1, 32, 32))
-    with pytest.raises(DataError, match="learns from one set of images, and digits is two domains"):
+    with pytest.raises(DataError, match="learns from one set of images, but digits has two domains"):
         recipe_of(tiny(name), DomainPair("ab", images, images))
 
 
