@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro import conf
-from tyro.conf import Positional
 
+from fastgen.cli._arguments import Run
 from fastgen.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _MAX_VALUES = 2**26  # of the noise that a plan is given at once
 
 
 def generate(
-    run: Positional[Path],
+    run: Run,
     n: int = 64,
     seed: int = 0,
     label: Annotated[int | None, conf.arg(name="class")] = None,
@@ -35,8 +35,7 @@ def generate(
         seed: Seed of the noise; the same seed gives the same picture.
         label: Number of the class to draw, for a model that was trained with classes.
         text: What to draw, for a model that was trained with captions.
-        interpolate: Number of random images to interpolate between, in n frames: a strip, or an endless animation
-            if --out ends in .gif. 0 draws n independent images.
+        interpolate: Interpolate between this many random images in n frames: a strip, or a GIF if --out ends in .gif.
         out: Picture to write; its ending selects the format.
     """
     from fastgen.images import picture_format, save_grid

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tyro.conf import Positional
+from fastgen.cli._arguments import Run
 
 if TYPE_CHECKING:
     from fastgen.training.evaluation import Evaluation
 
 
-def evaluate(run: Positional[Path], n: int = 1000, seed: int = 0) -> None:
+def evaluate(run: Run, n: int = 1000, seed: int = 0) -> None:
     """Measure a trained model's samples; writes evaluation.json into the run folder.
 
     Args:

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from tyro.conf import Positional
-
+from fastgen.cli._arguments import Pictures, Run
 from fastgen.errors import UsageError
 
 
-def reconstruct(run: Positional[Path], pictures: Positional[Path], out: Path, strict: bool = False) -> None:
+def reconstruct(run: Run, pictures: Pictures, out: Path, strict: bool = False) -> None:
     """Encode pictures with a VAE and decode them again.
 
     Args:
@@ -27,8 +26,8 @@ def reconstruct(run: Positional[Path], pictures: Positional[Path], out: Path, st
 
 
 def denoise(
-    run: Positional[Path],
-    pictures: Positional[Path],
+    run: Run,
+    pictures: Pictures,
     out: Path,
     std: float = 0.2,
     steps: int = 100,
@@ -50,9 +49,7 @@ def denoise(
     _restore(model, pictures, out, strict, size, lambda image: denoise(model, image, std=std, steps=steps))
 
 
-def inpaint(
-    run: Positional[Path], pictures: Positional[Path], mask: Path, out: Path, steps: int = 100, strict: bool = False
-) -> None:
+def inpaint(run: Run, pictures: Pictures, mask: Path, out: Path, steps: int = 100, strict: bool = False) -> None:
     """Fill in missing parts of pictures with a VAE.
 
     Args:
@@ -76,8 +73,8 @@ def inpaint(
 
 
 def upscale(
-    run: Positional[Path],
-    pictures: Positional[Path],
+    run: Run,
+    pictures: Pictures,
     out: Path,
     factor: int = 4,
     steps: int = 100,
@@ -102,8 +99,8 @@ def upscale(
 
 
 def translate(
-    run: Positional[Path],
-    pictures: Positional[Path],
+    run: Run,
+    pictures: Pictures,
     out: Path,
     direction: Literal["a_to_b", "b_to_a"] = "a_to_b",
     tile: int = 256,

@@ -7,11 +7,12 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from fastgen.cli._arguments import PlanFile, Run
 from fastgen.cli.draw import plan_inputs
 from fastgen.errors import UsageError
 
 
-def export(run: Positional[Path], plan: Path = Path("generator.fgplan")) -> None:
+def export(run: Run, plan: Path = Path("generator.fgplan")) -> None:
     """Write a trained generator as a plan: one file of numbers that runs fast and without torch.
 
     Args:
@@ -28,7 +29,7 @@ def export(run: Positional[Path], plan: Path = Path("generator.fgplan")) -> None
     print(f"{plan}: {plan.stat().st_size / 1e6:.1f} MB, differs from the model by {engine.error:.1e} (relative L2)")
 
 
-def bench(what: Positional[Literal["latency"]], plan: Positional[Path], batch: int = 1, seconds: float = 3.0) -> None:
+def bench(what: Positional[Literal["latency"]], plan: PlanFile, batch: int = 1, seconds: float = 3.0) -> None:
     """Measure how long a plan takes: `fastgen bench latency generator.fgplan`.
 
     Args:

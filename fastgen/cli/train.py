@@ -52,8 +52,11 @@ def run_train(kind: type[TrainConfig], arguments: list[str]) -> int:
     if result.evaluation is not None:
         print_evaluation(result.evaluation)
         print(f"  saved in    {folder / 'evaluation.json'}")
-    for op, calls in ops.implementations_used().items():
+    used = ops.implementations_used()
+    for op, calls in used.items():
         print(f"  {op} ran on " + ", ".join(f"{impl} ({count} calls)" for impl, count in calls.items()))
+    if used:
+        print('  ("Who computed it" in README.md explains these words)')
     return 0
 
 

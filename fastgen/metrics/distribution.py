@@ -1,5 +1,6 @@
 """Distances between generated and real images: FID, KID, Inception Score, precision and recall."""
 
+import importlib
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -138,7 +139,6 @@ def _inception_score(logits: Tensor, splits: int) -> float:
 
 
 def _metric(module: str, name: str, **options):
-    import importlib
 
     try:
         with warnings.catch_warnings():

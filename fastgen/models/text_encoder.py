@@ -66,8 +66,8 @@ class TransformerTextEncoder(nn.Module):
         tokens = self.tokens(captions)
         padding = tokens == 0
         x = self.layers(self.word(tokens) + self.position[: tokens.shape[1]], src_key_padding_mask=padding)
-        there = (~padding)[..., None].to(x.dtype)
-        return (x * there).sum(1) / there.sum(1)
+        is_word = (~padding)[..., None].to(x.dtype)
+        return (x * is_word).sum(1) / is_word.sum(1)
 
 
 class HuggingFaceTextEncoder(nn.Module):
@@ -117,8 +117,8 @@ class HuggingFaceTextEncoder(nn.Module):
             tokenizer, encoder = self._loaded
             batch = tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt").to(device)
             x = encoder.to(device)(**batch).last_hidden_state
-            there = batch["attention_mask"][..., None].to(x.dtype)
-            return (x * there).sum(1) / there.sum(1)
+            is_token = batch["attention_mask"][..., None].to(x.dtype)
+            return (x * is_token).sum(1) / is_token.sum(1)
 
     def _load(self) -> tuple[Any, Any]:
         encoder = self._call("AutoModel", use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)

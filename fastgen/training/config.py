@@ -248,8 +248,7 @@ class VAETraining(TrainConfig):
     nz: int = 32
     """Length of the latent vector."""
     width: int = 16
-    """Channels of the first convolution, doubled at each halving down to 4x4 pixels; mlp has 25 times as many hidden
-    units."""
+    """Channels of the first convolution, doubled per halving down to 4x4 pixels; mlp has 25 times as many units."""
     likelihood: Literal["gaussian", "bernoulli"] = "gaussian"
     """Distribution of a pixel given the latent vector."""
     beta: float = 1.0
