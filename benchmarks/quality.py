@@ -98,7 +98,7 @@ def _figures(figures: dict[str, Any], targets: dict[str, float | None]) -> Itera
 
 
 def _vae(folder: Path, seed: int) -> Iterator[Measure]:
-    """Likelihood against a PCA-Gaussian of the same latent size, and three restorations against methods without a model."""
+    """Likelihood against a PCA-Gaussian of the same latent size, and three restorations against model-free ones."""
     nll = training.evaluate(folder, _SAMPLES, seed).figures["nll"]
     yield Measure("nll", nll.value, nll.baseline, nll.protocol, "lower", nll.baseline, nll.baseline_is)
     model = training.load_model(folder)

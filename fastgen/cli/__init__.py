@@ -38,18 +38,18 @@ Start with `fastgen train dcgan --data digits --out runs/demo`,
 
 then draw with `fastgen generate runs/demo --n 64 --seed 7 --out grid.png`.
 
-A command has a page of its own: `fastgen generate --help`, `fastgen train dcgan --help`."""
+Each command has its own page: `fastgen generate --help`, `fastgen train dcgan --help`."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0, 1 (failure), 2 (misuse) or 130 (interrupted). FASTGEN_DEBUG=1 lets errors through.
+        The exit code: 0, 1 (failure), 2 (misuse) or 130 (interrupted). With FASTGEN_DEBUG=1 errors are raised instead.
     """
-    # an image that Pillow finds large is either refused by name or of use
+    # Pillow's warning says nothing new: fastgen either refuses a large image by name or uses it
     warnings.filterwarnings("ignore", "Image size .* exceeds limit of .* pixels")
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to fail
+    for stream in (sys.stdout, sys.stderr):  # a file name may have characters that the terminal lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("FASTGEN_DEBUG") == "1" or not (expected or out_of_memory(error)):
             raise
         if not expected:
-            advice = "lower what asks for much (--n, --batch-size, the sizes of the model)"
+            advice = "use a smaller --n, --batch-size or model"
             print(f"fastgen: error: not enough memory: {advice}", file=sys.stderr)
         elif isinstance(error, OSError) and error.filename is not None:
             print(f"fastgen: error: {error.filename}: {error.strerror}", file=sys.stderr)
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train() -> None:
-    """Train a model on a data set; leaves a run folder."""
+    """Train a model on a data set and write a run folder."""
 
 
 def _run(arguments: list[str]) -> int:

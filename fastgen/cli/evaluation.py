@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(run: Run, n: int = 1000, seed: int = 0) -> None:
-    """Measure a trained model's samples; writes evaluation.json into the run folder.
+    """Measure a trained model's samples and write evaluation.json into the run folder.
 
     Args:
         run: Run folder written by `fastgen train`.

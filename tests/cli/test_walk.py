@@ -143,7 +143,7 @@ def things(quick, trained, tmp_path_factory):
     for system in ("gan", "vae", "cgan", "cyclegan"):
         shutil.copytree(trained(system), root / system)
     (root / "pictures").mkdir()
-    for name, size in (("thin", (1, 40)), ("wide", (40, 9))):
+    for name, size in (("thin", (1, 40)), ("wide", (40, 19))):
         Image.new("L", size, 99).save(root / "pictures" / f"{name}.png")
     Image.linear_gradient("L").save(root / "mask.png")
     (root / "empty").mkdir()

@@ -129,6 +129,8 @@ def test_defaults_of_the_process_change_no_data(tmp_path):
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
-    for mine, its in zip(found, expected, strict=True):
-        assert mine.images.dtype == torch.float32 and torch.equal(mine.images, its.images)
-        assert its.labels is None or (mine.labels.dtype == torch.int64 and torch.equal(mine.labels, its.labels))
+    for batch, reference in zip(found, expected, strict=True):
+        assert batch.images.dtype == torch.float32 and torch.equal(batch.images, reference.images)
+        assert reference.labels is None or (
+            batch.labels.dtype == torch.int64 and torch.equal(batch.labels, reference.labels)
+        )

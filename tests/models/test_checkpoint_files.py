@@ -64,11 +64,11 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_a_file(tmp_path, form):
-    theirs = published("netG")
+    original = published("netG")
     with torch.no_grad():
-        for tensor in theirs.state_dict().values():
+        for tensor in original.state_dict().values():
             tensor.copy_(tensor.bfloat16())  # so that rounding changes nothing
-    content = FORMS[form](theirs.state_dict())
+    content = FORMS[form](original.state_dict())
     torch.save(content, tmp_path / "net.pth")
     if all(isinstance(value, torch.Tensor) for value in content.values()):
         content = {name: value.detach().clone().contiguous() for name, value in content.items()}
@@ -81,7 +81,7 @@ def test_forms_of_a_file(tmp_path, form):
         assert {tensor.dtype for tensor in tensors} == {torch.float32, torch.int64}
         assert all(tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
         assert all(parameter.requires_grad for parameter in network.parameters())
-        torch.testing.assert_close(network(z), theirs(z), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(network(z), original(z), rtol=1e-4, atol=1e-5)
 
 
 def several(path):

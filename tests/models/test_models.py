@@ -115,12 +115,12 @@ def test_unet_without_in_place_activations_is_the_public_one():
     block = networks.UnetBlock(16, 16)
     for outer, inner in ((8, 16), (4, 8), (2, 4)):
         block = networks.UnetBlock(outer, inner, block)
-    theirs = networks.UnetBlock(3, 2, block, outermost=True)
+    original = networks.UnetBlock(3, 2, block, outermost=True)
     ours = fastgen.models.UnetGenerator(3, 3, 2, 5)
-    ours.model.load_state_dict(theirs.state_dict())
+    ours.model.load_state_dict(original.state_dict())
     images = torch.randn(2, 3, 64, 32)
     for mode in (True, False):
-        torch.testing.assert_close(ours.train(mode)(images), theirs.train(mode)(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.train(mode)(images), original.train(mode)(images), rtol=1e-4, atol=1e-5)
 
 
 def test_cyclegan_translates_any_size_both_ways():
@@ -190,7 +190,7 @@ def test_text_encoders_that_are_not_there(tmp_path, monkeypatch):
         "'seven zebras' has no word .*: a, handwritten"), (lambda: make("text2image").sample(1, captions=""),
         "caption '' has no word"), (lambda: make("cyclegan").translate(torch.zeros(1, 3, 8, 8), "b_to_a"),
         r"images must be \(N, 1, H, W\)"), (lambda: make("cyclegan").translate(torch.zeros(1, 3, 10, 8)),
-        "multiples of 4 from 8, not 10x8"), (lambda: make("cyclegan").translate(torch.zeros(1, 3, 8, 8), "a"),
+        "multiples of 4 from 8 up, not 10x8"), (lambda: make("cyclegan").translate(torch.zeros(1, 3, 8, 8), "a"),
         "direction must be 'a_to_b' or 'b_to_a', not 'a'"), (lambda: make("cyclegan, unet").translate(torch.zeros(1, 3,
         12, 8)), "multiples of 8, not 12x8"), (lambda: make("vae").encode(torch.zeros(1, 1, 9, 8)),
         r"images must be \(N, 1, 8, 8\), not \(1, 1, 9, 8\)"), (lambda: make("vae").decode(torch.zeros(1, 5)),
