@@ -44,7 +44,7 @@ def run_train(kind: type[TrainConfig], arguments: list[str]) -> int:
         print(f"continue with: fastgen train {kind.system} --out {shlex.quote(str(folder))} --resume", file=sys.stderr)
         return 130
     print(f"trained {kind.system} to step {result.step} at {result.images_per_second:.0f} images/s")
-    print(f"  samples     {folder / 'samples.png'}  (along the way: {folder / 'samples'})")
+    print(f"  samples     {folder / 'samples.png'}  (during training: {folder / 'samples'})")
     print(f"  report      {folder / 'report.html'}")
     plot = folder / "loss.png"  # needs matplotlib
     print(f"  losses      {folder / 'metrics.jsonl'}" + (f"  (drawn: {plot})" if plot.exists() else ""))

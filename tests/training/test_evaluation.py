@@ -123,7 +123,7 @@ def test_a_translation_whose_truth_is_known():
     assert figures["a_to_b_psnr"].value > 45 > figures["a_to_b_psnr"].baseline
     assert figures["b_to_a_psnr"].value == figures["b_to_a_psnr"].baseline
     assert figures["a_to_b_recognised"].value > 0.8 > 0.3 > figures["b_to_a_recognised"].value
-    assert "200 held-out images" in figures["a_to_b_recognised"].protocol
+    assert "200 translated held-out images" in figures["a_to_b_recognised"].protocol
 
 
 def test_a_folder_without_a_test_part_is_halved(tmp_path, caplog):
