@@ -2,7 +2,7 @@
 
 from fastgen.inference.engine import Engine, Part
 from fastgen.inference.fuse import FusedRun, FusionReport, Unfused, fuse, fusion_report
-from fastgen.inference.tune import Tuned, TuningReport, tune
+from fastgen.inference._tune import Tuned, TuningReport, tune
 
 __all__ = [
     "Engine",
