@@ -43,51 +43,22 @@ def tune(
     if not 0 < seconds < float("inf"):
         raise UsageError(f"seconds must be positive and finite, not {seconds}")
     if Path(system).is_dir():
-        model = load_model(Path(system))
+        model: Any = load_model(Path(system))
     else:
         model = fastgen.create_model(getattr(RECIPES.get(system), "model_name", system))
     where, order = choose_device(device), torch.channels_last if channels_last else torch.contiguous_format
     model = model.to(where, memory_format=order).requires_grad_()  # type: ignore[call-overload]
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    parts = _networks(model, batch)
-    for name, (part, inputs) in parts.items():
+    networks = model.example_inputs(batch)
+    for name, inputs in networks.items():
         given = (t.to(where, memory_format=order) if t.dim() == 4 else t.to(where) for t in inputs)
         with torch.autocast(where.type, precision, enabled=dtype != "fp32"):
             report = fastgen.tune(
-                part,
+                model.get_submodule(name),
                 *given,
                 training=training,
-                seconds=seconds / len(parts),
+                seconds=seconds / len(networks),
                 progress=lambda line: print(line, file=sys.stderr),
             )
-        print(f"{name}, batch {batch}, {dtype}{', channels_last' if channels_last else ''}, on {where}\n{report}")
-
-
-def _networks(model: Any, n: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """What a training step runs of a model, each with inputs of n images."""
-    import inspect
-
-    import torch
-
-    config = model.config
-    cpu: Any = {"dtype": torch.float32, "device": "cpu"}
-
-    def images(channels: int) -> Any:
-        return torch.rand(n, channels, config.image_size, config.image_size, **cpu) * 2 - 1
-
-    if hasattr(model, "a_to_b"):
-        a, b = images(config.channels_a), images(config.channels_b)
-        networks = {"a_to_b": a, "b_to_a": b, "discriminator_a": a, "discriminator_b": b}
-        return {name: (getattr(model, name), (given,)) for name, given in networks.items()}
-    if hasattr(model, "encode"):
-        return {"model": (model, (images(config.channels),))}
-    takes = list(inspect.signature(model.generate).parameters)[1:]
-    conditions = {
-        "labels": lambda: torch.arange(n, device="cpu") % config.classes,
-        "condition": lambda: torch.randn(n, config.condition, **cpu),
-    }
-    given = tuple(conditions[name]() for name in takes)
-    return {
-        "generator": (model.generator, (torch.randn(n, config.nz, **cpu), *given)),
-        "discriminator": (model.discriminator, (images(config.channels), *given)),
-    }
+        layout = ", channels_last" if channels_last else ""
+        print(f"{name or 'model'}, batch {batch}, {dtype}{layout}, on {where}\n{report}")

@@ -78,9 +78,9 @@ def test_inpaint_fills_what_is_missing_and_keeps_the_rest(vae, images):
     one_each = mask.expand(16, 1, 8, 8).clone()
     one_each[1:] = False
     assert torch.equal(tasks.inpaint(vae, images, one_each)[1:], images[1:])
-    with pytest.raises(UsageError, match="mask must leave a pixel"):
+    with pytest.raises(UsageError, match="mask must leave at least one pixel"):
         tasks.inpaint(vae, images, torch.ones(8, 8))
-    with pytest.raises(UsageError, match=r"mask must be \(8, 8\) or one an image, not \(4, 4\)"):
+    with pytest.raises(UsageError, match=r"mask must be \(8, 8\) or \(16, 1, 8, 8\), not \(4, 4\)"):
         tasks.inpaint(vae, images, torch.ones(4, 4))
 
 
@@ -91,7 +91,7 @@ def test_upscale_keeps_the_means_and_beats_bicubic(vae, images):
     bicubic = interpolate(small, size=(8, 8), mode="bicubic")
     assert mse_loss(found, images) < mse_loss(bicubic, images) / 10
     for shape in ((8, 8), (3, 3), (4, 2)):
-        with pytest.raises(UsageError, match="images must be squares of 8 pixels over 2, 3"):
+        with pytest.raises(UsageError, match="images must be square, of 8 pixels divided by 2, 3"):
             tasks.upscale(vae, torch.zeros(1, 1, *shape))
 
 
@@ -146,7 +146,7 @@ def test_the_way_between_parallel_vectors_is_straight():
 def test_conditions_that_the_model_does_not_take():
     assert tasks.conditions(ClassDrawer(), 3, label=2)["labels"].tolist() == [2, 2, 2]
     assert tasks.conditions(Drawer(), 3) == {}
-    for given, message in (({"label": 1}, "a class is given"), ({"text": "x"}, "a text is given")):
+    for given, message in (({"label": 1}, "a class was given"), ({"text": "x"}, "a text was given")):
         with pytest.raises(UsageError, match=message):
             tasks.conditions(Drawer(), 3, **given)
 
@@ -203,8 +203,8 @@ def test_pictures_of_a_folder(tmp_path, caplog):
 
     written = tasks.transform_pictures(source, out, negative, 3)
     assert [path.name for path in written] == ["a.bmp.png", "a.png.png"]
-    assert "b.png is grey, and the model needs colour" in caplog.text
-    with pytest.raises(DataError, match=r"b\.png is grey, and the model needs colour"):
+    assert "b.png is grey, but the model needs colour" in caplog.text
+    with pytest.raises(DataError, match=r"b\.png is grey, but the model needs colour"):
         tasks.transform_pictures(source, out, negative, 3, strict=True)
     written = tasks.transform_pictures(source, out, negative, 3, grey_as_colour=True)
     assert [path.name for path in written] == ["a.bmp.png", "a.png.png", "b.png"] and "left out" in caplog.text
@@ -317,7 +317,7 @@ def test_a_model_in_training_is_used_as_in_evaluation():
 
 def test_images_of_no_pixels():
     model = fastgen.create_model("vae", image_size=16, channels=1, widths=(4, 8), nz=4)
-    with pytest.raises(UsageError, match=r"images must be squares of 16 pixels .* not 0x0"):
+    with pytest.raises(UsageError, match=r"images must be square, of 16 pixels .* not 0x0"):
         tasks.upscale(model, torch.zeros(1, 1, 0, 0))
     with pytest.raises(UsageError, match=r"with C, H and W above 0, got shape \(1, 1, 0, 5\)"):
         in_tiles(lambda x: x, torch.zeros(1, 1, 0, 5), 8, 0)

@@ -21,7 +21,7 @@ DCGAN = {**GAN, "ngf": 2, "ndf": 2}
 RUNS = {
     "gan": {**GAN, "width": 4, "image_size": 8, "augment": "color,translation,cutout", "gradient_penalty": 1.0},
     "cgan": {**DCGAN, "embedding": 2, "precision": "bf16"},
-    "text2image": {**DCGAN, "text_width": 4, "text_layers": 1, "condition": 2},
+    "text2image": {**DCGAN, "text_width": 4, "text_layers": 1, "caption_width": 2},
     "vae": {"batch_size": 2, "image_size": 8, "nz": 2, "width": 2, "steps": 1},
     "cyclegan": {"batch_size": 1, "image_size": 16, "ngf": 2, "ndf": 2, "pool_size": 1, "unet_depth": 2, "steps": 2},
 }
@@ -97,7 +97,7 @@ def test_a_part_held_out_that_is_wrong_is_not_replaced_by_half_of_the_other(clas
     config = CONFIGS["gan"](**GAN | {"data": str(classes), "width": 4, "image_size": 8})
     run = train(config, tmp_path / "run").folder
     (classes / "test" / "a").rename(classes / "test" / "other")
-    with pytest.raises(DataError, match=r"test has a class 'other', and .*train has not"):
+    with pytest.raises(DataError, match=r"test has a class 'other', but .*train does not"):
         evaluate(run, 10)
 
 
