@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from fastgen.errors import UsageError
-from fastgen.inference.fuse import fuse
+from fastgen.inference._fuse import fuse
 from fastgen.ops import _candidates, _choices, _dispatch
 from fastgen.ops._choices import Question
 

@@ -64,32 +64,32 @@ class OneActivationForTwoRuns(Base):
         return self.act(self.b2(self.c2(self.act(self.b1(self.c1(x))))))
 
 
-@pattern("c1 b1; c2 b2", {"act": "not one run"})
+@pattern("c1 b1; c2 b2", {"act": "outside of this run"})
 class ActivationAlsoAfterASum(Base):
     def forward(self, x):
         h = self.b2(self.c2(self.act(self.b1(self.c1(x)))))
         return self.act(h + x)
 
 
-@pattern("", {"c1": "not one run", "b1": "not one run", "b2": "not one run"})
+@pattern("", {"c1": "outside of this run", "b1": "outside of this run", "b2": "outside of this run"})
 class ConvolutionWithTwoNorms(Base):
     def forward(self, x):
         return self.b1(self.c1(x)) + self.b2(self.c1(x))
 
 
-@pattern("", {"c1": "not one run", "c2": "not one run", "b1": "not one run"})
+@pattern("", {"c1": "outside of this run", "c2": "outside of this run", "b1": "outside of this run"})
 class NormOfTwoConvolutions(Base):
     def forward(self, x):
         return self.b1(self.c1(x)) + self.b1(self.c2(x))
 
 
-@pattern("b1 act", {"c1": "not one run", "c2": "not one run"})
+@pattern("b1 act", {"c1": "outside of this run", "c2": "outside of this run"})
 class NormAndActivationOfTwoConvolutions(Base):
     def forward(self, x):
         return self.act(self.b1(self.c1(x))) + self.act(self.b1(self.c2(x)))
 
 
-@pattern("c1 b1", {"act": "not one run"})
+@pattern("c1 b1", {"act": "outside of this run"})
 class ActivationAtTimes(Base):
     def forward(self, x, last=False):
         h = self.b1(self.c1(x))
@@ -248,7 +248,7 @@ class KindsOfArguments(Base):
         return self.b2(self.c2(self.b1(h)))
 
 
-@pattern("", {"": "Python number of a value"}, calls=[((VALUE,), {}), (("text",), {})])
+@pattern("", {"": "converts a value to a Python number"}, calls=[((VALUE,), {}), (("text",), {})])
 class NumbersOfArguments(Base):
     def forward(self, x, y=None):
         h = self.c1(x)
@@ -312,7 +312,7 @@ class RandomBranch(Base):
         return self.act(h)
 
 
-@pattern("", {"": "cannot be traced", "c1": "under ModuleThatDoesNotTrace"})
+@pattern("", {"": "cannot be traced", "c1": "it is in ModuleThatDoesNotTrace"})
 class ModuleThatDoesNotTrace(Base):
     def forward(self, x):
         for i in range(int(x.shape[0] > 0)):

@@ -186,7 +186,7 @@ def test_what_rounding_makes_is_what_pytorchs_bfloat16_makes():
         exact = model(x)
         with torch.autocast("cpu"):
             theirs = relative_error(model(x), exact.double())
-        (rounded,) = _compare._rounded(model, [(x,)], 7)[0]
+        (rounded,) = _compare._rounded_outputs(model, [(x,)], 7)[0]
     assert 0.5 < relative_error(rounded, exact.double()) / theirs < 2
 
 

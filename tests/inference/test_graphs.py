@@ -11,8 +11,10 @@ from torch import nn
 
 import fastgen
 from fastgen.errors import FastgenError
-from fastgen.inference import _graphs, engine
-from fastgen.inference._graphs import Graphs, Recorded
+from fastgen.inference import Part, _graphs
+from fastgen.inference._backends import TorchBackend
+from fastgen.inference._engine import graph_backend
+from fastgen.inference._graphs import Graphs, Recorded, multiplying
 from fastgen.ops import implementations_used
 from tests.inference.networks import ResnetGenerator
 
@@ -104,7 +106,7 @@ def test_several_outputs():
 
 
 def test_few_graphs_are_kept(monkeypatch):
-    monkeypatch.setattr(_graphs, "MOST", 2)
+    monkeypatch.setattr(_graphs, "MAX_GRAPHS", 2)
     recorder = Recorder()
     graphs = Graphs(nn.Linear(3, 2), "fp32", "auto", recorder)
     for n in (1, 2, 1, 3, 1, 2):
@@ -161,7 +163,7 @@ def test_precision_and_implementation_hold_while_recording():
     assert implementations_used()["norm_act"]["reference"] > before
 
 
-def test_what_an_engine_is_compared_with_is_exact(monkeypatch):
+def test_what_an_engine_is_compared_with_is_exact():
     """PyTorch's convolutions may use TF32 on a GPU unless told otherwise; what is recorded is as precise as asked
     for."""
     seen = []
@@ -180,24 +182,14 @@ def test_what_an_engine_is_compared_with_is_exact(monkeypatch):
 
     recording = False
     module = Sees(3, 4, 3).eval()
-    made = engine_with_graphs(module, torch.randn(2, 3, 8, 8), "tf32", "reference", record_only, monkeypatch)
-    assert [part.runs for part in made.parts] == ["CUDA graph"]
+    with multiplying("fp32"):
+        backend, _, _ = graph_backend(module, (torch.randn(2, 3, 8, 8),), "tf32", "reference", record_only)
+    assert [part.runs for part in backend.parts] == ["CUDA graph"]
     assert set(seen) == {(True, "tf32"), (False, "ieee")}
 
 
-def engine_with_graphs(module, x, precision, impl, record, monkeypatch):
-    """An Engine as on a GPU."""
-    monkeypatch.setattr(engine, "Graphs", lambda *arguments: Graphs(*arguments, record))
-    made = object.__new__(engine.Engine)
-    made._start(precision, x.device)
-    made._module = module
-    with engine.multiplying("fp32"):
-        made._make_graphs(module, (x,), impl)
-    return made
-
-
-def test_a_state_that_changes_is_no_graph(monkeypatch):
-    """What Python puts in the place of a tensor is not replayed."""
+def test_a_state_that_changes_is_no_graph():
+    """A graph would not replay what Python computes."""
 
     class Counts(nn.Linear):
         def __init__(self):
@@ -208,12 +200,13 @@ def test_a_state_that_changes_is_no_graph(monkeypatch):
             self.calls += 1
             return super().forward(x) * self.calls
 
-    made = engine_with_graphs(Counts().eval(), torch.randn(2, 3), "bf16", "auto", Recorder(), monkeypatch)
-    assert made.parts[0].reason == "calls changes with every call, also in evaluation mode"
-    assert made._module.calls == 0
+    model = Counts().eval()
+    backend, _, _ = graph_backend(model, (torch.randn(2, 3),), "bf16", "auto", Recorder())
+    assert isinstance(backend, TorchBackend) and model.calls == 0
+    assert backend.parts[0].reason == "calls changes with every call, also in evaluation mode"
 
 
-def test_what_no_graph_can_be_made_of_runs_through_pytorch(monkeypatch):
+def test_what_no_graph_can_be_made_of_runs_through_pytorch():
     """Whatever the model's own code raises where it meets another dtype than its own."""
 
     class Own(nn.Linear):
@@ -223,11 +216,11 @@ def test_what_no_graph_can_be_made_of_runs_through_pytorch(monkeypatch):
             return super().forward(x)
 
     model, x = Own(3, 2).eval(), torch.randn(2, 3)
-    made = engine_with_graphs(model, x, "bf16", "auto", Recorder(), monkeypatch)
-    assert made.parts == (engine.Part("", "PyTorch", "of float32 alone"),)
-    assert torch.equal(made(x), model(x))
+    backend, _, _ = graph_backend(model, (x,), "bf16", "auto", Recorder())
+    assert backend.parts == (Part("", "PyTorch", "of float32 alone"),)
+    assert torch.equal(backend.run(x), model(x))
     with pytest.raises(FastgenError, match="impl='triton' cannot run the whole model: of float32 alone"):
-        engine_with_graphs(model, x, "bf16", "triton", Recorder(), monkeypatch)
+        graph_backend(model, (x,), "bf16", "triton", Recorder())
 
 
 def test_engine_on_a_gpu():

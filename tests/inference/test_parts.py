@@ -85,7 +85,7 @@ CASES = {
     ),
     "called twice, with two shapes": (
         lambda: Call(lambda m, x: m.a(x)[..., 1:].softmax(1) + m.a(x[..., 1:]), a=conv()),
-        {"": "indexing", "a": "it is called with other things than tensors, or with several shapes"},
+        {"": "indexing", "a": "it is called with arguments other than tensors, or with several shapes"},
     ),
 }  # fmt: skip
 
