@@ -37,8 +37,13 @@ def networks():
     yield "spectral norm", sn, torch.randn(2, 3, 8, 8)
 
 
-@pytest.mark.parametrize(("precision", "allowed"), (("fp32", 1e-5), ("tf32", 1e-5), ("bf16", 0.1), ("fp16", 0.02)))
-def test_the_same_as_the_module(precision, allowed):
+# Relative to the largest entry. Up to ten convolutions with instance norms amplify the roundings of 16 bits, 2**-9 and
+# 2**-12; on a CPU tf32 is float32.
+ALLOWED = {"fp32": 1e-5, "tf32": 1e-5, "bf16": 0.1, "fp16": 0.02}
+
+
+@pytest.mark.parametrize("precision", ALLOWED)
+def test_the_same_as_the_module(precision):
     for name, model, x in networks():
         model = model.eval()
         for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -51,7 +56,7 @@ def test_the_same_as_the_module(precision, allowed):
             for t, wanted in zip((x, x[:1], torch.cat([x, x])), expected, strict=True):
                 found = graphs(t)
                 assert found.dtype == torch.float32
-                assert (found - wanted).abs().max() / wanted.abs().max() < allowed, name
+                assert (found - wanted).abs().max() / wanted.abs().max() < ALLOWED[precision], name
         assert [shape[0] for shape in recorder.shapes] == [2, 1, 4]  # each once
 
 
@@ -101,8 +106,8 @@ def test_several_outputs():
     graphs = Graphs(model, "fp32", "auto", lambda call, x: Recorded(x.clone(), call(x), lambda: None))
     found = graphs(x)
     assert isinstance(found, tuple)
-    for ours, theirs in zip(found, model(x), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for y, expected in zip(found, model(x), strict=True):
+        torch.testing.assert_close(y, expected)
 
 
 def test_few_graphs_are_kept(monkeypatch):
@@ -223,15 +228,19 @@ def test_what_no_graph_can_be_made_of_runs_through_pytorch():
         graph_backend(model, (x,), "bf16", "triton", Recorder())
 
 
+# Of outputs between -1 and 1. Here tf32 rounds too, and model(z) multiplies as PyTorch's switches say.
+ALLOWED_ON_GPU = {"fp32": 0.02, "tf32": 0.02, "bf16": 0.2, "fp16": 0.02}
+
+
 def test_engine_on_a_gpu():
     if not torch.cuda.is_available():
         pytest.skip("no GPU: CUDA graphs are recorded on one")
     model, x = fastgen.create_model("dcgan").generator.cuda().eval(), torch.randn(4, 100, device="cuda")
-    for precision in ("fp32", "tf32", "bf16", "fp16"):
+    for precision in ALLOWED_ON_GPU:
         engine = fastgen.Engine(model, x, precision=precision)
         assert [part.runs for part in engine.parts] == ["CUDA graph"]
         for n in (1, 4, 7):
             z = torch.randn(n, 100, device="cuda")
-            torch.testing.assert_close(engine(z), model(z), rtol=0, atol=0.2 if precision == "bf16" else 0.02)
+            torch.testing.assert_close(engine(z), model(z), rtol=0, atol=ALLOWED_ON_GPU[precision])
     with pytest.raises(TypeError, match="on cuda:0"):
         engine(torch.randn(1, 100))

@@ -7,8 +7,10 @@ import torch
 
 import fastgen
 from tests.inference.layers import PATTERNS
-from tests.inference.parity import assert_close, assert_same_calls, assert_same_training, tensors
+from tests.inference.parity import FLOAT64, assert_close, assert_same_calls, assert_same_training, tensors
 from tests.inference.patterns import CALLS
+
+TEN_STEPS = 10 * FLOAT64  # the differences of the steps add up
 
 
 @pytest.fixture(params=PATTERNS)
@@ -20,7 +22,7 @@ def case(request):
 
 def test_outputs_gradients_and_statistics(case):
     model, x, _, _ = case
-    assert_same_calls(fastgen.fuse(model), model, x, 1e-9)
+    assert_same_calls(fastgen.fuse(model), model, x, FLOAT64)
 
 
 @pytest.mark.parametrize("name", [name for name, calls in CALLS.items() if calls])
@@ -36,12 +38,12 @@ def test_other_arguments(name):
             assert str(raised.value) == str(error)
             continue
         for found, wanted in zip(tensors(fused(x, *args, **kwargs)), expected, strict=True):
-            assert_close(found, wanted, 1e-9, f"called with {args}, {kwargs}")
+            assert_close(found, wanted, FLOAT64, f"called with {args}, {kwargs}")
 
 
 def test_ten_steps(case):
     model, x, _, _ = case
-    assert_same_training(fastgen.fuse(model), model, x, lambda p: torch.optim.SGD(p, 1e-3, 0.9), 1e-8)
+    assert_same_training(fastgen.fuse(model), model, x, lambda p: torch.optim.SGD(p, 1e-3, 0.9), TEN_STEPS)
 
 
 def test_report(case, caplog):
@@ -66,4 +68,4 @@ def test_twice_is_once(case):
     assert [type(m) for m in once.modules() if "parametrize" not in type(m).__module__] == [
         type(m) for m in twice.modules() if "parametrize" not in type(m).__module__
     ]
-    assert_same_calls(twice, model, x, 1e-9)
+    assert_same_calls(twice, model, x, FLOAT64)

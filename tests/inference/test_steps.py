@@ -12,7 +12,7 @@ import fastgen
 from fastgen.errors import FastgenError, UsageError
 from fastgen.runtime import Plan
 from tests.inference.networks import SNGANGenerator, VanillaVAE
-from tests.inference.test_engine import prepared, relative_error
+from tests.inference.parity import prepared, relative_error
 
 
 class Call(nn.Module):
