@@ -29,7 +29,7 @@ class Analysis:
     notes: dict[Run, str] = field(default_factory=dict)  # what ends a run without an activation
     untraced: dict[nn.Module, str] = field(default_factory=dict)  # modules whose forward is not known, and why
     left: dict[nn.Module, str] = field(default_factory=dict)  # modules called outside of runs, and why
-    # By module: the runs in which its calls were found, and None for calls outside of runs.
+    # By module: the runs in which its calls were traced, and None for calls outside of runs.
     sites: dict[nn.Module, set[Run | None]] = field(default_factory=lambda: defaultdict(set))
     # By module: those in it that its forward calls, on some path, with arguments that they do not take. Modules that
     # replace them may take these.
@@ -62,11 +62,11 @@ def analyze(model: nn.Module) -> Analysis:
                 traces[module] = trace(module)
             except UntraceableError as error:
                 analysis.untraced[module] = f"its forward cannot be traced: {error}"
-    for module, found in traces.items():
-        if found.rejecting:
-            analysis.rejecting[module] = [module.get_submodule(path) for path in found.rejecting]
-        for graph in found.graphs:
-            _find_traced_runs(module, graph, found, analysis)
+    for module, traced in traces.items():
+        if traced.rejecting:
+            analysis.rejecting[module] = [module.get_submodule(path) for path in traced.rejecting]
+        for graph in traced.graphs:
+            _find_traced_runs(module, graph, traced, analysis)
     called: set[nn.Module] = set(analysis.sites)
     for name, module in model.named_modules():
         if is_sequential(module):
@@ -115,11 +115,11 @@ def _sequential_runs(
         at = end
 
 
-def _find_traced_runs(module: nn.Module, graph: fx.Graph, found: Trace, analysis: Analysis) -> None:
+def _find_traced_runs(module: nn.Module, graph: fx.Graph, traced: Trace, analysis: Analysis) -> None:
     done: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "call_module" and node not in done:
-            chain, end_reason = _chain(node, found)
+            chain, end_reason = _chain(node, traced)
             modules = [module.get_submodule(str(call.target)) for call in chain]
             run = first_run(modules)
             if run is None:
@@ -135,17 +135,17 @@ def _find_traced_runs(module: nn.Module, graph: fx.Graph, found: Trace, analysis
                 analysis.notes[run] = end_reason
 
 
-def _chain(node: fx.Node, found: Trace) -> tuple[list[fx.Node], str]:
+def _chain(node: fx.Node, traced: Trace) -> tuple[list[fx.Node], str]:
     """Up to three calls of modules, beginning with this one, each with the output of the one before as its only
     argument; and what ends them."""
     chain = [node]
-    if node in found.direct:
+    if node in traced.direct:
         return chain, "its forward is called, and not the module"
     if len(node.args) != 1 or node.kwargs:
         return chain, "it is called with more than its input"
     while len(chain) < 3:
         last, users = chain[-1], list(chain[-1].users)
-        if last in found.stored:
+        if last in traced.stored:
             return chain, "its output is stored"
         if len(users) != 1:
             return chain, f"its output is used in {len(users)} places"
@@ -155,9 +155,9 @@ def _chain(node: fx.Node, found: Trace) -> tuple[list[fx.Node], str]:
             return chain, "its output is returned" if user.op == "output" else f"its output goes to the function {name}"
         if user.args != (last,) or user.kwargs:
             return chain, f"its output goes to {user.target}, which is called with more than that"
-        if user in found.direct:
+        if user in traced.direct:
             return chain, f"its output goes to {user.target}, whose forward is called, and not the module"
-        if found.contexts[user] != found.contexts[last]:
+        if traced.contexts[user] != traced.contexts[last]:
             return chain, f"its output goes to {user.target}, called by another function, mode or checkpoint"
         chain.append(user)
     return chain, ""
@@ -166,8 +166,8 @@ def _chain(node: fx.Node, found: Trace) -> tuple[list[fx.Node], str]:
 def _leave_members_used_elsewhere(model: nn.Module, traces: dict[nn.Module, Trace], analysis: Analysis) -> None:
     """Leaves alone the modules that a method names which no traced forward ran: it may call them by themselves."""
     executed: dict[nn.Module | None, set[tuple]] = defaultdict(set)
-    for module, found in traces.items():
-        for path, function in found.executed:
+    for module, traced in traces.items():
+        for path, function in traced.executed:
             executed[None if path is None else module.get_submodule(path)].add(function)
     members = {member for run in analysis.runs for member in run.members}
     for module in model.modules():
@@ -194,10 +194,10 @@ def _attribute_paths(module: nn.Module) -> Iterator[tuple[list[str], nn.Module]]
         yield names, member
 
 
-def _may_use(found: Uses, names: list[str], method: str) -> bool:
-    if found.by_name and method != "__getattr__":  # __getattr__ returns what others use
+def _may_use(attributes: Uses, names: list[str], method: str) -> bool:
+    if attributes.by_name and method != "__getattr__":  # __getattr__ returns what others use
         return True
-    return found.loaded.issuperset(names) and (names[-1] in found.used if names else found.by_index)
+    return attributes.loaded.issuperset(names) and (names[-1] in attributes.used if names else attributes.by_index)
 
 
 def _shorten_runs(analysis: Analysis) -> None:

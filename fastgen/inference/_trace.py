@@ -58,7 +58,7 @@ def trace(module: nn.Module) -> Trace:
     forward = type(module).forward
     if not isinstance(forward, FunctionType):
         raise UntraceableError("it is not a Python function")
-    found, functions = Trace(), reachable_functions(type(module))
+    traced, functions = Trace(), reachable_functions(type(module))
     names = {name for function in functions for name in function.__code__.co_names}
     modes = [(True, True), (False, False)]  # training, and with gradients
     if "is_grad_enabled" in names:
@@ -72,20 +72,20 @@ def trace(module: nn.Module) -> Trace:
         importlib.import_module("torch._dynamo")
     with _arguments.watched_builtins(functions):
         for mode, fixed in itertools.product(modes, _arguments.argument_combinations(forward, functions)):
-            for graph in _paths(module, mode, fixed, found):
-                found.graphs.append(graph)
-                if len(found.graphs) > MAX_PATHS:
+            for graph in _paths(module, mode, fixed, traced):
+                traced.graphs.append(graph)
+                if len(traced.graphs) > MAX_PATHS:
                     raise UntraceableError(f"there are more than {MAX_PATHS} paths through it")
-    if not found.graphs:
+    if not traced.graphs:
         raise UntraceableError("it always raises an exception")
-    return found
+    return traced
 
 
-def _paths(module: nn.Module, mode: tuple[bool, bool], fixed: dict[str, Any], found: Trace) -> Iterator[fx.Graph]:
+def _paths(module: nn.Module, mode: tuple[bool, bool], fixed: dict[str, Any], traced: Trace) -> Iterator[fx.Graph]:
     """The graph of each path, in one mode and with some arguments fixed."""
     decisions: list[bool] = []
     for _ in range(MAX_PATHS + 1):
-        tracer = _Tracer(found, decisions)
+        tracer = _Tracer(traced, decisions)
         try:
             root = clone(module, share_parameters=True)
             root.train(mode[0])
@@ -101,7 +101,7 @@ def _paths(module: nn.Module, mode: tuple[bool, bool], fixed: dict[str, Any], fo
             if not _is_users_error(error, tracer.expected_error, type(module).__module__):
                 raise UntraceableError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
         else:
-            found.stored |= tracer.stored()
+            traced.stored |= tracer.stored()
             yield graph
         while decisions and decisions[-1]:
             decisions.pop()
@@ -115,9 +115,9 @@ class _Tracer(fx.Tracer):
     """Follows one path: at branches on values it takes `decisions`, and False at those that come after them, which it
     appends."""
 
-    def __init__(self, found: Trace, decisions: list[bool]):
+    def __init__(self, traced: Trace, decisions: list[bool]):
         super().__init__()
-        self.found, self.decisions, self.branch = found, decisions, 0
+        self.traced, self.decisions, self.branch = traced, decisions, 0
         self.results: list[weakref.ref[fx.Proxy]] = []  # of calls of modules
         self.callers: dict[FrameType | None, int] = {}  # the functions that made these calls, numbered
         self.expected_error: Exception | None = None  # one that the same call raises without tracing too
@@ -135,7 +135,7 @@ class _Tracer(fx.Tracer):
 
     def _call_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
-        self.found.direct.add(result.node)
+        self.traced.direct.add(result.node)
         return result
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -171,9 +171,9 @@ class _Tracer(fx.Tracer):
                 raise UntraceableError("it asks whether a value is a Tensor")
             module = frame.f_locals.get("self")
             path = self.path_of_module(module) if isinstance(module, nn.Module) else None
-            self.found.executed.add((path, location(frame.f_code)))
+            self.traced.executed.add((path, location(frame.f_code)))
             frame = frame.f_back
-        self.found.contexts[result.node] = context
+        self.traced.contexts[result.node] = context
         return result
 
     def stored(self) -> set[fx.Node]:
@@ -189,7 +189,7 @@ class _Tracer(fx.Tracer):
             try:
                 _signature(forward).bind(m, *args, **kwargs)
             except TypeError as error:
-                self.found.rejecting.add(self.path_of_module(m))
+                self.traced.rejecting.add(self.path_of_module(m))
                 self.expected_error = error
                 raise
 

@@ -1,4 +1,5 @@
-"""Engine's check: rounding passes, and a fault, a state that changes or a look at the number of images does not."""
+"""Engine's check accepts rounding. It refuses faults, state that changes, and code that depends on the number of
+images."""
 
 import copy
 import logging
@@ -98,7 +99,7 @@ def test_what_is_filled_once_is_no_change():
     assert fastgen.Engine(model, torch.randn(2, 3, 8, 8), impl="cpp").plan is not None and not hasattr(model, "last")
 
     class Initialised(nn.Module):
-        """As ActNorm: by the first input that it sees, which is another one for the engine than for its user."""
+        """As ActNorm does, by the first input that it sees. The engine's is not the user's."""
 
         def __init__(self):
             super().__init__()
@@ -115,7 +116,7 @@ def test_what_is_filled_once_is_no_change():
 
 
 def test_spectral_norm_that_iterates_in_evaluation_mode():
-    """heykeetae/Self-Attention-GAN's, whose error in bfloat16 was a fifth after 30 calls."""
+    """As in heykeetae/Self-Attention-GAN: a plan's error in bfloat16 would be 20 % after 30 calls."""
 
     class Normalized(nn.Module):
         def __init__(self, module):
@@ -153,8 +154,8 @@ def test_faults_are_told_from_rounding(precision):
         parameter.requires_grad_(False)
     wrong = copy.deepcopy(model)
     wrong.model[4].weight *= 1 + size * torch.randn_like(wrong.model[4].weight)
-    for found, passes in ((model, True), (wrong, False)):
-        engine = fastgen.Engine(found, x[0], precision=precision, impl="cpp")
+    for compared, passes in ((model, True), (wrong, False)):
+        engine = fastgen.Engine(compared, x[0], precision=precision, impl="cpp")
         if passes:
             compare(engine, model, x, precision, (4, 2, 1))
         else:
@@ -185,7 +186,7 @@ def test_networks_in_bfloat16_pass_as_they_are_and_trained(name):
 
 
 def test_what_rounding_makes_is_what_pytorchs_bfloat16_makes():
-    """The bound follows the model: it is taken from the module in float32, without kernels of the precision."""
+    """The bound that is measured in float32, with rounded values, is near the error of real bfloat16 kernels."""
     torch.manual_seed(0)
     model, x = ResnetGenerator(8, 4).eval(), torch.rand(3, 3, 16, 16)
     with torch.no_grad():
@@ -267,7 +268,7 @@ LOOKS_AT_NOTHING_ELSE = {
 def test_a_forward_that_asks_for_the_number_and_does_the_same(name):
     model, x = OfBatch(LOOKS_AT_NOTHING_ELSE[name]).eval(), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        if name == "parts":  # views that are written to are no plan
+        if name == "parts":  # plans do not write to views
             with pytest.raises(FastgenError, match="in place on a view"):
                 fastgen.Engine(model, x, impl="cpp")
             return
@@ -278,7 +279,7 @@ def test_a_forward_that_asks_for_the_number_and_does_the_same(name):
 
 
 def test_a_module_that_refuses_some_numbers_of_images():
-    """Batch norm by the batch's own statistics takes no single vector."""
+    """Batch norm that uses the batch's statistics does not take a single vector."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval()
     engine = fastgen.Engine(model, torch.randn(2, 3))
     assert engine.parts[0].reason.startswith("it takes 2 images, and not 1: Expected more than 1 value")
@@ -324,7 +325,7 @@ class Noisy(nn.Module):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("noise", NOISE)
 def test_noise_is_not_frozen(noise, precision):
-    """A number that is drawn in every call would be a constant of the plan; of the rest there are plans."""
+    """In a plan a number that every call draws would be a constant. The other modules become plans."""
     model = Noisy(NOISE[noise]).eval()
     x = torch.randn(2, 3, 8, 8)
     engine = fastgen.Engine(model, x, precision=precision)

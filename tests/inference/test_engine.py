@@ -1,6 +1,9 @@
-"""Engine: the networks of others as plans, against themselves in float64."""
+"""Engine: published networks as plans, compared with themselves in float64."""
 
 import logging
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -11,6 +14,7 @@ from torch import nn
 
 import fastgen
 from fastgen.errors import FastgenError, UsageError
+from fastgen.ops import _processor
 from fastgen.runtime import Plan
 from tests.inference.networks import (
     NETWORKS,
@@ -38,7 +42,7 @@ class Decoder(nn.Module):
 WHOLE = {
     "dcgan": (DCGANGenerator, (6, 1, 1)),
     "dcgan, wide": (lambda: DCGANGenerator(24, 16), (24, 1, 1)),
-    "dcgan, ours": (lambda: fastgen.create_model("dcgan", image_size=32, ngf=8, nz=7).generator, (7,)),
+    "fastgen's dcgan": (lambda: fastgen.create_model("dcgan", image_size=32, ngf=8, nz=7).generator, (7,)),
     "dcgan discriminator": (DCGANDiscriminator, (3, 32, 32)),
     "cyclegan": (ResnetGenerator, (3, 16, 16)),
     "cyclegan, wide": (lambda: ResnetGenerator(16, 1), (3, 40, 24)),
@@ -52,7 +56,7 @@ WHOLE = {
 }
 
 
-MAX_ERROR = 1e-4  # a wrong weight makes far more: see test_compare.py
+MAX_ERROR = 1e-4  # test_compare.py shows that a wrong weight makes more
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -82,6 +86,50 @@ def test_networks_in_bfloat16(name, tmp_path):
     x = torch.rand(9, *shape) * 2 - 1
     assert torch.equal(fastgen.Engine.load(tmp_path / "a.fgplan")(x), engine(x))
     assert_parity(engine, model, x, "bf16")
+
+
+WITHOUT_BFLOAT16 = """
+import logging, sys
+import torch
+from torch import nn
+import fastgen
+
+messages = []
+handler = logging.Handler()
+handler.emit = lambda record: messages.append(record.getMessage())
+logging.getLogger("fastgen").addHandler(handler)
+x, note = torch.randn(2, 3, 8, 8), "as fp32: this processor does not multiply bfloat16"
+conv = nn.Conv2d(3, 4, 3)
+for model in (nn.Sequential(conv, nn.Tanh()), nn.Sequential(conv, nn.GELU())):
+    engines = [fastgen.Engine(model.eval(), x, precision=precision) for precision in ("fp32", "bf16")]
+    if engines[1].plan is not None:
+        engines[1].save(sys.argv[1])
+        messages.append("loaded")
+        engines.append(fastgen.Engine.load(sys.argv[1]))
+    for engine in engines[1:]:
+        assert engine.precision == "bf16" and note in repr(engine)
+        assert [part.reason for part in engine.parts if part.runs == "plan"] == [note]
+        assert torch.equal(engine(x), engines[0](x))
+    assert note not in repr(engines[0])
+warning = "Engine: precision 'bf16' runs " + note
+notes = [message for message in messages if note in message or message == "loaded"]
+assert notes == [warning, "loaded", warning, warning], notes
+"""
+
+
+def test_bf16_on_a_processor_without_it_says_that_it_runs_as_fp32(tmp_path):
+    environment = {**os.environ, "FASTGEN_CPU_ISA": "avx2"}
+    code = [sys.executable, "-c", WITHOUT_BFLOAT16, tmp_path / "a.fgplan"]
+    done = subprocess.run(code, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bf16_on_a_processor_with_it_says_nothing(caplog):
+    if not _processor.here().own_bf16:
+        pytest.skip("this processor does not multiply bfloat16")
+    with caplog.at_level(logging.WARNING, "fastgen"):
+        engine = fastgen.Engine(nn.Conv2d(3, 4, 3).eval(), torch.randn(2, 3, 8, 8), precision="bf16", impl="cpp")
+    assert engine.parts == (fastgen.inference.Part("", "plan"),) and not caplog.records
 
 
 def test_what_the_modules_around_a_convolution_do():

@@ -61,7 +61,7 @@ def test_copies_are_fused_and_their_own(pair, copied):
     twin = copied(fused)
     assert fastgen.fusion_report(twin) == fastgen.fusion_report(fused)
     assert [type(m) for m in twin.modules()] == [type(m) for m in fused.modules()]
-    for parameter in fused.parameters():  # which the copy does not see
+    for parameter in fused.parameters():  # the copy has its own
         nn.init.zeros_(parameter)
     assert_same_calls(twin, plain, x, FLOAT32)
 
@@ -163,7 +163,7 @@ class ConditionalNorm(nn.BatchNorm2d):
 
 
 def test_a_norm_that_takes_a_label_comes_later():
-    """Then a path is there that fuse took for none."""
+    """The path that calls it with a label always raised when the model was fused."""
     plain = RefusalBeforeOtherCalls().double()
     fused, x = fastgen.fuse(plain), torch.randn(2, 4, 6, 6, dtype=torch.double)
     for model in (fused, plain):
@@ -227,7 +227,7 @@ def test_spectral_norm_advances_once_a_forward():
     for _ in range(3):
         fused(x), plain(x)
         assert_same_state(fused, plain, ROUNDINGS)
-    for model in (fused, plain):  # registered and removed on what is fused
+    for model in (fused, plain):  # registered and removed on fused modules
         parametrizations.spectral_norm(model.c2)
     fused.load_state_dict(plain.state_dict())
     assert_same_calls(fused, plain, x, FLOAT64)
@@ -355,7 +355,7 @@ def test_a_module_of_several_names_is_reported():
     model, x = SharedBySequentials().eval(), torch.randn(2, 3, 5, 5)
     fused = fastgen.fuse(model)
     torch.testing.assert_close(fused(x), model(x))
-    said = fastgen.fusion_report(fused)
-    assert {name for run in said.fused for name in run.names} <= {
+    report = fastgen.fusion_report(fused)
+    assert {name for run in report.fused for name in run.names} <= {
         name for name, _ in model.named_modules(remove_duplicate=False)
     }

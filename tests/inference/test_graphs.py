@@ -1,4 +1,4 @@
-"""Engine on a GPU, by a recorder that needs none: it keeps what a CUDA graph keeps, the buffers, and runs the call
+"""Engine on a GPU, with a recorder that needs none: it keeps the buffers, as a CUDA graph does, and runs the call
 anew."""
 
 import contextlib
@@ -25,9 +25,9 @@ class Recorder:
 
     def __call__(self, call, x):
         self.shapes.append(tuple(x.shape))
-        given = x.clone()
-        result = call(given)
-        return Recorded(given, result, lambda: result.copy_(call(given)))
+        input = x.clone()
+        result = call(input)
+        return Recorded(input, result, lambda: result.copy_(call(input)))
 
 
 def networks():
@@ -53,10 +53,10 @@ def test_the_same_as_the_module(precision):
         recorder = Recorder()
         graphs = Graphs(fastgen.inference.fuse(model), precision, "auto", recorder)
         for _ in range(2):
-            for t, wanted in zip((x, x[:1], torch.cat([x, x])), expected, strict=True):
+            for t, exact in zip((x, x[:1], torch.cat([x, x])), expected, strict=True):
                 found = graphs(t)
                 assert found.dtype == torch.float32
-                assert (found - wanted).abs().max() / wanted.abs().max() < ALLOWED[precision], name
+                assert (found - exact).abs().max() / exact.abs().max() < ALLOWED[precision], name
         assert [shape[0] for shape in recorder.shapes] == [2, 1, 4]  # each once
 
 
@@ -68,9 +68,9 @@ def test_results_do_not_share_memory_and_threads_take_turns():
     assert len({t.data_ptr() for t in expected}) == 4
     wrong = []
 
-    def run(x, wanted):
+    def run(x, y):
         for _ in range(5):
-            if not torch.equal(graphs(x), wanted):
+            if not torch.equal(graphs(x), y):
                 wrong.append(x)
 
     threads = [threading.Thread(target=run, args=pair) for pair in zip(inputs, expected, strict=True)]
@@ -120,7 +120,7 @@ def test_few_graphs_are_kept(monkeypatch):
 
 
 def test_a_graph_is_recorded_on_the_inputs_gpu(monkeypatch):
-    """On a stream that was made there: PyTorch's own one lies on the GPU of the process's first graph."""
+    """On a stream of that GPU: PyTorch's default one is on the GPU of the process's first graph."""
     current, made = [], []
 
     @contextlib.contextmanager
@@ -144,7 +144,7 @@ def test_a_graph_is_recorded_on_the_inputs_gpu(monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stand_in)
     x = torch.ones(2, 3)
-    assert torch.equal(_graphs.record(lambda given: 2 * given, x).result, 2 * x)
+    assert torch.equal(_graphs.record(lambda input: 2 * input, x).result, 2 * x)
     assert made[0].device == x.device
 
 
@@ -169,8 +169,7 @@ def test_precision_and_implementation_hold_while_recording():
 
 
 def test_what_an_engine_is_compared_with_is_exact():
-    """PyTorch's convolutions may use TF32 on a GPU unless told otherwise; what is recorded is as precise as asked
-    for."""
+    """PyTorch's convolutions may use TF32 on a GPU by default. The module must not, and graphs only if asked."""
     seen = []
 
     class Sees(nn.Conv2d):
@@ -212,7 +211,7 @@ def test_a_state_that_changes_is_no_graph():
 
 
 def test_what_no_graph_can_be_made_of_runs_through_pytorch():
-    """Whatever the model's own code raises where it meets another dtype than its own."""
+    """The model's own code may raise anything when it meets another dtype."""
 
     class Own(nn.Linear):
         def forward(self, x):
@@ -228,7 +227,7 @@ def test_what_no_graph_can_be_made_of_runs_through_pytorch():
         graph_backend(model, (x,), "bf16", "triton", Recorder())
 
 
-# Of outputs between -1 and 1. Here tf32 rounds too, and model(z) multiplies as PyTorch's switches say.
+# Of outputs between -1 and 1. Here tf32 rounds too, and model(z) may use it, as PyTorch's switches say.
 ALLOWED_ON_GPU = {"fp32": 0.02, "tf32": 0.02, "bf16": 0.2, "fp16": 0.02}
 
 

@@ -1,4 +1,4 @@
-"""Networks that nobody here wrote, fused: everything that training and inference see stays the same."""
+"""Published networks, fused: training and inference compute the same."""
 
 import copy
 

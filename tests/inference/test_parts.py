@@ -1,4 +1,4 @@
-"""An engine in parts: what is no plan is named with its own reason, whatever the model is made of."""
+"""An engine in parts: each module that no plan computes is named with its own reason."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from tests.inference.parity import NETWORK
 
 
 class Call(nn.Module):
-    """`function` of the module and its inputs; modules by name."""
+    """Computes function(self, *inputs), with these submodules."""
 
     def __init__(self, function, **modules):
         super().__init__()
@@ -197,7 +197,7 @@ def test_a_batch_is_still_needed():
 
 
 def test_what_recording_alone_makes_fail_is_a_reason():
-    """A model's own code that ran before, and does not where it is recorded."""
+    """The model's own code runs, and raises while it is recorded."""
 
     def forward(m, x):
         if torch._C._len_torch_function_stack():
@@ -207,7 +207,7 @@ def test_what_recording_alone_makes_fail_is_a_reason():
     model, x = Call(forward, conv=conv()).eval(), torch.randn(1, 3, 8, 8)
     engine = fastgen.Engine(model, x)
     assert parts(engine) == {"": "it cannot be recorded: KeyError: 'a mode'", "conv": "plan"}
-    with pytest.raises(ZeroDivisionError):  # what the model raises by itself is raised
+    with pytest.raises(ZeroDivisionError):  # an error that the model raises anyway is raised
         fastgen.Engine(Call(lambda m, x: 1 / 0).eval(), x)
 
 

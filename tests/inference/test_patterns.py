@@ -1,4 +1,5 @@
-"""Each way to write a module, fused: it computes the same, and the report says what was done and why not more."""
+"""Modules written in many ways, fused: they compute the same, and the report says what fuses and why the rest does
+not."""
 
 import logging
 
@@ -37,8 +38,8 @@ def test_other_arguments(name):
                 fused(x, *args, **kwargs)
             assert str(raised.value) == str(error)
             continue
-        for found, wanted in zip(tensors(fused(x, *args, **kwargs)), expected, strict=True):
-            assert_close(found, wanted, FLOAT64, f"called with {args}, {kwargs}")
+        for found, y in zip(tensors(fused(x, *args, **kwargs)), expected, strict=True):
+            assert_close(found, y, FLOAT64, f"called with {args}, {kwargs}")
 
 
 def test_ten_steps(case):

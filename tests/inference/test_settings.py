@@ -1,5 +1,4 @@
-"""What a process has set, and where an engine is called from, changes nothing of what it computes, or is refused in
-words."""
+"""An engine computes the same whatever the process has set and wherever it is called from, or says why it cannot."""
 
 import contextlib
 import copy
@@ -101,7 +100,7 @@ def test_settings_at_creation_and_at_calls(name, made):
 
 
 def test_the_module_is_compared_as_float32_whatever_the_process_multiplies_by():
-    """Else bfloat16 products of the module, not of the plan, would send it to PyTorch."""
+    """Otherwise the error of the module's own bfloat16 products would make the engine refuse the plan."""
     model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
     with SETTINGS["precision of products"]():
         before = torch.backends.mkldnn.matmul.fp32_precision

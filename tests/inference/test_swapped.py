@@ -1,4 +1,4 @@
-"""What fuse swaps where it stands: both of PyTorch's spectral norms; and the samplers that a model declares."""
+"""What fuse replaces in place: both of PyTorch's spectral norms; and the samplers that a model declares."""
 
 import copy
 import pickle
@@ -29,8 +29,7 @@ def discriminator(norm):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("inplace", (False, True))
 def test_spectral_norm_is_swapped(form, inplace):
-    """The same outputs, gradients and state_dict, step by step, in training and eval; and it loads and saves as
-    before."""
+    """Outputs, gradients and state_dict are the same at each step, in both modes, and state_dicts load both ways."""
     plain = discriminator(FORMS[form])
     before = fastgen.fusion_report(plain)
     assert [run.names[0] for run in before.swappable] == ["0.weight", "2.weight", "4.weight"] and not before.swapped
@@ -58,7 +57,7 @@ def test_spectral_norm_is_swapped(form, inplace):
 
 
 def test_the_hook_of_spectral_norm_on_what_is_fused():
-    """Files of before PyTorch 1.0, replicas of DataParallel, copies, and removal."""
+    """Files from before PyTorch 1.0, replicas of DataParallel, copies, and removal."""
     plain = nn.Sequential(old_spectral_norm(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8), nn.Tanh())
     fused, x = fastgen.fuse(plain), torch.randn(2, 3, 8, 8)
     twins = copy.deepcopy((fused, plain))
@@ -108,4 +107,4 @@ def test_samplers_are_declared_not_guessed():
     torch.manual_seed(0)
     expected = model(x)
     torch.manual_seed(0)
-    assert torch.equal(fused(x), expected)  # its own noise, as ever
+    assert torch.equal(fused(x), expected)  # its own noise
