@@ -110,7 +110,7 @@ class Engine:
 
     def _precision_note(self) -> str:
         """What `precision` does not say of the plans on the processor at hand."""
-        if self.precision != "bf16" or _processor.here().own_bf16:
+        if self.precision != "bf16" or _processor.here().fastgen_bf16:
             return ""
         has_plans = any(part.runs == "plan" for part in self._backend.parts)
         return "as fp32: this processor does not multiply bfloat16" if has_plans else ""

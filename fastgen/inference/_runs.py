@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fastgen.nn._modules import fusable, is_plain, kind, run, steps
+from fastgen.nn._patterns import fusable, is_plain, kind, steps
+from fastgen.nn._run import run
 
 __all__ = ["Run", "first_run", "is_plain", "kind", "steps"]
 

@@ -125,7 +125,7 @@ def test_bf16_on_a_processor_without_it_says_that_it_runs_as_fp32(tmp_path):
 
 
 def test_bf16_on_a_processor_with_it_says_nothing(caplog):
-    if not _processor.here().own_bf16:
+    if not _processor.here().fastgen_bf16:
         pytest.skip("this processor does not multiply bfloat16")
     with caplog.at_level(logging.WARNING, "fastgen"):
         engine = fastgen.Engine(nn.Conv2d(3, 4, 3).eval(), torch.randn(2, 3, 8, 8), precision="bf16", impl="cpp")
