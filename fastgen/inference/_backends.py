@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import FastgenError, naming
-from fastgen.inference._call import check_count, check_input, run_plan
+from fastgen.inference._call import PlannedModule, check_count, check_input, run_plan
 from fastgen.inference._graphs import Graphs
 from fastgen.runtime import Plan
 
@@ -37,6 +37,7 @@ class Part:
 
 class Backend(Protocol):
     parts: tuple[Part, ...]
+    plans: tuple[Plan, ...]
 
     def run(self, *inputs: Tensor) -> Any: ...
 
@@ -51,6 +52,7 @@ class PlanBackend:
 
     def __init__(self, plan: Plan):
         self.plan = plan
+        self.plans: tuple[Plan, ...] = (plan,)
 
     def run(self, *inputs: Tensor) -> Any:
         return run_plan(self.plan, *inputs)
@@ -72,6 +74,7 @@ class GraphBackend:
     """The whole model is recorded as CUDA graphs, for one input of this shape."""
 
     parts: tuple[Part, ...] = (Part("", "CUDA graph"),)
+    plans: tuple[Plan, ...] = ()
 
     def __init__(self, graphs: Graphs, example: Tensor):
         self._graphs, self._input_shape, self._device = graphs, tuple(example.shape[1:]), example.device
@@ -90,6 +93,7 @@ class TorchBackend:
 
     def __init__(self, module: nn.Module, parts: tuple[Part, ...], device: torch.device):
         self.parts, self._module, self._device, self._process = parts, module, device, os.getpid()
+        self.plans = tuple(part.plan for part in module.modules() if isinstance(part, PlannedModule))
 
     def run(self, *inputs: Tensor) -> Any:
         if os.getpid() != self._process and self._device.type == "cpu" and torch.get_num_threads() > 1:

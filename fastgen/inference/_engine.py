@@ -19,11 +19,11 @@ from fastgen.inference._call import run_plan
 from fastgen.inference._classes import unfuse
 from fastgen.inference._compare import changes, compare
 from fastgen.inference._graphs import Graphs, Recorder, multiplying, record
-from fastgen.inference._planner import FROM_MANY, MANY, TORCHSCRIPT, Planner
+from fastgen.inference._planner import TORCHSCRIPT, Planner
 from fastgen.inference._readers import UnsupportedError, first_line
 from fastgen.inference._sandbox import Inputs, clone
-from fastgen.ops import _processor
 from fastgen.runtime import Plan
+from fastgen.runtime._steps import Precision
 
 _log = logging.getLogger("fastgen")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -109,11 +109,10 @@ class Engine:
             _log.warning("Engine: precision %r runs %s", precision, note)
 
     def _precision_note(self) -> str:
-        """What `precision` does not say of the plans on the processor at hand."""
-        if self.precision != "bf16" or _processor.here().fastgen_bf16:
+        """What `precision` does not say of the plans on this processor."""
+        if all(plan.runs_as == plan.precision for plan in self._backend.plans):
             return ""
-        has_plans = any(part.runs == "plan" for part in self._backend.parts)
-        return "as fp32: this processor does not multiply bfloat16" if has_plans else ""
+        return "as fp32: this processor does not multiply bfloat16"
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -148,7 +147,7 @@ class Engine:
         """The engine that was saved, with its `error`. Raises OSError and fastgen.runtime.PlanError."""
         plan = Plan.load(path, threads=torch.get_num_threads())
         engine = cls.__new__(cls)  # there is no model to prepare
-        engine._set(PlanBackend(plan), plan.precision, math.nan)
+        engine._set(PlanBackend(plan), plan.precision, plan.error)
         return engine
 
     def __repr__(self) -> str:
@@ -166,12 +165,13 @@ def plan_backend(module: nn.Module, example: Inputs, precision: str, impl: str) 
     if not reason and device.type != "cpu":
         reason = f"plans run on the CPU, not on {device}"
     if not reason:
-        planner = Planner(module, example, precision == "bf16")
+        planner = Planner(module, example, Precision.bfloat16 if precision == "bf16" else Precision.float32)
         try:
             plan = planner.plan_model()
-            if plan.images_at_once >= FROM_MANY:  # images so small that comparing many is quick; other algorithms run
-                batch_sizes[MANY + 1] = None
+            for tuned_for in plan.batches_to_tune[1:]:  # other algorithms run; images are small, and many soon compared
+                batch_sizes[tuned_for + 1] = None
             error = compare(partial(run_plan, plan), module, example, precision, [*batch_sizes])
+            plan.error = error
             return PlanBackend(plan), precision, error
         except (UnsupportedError, FastgenError) as unsupported:
             reason = str(unsupported)

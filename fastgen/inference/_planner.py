@@ -17,9 +17,8 @@ from fastgen.inference._readers import UnsupportedError, first_line
 from fastgen.inference._sandbox import Inputs, clone, copy_inputs
 from fastgen.runtime import Plan
 from fastgen.runtime._file import encode
+from fastgen.runtime._steps import Precision
 
-_FEW, MANY = 1, 16  # numbers of images for which algorithms are measured
-FROM_MANY = 8  # from this number of images a plan uses the algorithms measured for many: kFew in csrc/plan/plan.cpp
 TORCHSCRIPT = "it is a TorchScript module, whose calls cannot be seen"
 _WORTH = nn.Conv2d | nn.ConvTranspose2d | nn.Linear  # without one of these, calling a plan costs more than it saves
 
@@ -27,8 +26,8 @@ _WORTH = nn.Conv2d | nn.ConvTranspose2d | nn.Linear  # without one of these, cal
 class Planner:
     """Makes plans of a model, which is not changed: a copy runs."""
 
-    def __init__(self, model: nn.Module, example: Inputs, bfloat16: bool):
-        self.model, self.example, self.bfloat16 = clone(model), example, bfloat16
+    def __init__(self, model: nn.Module, example: Inputs, precision: Precision):
+        self.model, self.example, self.precision = clone(model), example, precision
         self.changing = changes(self.model, example)
         self.parts: list[Part] = []
         self.replacements: list[tuple[str, nn.Module]] = []  # names of modules, and what takes their places
@@ -63,7 +62,7 @@ class Planner:
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
                 raise UnsupportedError(f"plans compute float32, not {tensor.dtype}")
         try:
-            steps, *ends = lower(module, *inputs)
+            steps = lower(module, *inputs)
         except UnsupportedError:
             raise
         except Exception as error:  # the model's own code, which runs otherwise, may fail while it is recorded
@@ -71,10 +70,9 @@ class Planner:
         if module is not self.model and not _is_worth_it(module):
             raise UnsupportedError("a plan of it alone would gain nothing")
         threads = torch.get_num_threads()
-        plan = Plan(encode(steps, *ends, bfloat16=self.bfloat16), threads=threads)
-        plan.tune(_FEW)
-        if plan.images_at_once >= FROM_MANY:
-            plan.tune(MANY)
+        plan = Plan(encode(steps, precision=self.precision), threads=threads)
+        for n in plan.batches_to_tune:
+            plan.tune(n)
         return Plan(plan.to_bytes(), threads=threads)  # without the memory that the measurement took
 
     def _plan_run(self, modules: list[nn.Module]) -> Plan:

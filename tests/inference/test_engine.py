@@ -1,7 +1,10 @@
 """Engine: published networks as plans, compared with themselves in float64."""
 
+import copy
 import logging
+import math
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -14,8 +17,9 @@ from torch import nn
 
 import fastgen
 from fastgen.errors import FastgenError, UsageError
-from fastgen.ops import _processor
+from fastgen.inference._lower import lower
 from fastgen.runtime import Plan
+from fastgen.runtime._file import encode
 from tests.inference.networks import (
     NETWORKS,
     DCGANDiscriminator,
@@ -125,10 +129,10 @@ def test_bf16_on_a_processor_without_it_says_that_it_runs_as_fp32(tmp_path):
 
 
 def test_bf16_on_a_processor_with_it_says_nothing(caplog):
-    if not _processor.here().fastgen_bf16:
-        pytest.skip("this processor does not multiply bfloat16")
     with caplog.at_level(logging.WARNING, "fastgen"):
         engine = fastgen.Engine(nn.Conv2d(3, 4, 3).eval(), torch.randn(2, 3, 8, 8), precision="bf16", impl="cpp")
+    if engine.plan.runs_as == "fp32":
+        pytest.skip("this processor does not multiply bfloat16")
     assert engine.parts == (fastgen.inference.Part("", "plan"),) and not caplog.records
 
 
@@ -185,6 +189,27 @@ def test_every_network_runs_in_plans_or_not(name, caplog):
         assert_parity(engine, model, x)
     else:
         assert len(engine(x)) == 3
+
+
+def test_a_loaded_engine_is_the_one_that_was_saved(tmp_path):
+    engine = fastgen.Engine(prepared(lambda: ResnetGenerator(4, 1)), torch.rand(1, 3, 16, 16), impl="cpp")
+    engine.save(tmp_path / "a.fgplan")
+    loaded = fastgen.Engine.load(tmp_path / "a.fgplan")
+    assert loaded.error == engine.error > 0 and vars(loaded).keys() == vars(engine).keys()
+    for other in (loaded, copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert repr(other) == repr(engine) and (other.parts, other.precision) == (engine.parts, engine.precision)
+        with pytest.raises(ValueError, match=r"\(N, 3, 16, 16\), got \(1, 3, 16, 20\)"):
+            other(torch.rand(1, 3, 16, 20))
+        other.save(tmp_path / "b.fgplan")
+        assert (tmp_path / "b.fgplan").read_bytes() == (tmp_path / "a.fgplan").read_bytes()
+
+
+def test_an_error_that_was_not_measured_is_not_claimed(tmp_path):
+    model, x = nn.Conv2d(3, 4, 3).eval(), torch.rand(2, 3, 8, 8)
+    (tmp_path / "a.fgplan").write_bytes(encode(lower(model, x)))
+    engine = fastgen.Engine.load(tmp_path / "a.fgplan")
+    assert math.isnan(engine.error) and "error=not measured" in repr(engine)
+    assert_parity(engine, model, x)
 
 
 def test_parts_that_are_not_known_run_through_pytorch_and_are_named(tmp_path):
