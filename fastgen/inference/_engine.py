@@ -94,13 +94,14 @@ class Engine:
             module = clone(model).eval()
             unfuse(module)
             example = tuple(x.clone() for x in example)
+            backend: Backend
             if impl == "reference":
-                parts = (Part("", "PyTorch", "impl='reference'"),)
-                self._set(TorchBackend(module, parts, device), precision, 0.0)
+                backend, error = TorchBackend(module, (Part("", "PyTorch", "impl='reference'"),), device), 0.0
             elif example[0].is_cuda:
-                self._set(*graph_backend(module, example, precision, impl))
+                backend, error = graph_backend(module, example, precision, impl)
             else:
-                self._set(*plan_backend(module, example, precision, impl))
+                backend, error = plan_backend(module, example, precision, impl)
+        self._set(backend, precision, error)
 
     def _set(self, backend: Backend, precision: str, error: float) -> None:
         """All that an engine is."""
@@ -155,8 +156,8 @@ class Engine:
         return f"Engine(precision={self.precision!r}, error={error}, parts=[{', '.join(map(str, self.parts))}])"
 
 
-def plan_backend(module: nn.Module, example: Inputs, precision: str, impl: str) -> tuple[Backend, str, float]:
-    """The module on a CPU by a plan or plans; (backend, precision, error)."""
+def plan_backend(module: nn.Module, example: Inputs, precision: str, impl: str) -> tuple[Backend, float]:
+    """Runs the module on a CPU, by plans where possible; (backend, error)."""
     n, device = len(example[0]), example[0].device
     planner: Planner | None = None
     parts: tuple[Part, ...] = ()
@@ -172,7 +173,7 @@ def plan_backend(module: nn.Module, example: Inputs, precision: str, impl: str) 
                 batch_sizes[tuned_for + 1] = None
             error = compare(partial(run_plan, plan), module, example, precision, [*batch_sizes])
             plan.error = error
-            return PlanBackend(plan), precision, error
+            return PlanBackend(plan), error
         except (UnsupportedError, FastgenError) as unsupported:
             reason = str(unsupported)
     if impl == "cpp":
@@ -190,13 +191,13 @@ def plan_backend(module: nn.Module, example: Inputs, precision: str, impl: str) 
     backend = TorchBackend(module, parts or (Part("", "PyTorch", reason),), device)
     by_pytorch = "; ".join(str(part) for part in backend.parts if part.runs != "plan")
     _log.warning("Engine: not all of %s is in a plan: %s", type(module).__name__, by_pytorch)
-    return backend, precision, error
+    return backend, error
 
 
 def graph_backend(
     module: nn.Module, example: Inputs, precision: str, impl: str, record: Recorder = record
-) -> tuple[Backend, str, float]:
-    """The module on a GPU by CUDA graphs; (backend, precision, error)."""
+) -> tuple[Backend, float]:
+    """Runs the module on a GPU, by CUDA graphs if possible; (backend, error)."""
     n, device = len(example[0]), example[0].device
     try:
         if reason := _why_unseen(module):
@@ -206,13 +207,13 @@ def graph_backend(
         for name in changes(clone(module), example).values():
             raise UnsupportedError(f"{name} changes with every call, also in evaluation mode")
         backend = GraphBackend(Graphs(clone(module), precision, impl, record), example[0])
-        return backend, precision, compare(backend.run, module, example, precision, (2 * n, n))
+        return backend, compare(backend.run, module, example, precision, (2 * n, n))
     except Exception as error:  # synchronization, a wrong result, too little memory, the model's own code
         if impl != "auto":
             raise FastgenError(f"impl={impl!r} cannot run the whole model: {error}") from error
         reason = first_line(error)
     _log.warning("Engine: %s is not a CUDA graph: %s", type(module).__name__, reason)
-    return TorchBackend(module, (Part("", "PyTorch", reason),), device), precision, 0.0
+    return TorchBackend(module, (Part("", "PyTorch", reason),), device), 0.0
 
 
 def _check(model: object, example_inputs: object, precision: str, impl: str) -> Inputs:

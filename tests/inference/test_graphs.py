@@ -187,7 +187,7 @@ def test_what_an_engine_is_compared_with_is_exact():
     recording = False
     module = Sees(3, 4, 3).eval()
     with multiplying("fp32"):
-        backend, _, _ = graph_backend(module, (torch.randn(2, 3, 8, 8),), "tf32", "reference", record_only)
+        backend, _ = graph_backend(module, (torch.randn(2, 3, 8, 8),), "tf32", "reference", record_only)
     assert [part.runs for part in backend.parts] == ["CUDA graph"]
     assert set(seen) == {(True, "tf32"), (False, "ieee")}
 
@@ -205,7 +205,7 @@ def test_a_state_that_changes_is_no_graph():
             return super().forward(x) * self.calls
 
     model = Counts().eval()
-    backend, _, _ = graph_backend(model, (torch.randn(2, 3),), "bf16", "auto", Recorder())
+    backend, _ = graph_backend(model, (torch.randn(2, 3),), "bf16", "auto", Recorder())
     assert isinstance(backend, TorchBackend) and model.calls == 0
     assert backend.parts[0].reason == "calls changes with every call, also in evaluation mode"
 
@@ -220,7 +220,7 @@ def test_what_no_graph_can_be_made_of_runs_through_pytorch():
             return super().forward(x)
 
     model, x = Own(3, 2).eval(), torch.randn(2, 3)
-    backend, _, _ = graph_backend(model, (x,), "bf16", "auto", Recorder())
+    backend, _ = graph_backend(model, (x,), "bf16", "auto", Recorder())
     assert backend.parts == (Part("", "PyTorch", "of float32 alone"),)
     assert torch.equal(backend.run(x), model(x))
     with pytest.raises(FastgenError, match="impl='triton' cannot run the whole model: of float32 alone"):
