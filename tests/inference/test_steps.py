@@ -256,7 +256,7 @@ def test_wrong_labels_and_inputs_are_named(tmp_path):
             engine(*wrong)
         with pytest.raises(error, match=words):
             plan(*(x.numpy() for x in wrong))
-    with pytest.raises(UsageError, match=r"one number of images, got shapes \(3, 6\), \(2,\)"):
+    with pytest.raises(UsageError, match=r"same number of images, got shapes \(3, 6\), \(2,\)"):
         fastgen.Engine(model, (z, labels[:2]))
 
 
