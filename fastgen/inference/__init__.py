@@ -27,23 +27,28 @@ Engine(model, example) writes down what a model computes, and runs that. From to
 | `_compare` | whether the backend computes what the model does, but for rounding; state that changes between calls |
 | `_call` | a plan called with tensors |
 
-Both use `_sandbox`, which runs a model without changing it.
+Both use `_sandbox`, which runs a model without changing it. `_tune` measures which implementations are the fastest
+here, and `_explain` says which ones a model uses, and why.
 """
 
 from fastgen.inference._backends import Part
 from fastgen.inference._engine import Engine
+from fastgen.inference._explain import Explained, Explanation, explain
 from fastgen.inference._fuse import fuse
 from fastgen.inference._report import FusedRun, FusionReport, Unfused, fusion_report
-from fastgen.inference.tune import Tuned, TuningReport, tune
+from fastgen.inference._tune import Tuned, TuningReport, tune
 
 __all__ = [
     "Engine",
+    "Explained",
+    "Explanation",
     "FusedRun",
     "FusionReport",
     "Part",
     "Tuned",
     "TuningReport",
     "Unfused",
+    "explain",
     "fuse",
     "fusion_report",
     "tune",
