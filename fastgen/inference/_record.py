@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastgen.inference._readers import ARITHMETIC, READERS, SAME, UnsupportedError, first_line
 from fastgen.nn import Sequential
+from fastgen.runtime._steps import Step
 
 
 @dataclass(eq=False)
@@ -27,11 +28,15 @@ class Node:
     """A call: its kind, the nodes whose values it takes, its other arguments, and the shape of an image of its
     result."""
 
-    kind: str
+    kind: str | type[Step]
     inputs: tuple[Node, ...]
     shape: tuple[int, ...]
     options: dict[str, Any] = field(default_factory=dict)
     uses: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.kind if isinstance(self.kind, str) else self.kind.kind
 
 
 # What only looks, or gives the value back.
@@ -49,7 +54,7 @@ _NUMBERS = (*range(1, 18), 24, 25, *(2**k + i for k in (5, 6, 7, 8, 9, 10) for i
 class _Call(NamedTuple):
     """A call that was recorded, and of each result the node, the dtype, and what it shares with the first argument."""
 
-    reads: tuple[str, tuple[Node, ...], dict[str, Any]]
+    reads: tuple[str | type[Step], tuple[Node, ...], dict[str, Any]]
     results: list[tuple[Node, torch.dtype, Literal["", "memory", "all"]]]
     is_one: bool
 

@@ -1,5 +1,6 @@
 """The plan without torch: what it computes, and that no file makes it crash."""
 
+import copy
 import math
 import os
 import random
@@ -12,54 +13,88 @@ import zlib
 import numpy as np
 import pytest
 
-from fastgen.runtime import Plan, PlanError, _file
-from fastgen.runtime._file import Step, encode
+from fastgen.runtime import Plan, PlanError
+from fastgen.runtime import _steps as steps_module
+from fastgen.runtime._file import HEADER, READ, RECORD, encode
+from fastgen.runtime._steps import (
+    Activation,
+    Add,
+    AvgPool,
+    Concat,
+    Convolution,
+    Embedding,
+    Epilogue,
+    Geometry,
+    Input,
+    MaxPool,
+    Mul,
+    Narrow,
+    Norm,
+    NormAct,
+    Output,
+    PixelShuffle,
+    Precision,
+    Read,
+    Reshape,
+    Step,
+    UpsampleBilinear,
+    UpsampleNearest,
+)
 
 
-def small(bfloat16: bool = False) -> bytes:
-    """(3, 1, 1) -> conv_transpose, instance norm, leaky_relu -> conv + residual, batch norm's map, tanh: (2, 4, 4)."""
+def small(precision: Precision = Precision.float32) -> bytes:
+    """(3, 1, 1) -> transposed convolution, instance norm, leaky_relu -> convolution + residual, batch norm's map, tanh:
+    (2, 4, 4)."""
     generator = np.random.default_rng(0)
 
     def floats(*shape):
         return generator.standard_normal(shape).astype(np.float32)
 
     steps = [
-        Step("conv_transpose", 0, (3, 1, 1), (2, 4, 4), kernel=(4, 4), weight=floats(3, 2, 4, 4), bias=floats(2),
-             norm="instance", activation="leaky_relu", negative_slope=0.2),
-        Step("conv", 1, (2, 4, 4), (2, 4, 4), residual=1, kernel=(3, 3), padding=(1, 1), reflect=True, norm="affine",
-             weight=floats(2, 2, 3, 3), mean=floats(2), var=floats(2) ** 2 + 1, activation="tanh"),
-        Step("concat", 1, (2, 4, 4), (4, 4, 4), residual=2),
-        Step("pointwise", 3, (4, 4, 4), (4, 4, 4), norm="group", num_groups=2, norm_weight=floats(4),
-        activation="silu"),
+        Input([], (3, 1, 1), 3),
+        Convolution(
+            [Read(0, (3, 1, 1))], (2, 4, 4), Geometry((4, 4), transposed=True), floats(3, 2, 4, 4), floats(2),
+            epilogue=Epilogue(Norm.instance, activation=Activation.leaky_relu, negative_slope=0.2),
+        ),
+        Convolution(
+            [Read(1, (2, 4, 4)), Read(1, (2, 4, 4))], (2, 4, 4), Geometry((3, 3), padding=(1, 1), reflect=True),
+            floats(2, 2, 3, 3),
+            epilogue=Epilogue(Norm.affine, mean=floats(2), var=floats(2) ** 2 + 1, activation=Activation.tanh),
+        ),
+        Concat([Read(1, (2, 4, 4)), Read(2, (2, 4, 4))], (4, 4, 4)),
+        NormAct([Read(3, (4, 4, 4))], (4, 4, 4),
+                Epilogue(Norm.group, num_groups=2, weight=floats(4), activation=Activation.silu)),
+        Output([Read(4, (4, 4, 4))], (4, 4, 4), 3),
     ]  # fmt: skip
-    return encode(steps, (3, 1, 1), (4, 4, 4), bfloat16=bfloat16)
+    return encode(steps, precision=precision)
 
 
-def several(bfloat16: bool = False) -> bytes:
+def several(precision: Precision = Precision.float32) -> bytes:
     """(3, 4, 4), labels below 5 and (2, 1, 1) -> all kinds of steps that `small` lacks: (16), (2, 8, 8) and one
     number."""
-    generator = np.random.default_rng(0)
+    table = np.random.default_rng(0).random((5, 16), np.float32)
     steps = [
-        Step("input", 0, (1, 1, 1), (1, 1, 1), kernel=(0, 1)),
-        Step("input", 0, (2, 1, 1), (2, 1, 1), kernel=(3, 1)),
-        Step("embedding", 1, (1, 1, 1), (16, 1, 1), kernel=(5, 1), weight=generator.random((5, 16), np.float32)),
-        Step("reshape", 3, (16, 1, 1), (1, 4, 4)),
-        Step("concat", 0, (3, 4, 4), (4, 4, 4), residual=4),
-        Step("mul", 5, (4, 4, 4), (4, 4, 4), residual=4, groups=1, kernel=(4, 4)),
-        Step("upsample_bilinear", 6, (4, 4, 4), (4, 5, 7), reflect=True),
-        Step("upsample_nearest", 7, (4, 5, 7), (4, 4, 4)),
-        Step("max_pool", 8, (4, 4, 4), (4, 4, 4), kernel=(3, 3), padding=(1, 1)),
-        Step("narrow", 9, (4, 4, 4), (2, 4, 4), padding=(1, 0)),
-        Step("add", 10, (2, 4, 4), (2, 4, 4), residual=2, groups=2),
-        Step("output", 3, (16, 1, 1), (16, 1, 1), kernel=(1, 1)),
-        Step("concat", 11, (2, 4, 4), (4, 4, 4), residual=10),
-        Step("concat", 13, (4, 4, 4), (8, 4, 4), residual=9),
-        Step("pixel_shuffle", 14, (8, 4, 4), (2, 8, 8)),
-        Step("output", 15, (2, 8, 8), (2, 8, 8), kernel=(3, 1)),
-        Step("narrow", 15, (2, 8, 8), (1, 8, 8)),
-        Step("avg_pool", 17, (1, 8, 8), (1, 1, 1), kernel=(8, 8), stride=(8, 8), reflect=True),
-    ]  # fmt: skip
-    return encode(steps, (3, 4, 4), (), bfloat16=bfloat16)
+        Input([], (3, 4, 4), 3),
+        Input([], (1, 1, 1), 0),
+        Input([], (2, 1, 1), 3),
+        Embedding([Read(1, (1, 1, 1))], (16, 1, 1), 5, table),
+        Reshape([Read(3, (16, 1, 1))], (1, 4, 4)),
+        Concat([Read(0, (3, 4, 4)), Read(4, (1, 4, 4))], (4, 4, 4)),
+        Mul([Read(5, (4, 4, 4)), Read(4, (1, 4, 4))], (4, 4, 4)),
+        UpsampleBilinear([Read(6, (4, 4, 4))], (4, 5, 7), align_corners=True),
+        UpsampleNearest([Read(7, (4, 5, 7))], (4, 4, 4)),
+        MaxPool([Read(8, (4, 4, 4))], (4, 4, 4), (3, 3), (1, 1), (1, 1)),
+        Narrow([Read(9, (4, 4, 4))], (2, 4, 4), 1),
+        Add([Read(10, (2, 4, 4)), Read(2, (2, 1, 1))], (2, 4, 4)),
+        Output([Read(3, (16, 1, 1))], (16, 1, 1), 1),
+        Concat([Read(11, (2, 4, 4)), Read(10, (2, 4, 4)), Read(9, (4, 4, 4))], (8, 4, 4)),
+        PixelShuffle([Read(13, (8, 4, 4))], (2, 8, 8)),
+        Output([Read(14, (2, 8, 8))], (2, 8, 8), 3),
+        Narrow([Read(14, (2, 8, 8))], (1, 8, 8), 0),
+        AvgPool([Read(16, (1, 8, 8))], (1, 1, 1), (8, 8), (8, 8), count_include_pad=True),
+        Output([Read(17, (1, 1, 1))], (1, 1, 1), 0),
+    ]
+    return encode(steps, precision=precision)
 
 
 PLANS = {"small": small, "several": several}
@@ -85,7 +120,19 @@ def sealed(data: bytes) -> bytes:
 def test_it_computes_what_numpy_does():
     weight = np.random.default_rng(0).standard_normal((5, 3, 1, 1)).astype(np.float32)
     bias = np.arange(5, dtype=np.float32)
-    data = encode([Step("conv", 0, (3, 1, 1), (5, 1, 1), weight=weight, bias=bias, activation="relu")], (3,), (5,))
+    steps = [
+        Input([], (3, 1, 1), 1),
+        Convolution(
+            [Read(0, (3, 1, 1))],
+            (5, 1, 1),
+            Geometry((1, 1)),
+            weight,
+            bias,
+            epilogue=Epilogue(activation=Activation.relu),
+        ),
+        Output([Read(1, (5, 1, 1))], (5, 1, 1), 1),
+    ]
+    data = encode(steps)
     z = np.random.default_rng(1).standard_normal((7, 3)).astype(np.float32)
     np.testing.assert_allclose(Plan(data)(z), np.maximum(z @ weight[:, :, 0, 0].T + bias, 0), rtol=1e-5, atol=1e-6)
 
@@ -108,7 +155,7 @@ def test_several_inputs_and_outputs():
             for found, expected in zip(one, whole, strict=True):
                 np.testing.assert_array_equal(found[0], expected[i])
     assert shapes(plan(x[:0], labels[:0], shift[:0])) == [(0, 16), (0, 2, 8, 8), (0,)]
-    assert len(plan.profile(2, 1)) == len(plan.tune(2)) == 18
+    assert len(plan.profile(2, 1)) == len(plan.tune(2)) == 19
     for wrong, error, words in (
         ((x,), TypeError, "takes 3 inputs, got 1"),
         (
@@ -208,7 +255,7 @@ def test_a_file_cut_anywhere_is_refused(name, tmp_path):
     for size in range(len(data)):
         with pytest.raises(PlanError, match="cannot be used"):
             Plan(data[:size])
-    for size in (0, 7, 111, 112, 600, len(data) - 1):
+    for size in (0, 7, HEADER.size - 1, HEADER.size, 600, len(data) - 1):
         path.write_bytes(data[:size])
         with pytest.raises(PlanError, match=r"cut\.fgplan: .*(short|cut)"):
             Plan.load(path)
@@ -225,8 +272,11 @@ def test_a_changed_byte_is_refused(name):
 
 
 def test_another_version_and_other_files_are_refused(tmp_path):
-    with pytest.raises(PlanError, match="version 7, and this fastgen reads version 1"):
-        Plan(sealed(small()[:8] + struct.pack("<I", 7) + small()[12:]))
+    for version in (1, 7):
+        with pytest.raises(
+            PlanError, match=f"version {version}, and this fastgen reads version 2: export the model again"
+        ):
+            Plan(sealed(small()[:8] + struct.pack("<I", version) + small()[12:]))
     with pytest.raises(PlanError, match="not a plan"):
         Plan(b"PK\3\4" + small()[4:])
     with pytest.raises(FileNotFoundError):
@@ -234,6 +284,40 @@ def test_another_version_and_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="threads must be"):
         Plan(small(), threads=0)
     assert Plan(small(), threads=10**30).threads >= 1
+
+
+def test_what_this_version_does_not_read_is_named():
+    def changed(at: int, number: int) -> bytes:
+        data = small()
+        return sealed(data[:at] + struct.pack("<q", number) + data[at + 8 :])
+
+    precision = 48
+    convolution, _ = records(small())[1]
+    weight = convolution + RECORD.size + READ.size + 11 * 8  # behind the geometry
+    for data, words in (
+        (
+            changed(precision, Precision.float16),
+            "precision is float16, and this version of fastgen runs float32 and bf",
+        ),
+        (changed(precision, 9), "unknown precision"),
+        (changed(weight + 8, Precision.int8), r"step 1 of the plan \(convolution\) has weights of int8"),
+        (changed(weight + 16, 0), r"step 1 of the plan \(convolution\) has weights with scales"),
+        (changed(convolution, int.from_bytes(b"attentio", "little")), "is of the unknown kind attentioion"),
+        (changed(convolution, -1), "step 1 of the plan is of an unknown kind"),
+    ):
+        with pytest.raises(PlanError, match=words):
+            Plan(data)
+
+
+def test_the_measured_error_is_kept():
+    plan = Plan(small())
+    assert math.isnan(plan.error)
+    plan.error = 1e-6
+    assert plan.error == copy.deepcopy(plan).error == Plan(plan.to_bytes()).error == 1e-6
+    assert Plan(encode([Input([], (3, 1, 1), 1), Output([Read(0, (3, 1, 1))], (3, 1, 1), 1)], error=0.5)).error == 0.5
+    for wrong in (-1.0, math.inf):
+        with pytest.raises(ValueError, match="error must be"):
+            plan.error = wrong
 
 
 @pytest.mark.parametrize("wrong", (0, -1, 1.5, None))
@@ -244,13 +328,32 @@ def test_no_number_of_images_or_repeats_makes_it_crash(wrong):
             call(wrong)
 
 
-@pytest.mark.parametrize("bfloat16", (False, True))
+def records(data: bytes) -> list[tuple[int, bytes]]:
+    """Where the record of each step begins, and its kind."""
+    found, at = [], HEADER.size
+    for _ in range(HEADER.unpack_from(data)[4]):
+        kind, size, *_ = RECORD.unpack_from(data, at)
+        found.append((at, kind))
+        at += size
+    return found
+
+
+def test_the_plans_have_every_kind():
+    kinds = {
+        cls.kind.encode()
+        for cls in vars(steps_module).values()
+        if isinstance(cls, type) and issubclass(cls, Step) and cls is not Step
+    }
+    assert {kind.rstrip(b"\0") for data in (small(), several()) for _, kind in records(data)} == kinds
+
+
+@pytest.mark.parametrize("precision", (Precision.float32, Precision.bfloat16))
 @pytest.mark.parametrize("name", PLANS)
-def test_no_header_or_step_makes_it_crash_even_with_the_right_checksum(name, bfloat16):
-    """Huge and odd numbers in every field: an error, or a plan that runs."""
-    data = PLANS[name](bfloat16)
+def test_no_header_or_step_makes_it_crash_even_with_the_right_checksum(name, precision):
+    """Huge and odd numbers in every field, and the kinds of other steps: an error, or a plan that runs."""
+    data = PLANS[name](precision)
     numbers = [0, 1, -1, 2, 3, 5, 255, 1 << 20, 1 << 28, 1 << 31, (1 << 31) - 1, 1 << 40, (1 << 62) + 5, -(1 << 63)]
-    end = _file._HEADER.size + struct.unpack_from("<q", data, 24)[0] * _file._STEP.size
+    end = HEADER.size + HEADER.unpack_from(data)[5]
     loaded = 0
 
     def check(changed: bytes) -> None:
@@ -266,6 +369,10 @@ def test_no_header_or_step_makes_it_crash_even_with_the_right_checksum(name, bfl
     for at in range(16, end, 8):
         for number in numbers:
             check(data[:at] + struct.pack("<q", number) + data[at + 8 :])
+    kinds = {kind for each in (small(), several()) for _, kind in records(each)}
+    for at, _ in records(data):
+        for kind in kinds:
+            check(data[:at] + kind + data[at + len(kind) :])
     choose = random.Random(0)
     for _ in range(2000):
         changed = bytearray(data)
@@ -312,12 +419,12 @@ assert out.shape == (2, 4, 4, 4) and np.isfinite(out).all()
 
 @pytest.mark.parametrize("isa", ("avx512", "avx2", "baseline"))
 @pytest.mark.parametrize("threads", ("1", "3"))
-@pytest.mark.parametrize("bfloat16", (False, True))
-def test_every_instruction_set_and_more_threads_than_processors(isa, threads, bfloat16, tmp_path):
+@pytest.mark.parametrize("precision", (Precision.float32, Precision.bfloat16))
+def test_every_instruction_set_and_more_threads_than_processors(isa, threads, precision, tmp_path):
     z = np.random.default_rng(1).standard_normal((9, 3, 1, 1)).astype(np.float32)
     np.save(tmp_path / "z.npy", z)
     np.save(tmp_path / "y.npy", Plan(small())(z))
-    (tmp_path / "a.fgplan").write_bytes(small(bfloat16))
+    (tmp_path / "a.fgplan").write_bytes(small(precision))
     code = """
 import sys, numpy as np
 from fastgen.runtime import Plan
