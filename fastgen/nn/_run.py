@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,15 +20,43 @@ from fastgen.ops._dispatch import is_pytorchs
 from fastgen.ops._epilogue import Epilogue
 from fastgen.ops._geometry import Geometry
 from fastgen.ops._info import count
+from fastgen.ops._layout import TensorSpec, spec_of
+from fastgen.ops._question import Choice
+from fastgen.ops._settings import Setting
+
+
+class Call(NamedTuple):
+    """A call of a run of layers that one op can compute, for `fastgen.explain`."""
+
+    layers: tuple[nn.Module | None, nn.Module | None, nn.Module | None]  # convolution, norm, activation
+    x: TensorSpec
+    wants_input_grad: bool
+    modules: Choice | None  # where PyTorch's modules compute it, one by one
+
+
+_recorder: Setting[list[Call] | None] = Setting("calls", None)
+_NOT_A_BATCH = Choice("modules", "", "no op takes an input of this type, layout or number of dimensions")
+_TORCH_ALONE = Choice("modules", "", "forward derivatives and ONNX know PyTorch's ops alone")
+
+
+@contextlib.contextmanager
+def recorded_calls() -> Iterator[list[Call]]:
+    """Within the context the runs of layers that this thread calls are written down."""
+    calls: list[Call] = []
+    with _recorder.set_to(calls):
+        yield calls
 
 
 def run(x: Tensor, convolution: Any, norm: nn.Module | None, activation: nn.Module | None) -> Tensor:
-    """What calling the three modules in turn computes, in one op, unless their own are faster or no op takes x as they
-    do."""
-    if not _is_batch(x, convolution, norm) or is_pytorchs():
-        return _in_turn(x, convolution, norm, activation)
-    if convolution is not None and _synchronizes(norm) is None and _is_small(x, convolution):
-        count(_geometry(convolution).fused()[0], _policy.MODULES.implementation)
+    """What calling the three modules in turn computes, in one op, unless the modules are faster or no op takes x as
+    they do."""
+    modules = _left_to_modules(x, convolution, norm)
+    if _recorder.used and (record := _recorder.get()) is not None:
+        wants_grad = x.requires_grad and torch.is_grad_enabled()
+        record.append(Call((convolution, norm, activation), spec_of(x), wants_grad, modules))
+    if modules is not None:
+        if modules is _policy.MODULES:
+            count(geometry_of(convolution).fused()[0], modules.implementation)
         return _in_turn(x, convolution, norm, activation)
     try:
         y = _in_one(x, convolution, norm, activation)
@@ -38,6 +68,17 @@ def run(x: Tensor, convolution: Any, norm: nn.Module | None, activation: nn.Modu
     if isinstance(norm, BATCH_NORMS) and _counts(norm):
         norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
     return y
+
+
+def _left_to_modules(x: Tensor, convolution: Any, norm: nn.Module | None) -> Choice | None:
+    """Why PyTorch's modules compute a run one by one, if they do."""
+    if not _is_batch(x, convolution, norm):
+        return _NOT_A_BATCH
+    if is_pytorchs():
+        return _TORCH_ALONE
+    if convolution is not None and _synchronizes(norm) is None and _is_small(x, convolution):
+        return _policy.MODULES
+    return None
 
 
 def _in_turn(x: Tensor, *modules: nn.Module | None) -> Tensor:
@@ -94,14 +135,14 @@ def _run_over_sigma(x: Tensor, convolution: nn.Conv2d | nn.ConvTranspose2d, argu
     if found is None:
         return None
     norm, weight = found
-    geometry = _geometry(convolution)
+    geometry = geometry_of(convolution)
     epilogue = Epilogue(**{name: arguments[name] for name in Epilogue._fields if name in arguments})
     if not _spectral_convolution.can_compute(x, weight, geometry, epilogue):
         return None
     return _spectral_convolution.convolution(x, *norm.parts(weight), convolution.bias, geometry, epilogue)
 
 
-def _geometry(convolution: nn.Conv2d | nn.ConvTranspose2d) -> Geometry:
+def geometry_of(convolution: nn.Conv2d | nn.ConvTranspose2d) -> Geometry:
     output_padding = convolution.output_padding if isinstance(convolution, nn.ConvTranspose2d) else ()
     return Geometry.of(
         convolution.stride, padding(convolution), output_padding, convolution.groups, convolution.dilation,
@@ -119,12 +160,15 @@ def _is_small(x: Tensor, convolution: Any) -> bool:
     if getattr(convolution, "memory_efficient", False):
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    # Its weight's shape, but not its weight: each access to that may be a power iteration.
-    first, second = convolution.in_channels, convolution.out_channels
-    geometry = _geometry(convolution)
-    first, second = (first, second) if geometry.transposed else (second, first)
-    shape = (first, second // convolution.groups, *convolution.kernel_size)
-    return _policy.is_small(geometry, x.shape, shape, dtype, torch.is_grad_enabled())
+    geometry = geometry_of(convolution)
+    return _policy.is_small(geometry, x.shape, weight_shape(convolution), dtype, torch.is_grad_enabled())
+
+
+def weight_shape(convolution: Any) -> tuple[int, ...]:
+    """The shape of a convolution's weight, without the weight: each access to that may be a power iteration."""
+    channels = convolution.in_channels, convolution.out_channels
+    first, second = channels if isinstance(convolution, nn.ConvTranspose2d) else channels[::-1]
+    return first, second // convolution.groups, *convolution.kernel_size
 
 
 def _counts(norm: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fastgen.ops._layout import specialize
 from fastgen.ops._memo import memoize
 
 HW = tuple[int, int]  # height, width
@@ -26,6 +27,14 @@ class Geometry(NamedTuple):
         return Geometry(
             tuple(stride), tuple(padding), tuple(output_padding) or None, groups, tuple(dilation), reflect
         )  # fmt: skip
+
+    def specialized(self) -> Geometry:
+        """With all of its numbers as constants of the graph that is compiled."""
+        stride, padding, output_padding, dilation = (
+            tuple(map(specialize, pair or ()))
+            for pair in (self.stride, self.padding, self.output_padding, self.dilation)
+        )
+        return Geometry.of(stride, padding, output_padding, specialize(self.groups), dilation, self.reflect)
 
     @property
     def transposed(self) -> bool:

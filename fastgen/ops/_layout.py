@@ -13,7 +13,11 @@ from torch import Tensor
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether x (N, C, H, W) lies in channels_last order; a tensor that fits both orders counts as contiguous."""
-    return x.dim() == 4 and x.stride(1) == 1 and not x.is_contiguous()
+    if (
+        x.dim() != 4 or x.stride(1) != 1
+    ):  # a branch, since a compiled graph's strides may be symbolic, and the answer not
+        return False
+    return not x.is_contiguous()
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
@@ -41,11 +45,17 @@ def spec_of(x: Tensor) -> TensorSpec:
 SIZE_OF_ANY = 32
 
 
-def static_sizes(shape: Sequence[int]) -> Sequence[int]:
+def static_sizes(shape: Sequence[int]) -> tuple[int, ...]:
     """A shape to choose kernels by. In a graph that is compiled or exported for sizes that vary, 32 stands for each of
     those: the choice holds for all of them, and sets no guard on them."""
     if not torch.compiler.is_compiling():
-        return shape
+        return tuple(shape)
     from torch.fx.experimental.symbolic_shapes import has_static_value  # takes long to import, and compilation has it
 
-    return [int(size) if has_static_value(size) else SIZE_OF_ANY for size in shape]
+    return tuple(specialize(size) if has_static_value(size) else SIZE_OF_ANY for size in shape)
+
+
+def specialize(value: int) -> int:
+    """An integer as a constant of the graph that is compiled. Dynamo keeps int() of one symbolic, the length of a range
+    not."""
+    return len(range(value))

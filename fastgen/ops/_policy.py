@@ -13,7 +13,7 @@ import torch
 
 from fastgen.ops import _choices, _processor, _rules, _tiers
 from fastgen.ops._geometry import Geometry
-from fastgen.ops._layout import TensorSpec, static_sizes
+from fastgen.ops._layout import TensorSpec, specialize, static_sizes
 from fastgen.ops._memo import dynamo_constant, memoize
 from fastgen.ops._question import Choice, Question
 from fastgen.ops._requested import requested_impl
@@ -65,14 +65,14 @@ def _fastest_in_graph(what: str, geometry: Geometry, x: Sequence[int], weight: T
     wrong = False
     if weight.dtype == torch.bfloat16 and not torch.compiler.is_exporting():
         wrong = _rules.torch_is_wrong(_computed(_question(what, geometry, x, weight, flag)))
-    sizes = tuple(static_sizes(x)), tuple(static_sizes(weight.shape))
     kind = weight.dtype, str(weight.device), weight.channels_last
-    return _constant(wrong, what, tuple(geometry), *sizes, *kind, flag)
+    arguments = geometry.specialized().arguments()
+    return _constant(wrong, what, arguments, static_sizes(x), tuple(map(specialize, weight.shape)), *kind, flag)
 
 
 @dynamo_constant
 def _constant(wrong: bool, what: str, geometry: tuple, *rest) -> Choice:
-    question = Question(what, Geometry(*geometry), *rest)
+    question = Question(what, Geometry.of(*geometry), *rest)
     return _choice(_rules.WRONG, question) if wrong else fastest(question)
 
 

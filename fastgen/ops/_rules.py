@@ -132,13 +132,13 @@ def _reads_pixels(conv: Convolution, axis: int) -> bool:
 
 WRONG = Rule(
     "PyTorch is wrong", torch_is_wrong, True,
-    "PyTorch's kernel computes wrong numbers for narrow images in bfloat16", "What PyTorch computes wrongly",
+    "PyTorch's kernel computes wrong numbers for narrow images in bfloat16", "bfloat16 convolutions of narrow images",
 )  # fmt: skip
 _FIRST = (
     WRONG,
     Rule(
         "no instruction", lambda c: c.device == "cpu" and not c.processor.torch_multiplies(c.dtype), True,
-        "PyTorch has no instructions for this dtype here and falls back to a loop", "Transposed convolution",
+        "PyTorch has no instructions for this dtype here and falls back to a loop", "bfloat16 without its instructions",
     ),
 )  # fmt: skip
 
@@ -148,118 +148,118 @@ FORWARD = (
     Rule(
         "GPU, transposed, 16 bits",
         lambda c: c.device == "cuda" and c.geometry.transposed and c.dtype in (torch.bfloat16, torch.float16), True,
-        "one product per output phase on tensor cores; an estimate, nothing was measured", "Triton",
+        "one product per output phase on tensor cores; an estimate, nothing was measured", "fastgen or cuDNN",
     ),
     Rule(
         "GPU", lambda c: c.device == "cuda", False,
-        "cuDNN's kernel for strided convolutions and float32; an estimate, nothing was measured", "Triton",
+        "cuDNN's kernel for strided convolutions and float32; an estimate, nothing was measured", "fastgen or cuDNN",
     ),
     Rule(
         "one pixel",
         lambda c: c.is_one_pixel() and (c.channels_last or (c.is_wide() and c.is_exact()))
         and (c.geometry.transposed or c.input[0] >= 32), True,
-        "images of one pixel are one matrix product", "Transposed convolution",
+        "images of one pixel are one matrix product", "Images of one pixel",
     ),
     Rule(
         "one pixel, small batch or few channels", lambda c: c.is_one_pixel(), False,
-        "PyTorch is as fast for images of one pixel in small batches or with few channels", "Transposed convolution",
+        "PyTorch is as fast for images of one pixel in small batches or with few channels", "Images of one pixel",
     ),
     Rule(
         "to few channels",
         lambda c: c.is_to_few_channels() and not c.batch_stats and c.geometry.groups == 1
         and (c.is_exact() or min(c.kernel) >= 4), True,
-        "at most 4 output channels: the taps of a kernel's row fill the vectors", "Transposed convolution",
+        "at most 4 output channels: the taps of a kernel's row fill the vectors", "Few output channels",
     ),
     Rule(
         "to few channels, statistics or groups", lambda c: c.is_to_few_channels(), False,
-        "at most 4 output channels with statistics, groups or a small kernel in 16 bits", "Transposed convolution",
+        "at most 4 output channels with statistics, groups or a small kernel in 16 bits", "Few output channels",
     ),
     Rule(
         "pairs of bfloat16",
         lambda c: c.dtype == torch.bfloat16 and c.geometry.stride == (2, 2) and c.processor.fastgen_bf16
         and min(c.channels) >= 128 * c.geometry.groups and max(c.channels) >= 256 * c.geometry.groups, True,
-        "a stride of 2 between many channels, multiplied as pairs of bfloat16", "Transposed convolution",
+        "a stride of 2 between many channels, multiplied as pairs of bfloat16", "bfloat16 by pairs",
     ),
     Rule(
         "16 bits", lambda c: not c.is_exact(), False,
-        "oneDNN multiplies this dtype by instructions of its own", "Transposed convolution",
+        "oneDNN multiplies this dtype by instructions of its own", "bfloat16",
     ),
     Rule(
         "fewer than 16 channels", lambda c: not c.is_wide(), False,
-        "vectors are not filled by fewer than 16 channels per group", "Transposed convolution",
+        "vectors are not filled by fewer than 16 channels per group", "Fewer than 16 channels",
     ),
     Rule(
         "transposed, 4x4, stride 2", lambda c: c.geometry.transposed and c.is_four_by_two(), True,
-        "four 2x2 convolutions, one per output phase, without products with zeros", "Transposed convolution",
+        "four 2x2 convolutions, one per output phase, without products with zeros", "Rows through pointers",
     ),
     Rule(
         "3x3 without AVX-512",
         lambda c: c.is_three_by_three() and (c.output[2] <= 8
         or (c.geometry.stride == (2, 2) and (c.geometry.transposed or c.channels_last))), True,
         "oneDNN's AVX2 kernel is slower on small images, with a stride of 2 too if transposed or channels_last",
-        "Transposed convolution",
+        "Small images without AVX-512",
     ),
     Rule(
         "Winograd", Convolution.is_winograd, True,
-        "Winograd's algorithm needs fewer multiplications", "Transposed convolution",
+        "Winograd's algorithm needs fewer multiplications", "Winograd",
     ),
     Rule(
         "direct", lambda c: True, False,
-        "oneDNN's direct convolution is as fast where Winograd's algorithm does not pay", "Transposed convolution",
+        "oneDNN's direct convolution is as fast where Winograd's algorithm does not pay", "Rows through pointers",
     ),
 )  # fmt: skip
 
 # The gradient of the weight.
 WEIGHT_GRAD = (
     *_FIRST,
-    Rule("GPU", lambda c: c.device == "cuda", False, "cuDNN's kernel; nothing was measured", "Triton"),
+    Rule("GPU", lambda c: c.device == "cuda", False, "cuDNN's kernel; nothing was measured", "fastgen or cuDNN"),
     Rule(
         "fewer than 16 channels", lambda c: max(c.channels) < 16 * c.geometry.groups, False,
-        "vectors are not filled by fewer than 16 channels per group", "Training step",
+        "vectors are not filled by fewer than 16 channels per group", "Fewer than 16 channels",
     ),
     Rule(
         "to few channels, stride 1",
         lambda c: min(c.channels) <= 4 and c.geometry.groups == 1 and not c.geometry.transposed
         and c.weight[0] == min(c.channels) and c.geometry.stride == (1, 1), True,
-        "at most 4 output channels", "Training step",
+        "at most 4 output channels", "Few output channels",
     ),
     Rule(
         "4x4 from or to few channels, large batch",
         lambda c: min(c.channels) <= 4 and c.geometry.groups == 1 and c.is_exact() and c.is_four_by_two()
         and c.channels_last and max(c.channels) >= 64
         and c.smaller[0] * c.smaller[2] * c.smaller[3] >= 16384, True,
-        "at most 4 channels on one side, in large channels_last batches", "Training step",
+        "at most 4 channels on one side, in large channels_last batches", "Weight gradients from or to 3 channels",
     ),
     Rule(
         "few channels", lambda c: min(c.channels) <= 4 or not c.is_wide(), False,
-        "oneDNN's kernel is as fast with few channels", "Training step",
+        "oneDNN's kernel is as fast with few channels", "Weight gradients from or to 3 channels",
     ),
     Rule(
         "large images without AVX-512",
         lambda c: c.geometry.groups == 1 and min(c.kernel) >= 3 and min(c.smaller[2:]) >= 32 and c.is_exact()
         and c.channels_last and c.geometry.stride == (2, 2) and c.processor.vectors == "AVX2", True,
-        "oneDNN has no AVX2 kernel for channels_last images here", "Training step",
+        "oneDNN has no AVX2 kernel for channels_last images here", "Strided weight gradients without AVX-512",
     ),
     Rule(
         "3x3 on images of 2x2 without AVX-512",
         lambda c: c.is_three_by_three() and min(c.channels) >= 128 and min(c.input[2], c.output[2]) <= 2, True,
-        "oneDNN's AVX2 kernel is slower between many channels on tiny images", "Training step",
+        "oneDNN's AVX2 kernel is slower between many channels on tiny images", "Small images without AVX-512",
     ),
     Rule(
         "3x3, stride 2, large batch without AVX-512",
         lambda c: c.is_three_by_three() and (min(c.channels) >= 128 or c.channels_last)
         and min(c.input[2], c.output[2]) >= 4 and c.geometry.stride == (2, 2) and c.pixels() >= 1024, True,
-        "oneDNN's AVX2 kernel is slower with a stride of 2", "Training step",
+        "oneDNN's AVX2 kernel is slower with a stride of 2", "3x3 kernels with a stride of 2",
     ),
     Rule(
         "Winograd", lambda c: c.pixels() >= 1024 and c.is_winograd(), True,
-        "Winograd's algorithm needs fewer multiplications", "Training step",
+        "Winograd's algorithm needs fewer multiplications", "Weight gradients by Winograd",
     ),
     Rule(
         "one pixel", lambda c: c.is_one_pixel() and c.input[0] >= 32, True,
-        "images of one pixel are one matrix product", "Training step",
+        "images of one pixel are one matrix product", "Images of one pixel",
     ),
-    Rule("direct", lambda c: True, False, "oneDNN's kernel is as fast", "Training step"),
+    Rule("direct", lambda c: True, False, "oneDNN's kernel is as fast", "Weight gradients by Winograd"),
 )  # fmt: skip
 
 # A whole layer: multiplications below which a fused op's way through Python and the dispatcher costs more than it
@@ -269,8 +269,8 @@ SMALL = 20_000_000
 
 
 def is_small(conv: Convolution, records_gradients: bool) -> bool:
-    """Whether PyTorch's modules, one by one, are faster than an op for a layer on the CPU (benchmarks/NOTES.md, "Python
-    around an op")."""
+    """Whether PyTorch's modules, one by one, are faster than an op for a layer on the CPU (benchmarks/NOTES.md, "Small
+    convolutions")."""
     if not conv.processor.torch_multiplies(conv.dtype) or torch_is_wrong(conv):
         return False
     return conv.multiplications() < (SMALL_WITH_GRADIENTS if records_gradients else SMALL)

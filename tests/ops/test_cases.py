@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastgen import ops
 from fastgen.ops import _policy
-from fastgen.ops._question import Choice
 from fastgen.ops._activations import activate
+from fastgen.ops._question import Choice
 from tests.cases import CASES, LARGE, OWN, SAMPLER, SMALL, SPECTRAL, UNIT_ROUNDOFF, OpCase
 
 IMPLEMENTATIONS = ("reference", OWN)
