@@ -60,27 +60,27 @@ struct Affine {
   Buffer<A> center, rstd, scale;
   Buffer<A> shift;  // (repeat, c)
 
-  Affine(const NormAct& op, const NormActTensors& given, int64_t repeat = 1)
+  explicit Affine(const Epilogue& op, int64_t repeat = 1)
       : center(scratch<A>(op.rows_of_stats() * repeat * op.c)),
         rstd(scratch<A>(op.rows_of_stats() * repeat * op.c)),
         scale(scratch<A>(op.rows_of_stats() * repeat * op.c)),
         shift(scratch<A>(repeat * op.c)) {
-    const A* weight = static_cast<const A*>(given.weight);
+    const A* weight = static_cast<const A*>(op.norm_weight);
     const int64_t period = repeat * op.c;
     for (int64_t row = 0; row < op.rows_of_stats(); ++row)
       for (int64_t i = 0; i < period; ++i) {
-        const int64_t k = row * period + i, channel = i % op.c, set = op.set(row, channel);
+        const int64_t k = row * period + i, channel = i % op.c, index = op.stats_index(row, channel);
         if (i >= op.c) {
           center[k] = center[k - op.c];
           rstd[k] = rstd[k - op.c];
           scale[k] = scale[k - op.c];
           continue;
         }
-        center[k] = static_cast<const A*>(given.mean)[set];
-        rstd[k] = A(1) / std::sqrt(static_cast<const A*>(given.var)[set] + static_cast<A>(op.eps));
+        center[k] = static_cast<const A*>(op.mean)[index];
+        rstd[k] = A(1) / std::sqrt(static_cast<const A*>(op.var)[index] + static_cast<A>(op.eps));
         scale[k] = weight ? rstd[k] * weight[channel] : rstd[k];
       }
-    for (int64_t i = 0; i < period; ++i) shift[i] = given.bias ? static_cast<const A*>(given.bias)[i % op.c] : A(0);
+    for (int64_t i = 0; i < period; ++i) shift[i] = op.norm_bias ? static_cast<const A*>(op.norm_bias)[i % op.c] : A(0);
   }
 };
 

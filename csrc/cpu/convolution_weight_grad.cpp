@@ -20,8 +20,8 @@ struct WinogradSize {
 };
 
 template <class T>
-void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad_, const void* x_,
-                 void* out, const ParallelFor& parallel) {
+void weight_grad(const Geometry& conv, const Epilogue& op, const void* grad_, const void* x_, void* out,
+                 const ParallelFor& parallel) {
   using A = Acc<T>;
   const int64_t* const s = conv.weight_strides;
 
@@ -29,8 +29,8 @@ void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, co
     const auto winograd = [&](auto tile) {
       constexpr int m = decltype(tile)::m, r = decltype(tile)::r;
       const auto axis = [&](int64_t in, int64_t size, int64_t kernel, int i) {
-        return transposed ? WinogradAxis::transposed(in, size, kernel, conv.stride[i], conv.padding[i])
-                          : WinogradAxis::conv(in, size, kernel, conv.stride[i], conv.padding[i], conv.reflect);
+        return conv.transposed ? WinogradAxis::transposed(in, size, kernel, conv.stride[i], conv.padding[i])
+                               : WinogradAxis::conv(in, size, kernel, conv.stride[i], conv.padding[i], conv.reflect);
       };
       const auto x = pixels_first<Stored<T>>(static_cast<const T*>(x_), op.n, conv.ic, conv.ih * conv.iw,
                                              conv.x_channels_last, parallel);
@@ -38,8 +38,8 @@ void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, co
           pixels_first<Stored<T>>(static_cast<const T*>(grad_), op.n, op.c, op.s, op.channels_last, parallel);
       WinogradWeightGradient<A, m, r, 2>{
           op.n, conv.ic, conv.ih, conv.iw, op.c, axis(conv.ih, conv.oh, conv.kh, 0), axis(conv.iw, conv.ow, conv.kw, 1)}
-          .run(x.get(), grad.get(), static_cast<T*>(out), {s[transposed ? 0 : 1], s[transposed ? 1 : 0], s[2], s[3]},
-               parallel);
+          .run(x.get(), grad.get(), static_cast<T*>(out),
+               {s[conv.transposed ? 0 : 1], s[conv.transposed ? 1 : 0], s[2], s[3]}, parallel);
     };
     switch (choose(conv, op, 4)) {
       case Algorithm::winograd_4x2: return winograd(WinogradSize<4, 2>{});
@@ -53,7 +53,7 @@ void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, co
   const auto grad = pixels_first<A>(static_cast<const T*>(grad_), op.n, op.c, op.s, op.channels_last, parallel);
   DirectWeightGradient<A> direct{op.n,    conv.ih, conv.iw, conv.ic, conv.oh, conv.ow,     op.c,
                                  conv.kh, conv.kw, {},      {},      {},      conv.groups, conv.reflect};
-  if (transposed) {
+  if (conv.transposed) {
     std::swap(direct.bh, direct.sh);
     std::swap(direct.bw, direct.sw);
     std::swap(direct.bc, direct.sc);
@@ -61,13 +61,13 @@ void weight_grad(const Convolution& conv, const NormAct& op, bool transposed, co
   std::copy_n(conv.stride, 2, direct.stride);
   std::copy_n(conv.padding, 2, direct.padding);
   std::copy_n(conv.dilation, 2, direct.dilation);
-  direct.run((transposed ? grad : x).get(), (transposed ? x : grad).get(), static_cast<T*>(out),
+  direct.run((conv.transposed ? grad : x).get(), (conv.transposed ? x : grad).get(), static_cast<T*>(out),
              {s[1], s[0], s[2], s[3]}, parallel);
 }
 
-inline void convolution_weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad,
-                                    const void* x, void* out, const ParallelFor& parallel) {
-  FASTGEN_FOR_DTYPE(op.dtype, weight_grad, conv, op, transposed, grad, x, out, parallel)
+inline void convolution_weight_grad(const Geometry& conv, const Epilogue& op, const void* grad, const void* x,
+                                    void* out, const ParallelFor& parallel) {
+  FASTGEN_FOR_DTYPE(op.dtype, weight_grad, conv, op, grad, x, out, parallel)
 }
 
 }  // namespace fastgen::cpu::FASTGEN_ISA
@@ -75,9 +75,9 @@ inline void convolution_weight_grad(const Convolution& conv, const NormAct& op, 
 #ifdef FASTGEN_ONCE
 namespace fastgen::cpu {
 
-void convolution_weight_grad(const Convolution& conv, const NormAct& op, bool transposed, const void* grad,
-                             const void* x, void* out, const ParallelFor& parallel) {
-  FASTGEN_DISPATCH(convolution_weight_grad, conv, op, transposed, grad, x, out, parallel)
+void convolution_weight_grad(const Geometry& conv, const Epilogue& op, const void* grad, const void* x, void* out,
+                             const ParallelFor& parallel) {
+  FASTGEN_DISPATCH(convolution_weight_grad, conv, op, grad, x, out, parallel)
 }
 
 }  // namespace fastgen::cpu

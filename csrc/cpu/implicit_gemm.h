@@ -70,20 +70,22 @@ struct Direct {
   int64_t joined = 1, edge = 0;
 };
 
-inline Axis axis_of(const Convolution& conv, bool transposed, int i) {
+inline Axis axis_of(const Geometry& conv, int i) {
   const int64_t in = i ? conv.iw : conv.ih, out = i ? conv.ow : conv.oh, kernel = i ? conv.kw : conv.kh;
-  return transposed ? Axis::transposed(in, out, kernel, conv.stride[i], conv.padding[i], conv.dilation[i])
-                    : Axis::strided(in, out, kernel, conv.stride[i], conv.padding[i], conv.dilation[i], conv.reflect);
+  return conv.transposed
+             ? Axis::transposed(in, out, kernel, conv.stride[i], conv.padding[i], conv.dilation[i])
+             : Axis::strided(in, out, kernel, conv.stride[i], conv.padding[i], conv.dilation[i], conv.reflect);
 }
 
-inline Direct direct(const Convolution& conv, bool transposed) {
+inline Direct direct(const Geometry& conv) {
   constexpr int64_t kFewChannels = 16;
-  const bool few = !transposed && conv.groups == 1 && conv.ic < kFewChannels && conv.dilation[1] == 1 && conv.kw > 1;
+  const bool few =
+      !conv.transposed && conv.groups == 1 && conv.ic < kFewChannels && conv.dilation[1] == 1 && conv.kw > 1;
   if (few && conv.padding[1] <= conv.iw) {  // the copy is at most three times as large as x
     auto columns = Axis::strided(conv.iw + 2 * conv.padding[1], conv.ow, 1, conv.stride[1], 0, 1, false);
-    return {axis_of(conv, transposed, 0), std::move(columns), conv.kw, conv.padding[1]};
+    return {axis_of(conv, 0), std::move(columns), conv.kw, conv.padding[1]};
   }
-  return {axis_of(conv, transposed, 0), axis_of(conv, transposed, 1)};
+  return {axis_of(conv, 0), axis_of(conv, 1)};
 }
 
 // y[oh][ow][c] = sum over kw of t[column(ow, kw)][kw * channels + c], t = sum over kh of x[row(oh, kh)] w[kh]: a
@@ -123,16 +125,17 @@ struct Rows {
 
 // The weights as (kh, block, ic, width), a column kw * c + channel, zero beyond.
 template <class T>
-Buffer<Acc<T>> pack_rows(const Convolution& conv, int64_t c, int64_t width, bool transposed, const T* weight) {
-  const int64_t blocks = ceil_div(conv.kw * c, width);
-  const WeightStrides stride = weight_strides(conv, c, transposed);
+Buffer<Acc<T>> pack_rows(const Geometry& conv, int64_t width, const T* weight) {
+  const int64_t blocks = ceil_div(conv.kw * conv.oc, width);
+  const WeightStrides stride = weight_strides(conv);
   auto packed = scratch<Acc<T>>(conv.kh * blocks * conv.ic * width);
   std::fill_n(packed.get(), conv.kh * blocks * conv.ic * width, Acc<T>(0));
   for (int64_t kh = 0; kh < conv.kh; ++kh)
     for (int64_t i = 0; i < conv.ic; ++i)
-      for (int64_t column = 0; column < conv.kw * c; ++column)
-        packed[((kh * blocks + column / width) * conv.ic + i) * width + column % width] = load(
-            weight + kh * stride.row + i * stride.depth + column / c * stride.column + column % c * stride.channel);
+      for (int64_t column = 0; column < conv.kw * conv.oc; ++column)
+        packed[((kh * blocks + column / width) * conv.ic + i) * width + column % width] =
+            load(weight + kh * stride.row + i * stride.depth + column / conv.oc * stride.column +
+                 column % conv.oc * stride.channel);
   return packed;
 }
 
@@ -145,8 +148,7 @@ struct Packed {
 
   // x as `how` reads it.
   template <class T>
-  Pixels<A> pixels(const Convolution& conv, int64_t n, const T* x, bool channels_last,
-                   const ParallelFor& parallel) const {
+  Pixels<A> pixels(const Geometry& conv, int64_t n, const T* x, bool channels_last, const ParallelFor& parallel) const {
     auto plain = pixels_first<A>(x, n, conv.ic, conv.ih * conv.iw, channels_last, parallel);
     const Direct* const direct = std::get_if<Direct>(&how);
     if (!direct || direct->joined == 1) return plain;
@@ -157,34 +159,33 @@ struct Packed {
 
 // pixels: of the output, that the packed weights will serve.
 template <class T, int vectors>
-Packed<Acc<T>, vectors> pack(const Convolution& conv, int64_t c, bool transposed, Algorithm algorithm, int64_t pixels,
-                             const T* weight, const ParallelFor& parallel) {
+Packed<Acc<T>, vectors> pack(const Geometry& conv, Algorithm algorithm, int64_t pixels, const T* weight,
+                             const ParallelFor& parallel) {
   using A = Acc<T>;
   constexpr int64_t width = vectors * Vector<A>::size;
   if constexpr (std::is_same_v<A, float>) {
     const auto winograd = [&](auto plan) {
-      const WeightStrides s = weight_strides(conv, c, transposed);
+      const WeightStrides s = weight_strides(conv);
       const int64_t strides[4] = {s.depth, s.channel, s.row, s.column};
       auto weights = scratch<A>(plan.packed_size());
       plan.pack(weight, strides, weights.get(), parallel);
       return Packed<A, vectors>{std::move(plan), std::move(weights)};
     };
     const auto axis = [&](int64_t in, int64_t size, int64_t kernel, int i) {
-      return transposed ? WinogradAxis::transposed(in, size, kernel, conv.stride[i], conv.padding[i])
-                        : WinogradAxis::conv(in, size, kernel, conv.stride[i], conv.padding[i], conv.reflect);
+      return conv.transposed ? WinogradAxis::transposed(in, size, kernel, conv.stride[i], conv.padding[i])
+                             : WinogradAxis::conv(in, size, kernel, conv.stride[i], conv.padding[i], conv.reflect);
     };
     const auto rows = [&] { return axis(conv.ih, conv.oh, conv.kh, 0); };
     const auto columns = [&] { return axis(conv.iw, conv.ow, conv.kw, 1); };
-    const bool expand = transforms_in_bands(conv, c, pixels);
+    const bool expand = transforms_in_bands(conv, pixels);
     if (algorithm == Algorithm::winograd_4x2)
-      return winograd(Winograd<A, 4, 2, vectors>{conv.ic, conv.ih, conv.iw, c, rows(), columns(), expand});
+      return winograd(Winograd<A, 4, 2, vectors>{conv.ic, conv.ih, conv.iw, conv.oc, rows(), columns(), expand});
     if (algorithm == Algorithm::winograd_4x3)
-      return winograd(Winograd<A, 4, 3, vectors>{conv.ic, conv.ih, conv.iw, c, rows(), columns(), expand});
+      return winograd(Winograd<A, 4, 3, vectors>{conv.ic, conv.ih, conv.iw, conv.oc, rows(), columns(), expand});
   }
   if (algorithm == Algorithm::rows)
-    return {Rows(axis_of(conv, transposed, 0), axis_of(conv, transposed, 1), c),
-            pack_rows(conv, c, width, transposed, weight)};
-  return {direct(conv, transposed), pack_weights(conv, c, width, transposed, weight, parallel)};
+    return {Rows(axis_of(conv, 0), axis_of(conv, 1), conv.oc), pack_rows(conv, width, weight)};
+  return {direct(conv), pack_weights(conv, width, weight, parallel)};
 }
 
 // The work of one call, over blocks of `vectors` vectors of output channels. dot: a float of x and of the weights is a
@@ -193,8 +194,8 @@ template <class T, int vectors, bool dot = false>
 struct Call {
   using A = Acc<T>;
   static constexpr int64_t width = vectors * Vector<A>::size;
-  const Convolution& conv;
-  const NormAct& op;
+  const Geometry& conv;
+  const Epilogue& op;
   const A* x;  // Packed::pixels
   const A* packed;
   const A* bias;
@@ -480,21 +481,21 @@ struct Call {
 
 // The convolution by packed weights, with what follows it.
 template <class T, int vectors, bool dot = false>
-void run_packed(const Packed<Acc<T>, vectors>& how, const Convolution& conv, const NormAct& op, const Acc<T>* pixels,
-                const Acc<T>* bias, const NormActTensors& given, T* pre, T* out, const ParallelFor& parallel) {
+void run_packed(const Packed<Acc<T>, vectors>& how, const Geometry& conv, const Epilogue& op, const Acc<T>* pixels,
+                T* pre, T* out, const ParallelFor& parallel) {
   using A = Acc<T>;
   const bool later =
       op.normalize && op.batch_stats;  // the statistics come with the convolution, the rest is a pass over its output
   T* const sum = later && !pre ? out : pre;
   std::vector<Moments<double>> parts;
-  const auto affine = op.normalize && !later ? std::make_unique<Affine<A>>(op, given) : nullptr;
+  const auto affine = op.normalize && !later ? std::make_unique<Affine<A>>(op) : nullptr;
   Call<T, vectors, dot> call{conv,
                              op,
                              pixels,
                              how.weights.get(),
-                             bias,
+                             static_cast<const A*>(op.bias),
                              affine.get(),
-                             later ? nullptr : static_cast<const T*>(given.residual),
+                             later ? nullptr : static_cast<const T*>(op.residual),
                              sum,
                              later ? nullptr : out,
                              later ? &parts : nullptr,
@@ -502,58 +503,56 @@ void run_packed(const Packed<Acc<T>, vectors>& how, const Convolution& conv, con
                              0};
   std::visit([&](const auto& algorithm) { call.run(algorithm, parallel); }, how.how);
   if (!later) return;
-  merge_moments(op, parts, call.bands_an_image(), const_cast<void*>(given.mean), const_cast<void*>(given.var));
-  norm_act_apply(op, sum, given, out, parallel);
+  merge_moments(op, parts, call.bands_an_image(), op.mean, op.var);
+  norm_act_apply(op, sum, out, parallel);
 }
 
 #if FASTGEN_HAS_DOT
 template <int vectors>
-void convolve_in_pairs(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors,
-                       const NormActTensors& given, const ParallelFor& parallel) {
+void convolve_in_pairs(const Geometry& conv, const Epilogue& op, const ConvolutionTensors& tensors,
+                       const ParallelFor& parallel) {
   const auto pixels = pixels_first<BFloat16>(static_cast<const BFloat16*>(tensors.x), op.n, conv.ic, conv.ih * conv.iw,
                                              conv.x_channels_last, parallel);
-  Convolution pairs = conv;
+  Geometry pairs = conv;
   pairs.ic /= 2;
-  const Packed<float, vectors> packed{direct(pairs, transposed),
-                                      pack_weights<true>(conv, op.c, vectors * Vector<float>::size, transposed,
-                                                         static_cast<const BFloat16*>(tensors.weight), parallel)};
+  const Packed<float, vectors> packed{
+      direct(pairs),
+      pack_weights<true>(conv, vectors * Vector<float>::size, static_cast<const BFloat16*>(tensors.weight), parallel)};
   const auto ready = packed.pixels(pairs, op.n, reinterpret_cast<const float*>(pixels.get()), true, parallel);
-  run_packed<BFloat16, vectors, true>(packed, pairs, op, ready.get(), static_cast<const float*>(tensors.bias), given,
-                                      static_cast<BFloat16*>(tensors.pre), static_cast<BFloat16*>(tensors.out),
-                                      parallel);
+  run_packed<BFloat16, vectors, true>(packed, pairs, op, ready.get(), static_cast<BFloat16*>(tensors.pre),
+                                      static_cast<BFloat16*>(tensors.out), parallel);
 }
 #endif
 
 template <class T, int vectors>
-void convolve(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors,
-              const NormActTensors& given, const ParallelFor& parallel) {
-  using A = Acc<T>;
-  const auto packed = pack<T, vectors>(conv, op.c, transposed, choose(conv, op), op.n * op.s,
-                                       static_cast<const T*>(tensors.weight), parallel);
+void convolve(const Geometry& conv, const Epilogue& op, const ConvolutionTensors& tensors,
+              const ParallelFor& parallel) {
+  const auto packed =
+      pack<T, vectors>(conv, choose(conv, op), op.n * op.s, static_cast<const T*>(tensors.weight), parallel);
   const auto pixels = packed.pixels(conv, op.n, static_cast<const T*>(tensors.x), conv.x_channels_last, parallel);
-  run_packed<T, vectors>(packed, conv, op, pixels.get(), static_cast<const A*>(tensors.bias), given,
-                         static_cast<T*>(tensors.pre), static_cast<T*>(tensors.out), parallel);
+  run_packed<T, vectors>(packed, conv, op, pixels.get(), static_cast<T*>(tensors.pre), static_cast<T*>(tensors.out),
+                         parallel);
 }
 
 // Whether one vector is wide enough for the output channels (of `rows`: for those of a row of taps).
 template <class A>
-bool is_narrow(const Convolution& conv, int64_t c, Algorithm algorithm) {
-  const int64_t columns = algorithm == Algorithm::rows ? conv.kw * c : c / conv.groups;
+bool is_narrow(const Geometry& conv, Algorithm algorithm) {
+  const int64_t columns = algorithm == Algorithm::rows ? conv.kw * conv.oc : conv.oc / conv.groups;
   return columns <= Vector<A>::size;
 }
 
 template <class T>
-void convolve_norm_act(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors,
-                       const NormActTensors& given, const ParallelFor& parallel) {
+void convolve_norm_act(const Geometry& conv, const Epilogue& op, const ConvolutionTensors& tensors,
+                       const ParallelFor& parallel) {
 #if FASTGEN_HAS_DOT
   if constexpr (std::is_same_v<T, BFloat16>)
     if (in_pairs(conv, op)) {
-      const bool one = is_narrow<float>(conv, op.c, Algorithm::direct);
-      return (one ? convolve_in_pairs<1> : convolve_in_pairs<2>)(conv, op, transposed, tensors, given, parallel);
+      const bool one = is_narrow<float>(conv, Algorithm::direct);
+      return (one ? convolve_in_pairs<1> : convolve_in_pairs<2>)(conv, op, tensors, parallel);
     }
 #endif
-  const bool narrow = is_narrow<Acc<T>>(conv, op.c, choose(conv, op));
-  (narrow ? convolve<T, 1> : convolve<T, 2>)(conv, op, transposed, tensors, given, parallel);
+  const bool narrow = is_narrow<Acc<T>>(conv, choose(conv, op));
+  (narrow ? convolve<T, 1> : convolve<T, 2>)(conv, op, tensors, parallel);
 }
 
 }  // namespace fastgen::cpu::FASTGEN_ISA

@@ -23,7 +23,7 @@ struct Each {
 
 // How many pixels of few channels make one row of the loops below: a power of two that divides the pixels. Nothing but
 // the coefficients and the sums, of which there are as many, knows that they are several.
-inline int64_t pixels_a_row(const NormAct& op) {
+inline int64_t pixels_a_row(const Epilogue& op) {
   int64_t pixels = 1;
   while (op.channels_last && op.s % (2 * pixels) == 0 && 2 * pixels * op.c <= kBlock) pixels *= 2;
   return pixels;
@@ -36,10 +36,10 @@ struct Block {
   int64_t k;          // of the coefficients, (rows of stats, c)
 };
 
-inline int64_t rows_a_sample(const NormAct& op) { return op.channels_last ? op.s / pixels_a_row(op) : op.c; }
+inline int64_t rows_a_sample(const Epilogue& op) { return op.channels_last ? op.s / pixels_a_row(op) : op.c; }
 
 template <class Body>
-void for_each_block(const NormAct& op, int64_t begin_row, int64_t end_row, const Body& body) {
+void for_each_block(const Epilogue& op, int64_t begin_row, int64_t end_row, const Body& body) {
   const int64_t length = op.channels_last ? pixels_a_row(op) * op.c : op.s, rows = rows_a_sample(op);
   for (int64_t row = begin_row; row < end_row; ++row) {
     const int64_t coefficients = op.per_sample ? row / rows * (op.channels_last ? length : op.c) : 0;
@@ -52,7 +52,7 @@ void for_each_block(const NormAct& op, int64_t begin_row, int64_t end_row, const
 
 // The same over elements alone, when nothing depends on the channel.
 template <class Body>
-void for_each_element_block(const NormAct& op, const ParallelFor& parallel, const Body& body) {
+void for_each_element_block(const Epilogue& op, const ParallelFor& parallel, const Body& body) {
   const int64_t size = op.n * op.c * op.s;
   parallel(ceil_div(size, kBlock), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * kBlock; i < std::min(end * kBlock, size); i += kBlock) body(i, std::min(kBlock, size - i));
@@ -61,7 +61,7 @@ void for_each_element_block(const NormAct& op, const ParallelFor& parallel, cons
 
 // Calls body(coefficient) with each array of coefficients in the form that the layout wants.
 template <class A, class Body>
-inline void with_coefficients(const NormAct& op, const Affine<A>& affine, const Block& block, const Body& body) {
+inline void with_coefficients(const Epilogue& op, const Affine<A>& affine, const Block& block, const Body& body) {
   const A *center = affine.center.get() + block.k, *scale = affine.scale.get() + block.k,
           *shift = affine.shift.get() + block.channel;
   if (op.channels_last) body(Each<A>{center}, Each<A>{scale}, Each<A>{shift});
@@ -70,7 +70,7 @@ inline void with_coefficients(const NormAct& op, const Affine<A>& affine, const 
 
 // z = (x - center) * scale + shift + residual
 template <class T>
-inline void affine_block(const NormAct& op, const Affine<Acc<T>>& affine, const Block& block, const T* x,
+inline void affine_block(const Epilogue& op, const Affine<Acc<T>>& affine, const Block& block, const T* x,
                          const T* residual, Acc<T>* z) {
   with_coefficients(op, affine, block, [&](auto center, auto scale, auto shift) {
     for (int64_t i = 0; i < block.count; ++i) z[i] = (load(x + block.at + i) - center[i]) * scale[i] + shift[i];
@@ -87,10 +87,10 @@ inline void plain_block(const T* x, const T* residual, int64_t at, int64_t count
 }
 
 template <class T>
-void apply(const NormAct& op, const void* x_, const NormActTensors& given, void* out_, const ParallelFor& parallel) {
+void apply(const Epilogue& op, const void* x_, void* out_, const ParallelFor& parallel) {
   using A = Acc<T>;
   const T* x = static_cast<const T*>(x_);
-  const T* residual = static_cast<const T*>(given.residual);
+  const T* residual = static_cast<const T*>(op.residual);
   T* out = static_cast<T*>(out_);
   const A slope = static_cast<A>(op.negative_slope);
   if (!op.normalize) {
@@ -103,7 +103,7 @@ void apply(const NormAct& op, const void* x_, const NormActTensors& given, void*
     });
     return;
   }
-  const Affine<A> affine(op, given, pixels_a_row(op));
+  const Affine<A> affine(op, pixels_a_row(op));
   parallel(op.n * rows_a_sample(op), [&](int64_t begin, int64_t end) {
     A buffer[kBlock];
     for_each_block(op, begin, end, [&](const Block& block) {
@@ -117,12 +117,12 @@ void apply(const NormAct& op, const void* x_, const NormActTensors& given, void*
 
 // Reductions run over chunks of the pixels whose size does not depend on the thread count, and so neither does the
 // result. In rows.
-inline int64_t rows_a_chunk(const NormAct& op) {
+inline int64_t rows_a_chunk(const Epilogue& op) {
   if (!op.channels_last) return 1;
   const int64_t pixels = std::max(ceil_div(32768, op.c), ceil_div(op.s, 128));
   return ceil_div(pixels, pixels_a_row(op));
 }
-inline int64_t chunks_a_sample(const NormAct& op) {
+inline int64_t chunks_a_sample(const Epilogue& op) {
   return op.channels_last ? ceil_div(rows_a_sample(op), rows_a_chunk(op)) : 1;
 }
 
@@ -152,7 +152,7 @@ Moments<double> plane_moments(const T* x, int64_t size) {
 }
 
 template <class T>
-void moments(const NormAct& op, const void* x_, void* mean, void* var, const ParallelFor& parallel) {
+void moments(const Epilogue& op, const void* x_, void* mean, void* var, const ParallelFor& parallel) {
   const T* x = static_cast<const T*>(x_);
   const int64_t chunk = rows_a_chunk(op), chunks = chunks_a_sample(op), rows = rows_a_sample(op),
                 pixels = pixels_a_row(op);
@@ -194,12 +194,13 @@ struct StatsGrad {
 
 // The sums of g and of g * (x - mean) become the gradients of weight and bias, and StatsGrad.
 template <class A>
-StatsGrad<A> merge_sums(const NormAct& op, const Affine<A>& affine, const std::vector<double>& g,
+StatsGrad<A> merge_sums(const Epilogue& op, const Affine<A>& affine, const std::vector<double>& g,
                         const std::vector<double>& gx, int64_t chunks, A* grad_weight, A* grad_bias) {
-  const int64_t rows = op.rows_of_stats(), merged = op.per_sample ? chunks : op.n * chunks, size = rows * op.sets;
+  const int64_t rows = op.rows_of_stats(), merged = op.per_sample ? chunks : op.n * chunks,
+                size = rows * op.stats_groups;
   const int64_t period = pixels_a_row(op) * op.c;
-  const double count = static_cast<double>((op.per_sample ? 1 : op.n) * op.s * (op.c / op.sets));
-  std::vector<double> set_g(static_cast<size_t>(size)), set_gx(static_cast<size_t>(size)),
+  const double count = static_cast<double>((op.per_sample ? 1 : op.n) * op.s * (op.c / op.stats_groups));
+  std::vector<double> group_g(static_cast<size_t>(size)), group_gx(static_cast<size_t>(size)),
       weight(static_cast<size_t>(op.c)), bias(static_cast<size_t>(op.c));
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t channel = 0; channel < op.c; ++channel) {
@@ -211,28 +212,28 @@ StatsGrad<A> merge_sums(const NormAct& op, const Affine<A>& affine, const std::v
       const int64_t k = row * period + channel;
       bias[channel] += sum_g;
       weight[channel] += sum_gx * affine.rstd[k];
-      set_g[op.set(row, channel)] += sum_g * affine.scale[k];
-      set_gx[op.set(row, channel)] += sum_gx * affine.scale[k];
+      group_g[op.stats_index(row, channel)] += sum_g * affine.scale[k];
+      group_gx[op.stats_index(row, channel)] += sum_gx * affine.scale[k];
     }
   std::copy(weight.begin(), weight.end(), grad_weight);
   std::copy(bias.begin(), bias.end(), grad_bias);
   StatsGrad<A> result{scratch<A>(rows * period), scratch<A>(rows * period)};
   for (int64_t k = 0; k < rows * period; ++k) {
-    const int64_t set = op.set(k / period, k % period % op.c);
+    const int64_t group = op.stats_index(k / period, k % period % op.c);
     const double rstd = affine.rstd[k];
-    result.offset[k] = op.batch_stats ? static_cast<A>(set_g[set] / count) : A(0);
-    result.slope[k] = op.batch_stats ? static_cast<A>(rstd * rstd * set_gx[set] / count) : A(0);
+    result.offset[k] = op.batch_stats ? static_cast<A>(group_g[group] / count) : A(0);
+    result.slope[k] = op.batch_stats ? static_cast<A>(rstd * rstd * group_gx[group] / count) : A(0);
   }
   return result;
 }
 
 template <class T>
-void backward(const NormAct& op, const void* grad_out_, const void* x_, const NormActTensors& given,
-              const NormActGrads& grads, const ParallelFor& parallel) {
+void backward(const Epilogue& op, const void* grad_out_, const void* x_, const NormActGrads& grads,
+              const ParallelFor& parallel) {
   using A = Acc<T>;
   const T* grad_out = static_cast<const T*>(grad_out_);
   const T* x = static_cast<const T*>(x_);
-  const T* residual = static_cast<const T*>(given.residual);
+  const T* residual = static_cast<const T*>(op.residual);
   T* grad_x = static_cast<T*>(grads.x);
   T* grad_residual = static_cast<T*>(grads.residual);
   const A slope = static_cast<A>(op.negative_slope);
@@ -252,7 +253,7 @@ void backward(const NormAct& op, const void* grad_out_, const void* x_, const No
     return;
   }
 
-  const Affine<A> affine(op, given, pixels_a_row(op));
+  const Affine<A> affine(op, pixels_a_row(op));
   // g = grad_out * act'(z)
   const auto grad_block = [&](const Block& block, A* g) {
     A z[kBlock], buffer[kBlock];
@@ -325,18 +326,17 @@ void backward(const NormAct& op, const void* grad_out_, const void* x_, const No
   });
 }
 
-inline void norm_act_moments(const NormAct& op, const void* x, void* mean, void* var, const ParallelFor& parallel) {
+inline void norm_act_moments(const Epilogue& op, const void* x, void* mean, void* var, const ParallelFor& parallel) {
   FASTGEN_FOR_DTYPE(op.dtype, moments, op, x, mean, var, parallel)
 }
 
-inline void norm_act_apply(const NormAct& op, const void* x, const NormActTensors& given, void* out,
-                           const ParallelFor& parallel) {
-  FASTGEN_FOR_DTYPE(op.dtype, apply, op, x, given, out, parallel)
+inline void norm_act_apply(const Epilogue& op, const void* x, void* out, const ParallelFor& parallel) {
+  FASTGEN_FOR_DTYPE(op.dtype, apply, op, x, out, parallel)
 }
 
-inline void norm_act_backward(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given,
-                              const NormActGrads& grads, const ParallelFor& parallel) {
-  FASTGEN_FOR_DTYPE(op.dtype, backward, op, grad_out, x, given, grads, parallel)
+inline void norm_act_backward(const Epilogue& op, const void* grad_out, const void* x, const NormActGrads& grads,
+                              const ParallelFor& parallel) {
+  FASTGEN_FOR_DTYPE(op.dtype, backward, op, grad_out, x, grads, parallel)
 }
 
 }  // namespace fastgen::cpu::FASTGEN_ISA
@@ -346,16 +346,16 @@ namespace fastgen::cpu {
 
 bool can_dot_bf16() { return has_bf16_dot(); }
 
-void merge_moments(const NormAct& op, const std::vector<Moments<double>>& parts, int64_t chunks, void* mean,
+void merge_moments(const Epilogue& op, const std::vector<Moments<double>>& parts, int64_t chunks, void* mean,
                    void* var) {
-  const int64_t merged = op.per_sample ? chunks : op.n * chunks, channels = op.c / op.sets;
+  const int64_t merged = op.per_sample ? chunks : op.n * chunks, channels = op.c / op.stats_groups;
   for (int64_t row = 0; row < op.rows_of_stats(); ++row)
-    for (int64_t set = 0; set < op.sets; ++set) {
+    for (int64_t group = 0; group < op.stats_groups; ++group) {
       Moments<double> all;
       for (int64_t part = row * merged; part < (row + 1) * merged; ++part)
-        for (int64_t channel = set * channels; channel < (set + 1) * channels; ++channel)
+        for (int64_t channel = group * channels; channel < (group + 1) * channels; ++channel)
           all.merge(parts[part * op.c + channel]);
-      const int64_t k = row * op.sets + set;
+      const int64_t k = row * op.stats_groups + group;
       const double variance = all.m2 / all.count;
       if (op.dtype == DType::float64) {
         static_cast<double*>(mean)[k] = all.mean;
@@ -367,18 +367,17 @@ void merge_moments(const NormAct& op, const std::vector<Moments<double>>& parts,
     }
 }
 
-void norm_act_moments(const NormAct& op, const void* x, void* mean, void* var, const ParallelFor& parallel) {
+void norm_act_moments(const Epilogue& op, const void* x, void* mean, void* var, const ParallelFor& parallel) {
   FASTGEN_DISPATCH(norm_act_moments, op, x, mean, var, parallel)
 }
 
-void norm_act_apply(const NormAct& op, const void* x, const NormActTensors& given, void* out,
-                    const ParallelFor& parallel) {
-  FASTGEN_DISPATCH(norm_act_apply, op, x, given, out, parallel)
+void norm_act_apply(const Epilogue& op, const void* x, void* out, const ParallelFor& parallel) {
+  FASTGEN_DISPATCH(norm_act_apply, op, x, out, parallel)
 }
 
-void norm_act_backward(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given,
-                       const NormActGrads& grads, const ParallelFor& parallel) {
-  FASTGEN_DISPATCH(norm_act_backward, op, grad_out, x, given, grads, parallel)
+void norm_act_backward(const Epilogue& op, const void* grad_out, const void* x, const NormActGrads& grads,
+                       const ParallelFor& parallel) {
+  FASTGEN_DISPATCH(norm_act_backward, op, grad_out, x, grads, parallel)
 }
 
 }  // namespace fastgen::cpu

@@ -7,16 +7,16 @@
 namespace fastgen::cpu {
 
 // mean and (biased) var of x.
-void norm_act_moments(const NormAct& op, const void* x, void* mean, void* var, const ParallelFor& parallel);
+void norm_act_moments(const Epilogue& op, const void* x, void* mean, void* var, const ParallelFor& parallel);
 
 // The same from moments of parts, (n, chunks, c).
-void merge_moments(const NormAct& op, const std::vector<Moments<double>>& parts, int64_t chunks, void* mean, void* var);
+void merge_moments(const Epilogue& op, const std::vector<Moments<double>>& parts, int64_t chunks, void* mean,
+                   void* var);
 
 // x == out is allowed.
-void norm_act_apply(const NormAct& op, const void* x, const NormActTensors& given, void* out,
-                    const ParallelFor& parallel);
+void norm_act_apply(const Epilogue& op, const void* x, void* out, const ParallelFor& parallel);
 
-void norm_act_backward(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given,
-                       const NormActGrads& grads, const ParallelFor& parallel);
+void norm_act_backward(const Epilogue& op, const void* grad_out, const void* x, const NormActGrads& grads,
+                       const ParallelFor& parallel);
 
 }  // namespace fastgen::cpu

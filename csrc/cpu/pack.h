@@ -147,22 +147,21 @@ struct WeightStrides {
   int64_t group, depth, channel, row, column;
 };
 
-inline WeightStrides weight_strides(const Convolution& conv, int64_t c, bool transposed) {
+inline WeightStrides weight_strides(const Geometry& conv) {
   const int64_t* s = conv.weight_strides;
-  if (transposed) return {conv.ic / conv.groups * s[0], s[0], s[1], s[2], s[3]};
-  return {c / conv.groups * s[0], s[1], s[0], s[2], s[3]};
+  if (conv.transposed) return {conv.ic / conv.groups * s[0], s[0], s[1], s[2], s[3]};
+  return {conv.oc / conv.groups * s[0], s[1], s[0], s[2], s[3]};
 }
 
 // The weights as (group, block, tap, ic / groups, width), zero where a block is wider than the group's channels. pairs:
 // of bfloat16, those of channels 2 i and 2 i + 1 in one float.
 template <bool pairs = false, class T>
-Buffer<Acc<T>> pack_weights(const Convolution& conv, int64_t c, int64_t width, bool transposed, const T* weight,
-                            const ParallelFor& parallel) {
+Buffer<Acc<T>> pack_weights(const Geometry& conv, int64_t width, const T* weight, const ParallelFor& parallel) {
   constexpr int64_t together = pairs ? 2 : 1, most = 16;
-  const int64_t depth = conv.ic / conv.groups / together, channels = c / conv.groups,
+  const int64_t depth = conv.ic / conv.groups / together, channels = conv.oc / conv.groups,
                 blocks = ceil_div(channels, width);
   const int64_t taps = conv.kh * conv.kw, parts = ceil_div(depth, most);
-  const WeightStrides stride = weight_strides(conv, c, transposed);
+  const WeightStrides stride = weight_strides(conv);
   auto packed = scratch<Acc<T>>(conv.groups * blocks * taps * depth * width);
   parallel(conv.groups * blocks * parts, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {

@@ -14,13 +14,9 @@ constexpr int64_t kPartElements = 1 << 15, kPartRows = 64,
                   kMostParts = 16;  // of a weight; none depends on the thread count
 constexpr int64_t kRows = 4;
 
-// A weight's outer index: the row i of (d, b) if a == 1, else the block p of (a, (d, b)).
-inline int64_t outer(const SpectralMatrix& m) { return m.a == 1 ? m.d : m.a; }
-inline int64_t inner(const SpectralMatrix& m) { return m.a == 1 ? m.b : m.d * m.b; }
-
 inline int64_t part_count(const SpectralMatrix& m) {
-  return std::max<int64_t>(
-      1, std::min({kMostParts, outer(m), std::max(ceil_div(m.size(), kPartElements), ceil_div(outer(m), kPartRows))}));
+  return std::max<int64_t>(1, std::min({kMostParts, m.lines(),
+                                        std::max(ceil_div(m.size(), kPartElements), ceil_div(m.lines(), kPartRows))}));
 }
 
 // A range of a weight's outer index, which one thread works on.
@@ -31,9 +27,9 @@ struct Part {
 inline std::vector<Part> parts_of(const std::vector<SpectralMatrix>& matrices) {
   std::vector<Part> parts;
   for (int64_t k = 0; k < static_cast<int64_t>(matrices.size()); ++k) {
-    const int64_t count = part_count(matrices[k]), step = ceil_div(outer(matrices[k]), count);
+    const int64_t count = part_count(matrices[k]), step = ceil_div(matrices[k].lines(), count);
     for (int64_t i = 0; i < count; ++i)
-      parts.push_back({k, i, std::min(i * step, outer(matrices[k])), std::min((i + 1) * step, outer(matrices[k]))});
+      parts.push_back({k, i, std::min(i * step, matrices[k].lines()), std::min((i + 1) * step, matrices[k].lines())});
   }
   return parts;
 }
@@ -109,7 +105,7 @@ inline void block_times_u(const T* w, int64_t d, int64_t b, const Acc<T>* u, Acc
 }
 
 // The vector whose elements are sums over all parts: (d) from W v if a > 1, (b) from W^T u if a == 1.
-inline int64_t summed_size(const SpectralMatrix& m) { return m.a == 1 ? m.b : m.d; }
+inline int64_t summed_size(const SpectralMatrix& m) { return m.outer == 1 ? m.inner : m.rows; }
 
 // A part's share of the summed product. `both`: with the product of the other side, computed just before from the same
 // elements and not normalized.
@@ -119,29 +115,29 @@ void sum_part(const SpectralMatrix& m, const Part& part, bool both, Acc<T>* sum)
   const T* w = static_cast<const T*>(m.weight);
   A *u = static_cast<A*>(m.u), *v = static_cast<A*>(m.v);
   std::fill_n(sum, summed_size(m), A(0));
-  if (m.a == 1) {
+  if (m.outer == 1) {
     // v is read while u is written: the new v is what is summed.
     int64_t i = part.begin;
     for (; i + kRows <= part.end; i += kRows) {
-      if (both) rows_times_v<kRows>(w + i * m.b, m.b, v, u + i);
-      rows_times_u<kRows>(w + i * m.b, m.b, u + i, sum);
+      if (both) rows_times_v<kRows>(w + i * m.inner, m.inner, v, u + i);
+      rows_times_u<kRows>(w + i * m.inner, m.inner, u + i, sum);
     }
     for (; i < part.end; ++i) {
-      if (both) rows_times_v<1>(w + i * m.b, m.b, v, u + i);
-      rows_times_u<1>(w + i * m.b, m.b, u + i, sum);
+      if (both) rows_times_v<1>(w + i * m.inner, m.inner, v, u + i);
+      rows_times_u<1>(w + i * m.inner, m.inner, u + i, sum);
     }
     return;
   }
-  const auto columns = scratch<A>(m.d * m.b);
-  std::fill_n(columns.get(), m.d * m.b, A(0));
+  const auto columns = scratch<A>(m.rows * m.inner);
+  std::fill_n(columns.get(), m.rows * m.inner, A(0));
   for (int64_t p = part.begin; p < part.end; ++p) {
-    const T* block = w + p * m.d * m.b;
-    if (both) block_times_u(block, m.d, m.b, u, v + p * m.b);
-    block_times_v(block, m.d, m.b, v + p * m.b, sum, columns.get());
+    const T* block = w + p * m.rows * m.inner;
+    if (both) block_times_u(block, m.rows, m.inner, u, v + p * m.inner);
+    block_times_v(block, m.rows, m.inner, v + p * m.inner, sum, columns.get());
   }
-  if (m.b > 1)
-    for (int64_t i = 0; i < m.d; ++i)
-      for (int64_t q = 0; q < m.b; ++q) sum[i] += columns[i * m.b + q];
+  if (m.inner > 1)
+    for (int64_t i = 0; i < m.rows; ++i)
+      for (int64_t q = 0; q < m.inner; ++q) sum[i] += columns[i * m.inner + q];
 }
 
 // A part of the product that is not summed over parts: W v if a == 1, W^T u if a > 1.
@@ -150,12 +146,13 @@ void direct_part(const SpectralMatrix& m, const Part& part, Acc<T>* out) {
   using A = Acc<T>;
   const T* w = static_cast<const T*>(m.weight);
   const A *u = static_cast<const A*>(m.u), *v = static_cast<const A*>(m.v);
-  if (m.a == 1) {
+  if (m.outer == 1) {
     int64_t i = part.begin;
-    for (; i + kRows <= part.end; i += kRows) rows_times_v<kRows>(w + i * m.b, m.b, v, out + i);
-    for (; i < part.end; ++i) rows_times_v<1>(w + i * m.b, m.b, v, out + i);
+    for (; i + kRows <= part.end; i += kRows) rows_times_v<kRows>(w + i * m.inner, m.inner, v, out + i);
+    for (; i < part.end; ++i) rows_times_v<1>(w + i * m.inner, m.inner, v, out + i);
   } else {
-    for (int64_t p = part.begin; p < part.end; ++p) block_times_u(w + p * m.d * m.b, m.d, m.b, u, out + p * m.b);
+    for (int64_t p = part.begin; p < part.end; ++p)
+      block_times_u(w + p * m.rows * m.inner, m.rows, m.inner, u, out + p * m.inner);
   }
 }
 
@@ -210,10 +207,9 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
   std::vector<Scratch<T>> of(matrices.size());
   for (int64_t k = 0; k < count; ++k) {
     of[k].sums = scratch<A>(part_count(matrices[k]) * summed_size(matrices[k]));
-    of[k].product = scratch<A>(std::max(matrices[k].d, matrices[k].a * matrices[k].b));
-    std::copy_n(static_cast<const A*>(matrices[k].given_u), matrices[k].d, static_cast<A*>(matrices[k].u));
-    std::copy_n(static_cast<const A*>(matrices[k].given_v), matrices[k].a * matrices[k].b,
-                static_cast<A*>(matrices[k].v));
+    of[k].product = scratch<A>(std::max(matrices[k].rows, matrices[k].columns()));
+    std::copy_n(static_cast<const A*>(matrices[k].given_u), matrices[k].rows, static_cast<A*>(matrices[k].u));
+    std::copy_n(static_cast<const A*>(matrices[k].given_v), matrices[k].columns(), static_cast<A*>(matrices[k].v));
   }
   const auto sum_at = [&](const Part& part) {
     return of[part.matrix].sums.get() + part.index * summed_size(matrices[part.matrix]);
@@ -223,7 +219,7 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
     const bool last = step == iterations - 1;
     // One pass over a weight gives both products where the first is not summed over parts; else the first sums, and the
     // second needs another pass.
-    const auto one_pass = [&](const SpectralMatrix& m) { return (m.a == 1) != v_first; };
+    const auto one_pass = [&](const SpectralMatrix& m) { return (m.outer == 1) != v_first; };
     const auto finish = [&](const SpectralMatrix& m, A* second, int64_t size, A* product) {
       normalize(second, size, eps);
       if (last) *static_cast<A*>(m.sigma) = static_cast<A>(dot(product, second, size));
@@ -236,7 +232,7 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
       A *u = static_cast<A*>(m.u), *v = static_cast<A*>(m.v);
       A* first = v_first ? v : u;
       A* second = v_first ? u : v;
-      const int64_t first_size = v_first ? m.a * m.b : m.d, second_size = v_first ? m.d : m.a * m.b;
+      const int64_t first_size = v_first ? m.columns() : m.rows, second_size = v_first ? m.rows : m.columns();
       if (!one_pass(m)) {
         add_parts<T>(m, of[k].sums.get(), first);
         normalize(first, first_size, eps);
@@ -258,7 +254,7 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
       const SpectralMatrix& m = matrices[k];
       if (one_pass(m)) return;
       A* second = static_cast<A*>(v_first ? m.u : m.v);
-      const int64_t size = v_first ? m.d : m.a * m.b;
+      const int64_t size = v_first ? m.rows : m.columns();
       std::copy_n(of[k].product.get(), size, second);
       finish(m, second, size, of[k].product.get());
     });
@@ -269,8 +265,9 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
     });
     for (int64_t k = 0; k < count; ++k) {
       const SpectralMatrix& m = matrices[k];
-      const A* other = static_cast<const A*>(m.a == 1 ? m.u : m.v);
-      *static_cast<A*>(m.sigma) = static_cast<A>(dot<A>(of[k].product.get(), other, m.a == 1 ? m.d : m.a * m.b));
+      const A* other = static_cast<const A*>(m.outer == 1 ? m.u : m.v);
+      *static_cast<A*>(m.sigma) =
+          static_cast<A>(dot<A>(of[k].product.get(), other, m.outer == 1 ? m.rows : m.columns()));
     }
   }
   const bool divides =
@@ -282,7 +279,7 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
     T* out = static_cast<T*>(m.out);
     const A factor = static_cast<A>(1.0 / *static_cast<const A*>(m.sigma));
     const bool streams = leaves_cache(2 * m.size() * int64_t(sizeof(T)));
-    in_blocks(parts[i].begin * inner(m), parts[i].end * inner(m), [&](int64_t at, int64_t size) {
+    in_blocks(parts[i].begin * m.line_size(), parts[i].end * m.line_size(), [&](int64_t at, int64_t size) {
       A buffer[kBlock];
       A* const block = place(out + at, buffer, streams);
       for (int64_t j = 0; j < size; ++j) block[j] = load(w + at + j) * factor;
@@ -303,8 +300,8 @@ void backward_all(const std::vector<SpectralMatrix>& matrices, const std::vector
     const SpectralMatrix& m = matrices[parts[i].matrix];
     const T *w = static_cast<const T*>(m.weight), *g = static_cast<const T*>(grads[parts[i].matrix].grad_out);
     double total = 0;  // of sums of up to 4096 elements
-    const int64_t end = parts[i].end * inner(m);
-    for (int64_t at = parts[i].begin * inner(m); at < end; at += 4096) {
+    const int64_t end = parts[i].end * m.line_size();
+    for (int64_t at = parts[i].begin * m.line_size(); at < end; at += 4096) {
       A sum = 0;
       const int64_t stop = std::min(at + 4096, end);
 #pragma omp simd reduction(+ : sum)
@@ -337,13 +334,13 @@ void backward_all(const std::vector<SpectralMatrix>& matrices, const std::vector
       for (int64_t q = 0; q < width; ++q) store(out + at + q, load(g + at + q) * scale + factor * vector[q]);
     };
     for (int64_t k = parts[i].begin; k < parts[i].end; ++k) {
-      if (m.a == 1) {
-        long_row(k * m.b, m.b, slope * u[k], v);
-      } else if (m.b == 1) {
-        long_row(k * m.d, m.d, slope * v[k], u);
+      if (m.outer == 1) {
+        long_row(k * m.inner, m.inner, slope * u[k], v);
+      } else if (m.inner == 1) {
+        long_row(k * m.rows, m.rows, slope * v[k], u);
       } else {
-        with_width(m.b, [&](auto width) {
-          for (int64_t j = 0; j < m.d; ++j) row((k * m.d + j) * m.b, width, slope * u[j], v + k * m.b);
+        with_width(m.inner, [&](auto width) {
+          for (int64_t j = 0; j < m.rows; ++j) row((k * m.rows + j) * m.inner, width, slope * u[j], v + k * m.inner);
         });
       }
     }

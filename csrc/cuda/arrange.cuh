@@ -66,7 +66,7 @@ const T* arranged(Arrangement a, const void* from, const Queue& queue) {
 }
 
 template <class T>
-const T* arranged_x(const Convolution& conv, int64_t samples, int64_t padded, const void* x, const Queue& queue) {
+const T* arranged_x(const Geometry& conv, int64_t samples, int64_t padded, const void* x, const Queue& queue) {
   const int64_t channels = conv.ic / conv.groups, pixels = conv.ih * conv.iw, all = conv.groups * padded;
   if (conv.x_channels_last && padded == channels && is_aligned(x)) return static_cast<const T*>(x);
   const int64_t of_channel = conv.x_channels_last ? 1 : pixels, of_pixel = conv.x_channels_last ? conv.ic : 1;
@@ -83,12 +83,12 @@ const T* arranged_x(const Convolution& conv, int64_t samples, int64_t padded, co
 
 // A weight that lies as the copy would is not copied: conv2d's in channels_last order is one.
 template <class T>
-const T* arranged_weight(const Convolution& conv, bool transposed, int64_t out_channels, int64_t padded, bool tf32,
-                         const void* weight, const Queue& queue) {
+const T* arranged_weight(const Geometry& conv, int64_t out_channels, int64_t padded, bool tf32, const void* weight,
+                         const Queue& queue) {
   const int64_t* const stride = conv.weight_strides;
-  const int64_t channels = conv.ic / conv.groups, of_depth = stride[transposed ? 0 : 1],
-                of_column = stride[transposed ? 1 : 0];
-  const int64_t of_group = transposed ? channels * of_depth : out_channels * of_column, taps = conv.kh * conv.kw;
+  const int64_t channels = conv.ic / conv.groups, of_depth = stride[conv.transposed ? 0 : 1],
+                of_column = stride[conv.transposed ? 1 : 0];
+  const int64_t of_group = conv.transposed ? channels * of_depth : out_channels * of_column, taps = conv.kh * conv.kw;
   const auto lies = [](int64_t size, int64_t is, int64_t wanted) { return size == 1 || is == wanted; };
   if (!tf32 && padded == channels && is_aligned(weight) && lies(channels, of_depth, 1) &&
       lies(conv.kw, stride[3], channels) && lies(conv.kh, stride[2], conv.kw * channels) &&

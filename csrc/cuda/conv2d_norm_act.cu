@@ -6,9 +6,9 @@ namespace convolution {
 FASTGEN_CONVOLVE(float)
 }  // namespace convolution
 
-void conv2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors,
-                     const NormActTensors& given, const Queue& queue) {
-  FASTGEN_FOR_GPU_DTYPE(op.dtype, convolution::run, conv, op, false, tensors, given, queue)
+void convolution_norm_act(const Geometry& conv, const Epilogue& op, const ConvolutionTensors& tensors,
+                          const Queue& queue) {
+  FASTGEN_FOR_GPU_DTYPE(op.dtype, convolution::run, conv, op, tensors, queue)
 }
 
 }  // namespace fastgen::cuda

@@ -7,9 +7,4 @@ FASTGEN_CONVOLVE(BFloat16)
 FASTGEN_CONVOLVE(Float16)
 }  // namespace convolution
 
-void conv_transpose2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors,
-                               const NormActTensors& given, const Queue& queue) {
-  FASTGEN_FOR_GPU_DTYPE(op.dtype, convolution::run, conv, op, true, tensors, given, queue)
-}
-
 }  // namespace fastgen::cuda

@@ -77,7 +77,7 @@ __device__ inline int mirrored(int i, int size) { return size - 1 - abs(size - 1
 
 // The sum with its bias goes to `pre`, what follows to `out`; either may be null.
 template <class T>
-struct Epilogue {
+struct TileEpilogue {
   const float *bias, *mean, *var, *weight, *shift;  // (c), each or null
   float eps, slope;
   Activation activation;
@@ -93,7 +93,7 @@ struct Affine {
 
 // `step`: from an element's channel to its neighbour's, 0 or 1.
 template <int count, class T>
-__device__ Affine<count> affine_of(const Epilogue<T>& e, int64_t channel, int step) {
+__device__ Affine<count> affine_of(const TileEpilogue<T>& e, int64_t channel, int step) {
   Affine<count> affine;
 #pragma unroll
   for (int i = 0; i < count; ++i, channel += step) {
@@ -107,7 +107,7 @@ __device__ Affine<count> affine_of(const Epilogue<T>& e, int64_t channel, int st
 
 // What follows the sums z of the elements from `at`.
 template <int count, class T>
-__device__ void finish(const Epilogue<T>& e, int64_t at, float (&z)[count], const Affine<count>& affine) {
+__device__ void finish(const TileEpilogue<T>& e, int64_t at, float (&z)[count], const Affine<count>& affine) {
 #pragma unroll
   for (int i = 0; i < count; ++i) z[i] += affine.bias[i];
   if (e.pre) store<count>(e.pre + at, z);
@@ -152,7 +152,7 @@ struct Problem {
   int groups, channels, out_channels;  // channels of a group, x's padded
   int column_tiles, split_steps;
   bool channels_last, wide;  // the output's order; wide: whole chunks of its channels lie on 16-byte boundaries
-  Epilogue<T> epilogue;
+  TileEpilogue<T> epilogue;
   float* splits;                // (splits, size), then without epilogue; or null
   float *counts, *means, *m2s;  // (parts), (parts, c), (parts, c), a part for each tile of rows of each phase; or null
 };
@@ -345,8 +345,8 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
 constexpr int kAdders = 256;
 
 template <class T, int count>
-__global__ void __launch_bounds__(kAdders)
-    add_splits(Epilogue<T> epilogue, const float* splits, int number, int64_t size, int64_t channels, int64_t inner) {
+__global__ void __launch_bounds__(kAdders) add_splits(TileEpilogue<T> epilogue, const float* splits, int number,
+                                                      int64_t size, int64_t channels, int64_t inner) {
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * kAdders + threadIdx.x) * count;
   if (at >= size) return;
   float total[count] = {};
@@ -383,8 +383,7 @@ Division divide(const Problem<T>& p, int64_t most_splits, const Queue& queue) {
 
 // A call of the op: `moments` asks for the batch's statistics.
 struct Call {
-  const NormAct& op;
-  const NormActTensors& given;
+  const Epilogue& op;
   const Queue& queue;
   bool reflect, moments;
 };
@@ -392,7 +391,7 @@ struct Call {
 // The product in these tiles, with its epilogue. False: the statistics that are asked for are not there yet.
 template <class Tile, class T>
 bool multiply_in(Problem<T> p, const Division& d, const Call& call) {
-  const NormAct& op = call.op;
+  const Epilogue& op = call.op;
   const int64_t parts = d.row_tiles * p.height.phases * p.width.phases;
   const bool moments = call.moments && d.splits == 1;
   p.column_tiles = static_cast<int>(d.column_tiles);
@@ -407,7 +406,7 @@ bool multiply_in(Problem<T> p, const Division& d, const Call& call) {
   const dim3 blocks(static_cast<unsigned>(d.blocks), static_cast<unsigned>(d.splits));
   launch(call.queue, kernel, blocks, kThreads, Tile::bytes, p);
   if (d.splits > 1) {
-    const Epilogue<T>& e = p.epilogue;
+    const TileEpilogue<T>& e = p.epilogue;
     const int64_t inner = op.channels_last ? 1 : op.s;
     const bool aligned = is_aligned(e.pre) && is_aligned(e.out) && is_aligned(e.residual);
     const bool wide = aligned && (op.channels_last ? op.c : op.s) % 4 == 0;
@@ -415,9 +414,7 @@ bool multiply_in(Problem<T> p, const Division& d, const Call& call) {
     launch(call.queue, wide ? add_splits<T, 4> : add_splits<T, 1>, accesses, kAdders, 0, e, p.splits, d.splits, p.size,
            op.c, inner);
   }
-  if (moments)
-    merge_moments(op, p.counts, p.means, p.m2s, parts, const_cast<void*>(call.given.mean),
-                  const_cast<void*>(call.given.var), call.queue);
+  if (moments) merge_moments(op, p.counts, p.means, p.m2s, parts, op.mean, op.var, call.queue);
   return moments;
 }
 
@@ -453,8 +450,7 @@ bool multiply(const Problem<T>& p, const Call& call) {
 }
 
 template <class T>
-void run(const Convolution& conv, const NormAct& op, bool transposed, const ConvolutionTensors& tensors,
-         const NormActTensors& given, const Queue& queue) {
+void run(const Geometry& conv, const Epilogue& op, const ConvolutionTensors& tensors, const Queue& queue) {
   constexpr int64_t values = kAccess / sizeof(T), most = (int64_t{1} << 31) - 1;
   const bool tf32 = std::is_same_v<T, float> && conv.tf32;
   const bool later = op.normalize && op.batch_stats;  // the rest is a pass over the convolution, which `sum` is
@@ -467,47 +463,46 @@ void run(const Convolution& conv, const NormAct& op, bool transposed, const Conv
 
   Problem<T> p{};
   p.x = arranged_x<T>(conv, op.n, padded, tensors.x, queue);
-  p.weight = arranged_weight<T>(conv, transposed, out_channels, padded, tf32, tensors.weight, queue);
-  p.height = make_axis(transposed, conv.ih, conv.oh, conv.kh, conv.stride[0], conv.padding[0], conv.dilation[0]);
-  p.width = make_axis(transposed, conv.iw, conv.ow, conv.kw, conv.stride[1], conv.padding[1], conv.dilation[1]);
+  p.weight = arranged_weight<T>(conv, out_channels, padded, tf32, tensors.weight, queue);
+  p.height = make_axis(conv.transposed, conv.ih, conv.oh, conv.kh, conv.stride[0], conv.padding[0], conv.dilation[0]);
+  p.width = make_axis(conv.transposed, conv.iw, conv.ow, conv.kw, conv.stride[1], conv.padding[1], conv.dilation[1]);
   p.samples = op.n;
   p.size = op.n * op.c * op.s;
   p.groups = static_cast<int>(conv.groups);
   p.channels = static_cast<int>(padded);
   p.out_channels = static_cast<int>(out_channels);
   p.channels_last = op.channels_last;
-  p.epilogue.bias = static_cast<const float*>(tensors.bias);
+  p.epilogue.bias = static_cast<const float*>(op.bias);
   p.epilogue.pre = sum;
   if (!later) {
     p.epilogue.out = out;
     p.epilogue.activation = op.activation;
     p.epilogue.slope = static_cast<float>(op.negative_slope);
-    p.epilogue.residual = static_cast<const T*>(given.residual);
+    p.epilogue.residual = static_cast<const T*>(op.residual);
     if (op.normalize) {
-      p.epilogue.mean = static_cast<const float*>(given.mean);
-      p.epilogue.var = static_cast<const float*>(given.var);
-      p.epilogue.weight = static_cast<const float*>(given.weight);
-      p.epilogue.shift = static_cast<const float*>(given.bias);
+      p.epilogue.mean = static_cast<const float*>(op.mean);
+      p.epilogue.var = static_cast<const float*>(op.var);
+      p.epilogue.weight = static_cast<const float*>(op.norm_weight);
+      p.epilogue.shift = static_cast<const float*>(op.norm_bias);
       p.epilogue.eps = static_cast<float>(op.eps);
     }
   }
   const bool aligned = is_aligned(sum) && is_aligned(p.epilogue.out) && is_aligned(p.epilogue.residual);
   p.wide = op.channels_last && out_channels % values == 0 && aligned;
 
-  const Call call{op, given, queue, conv.reflect, later && !op.per_sample};
+  const Call call{op, queue, conv.reflect, later && !op.per_sample};
   bool moments;
   if constexpr (std::is_same_v<T, float>)
     moments = tf32 ? multiply<TensorTiles<T>>(p, call) : multiply<FmaTiles>(p, call);
   else moments = multiply<TensorTiles<T>>(p, call);
   if (!later) return;
-  if (!moments) norm_act_moments(op, sum, const_cast<void*>(given.mean), const_cast<void*>(given.var), queue);
-  norm_act_apply(op, sum, given, out, queue);
+  if (!moments) norm_act_moments(op, sum, op.mean, op.var, queue);
+  norm_act_apply(op, sum, out, queue);
 }
 
-// The kernels do not know whether a convolution is transposed: each of the two files compiles those of half the types.
-#define FASTGEN_CONVOLVE(T)                                                                                        \
-  template void run<T>(const Convolution&, const NormAct&, bool, const ConvolutionTensors&, const NormActTensors&, \
-                       const Queue&);
+// Each of two files compiles the kernels of some types.
+#define FASTGEN_CONVOLVE(T) \
+  template void run<T>(const Geometry&, const Epilogue&, const ConvolutionTensors&, const Queue&);
 extern FASTGEN_CONVOLVE(float) extern FASTGEN_CONVOLVE(BFloat16) extern FASTGEN_CONVOLVE(Float16)
 
 }  // namespace fastgen::cuda::convolution

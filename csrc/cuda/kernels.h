@@ -23,19 +23,16 @@ bool has_code();
 int multiprocessors();
 
 // mean and (biased) var of x.
-void norm_act_moments(const NormAct& op, const void* x, void* mean, void* var, const Queue& queue);
+void norm_act_moments(const Epilogue& op, const void* x, void* mean, void* var, const Queue& queue);
 
 // x == out is allowed.
-void norm_act_apply(const NormAct& op, const void* x, const NormActTensors& given, void* out, const Queue& queue);
+void norm_act_apply(const Epilogue& op, const void* x, void* out, const Queue& queue);
 
-void norm_act_backward(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given,
-                       const NormActGrads& grads, const Queue& queue);
+void norm_act_backward(const Epilogue& op, const void* grad_out, const void* x, const NormActGrads& grads,
+                       const Queue& queue);
 
-// mean and var of `given` are written when op.batch_stats, else read.
-void conv2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors,
-                     const NormActTensors& given, const Queue& queue);
-void conv_transpose2d_norm_act(const Convolution& conv, const NormAct& op, const ConvolutionTensors& tensors,
-                               const NormActTensors& given, const Queue& queue);
+void convolution_norm_act(const Geometry& geometry, const Epilogue& epilogue, const ConvolutionTensors& tensors,
+                          const Queue& queue);
 
 // Each element's normal, (keys, samples, rows, size), float32; the keys lie on the device.
 void noise(const Reparameterize& op, void* out, const Queue& queue);

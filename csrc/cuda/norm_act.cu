@@ -28,7 +28,7 @@ struct Cut {
 };
 
 template <bool channels_last>
-Cut cut(const NormAct& op, int access, const Queue& queue) {
+Cut cut(const Epilogue& op, int access, const Queue& queue) {
   Cut cut{op.c,
           op.s,
           channels_last ? op.c / access : op.n * op.c,
@@ -201,26 +201,26 @@ template <int own>
 struct Scales {
   float center[own], rstd[own], gain[own], shift[own];
 
-  __device__ Scales(const NormAct& op, const NormActTensors& given, int64_t sample, int64_t channel) {
+  __device__ Scales(const Epilogue& op, int64_t sample, int64_t channel) {
 #pragma unroll
     for (int i = 0; i < own; ++i) {
-      const int64_t set = (op.per_sample ? sample * op.sets : 0) + (channel + i) / (op.c / op.sets);
-      center[i] = op.normalize ? static_cast<const float*>(given.mean)[set] : 0.f;
-      rstd[i] = op.normalize ? 1 / sqrtf(static_cast<const float*>(given.var)[set] + static_cast<float>(op.eps)) : 1.f;
-      gain[i] = op.normalize && given.weight ? static_cast<const float*>(given.weight)[channel + i] : 1.f;
-      shift[i] = op.normalize && given.bias ? static_cast<const float*>(given.bias)[channel + i] : 0.f;
+      const int64_t set = (op.per_sample ? sample * op.stats_groups : 0) + (channel + i) / (op.c / op.stats_groups);
+      center[i] = op.normalize ? static_cast<const float*>(op.mean)[set] : 0.f;
+      rstd[i] = op.normalize ? 1 / sqrtf(static_cast<const float*>(op.var)[set] + static_cast<float>(op.eps)) : 1.f;
+      gain[i] = op.normalize && op.norm_weight ? static_cast<const float*>(op.norm_weight)[channel + i] : 1.f;
+      shift[i] = op.normalize && op.norm_bias ? static_cast<const float*>(op.norm_bias)[channel + i] : 0.f;
     }
   }
 };
 
 // The second pass. Grid: `grid`.
 template <class T, bool channels_last, int access>
-__global__ void __launch_bounds__(kThreads, 2) apply(Cut cut, NormAct op, NormActTensors given, const T* x, T* out) {
+__global__ void __launch_bounds__(kThreads, 2) apply(Cut cut, Epilogue op, const T* x, T* out) {
   constexpr int own = kOwn<channels_last, access>;
   const Part<channels_last, access> part(cut);
   if (!part.valid) return;
-  const Scales<own> scales(op, given, part.sample, part.channel);
-  const T* const residual = static_cast<const T*>(given.residual);
+  const Scales<own> scales(op, part.sample, part.channel);
+  const T* const residual = static_cast<const T*>(op.residual);
   int64_t at = part.at;
   for (int64_t left = part.count; left > 0; --left, at += part.advance) {
     float values[access], added[access] = {};
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, 2) apply(Cut cut, NormAct op, NormAc
 
 // g, the gradient before the activation, and the normalized x of one access.
 template <class T, bool channels_last, int access, int own>
-__device__ void gradient_of_z(const NormAct& op, const Scales<own>& scales, const T* grad_out, const T* x,
+__device__ void gradient_of_z(const Epilogue& op, const Scales<own>& scales, const T* grad_out, const T* x,
                               const T* residual, int64_t at, float (&g)[access], float (&normalized)[access]) {
   float added[access] = {};
   load<access>(grad_out + at, g);
@@ -255,18 +255,17 @@ __device__ void gradient_of_z(const NormAct& op, const Scales<own>& scales, cons
 
 // Sums of g and of g * normalized x over each line's chunk. Grid: `grid`.
 template <class T, bool channels_last, int access>
-__global__ void __launch_bounds__(kThreads, 2) backward_sums(Cut cut, int64_t samples, NormAct op, NormActTensors given,
-                                                             const T* grad_out, const T* x, float* sums, float* dots) {
+__global__ void __launch_bounds__(kThreads, 2)
+    backward_sums(Cut cut, int64_t samples, Epilogue op, const T* grad_out, const T* x, float* sums, float* dots) {
   constexpr int own = kOwn<channels_last, access>;
   const Part<channels_last, access> part(cut);
   float sum[own] = {}, dot[own] = {};
   if (part.valid) {
-    const Scales<own> scales(op, given, part.sample, part.channel);
+    const Scales<own> scales(op, part.sample, part.channel);
     int64_t at = part.at;
     for (int64_t left = part.count; left > 0; --left, at += part.advance) {
       float g[access], normalized[access];
-      gradient_of_z<T, channels_last>(op, scales, grad_out, x, static_cast<const T*>(given.residual), at, g,
-                                      normalized);
+      gradient_of_z<T, channels_last>(op, scales, grad_out, x, static_cast<const T*>(op.residual), at, g, normalized);
 #pragma unroll
       for (int i = 0; i < access; ++i) {
         sum[channels_last ? i : 0] += g[i];
@@ -332,17 +331,18 @@ __global__ void __launch_bounds__(kThreads, 2)
 // The second pass of the gradients. mean_sums: null where statistics are not of x. Grid: `grid`.
 template <class T, bool channels_last, int access>
 __global__ void __launch_bounds__(kThreads, 2)
-    backward_apply(Cut cut, NormAct op, NormActTensors given, const T* grad_out, const T* x, const float* mean_sums,
-                   const float* mean_dots, T* grad_x, T* grad_residual) {
+    backward_apply(Cut cut, Epilogue op, const T* grad_out, const T* x, const float* mean_sums, const float* mean_dots,
+                   T* grad_x, T* grad_residual) {
   constexpr int own = kOwn<channels_last, access>;
   const Part<channels_last, access> part(cut);
   if (!part.valid) return;
-  const Scales<own> scales(op, given, part.sample, part.channel);
+  const Scales<own> scales(op, part.sample, part.channel);
   float mean_sum[own] = {}, mean_dot[own] = {};
   if (mean_sums) {
 #pragma unroll
     for (int i = 0; i < own; ++i) {
-      const int64_t set = (op.per_sample ? part.sample * op.sets : 0) + (part.channel + i) / (op.c / op.sets);
+      const int64_t set =
+          (op.per_sample ? part.sample * op.stats_groups : 0) + (part.channel + i) / (op.c / op.stats_groups);
       mean_sum[i] = mean_sums[set];
       mean_dot[i] = mean_dots[set];
     }
@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   int64_t at = part.at;
   for (int64_t left = part.count; left > 0; --left, at += part.advance) {
     float g[access], normalized[access];
-    gradient_of_z<T, channels_last>(op, scales, grad_out, x, static_cast<const T*>(given.residual), at, g, normalized);
+    gradient_of_z<T, channels_last>(op, scales, grad_out, x, static_cast<const T*>(op.residual), at, g, normalized);
     if (grad_residual) store<access>(grad_residual + at, g);
 #pragma unroll
     for (int i = 0; i < access; ++i) {
@@ -363,7 +363,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // run<T, channels_last, access>() for the problem's.
 template <class T, class Run, class... Pointers>
-void in_order(const NormAct& op, const Run& run, Pointers... pointers) {
+void in_order(const Epilogue& op, const Run& run, Pointers... pointers) {
   constexpr int widest = kAccess / sizeof(T);
   const bool wide = access_of<T>(op.channels_last ? op.c : op.s, pointers...) == widest;
   using True = std::true_type;
@@ -376,9 +376,11 @@ void in_order(const NormAct& op, const Run& run, Pointers... pointers) {
   return with(False{});
 }
 
-int64_t sets_of(const NormAct& op) { return op.rows_of_stats() * op.sets; }
+int64_t sets_of(const Epilogue& op) { return op.rows_of_stats() * op.stats_groups; }
 
-Sets sets(const NormAct& op, int splits) { return {op.c, op.n, op.sets, op.c / op.sets, splits, op.per_sample}; }
+Sets sets(const Epilogue& op, int splits) {
+  return {op.c, op.n, op.stats_groups, op.c / op.stats_groups, splits, op.per_sample};
+}
 
 void merge_parts(const Sets& of, bool shared_counts, const float* counts, const float* means, const float* m2s,
                  void* mean, void* var, const Queue& queue) {
@@ -389,7 +391,7 @@ void merge_parts(const Sets& of, bool shared_counts, const float* counts, const 
 }
 
 template <class T>
-void moments_of(const NormAct& op, const void* x, void* mean, void* var, const Queue& queue) {
+void moments_of(const Epilogue& op, const void* x, void* mean, void* var, const Queue& queue) {
   in_order<T>(
       op,
       [&](auto channels_last, auto access) {
@@ -406,21 +408,21 @@ void moments_of(const NormAct& op, const void* x, void* mean, void* var, const Q
 }
 
 template <class T>
-void apply_of(const NormAct& op, const void* x, const NormActTensors& given, void* out, const Queue& queue) {
+void apply_of(const Epilogue& op, const void* x, void* out, const Queue& queue) {
   in_order<T>(
       op,
       [&](auto channels_last, auto access) {
         constexpr bool last = decltype(channels_last)::value;
         const Cut pass = cut<last>(op, access, queue);
-        launch(queue, apply<T, last, decltype(access)::value>, grid<last>(pass), kThreads, 0, pass, op, given,
+        launch(queue, apply<T, last, decltype(access)::value>, grid<last>(pass), kThreads, 0, pass, op,
                static_cast<const T*>(x), static_cast<T*>(out));
       },
-      x, given.residual, out);
+      x, op.residual, out);
 }
 
 template <class T>
-void backward_of(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given,
-                 const NormActGrads& grads, const Queue& queue) {
+void backward_of(const Epilogue& op, const void* grad_out, const void* x, const NormActGrads& grads,
+                 const Queue& queue) {
   in_order<T>(
       op,
       [&](auto channels_last, auto access) {
@@ -438,38 +440,38 @@ void backward_of(const NormAct& op, const void* grad_out, const void* x, const N
             mean_dots = mean_sums + count;
           }
           launch(queue, backward_sums<T, last, width>, grid<last>(pass), kThreads, kThreads * 2 * int(sizeof(float)),
-                 pass, op.n, op, given, of_out, of_x, sums, dots);
+                 pass, op.n, op, of_out, of_x, sums, dots);
           const float values = static_cast<float>(op.n * op.c * op.s / sets_of(op));
           const int team = team_for(pass.splits * op.n);
           launch(queue, merge_sums, grid_of_teams(op.c + count, team), kThreads,
                  kThreads / kWarp * 2 * int(sizeof(float)), sets(op, pass.splits), team, op.c, count, values,
-                 static_cast<const float*>(given.weight), sums, dots, static_cast<float*>(grads.bias),
+                 static_cast<const float*>(op.norm_weight), sums, dots, static_cast<float*>(grads.bias),
                  static_cast<float*>(grads.weight), mean_sums, mean_dots);
         }
-        launch(queue, backward_apply<T, last, width>, grid<last>(pass), kThreads, 0, pass, op, given, of_out, of_x,
-               mean_sums, mean_dots, static_cast<T*>(grads.x), static_cast<T*>(grads.residual));
+        launch(queue, backward_apply<T, last, width>, grid<last>(pass), kThreads, 0, pass, op, of_out, of_x, mean_sums,
+               mean_dots, static_cast<T*>(grads.x), static_cast<T*>(grads.residual));
       },
-      grad_out, x, given.residual, grads.x, grads.residual);
+      grad_out, x, op.residual, grads.x, grads.residual);
 }
 
 }  // namespace
 
-void norm_act_moments(const NormAct& op, const void* x, void* mean, void* var, const Queue& queue) {
+void norm_act_moments(const Epilogue& op, const void* x, void* mean, void* var, const Queue& queue) {
   FASTGEN_FOR_GPU_DTYPE(op.dtype, moments_of, op, x, mean, var, queue)
 }
 
-void merge_moments(const NormAct& op, const float* counts, const float* means, const float* m2s, int64_t parts,
+void merge_moments(const Epilogue& op, const float* counts, const float* means, const float* m2s, int64_t parts,
                    void* mean, void* var, const Queue& queue) {
   merge_parts({op.c, 1, op.c, 1, static_cast<int>(parts), false}, true, counts, means, m2s, mean, var, queue);
 }
 
-void norm_act_apply(const NormAct& op, const void* x, const NormActTensors& given, void* out, const Queue& queue) {
-  FASTGEN_FOR_GPU_DTYPE(op.dtype, apply_of, op, x, given, out, queue)
+void norm_act_apply(const Epilogue& op, const void* x, void* out, const Queue& queue) {
+  FASTGEN_FOR_GPU_DTYPE(op.dtype, apply_of, op, x, out, queue)
 }
 
-void norm_act_backward(const NormAct& op, const void* grad_out, const void* x, const NormActTensors& given,
-                       const NormActGrads& grads, const Queue& queue) {
-  FASTGEN_FOR_GPU_DTYPE(op.dtype, backward_of, op, grad_out, x, given, grads, queue)
+void norm_act_backward(const Epilogue& op, const void* grad_out, const void* x, const NormActGrads& grads,
+                       const Queue& queue) {
+  FASTGEN_FOR_GPU_DTYPE(op.dtype, backward_of, op, grad_out, x, grads, queue)
 }
 
 }  // namespace fastgen::cuda

@@ -2,13 +2,13 @@
 // Networks, 2018), and the gradient: a fixed number of launches for up to kMost weights, which come as kernel
 // parameters.
 //
-// In memory a weight is `lines` of `length` elements: the matrix's rows if a == 1, else its blocks (d, b), of `width` =
-// b columns. Of its two vectors `outer`, (lines, width), is u if a == 1, else v; `inner`, (length / width), is the
-// other one. Neighbouring lines make a block's chunk: their product W inner is complete, and the block adds to W^T
-// outer the part of its lines, read again while they are in the cache; another launch adds the parts. Where outer is
-// the first vector of a step, one pass gives both products (`fused`); else the first pass gives the sum alone and a
-// second one the other. The second product is of the first one before it is normalized: norms and sigma = second . (W
-// first) / |first| need no further pass.
+// In memory a weight is `lines` of `length` elements: the matrix's rows if outer == 1, else its blocks (rows, inner),
+// of `width` = SpectralMatrix::inner columns. Of its two vectors `outer`, (lines, width), is u if SpectralMatrix::outer
+// == 1, else v; `inner`, (length / width), is the other one. Neighbouring lines make a block's chunk: their product W
+// inner is complete, and the block adds to W^T outer the part of its lines, read again while they are in the cache;
+// another launch adds the parts. Where outer is the first vector of a step, one pass gives both products (`fused`);
+// else the first pass gives the sum alone and a second one the other. The second product is of the first one before it
+// is normalized: norms and sigma = second . (W first) / |first| need no further pass.
 //
 // Products are float32, norms float64, in an order that a weight's shape alone decides.
 #include <algorithm>
@@ -522,9 +522,7 @@ __global__ void __launch_bounds__(kThreads) differentiate(const __grid_constant_
   else differentiate_chunk<T, 1>(m, place);
 }
 
-int64_t lines_of(const SpectralMatrix& m) { return m.a == 1 ? m.d : m.a; }
-int64_t length_of(const SpectralMatrix& m) { return m.a == 1 ? m.b : m.d * m.b; }
-int width_of(const SpectralMatrix& m) { return m.a == 1 ? 1 : static_cast<int>(std::max<int64_t>(1, m.b)); }
+int width_of(const SpectralMatrix& m) { return m.outer == 1 ? 1 : static_cast<int>(std::max<int64_t>(1, m.inner)); }
 
 // Lines of a block: so many that they fill it and their parts of the sum are few, so few that they stay in the cache
 // and that there are blocks for every multiprocessor.
@@ -540,16 +538,16 @@ Weight record_of(const SpectralMatrix& m, bool v_first) {
   Weight record{};
   record.weight = m.weight;
   record.out = m.out;
-  record.outer = static_cast<const float*>(m.a == 1 ? m.given_u : m.given_v);
-  record.inner = static_cast<const float*>(m.a == 1 ? m.given_v : m.given_u);
-  record.new_outer = static_cast<float*>(m.a == 1 ? m.u : m.v);
-  record.new_inner = static_cast<float*>(m.a == 1 ? m.v : m.u);
+  record.outer = static_cast<const float*>(m.outer == 1 ? m.given_u : m.given_v);
+  record.inner = static_cast<const float*>(m.outer == 1 ? m.given_v : m.given_u);
+  record.new_outer = static_cast<float*>(m.outer == 1 ? m.u : m.v);
+  record.new_inner = static_cast<float*>(m.outer == 1 ? m.v : m.u);
   record.sigma = static_cast<float*>(m.sigma);
-  record.lines = lines_of(m);
-  record.length = length_of(m);
+  record.lines = m.lines();
+  record.length = m.line_size();
   record.width = width_of(m);
   record.chunk = static_cast<int>(chunk_of(record));
-  record.fused = (m.a == 1) != v_first;
+  record.fused = (m.outer == 1) != v_first;
   const int access = access_of<T>(record.length, m.weight, m.out, record.inner, record.new_inner);
   record.aligned = access > 1;
   while ((1 << record.lanes_log2) < kThreads && (1 << record.lanes_log2) * access < record.length) ++record.lanes_log2;
@@ -622,13 +620,13 @@ void differentiate_all(const std::vector<SpectralMatrix>& matrices, const std::v
       record = {m.weight,
                 grad.grad_out,
                 grad.grad_weight,
-                m.a == 1 ? u : v,
-                m.a == 1 ? v : u,
+                m.outer == 1 ? u : v,
+                m.outer == 1 ? v : u,
                 static_cast<const float*>(m.sigma),
                 static_cast<const float*>(grad.grad_sigma),
                 sums,
-                lines_of(m),
-                length_of(m),
+                m.lines(),
+                m.line_size(),
                 width_of(m),
                 false};
       record.aligned = access_of<T>(record.length, m.weight, grad.grad_out, grad.grad_weight, record.inner) > 1;

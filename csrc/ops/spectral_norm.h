@@ -22,10 +22,11 @@ struct SpectralWeight {
     if (channels_last(given, dim) && dim == 0) swapped = given.size(1);
     if (swapped) given_v = transposed(given_v, swapped);
     matrix.dtype = dtype_of(weight);
-    matrix.d = weight.size(dim);
-    matrix.a = matrix.b = 1;
+    matrix.rows = weight.size(dim);
+    matrix.outer = matrix.inner = 1;
     for (int64_t i = 0; i < weight.dim(); ++i)
-      if (i != dim) (i < dim || (dim == 1 && channels_last(given, dim)) ? matrix.a : matrix.b) *= weight.size(i);
+      if (i != dim)
+        (i < dim || (dim == 1 && channels_last(given, dim)) ? matrix.outer : matrix.inner) *= weight.size(i);
     matrix.weight = weight.const_data_ptr();
     matrix.given_u = given_u.const_data_ptr();
     matrix.given_v = given_v.const_data_ptr();

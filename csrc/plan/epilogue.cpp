@@ -2,7 +2,7 @@
 
 namespace fastgen::plan {
 
-void Epilogue::check(const Check& check, const Step& step) const {
+void EpilogueFields::check(const Check& check, const Step& step) const {
   const int64_t c = step.shape.c;
   check(step.inputs.size() == 1 || (step.inputs.size() == 2 && step.inputs[1].shape == step.shape),
         "adds what does not fit");
@@ -16,8 +16,8 @@ void Epilogue::check(const Check& check, const Step& step) const {
   check.weight(bias, c, false);
 }
 
-NormAct Epilogue::describe(const Shape& shape, DType dtype, int64_t n, bool channels_last) const {
-  NormAct op{};
+Epilogue EpilogueFields::describe(const Shape& shape, DType dtype, int64_t n, bool channels_last) const {
+  Epilogue op{};
   op.dtype = dtype;
   op.n = n;
   op.c = shape.c;
@@ -26,17 +26,29 @@ NormAct Epilogue::describe(const Shape& shape, DType dtype, int64_t n, bool chan
   op.normalize = norm != Norm::none;
   op.batch_stats = has_statistics();
   op.per_sample = op.batch_stats && norm != Norm::batch;
-  op.sets = norm == Norm::group ? num_groups : shape.c;
+  op.stats_groups = norm == Norm::group ? num_groups : shape.c;
   op.eps = eps;
   op.activation = static_cast<Activation>(activation);
   op.negative_slope = negative_slope;
   return op;
 }
 
-EpilogueArrays::EpilogueArrays(const Epilogue& epilogue, const NormAct& op, const Run& run, const void* residual)
-    : statistics(static_cast<size_t>(op.batch_stats ? 2 * (op.per_sample ? op.n * op.sets : op.c) : 0)),
-      tensors{op.batch_stats ? statistics.data() : run.weight(epilogue.mean),
-              op.batch_stats ? statistics.data() + statistics.size() / 2 : run.weight(epilogue.var),
-              run.weight(epilogue.weight), run.weight(epilogue.bias), residual} {}
+EpilogueOfRun::EpilogueOfRun(const EpilogueFields& fields, const Step& step, const Run& run, const float* bias)
+    : epilogue_(fields.describe(step.shape, run.dtype, run.n, run.channels_last)) {
+  Epilogue& op = epilogue_;
+  op.bias = bias;
+  if (op.batch_stats) {
+    const auto count = static_cast<size_t>(op.per_sample ? op.n * op.stats_groups : op.c);
+    statistics_.resize(2 * count);
+    op.mean = statistics_.data();
+    op.var = statistics_.data() + count;
+  } else {  // read only
+    op.mean = const_cast<float*>(run.weight(fields.mean));
+    op.var = const_cast<float*>(run.weight(fields.var));
+  }
+  op.norm_weight = run.weight(fields.weight);
+  op.norm_bias = run.weight(fields.bias);
+  op.residual = step.inputs.size() > 1 ? run.inputs[1] : nullptr;
+}
 
 }  // namespace fastgen::plan

@@ -1,4 +1,4 @@
-// What convolutions end with and norm_act consists of, as the file holds it: out = act(norm(x) + residual).
+// What convolutions end with and norm_act consists of: the fields of the file, and an Epilogue of them for a run.
 #pragma once
 
 #include "plan/step.h"
@@ -8,7 +8,7 @@ namespace fastgen::plan {
 // affine: by the mean and var of the file; batch, instance, group: by statistics of x
 enum class Norm : int64_t { none, affine, batch, instance, group };
 
-struct Epilogue {
+struct EpilogueFields {
   Norm norm;
   int64_t num_groups;   // of group norm
   Weight mean, var;     // (c) each, of an affine norm
@@ -19,15 +19,22 @@ struct Epilogue {
 
   bool has_statistics() const { return norm != Norm::none && norm != Norm::affine; }
   void check(const Check& check, const Step& step) const;  // of a step that reads x and at most one residual
-  NormAct describe(const Shape& shape, DType dtype, int64_t n, bool channels_last) const;
+
+  // Without its buffers.
+  Epilogue describe(const Shape& shape, DType dtype, int64_t n, bool channels_last) const;
 };
 
-// The arrays of an epilogue in one run.
-struct EpilogueArrays {
-  EpilogueArrays(const Epilogue& epilogue, const NormAct& op, const Run& run, const void* residual);
+// The epilogue of one run of a step, with memory for its statistics.
+class EpilogueOfRun {
+ public:
+  EpilogueOfRun(const EpilogueFields& fields, const Step& step, const Run& run, const float* bias);
+  EpilogueOfRun(const EpilogueOfRun&) = delete;
 
-  std::vector<float> statistics;
-  NormActTensors tensors;
+  const Epilogue& operator*() const { return epilogue_; }
+
+ private:
+  std::vector<float> statistics_;
+  Epilogue epilogue_;
 };
 
 }  // namespace fastgen::plan

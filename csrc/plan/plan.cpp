@@ -51,8 +51,8 @@ void Plan::find_ends() {
   if (inputs_.empty() || outputs_.empty()) throw std::runtime_error("the plan has no input or no output");
 }
 
-// An image of which the caller's order is that of the plan is not copied, nor is a value that only an output reads and
-// that its step can write as the caller wants it.
+// An input whose order is already that of the plan is not copied, nor is a value that only an output reads and that its
+// step can write in the caller's order.
 void Plan::place_ends() {
   const auto is_plain = [](const Shape& shape) { return shape.c == 1 || shape.pixels() == 1; };
   std::vector<int> uses(steps_.size());

@@ -13,12 +13,12 @@ struct End {
   Shape shape;
   int64_t label_count = std::numeric_limits<int64_t>::max();  // labels are below
 
-  int64_t bytes() const { return rank ? shape.elements() * 4 : 8; }  // per image of an input
+  int64_t bytes() const { return rank ? shape.elements() * 4 : 8; }  // per image, of an input
 };
 
 class Plan {
  public:
-  // Throws std::runtime_error unless all in the file is consistent; nothing is allocated for what it says before that.
+  // Throws std::runtime_error unless all of the file is consistent; nothing is allocated for what it says before that.
   Plan(File file, int threads);
 
   // One pointer per input and output, (n, c, h, w) of float or (n) of int64, contiguous. Several threads may call it.
@@ -62,7 +62,7 @@ class Plan {
     size_t index;
     int64_t gives = -1;  // the input of the caller that the step gives
     bool channels_last = true;
-    bool is_computed = true;  // false: the caller's input is read as it is, or the step before wrote the output
+    bool is_computed = true;  // false: the caller's input is read as it is, or the value's own step wrote the output
   };
 
   File file_;

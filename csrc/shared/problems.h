@@ -9,54 +9,60 @@ enum class DType { float32, float64, bfloat16, float16 };
 
 FASTGEN_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-struct NormAct {
-  DType dtype;      // of x, residual, out and their gradients; every other buffer has the accumulation type (float, or
-                    // double)
-  int64_t n, c, s;  // samples, channels, pixels
-  bool channels_last;  // memory order (n, s, c)
-  bool normalize;      // false: no norm, its buffers are null
-  bool batch_stats;    // mean and var are statistics of x, and the gradient goes through them
-  bool per_sample;     // mean and var are (n, sets), else (c)
-  int64_t sets;        // of channels that share statistics: c for batch and instance norm, the groups of group norm
-  double eps;
-  Activation activation;
-  double negative_slope;
-
-  int64_t rows_of_stats() const { return per_sample ? n : 1; }
-  int64_t set(int64_t row, int64_t channel) const { return row * sets + channel / (c / sets); }
-};
-
-struct NormActTensors {
-  const void* mean;
-  const void* var;
-  const void* weight;    // (c) or null
-  const void* bias;      // (c) or null
-  const void* residual;  // like x, or null
-};
-
-struct NormActGrads {
-  void* x;
-  void* weight;    // (c), written when op.normalize
-  void* bias;      // the same
-  void* residual;  // like x, or null
-};
-
-struct Convolution {
-  int64_t ic, ih, iw, oh, ow;  // x is (n, ic, ih, iw), the output (n, c, oh, ow) with n and c of NormAct
+// Which elements of x and of the weight a convolution multiplies and adds up. What is done to x before (a prologue:
+// scale, shift and activation, per channel or per sample and channel) will be a struct beside this one.
+struct Geometry {
+  int64_t ic, ih, iw, oc, oh, ow;  // x is (n, ic, ih, iw), the output (n, oc, oh, ow)
   int64_t kh, kw;
   int64_t weight_strides[4];  // of (oc, ic / groups, kh, kw), or when transposed of (ic, oc / groups, kh, kw)
   int64_t stride[2], padding[2], dilation[2];
   int64_t groups;
+  bool transposed;
   bool reflect;          // the padding mirrors x instead of being zero; not when transposed
-  bool x_channels_last;  // the output's order is NormAct's
+  bool x_channels_last;  // memory order of x; the output's is Epilogue's
   bool tf32;             // float32 may be multiplied in TF32 (GPU)
+};
+
+// What is done to each value z of a convolution, or of a tensor that is given (norm_act), before it is written:
+//
+//   activation((z + bias - mean) / sqrt(var + eps) * norm_weight + norm_bias + residual)
+//
+// Noise, gain and clamp, demodulation and statistics of what is written will be fields of it.
+struct Epilogue {
+  DType dtype;      // of the output and everything of its size, and of x; all other buffers have the accumulation type
+                    // (float, or double)
+  int64_t n, c, s;  // samples, channels, pixels of the output
+  bool channels_last;  // its memory order is (n, s, c)
+  const void* bias;    // (c) or null; added by convolutions alone
+
+  bool normalize;        // false: there is no norm, and its buffers are null
+  bool batch_stats;      // mean and var are statistics of z, which are written, and the gradient goes through them
+  bool per_sample;       // mean and var are (n, stats_groups), else (c)
+  int64_t stats_groups;  // groups of channels that share statistics: c for batch and instance norm
+  double eps;
+  void *mean, *var;
+  const void *norm_weight, *norm_bias;  // (c) or null
+
+  const void* residual;  // of the output's dtype and memory order, or null
+  Activation activation;
+  double negative_slope;
+
+  int64_t rows_of_stats() const { return per_sample ? n : 1; }
+  int64_t stats_index(int64_t row, int64_t channel) const { return row * stats_groups + channel / (c / stats_groups); }
+};
+
+// The gradients of norm_act.
+struct NormActGrads {
+  void* x;
+  void* weight;    // (c), written when there is a norm
+  void* bias;      // the same
+  void* residual;  // like x, or null
 };
 
 struct ConvolutionTensors {
   const void* x;
   const void* weight;
-  const void* bias;  // (c) in the accumulation type, or null
-  void* pre;         // the convolution with its bias, or null
+  void* pre;  // the convolution with its bias, or null
   void* out;
 };
 
@@ -86,17 +92,25 @@ struct ReparameterizeGrads {
   void* prior_logvar;
 };
 
-// The matrix (d, a * b) of a weight that lies as (a, d, b). Vectors have the accumulation type (float, or double).
+// A weight as a matrix for spectral norm. In memory it is (outer, rows, inner), the matrix is (rows, outer * inner):
+// u has an element per row, v is (outer, inner). Kernels walk over `lines`, each of `line_size` elements next to each
+// other: the matrix's rows where outer == 1, else the blocks (rows, inner). A `chunk` is some consecutive lines, the
+// unit of parallel work. Of the two products W v and W^T u, the `line` product has its own elements for each line, and
+// is complete with the line; the `summed` product is added up over all chunks. Vectors have the accumulation type
+// (float, or double).
 struct SpectralMatrix {
   DType dtype;  // of weight, out and their gradients
-  int64_t a, d, b;
+  int64_t outer, rows, inner;
   const void* weight;
-  const void *given_u, *given_v;  // (d) and (a, b)
-  void *u, *v;                    // they after the iterations
-  void* sigma;                    // one value
-  void* out;                      // like weight; null: weight / sigma is not wanted
+  const void *given_u, *given_v;
+  void *u, *v;  // u and v after the iterations
+  void* sigma;  // one value
+  void* out;    // weight / sigma, like weight; null where it is not wanted
 
-  int64_t size() const { return a * d * b; }
+  int64_t columns() const { return outer * inner; }
+  int64_t size() const { return outer * rows * inner; }
+  int64_t lines() const { return outer == 1 ? rows : outer; }
+  int64_t line_size() const { return outer == 1 ? inner : rows * inner; }
 };
 
 struct SpectralMatrixGrad {

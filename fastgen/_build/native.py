@@ -9,12 +9,15 @@ from fastgen._build.toolchain import CFLAGS, CSRC, compile_extension
 
 logger = logging.getLogger("fastgen")
 
+PLAN_ONLY = ("packed_convolution",)  # kernels that no op calls: fastgen._build.runtime compiles them
+
 
 class Native(Library):
     name, flags, headers = "native", CFLAGS, ("cpu", "ops", "shared")
 
     def sources(self) -> list[Path]:
-        return [*CSRC.glob("ops.cpp"), *sorted((CSRC / "ops").glob("*.cpp")), *sorted((CSRC / "cpu").glob("*.cpp"))]
+        kernels = [file for file in sorted((CSRC / "cpu").glob("*.cpp")) if file.stem not in PLAN_ONLY]
+        return [*CSRC.glob("ops.cpp"), *sorted((CSRC / "ops").glob("*.cpp")), *kernels]
 
     def made_for(self) -> tuple[object, ...]:
         import torch

@@ -49,7 +49,8 @@ def load(build: bool = False) -> ModuleType:
 
 def sources() -> list[Path]:
     """The C++ files of the inference plan, which link no torch."""
-    return [*CSRC.glob("runtime.cpp"), *sorted((CSRC / "plan").rglob("*.cpp")), *(CSRC / "cpu").glob("norm_act.cpp")]
+    kernels = [file for name in ("norm_act", "packed_convolution") for file in (CSRC / "cpu").glob(f"{name}.cpp")]
+    return [*CSRC.glob("runtime.cpp"), *sorted((CSRC / "plan").rglob("*.cpp")), *kernels]
 
 
 def digest() -> str:

@@ -1,8 +1,8 @@
-"""How a call of each of PyTorch's functions reads as a node: its kind, the values that it takes, and its other
-arguments.
+"""Readers: for each function of PyTorch that a plan can compute, what a call of it becomes as a node.
 
-A reader has the parameters of the function, so that Python binds the arguments; it returns (kind, values, options).
-Raises UnsupportedError for what no plan computes.
+A reader has the parameters of the function, so that Python binds the arguments. It returns (kind, inputs, options). The
+kind is a class of steps, whose fields the options are, or a name for which _lower.py has a method. Raises
+UnsupportedError for what no plan computes.
 """
 
 import operator
@@ -66,11 +66,16 @@ def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
     return "norm", (input,), {"norm": Norm.group, **options}
 
 
-def _activation(name: str) -> Callable:
-    def read(input, *_, **__):
-        return "activation", (input,), {"activation": Activation[name]}
+def _activations() -> dict[Any, Callable]:
+    """The readers of all functions and methods that have the name of an activation, in place or not."""
 
-    return read
+    def reader(activation: Activation) -> Callable:
+        return lambda input, *_, **__: ("activation", (input,), {"activation": activation})
+
+    plain = [each for each in Activation if each not in (Activation.identity, Activation.leaky_relu)]
+    owners = [(owner, each) for owner in (F, torch, Tensor) for each in plain]
+    names = [(owner, f"{each.name}{suffix}", each) for owner, each in owners for suffix in ("", "_")]
+    return {getattr(owner, name): reader(each) for owner, name, each in names if hasattr(owner, name)}
 
 
 def _leaky_relu(input, negative_slope=0.01, inplace=False):
@@ -108,9 +113,7 @@ def _interpolate(
         raise UnsupportedError(f"interpolate with mode={mode!r}, antialias={antialias}")
     scales = () if scale_factor is None or recompute_scale_factor or align_corners else _floats(scale_factor)
     if any(pixels * scale % 1 for pixels, scale in zip(input.shape[2:], scales, strict=False)):
-        raise UnsupportedError(
-            f"interpolate of {tuple(input.shape[2:])} by {scale_factor}, which leaves parts of pixels"
-        )
+        raise UnsupportedError(f"interpolate of {tuple(input.shape[2:])} by {scale_factor}, to a fraction of a pixel")
     if mode == "bilinear":
         return UpsampleBilinear, (input,), {"align_corners": bool(align_corners)}
     return UpsampleNearest, (input,), {"exact": mode == "nearest-exact"}
@@ -203,11 +206,11 @@ def _getitem(input, index):
     if any(not isinstance(part, slice | int | type(None) | type(...)) for part in parts):
         raise UnsupportedError("indexing by tensors")
     result = input[index]
-    if result.numel() == input.numel():  # only new dimensions, and those of one element gone
+    if result.numel() == input.numel():  # dimensions of one element were added or removed
         return "view", (input,), {}
     channels = parts[1] if len(parts) > 1 else None
     if not isinstance(channels, slice) or channels.step not in (None, 1) or input[:, channels].shape != result.shape:
-        raise UnsupportedError("indexing other than of channels that follow each other")
+        raise UnsupportedError("indexing other than of consecutive channels")
     return Narrow, (input,), {"start": channels.indices(input.shape[1])[0]}
 
 
@@ -292,12 +295,7 @@ _mul = _arithmetic("mul", float, lambda number: 0.0)
 READERS: dict[Any, Callable] = {
     F.conv2d: _conv2d, torch.conv2d: _conv2d, F.conv_transpose2d: _conv_transpose2d, F.linear: _linear,
     F.batch_norm: _batch_norm, F.instance_norm: _instance_norm, F.group_norm: _group_norm,
-    F.relu: _activation("relu"), F.relu_: _activation("relu"), torch.relu: _activation("relu"),
-    torch.relu_: _activation("relu"), Tensor.relu: _activation("relu"), Tensor.relu_: _activation("relu"),
-    F.leaky_relu: _leaky_relu, F.leaky_relu_: _leaky_relu,
-    F.tanh: _activation("tanh"), torch.tanh: _activation("tanh"), Tensor.tanh: _activation("tanh"),
-    F.sigmoid: _activation("sigmoid"), torch.sigmoid: _activation("sigmoid"), Tensor.sigmoid: _activation("sigmoid"),
-    F.silu: _activation("silu"),
+    **_activations(), F.leaky_relu: _leaky_relu, F.leaky_relu_: _leaky_relu,
     F.pad: _pad, torch.cat: _cat, F.dropout: _dropout, F.dropout2d: _dropout, F.alpha_dropout: _dropout,
     Tensor.contiguous: _same, Tensor.clone: _same, torch.clone: _same, Tensor.detach: _same,
     Tensor.to: _same, Tensor.float: _same,

@@ -13,7 +13,7 @@ _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # as the file calls them,
 
 
 class PlanError(FastgenError):
-    """A plan file is damaged, cut short, of another version, or no plan."""
+    """A plan file is damaged, cut short, of another version, or not a plan."""
 
 
 class Input(NamedTuple):
@@ -33,7 +33,7 @@ class Plan:
         data: the bytes of a plan file, as fastgen.Engine.save and `fastgen export` write it: numbers, no code.
         threads: how many to run on at most; None: as many as there are processors for the process, or FASTGEN_THREADS.
 
-    Raises PlanError for bytes that are no whole and undamaged plan of this version, and FastgenError where the native
+    Raises PlanError for bytes that are not a whole, undamaged plan of this version, and FastgenError where the native
     module can neither be found nor built.
     """
 
@@ -152,7 +152,7 @@ def _checked(threads: int | None) -> int:
         return 0
     if not isinstance(threads, int) or threads < 1:
         raise ValueError(f"threads must be a positive integer or None, got {threads!r}")
-    return min(threads, 1 << 16)  # the plan takes no more than there are
+    return min(threads, 1 << 16)  # the plan uses at most as many as there are processors
 
 
 def _positive(name: str, value: int) -> int:

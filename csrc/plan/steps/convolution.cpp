@@ -63,26 +63,25 @@ void Convolution::check(const Check& check) const {
 void Convolution::run(const Run& run) const {
   Packed& packed = choose(run.n, run.dtype) == choose(kFew, run.dtype) ? *many_ : *few_;
   std::call_once(packed.once, [&] { packed.weights = pack(choose(run.n, run.dtype), run); });
-  run_packed(*packed.weights, run, inputs.size() > 1 ? run.inputs[1] : nullptr);
+  run_packed(*packed.weights, run);
 }
 
-void Convolution::run_packed(const cpu::PackedConvolution& packed, const Run& run, const void* residual) const {
-  const NormAct op = fields.epilogue.describe(shape, run.dtype, run.n, run.channels_last);
-  const EpilogueArrays arrays(fields.epilogue, op, run, residual);
-  packed.run(op, run.inputs[0], arrays.tensors, run.out, run.parallel);
+void Convolution::run_packed(const cpu::PackedConvolution& packed, const Run& run) const {
+  const EpilogueOfRun epilogue(fields.epilogue, *this, run, run.weight(fields.bias));
+  packed.run(*epilogue, run.inputs[0], run.out, run.parallel);
 }
 
 std::unique_ptr<cpu::PackedConvolution> Convolution::pack(cpu::Algorithm algorithm, const Run& run) const {
-  return cpu::pack_convolution(geometry(), shape.c, fields.transposed, algorithm, run.weight(fields.weight),
-                               run.weight(fields.bias), run.parallel);
+  return cpu::pack_convolution(geometry(), algorithm, run.weight(fields.weight), run.parallel);
 }
 
-fastgen::Convolution Convolution::geometry() const {
+Geometry Convolution::geometry() const {
   const Shape& x = inputs[0].shape;
-  fastgen::Convolution conv{};
+  Geometry conv{};
   conv.ic = x.c;
   conv.ih = x.h;
   conv.iw = x.w;
+  conv.oc = shape.c;
   conv.oh = shape.h;
   conv.ow = shape.w;
   conv.kh = fields.kernel[0];
@@ -97,6 +96,7 @@ fastgen::Convolution Convolution::geometry() const {
     conv.dilation[i] = fields.dilation[i];
   }
   conv.groups = fields.groups;
+  conv.transposed = fields.transposed;
   conv.reflect = fields.reflect;
   conv.x_channels_last = true;
   return conv;
@@ -108,7 +108,7 @@ bool Convolution::can_run(cpu::Algorithm algorithm, bool bfloat16) const {
   const bool by_rows = algorithm == Algorithm::rows || algorithm == Algorithm::rows_bf16;
   if (by_rows && fields.epilogue.has_statistics()) return false;
   if (!bfloat16 && (algorithm == Algorithm::direct_bf16 || algorithm == Algorithm::rows_bf16)) return false;
-  return cpu::can_run(algorithm, geometry(), shape.c);
+  return cpu::can_run(algorithm, geometry());
 }
 
 cpu::Algorithm Convolution::choose(int64_t n, DType dtype) const {
@@ -130,15 +130,15 @@ std::vector<Convolution::Timed> Convolution::time_algorithms(int64_t n, DType dt
                                                              const cpu::ParallelFor& parallel) const {
   const int64_t element = dtype == DType::bfloat16 ? 2 : 4;
   const auto x = zeros(n * inputs[0].shape.elements() * element), out = zeros(n * shape.elements() * element);
-  const void* const x_pointer = x.get();
-  const Run run{n, dtype, weights, &x_pointer, out.get(), true, parallel};
+  const void* const read[2] = {x.get(), nullptr};  // without the residual, if there is one
+  const Run run{n, dtype, weights, read, out.get(), true, parallel};
   struct Candidate {
     Timed timed;
     std::unique_ptr<cpu::PackedConvolution> packed;
   };
   std::vector<Candidate> candidates;
   const auto measure = [&](Candidate& candidate) {
-    const double took = least_seconds(1, [&] { run_packed(*candidate.packed, run, nullptr); });
+    const double took = least_seconds(1, [&] { run_packed(*candidate.packed, run); });
     candidate.timed.seconds = std::min(candidate.timed.seconds, took);
   };
   for (int64_t a = 0; a < cpu::kAlgorithms; ++a) {
@@ -165,7 +165,7 @@ void Convolution::use(int64_t algorithm, int64_t n) {
 }
 
 int64_t Convolution::packed_bytes(int64_t algorithm) const {
-  return cpu::packed_bytes(static_cast<cpu::Algorithm>(algorithm), geometry(), shape.c);
+  return cpu::packed_bytes(static_cast<cpu::Algorithm>(algorithm), geometry());
 }
 
 }  // namespace fastgen::plan

@@ -15,10 +15,10 @@ struct ConvolutionFields {
   int64_t kernel[2], stride[2], padding[2], dilation[2], groups;
   int64_t reflect;  // 1: the padding mirrors the image instead of being zero
   int64_t transposed;
-  Weight weight;         // (oc, ic / groups, kh, kw), or transposed (ic, oc / groups, kh, kw)
-  Weight bias;           // (oc)
-  int64_t algorithm[2];  // of cpu::Algorithm, for few images and for many; -1: chosen by the sizes
-  Epilogue epilogue;     // its residual is the second value that the step reads
+  Weight weight;            // (oc, ic / groups, kh, kw), or transposed (ic, oc / groups, kh, kw)
+  Weight bias;              // (oc)
+  int64_t algorithm[2];     // of cpu::Algorithm, for few images and for many; -1: chosen by the sizes
+  EpilogueFields epilogue;  // its residual is the second value that the step reads
 };
 
 class Convolution final : public Typed<Convolution, ConvolutionFields> {
@@ -51,11 +51,11 @@ class Convolution final : public Typed<Convolution, ConvolutionFields> {
 
   mutable std::unique_ptr<Packed> few_ = std::make_unique<Packed>(), many_ = std::make_unique<Packed>();
 
-  fastgen::Convolution geometry() const;
+  Geometry geometry() const;
   bool can_run(cpu::Algorithm algorithm, bool bfloat16) const;
   cpu::Algorithm choose(int64_t n, DType dtype) const;
   std::unique_ptr<cpu::PackedConvolution> pack(cpu::Algorithm algorithm, const Run& run) const;
-  void run_packed(const cpu::PackedConvolution& packed, const Run& run, const void* residual) const;
+  void run_packed(const cpu::PackedConvolution& packed, const Run& run) const;
 };
 
 }  // namespace fastgen::plan

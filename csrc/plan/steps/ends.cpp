@@ -3,8 +3,8 @@
 namespace fastgen::plan {
 namespace {
 
-// to (n, columns, rows) = from (n, rows, columns), in squares that are copied first: their lines, often a power of two
-// apart, would drive each other out of the cache.
+// to (n, columns, rows) = from (n, rows, columns), in squares that are copied to the stack first: their lines, often a
+// power of two apart, would evict each other from the cache.
 template <class From, class To>
 void transpose(const From* from, int64_t n, int64_t rows, int64_t columns, To* to, const cpu::ParallelFor& parallel) {
   constexpr int64_t side = 16, most = 64 * side;  // columns that one task moves
