@@ -9,7 +9,7 @@ from benchmarks.traffic import H200, as_launched, work
 from fastgen import ops
 from fastgen.ops import _tiers
 from tests.cases import LARGE, ON_GPU, OpCase
-from tests.ops.test_cases import differentiable
+from tests.support.observe import differentiable
 
 LAYERS = [*LARGE, *ON_GPU]
 

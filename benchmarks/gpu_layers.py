@@ -14,7 +14,8 @@ from fastgen import ops
 from fastgen.inference._tune import tune_call
 from fastgen.ops import _choices, _tiers
 from tests.cases import OpCase
-from tests.ops.test_cases import differentiable, error
+from tests.support.observe import differentiable
+from tests.support.tolerance import error
 
 TUNING = 90  # seconds for auto's choices
 BATCHES = (64, 512)

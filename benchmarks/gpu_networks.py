@@ -11,7 +11,7 @@ from benchmarks.gpu_session import Clock
 from benchmarks.test_training import GAN, distance, prepared, stepper
 from benchmarks.traffic import H200, Work
 from fastgen import Engine
-from tests.ops.test_cases import error
+from tests.support.tolerance import error
 
 
 def networks(clock: Clock, device: str = "cuda", batch: int = 512) -> Iterator[dict]:

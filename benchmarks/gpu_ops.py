@@ -11,7 +11,7 @@ from benchmarks.gpu_session import milliseconds, tier_of
 from benchmarks.traffic import H200, Work
 from fastgen import nn, ops
 from tests.cases import BIGGAN_128
-from tests.ops.test_cases import error
+from tests.support.tolerance import error
 
 NOISE = 1 << 24  # elements of the sampler's row
 

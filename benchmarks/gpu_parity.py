@@ -14,7 +14,8 @@ import torch
 from fastgen import ops
 from fastgen.ops import _tiers
 from tests.cases import SAMPLER, SMALL, SPECTRAL, OpCase
-from tests.ops.test_cases import differentiable, error, observe
+from tests.support.observe import differentiable, observe
+from tests.support.tolerance import error
 
 PARITY = 200  # seconds after which no further case of parity starts
 HANGS = 200  # seconds after which a case counts as hanging
