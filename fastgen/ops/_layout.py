@@ -4,7 +4,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# csrc/ops/common.h has the same rules.
+# csrc/ops/tensors.h has the same rules.
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -12,6 +12,14 @@ from fastgen.ops._memory import constant
 
 # Whether this processor has an instruction for pairs of bfloat16 that fastgen's kernels may use.
 torch.library.define("fastgen::multiplies_bf16", "() -> bool")
+# The algorithm, as a number of cpu::Algorithm (csrc/cpu/algorithm.h), by which fastgen's kernel for the CPU computes a
+# convolution or the gradient of its weight, whatever instructions the processor has and the environment asks for.
+torch.library.define(
+    "fastgen::algorithm",
+    "(int n, int in_channels, int in_height, int in_width, int out_channels, int out_height, int out_width, "
+    "int kernel_height, int kernel_width, int[2] stride, int[2] padding, int[2] dilation, int groups, bool transposed, "
+    "ScalarType dtype, bool batch_stats, bool weight_gradient) -> int",
+)
 
 
 class Processor(NamedTuple):
