@@ -1,4 +1,4 @@
-"""Builds the native code ahead of time where torch, pybind11 and a compiler are at hand; else at first use."""
+"""Builds the native code ahead of time if torch, pybind11 and a compiler are there; otherwise at first use."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from fastgen._build.library import Library
 
 
 def native_code() -> dict:
-    """The arguments of setup() that build ahead of time: the ops where torch is, the inference plan where pybind11 is.
+    """The arguments of setup() that build ahead of time: the ops if torch is there, the inference plan if pybind11 is.
 
     An isolated build has neither.
     """
@@ -43,7 +43,7 @@ def native_code() -> dict:
         pass
 
     class BuildOrLeaveOut(base):  # type: ignore[misc,valid-type]
-        """A build that fails does not fail the installation, nor the other libraries."""
+        """A build that fails makes neither the installation nor the other libraries fail."""
 
         def build_extension(self, extension: Extension) -> None:
             with leaving_out():
@@ -79,7 +79,7 @@ def extension(
         include_dirs=[str(toolchain.CSRC)],
         extra_compile_args=flags if isinstance(flags, dict) else list(flags),
         language="c++",
-        optional=True,  # setuptools installs what there is of them
+        optional=True,  # setuptools installs those that were built
         **options,
     )
 
@@ -91,7 +91,7 @@ setup(
     package_dir=folders,
     package_data={
         "fastgen.csrc": ["**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh"],
-        "fastgen.ops": ["choices/*.json"],
+        "fastgen.ops": ["choices/*.json"],  # written by `make gpu`; none is in the repository yet
     },
     **native_code(),
 )

@@ -32,8 +32,8 @@ from benchmarks.gpu_parity import TOLERANCE, parity, tiers
 from benchmarks.test_training import GAN, distance, prepared, stepper
 from benchmarks.traffic import H200, Work, as_launched, work
 from fastgen import Engine, nn, ops
-from fastgen.inference.tune import milliseconds as once
-from fastgen.inference.tune import tune_call
+from fastgen.inference._tune import milliseconds as once
+from fastgen.inference._tune import tune_call
 from fastgen.ops import _choices, _dispatch
 from tests.cases import BIGGAN_128, LARGE, ON_GPU, OpCase
 from tests.ops.test_cases import differentiable, error

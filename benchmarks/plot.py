@@ -8,11 +8,11 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 
 def plot(document: dict, path: str) -> None:
-    """One panel a table ("..., against the batch"), one line a column, milliseconds on a logarithmic axis."""
+    """One panel per table ("..., against the batch"), one line per column, milliseconds on a logarithmic axis."""
     tables: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     for line in (line for bench in document["benchmarks"] for line in bench["extra_info"]["lines"]):
         for column, cell in line["cells"].items() if ", against " in line["table"] else ():
@@ -23,6 +23,11 @@ def plot(document: dict, path: str) -> None:
         for column, points in lines.items():
             panel.plot(*zip(*sorted(points), strict=True), marker="o", label=column)
         panel.set(title=title, xscale="log", yscale="log", xlabel=title.rpartition("the ")[2], ylabel="milliseconds")
+        sizes = sorted({size for points in lines.values() for size, _ in points})
+        panel.set_xticks(sizes, labels=sizes, minor=False)
+        panel.xaxis.set_minor_locator(ticker.NullLocator())
+        for formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
         panel.legend()
     figure.savefig(path, dpi=120)
 

@@ -207,11 +207,9 @@ def table(document: dict[str, Any]) -> str:
     lines = [
         "# Quality on the bundled data",
         "",
-        "Made by `make quality`; one row alone by `make quality ROW=name`. Each trains with the command line's "
-        "defaults and "
-        f"what stands beside its name, on images that are not measured with, for at most {_MINUTES} minutes on two "
-        f"cores. "
-        "✓ meets its target, ✗ does not.",
+        "`make quality` runs all rows, `make quality ROW=name` one. Each trains a system with the defaults of the",
+        f"command line and the options beside its name, for at most {_MINUTES} minutes on two cores, and is measured",
+        "on held-out images. ✓: the target is met, ✗: it is not.",
         "",
         "| row | figure | value | target | beside | training |",
         "|---|---|---|---|---|---|",

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -10,25 +11,25 @@ _CEILINGS = {
     "flops": ("GFLOP/s", "peak_gflops"),
     "bytes": ("GB/s", "peak_bandwidth"),
 }  # fact of a cell: unit, fact of the machine
+_LEGEND = (
+    "The process keeps freed memory in all columns (`fastgen.training.keep_freed_memory`), except in rows of stock "
+    "memory (`pytest --stock-memory`), where all have PyTorch's own allocator. Cells are milliseconds: the median "
+    "(half the interquartile range), the fastest in bold; a column whose result is wrong does not count. Ratio: the "
+    "best peer's median over the best of fastgen's; below 1 fastgen loses. GFLOP/s: fastgen's best, counted as the "
+    "direct algorithm, of which Winograd's computes a part. GB/s: what the layers read and write, each its input, "
+    "weights and output once. %: of the peak."
+)
 
 
 def report(document: dict) -> str:
-    """Markdown: a table for each `table`, a line for each `row`, a cell for each `column` (see
-    benchmarks/conftest.py)."""
+    """Markdown: one table per `table`, one line per `row`, one cell per `column` (see benchmarks/conftest.py)."""
     machine, commit = document["machine_info"], document["commit_info"]
-    lines = [
+    about = (
         f"{machine['cpu']}, {machine['threads']} threads ({machine['capability']}), torch {machine['torch']}, "
-        f"{machine['date']}, commit {commit.get('id', 'unknown')[:12]}. "
-        f"Peak: {machine['peak_gflops']} GFLOP/s, the best of a float32 matrix product and a convolution, and "
-        f"{machine['peak_bandwidth']} GB/s, a copy's.",
-        "",
-        "Freed memory is kept by the process, for all columns (`fastgen.training.keep_freed_memory`), but in rows "
-        "of stock memory (`pytest --stock-memory`), where all have PyTorch's own allocator. "
-        "Milliseconds: median (half the interquartile range); bold the fastest. A wrong result is no peer. "
-        "Ratio: the best peer's median over the best of fastgen's; below 1 fastgen loses. "
-        "GFLOP/s: fastgen's best, counted as the direct algorithm, of which Winograd's does a part; "
-        "GB/s: what the layers read and write, each its input, weights and output once; %: of the peak.",
-    ]
+        f"{machine['date']}, commit {commit.get('id', 'unknown')[:12]}. Peak: {machine['peak_gflops']} GFLOP/s (the "
+        f"better of a float32 matrix product and a convolution) and {machine['peak_bandwidth']} GB/s (a copy)."
+    )
+    lines = [*textwrap.wrap(about, 120, break_on_hyphens=False), "", *textwrap.wrap(_LEGEND, 120)]
     tables: dict[str, list[dict]] = defaultdict(list)
     for bench in document["benchmarks"]:
         for line in bench["extra_info"]["lines"]:

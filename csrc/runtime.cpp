@@ -4,23 +4,23 @@
 #include <pybind11/stl.h>
 
 #include "plan/plan.h"
-#include "plan/pool.h"
+#include "plan/thread_pool.h"
 
 namespace py = pybind11;
 using fastgen::plan::Plan;
 
 namespace {
 
-py::tuple shape(int64_t rank, const int64_t* size) {
-  if (rank == 0) return py::make_tuple();
-  if (rank == 1) return py::make_tuple(size[0]);
-  return py::make_tuple(size[0], size[1], size[2]);
+py::tuple shape(const fastgen::plan::End& end) {
+  if (end.rank == 0) return py::make_tuple();
+  if (end.rank == 1) return py::make_tuple(end.shape.elements());
+  return py::make_tuple(end.shape.c, end.shape.h, end.shape.w);
 }
 
 // Pairs of the shape of an image and, for labels, how many there are.
 py::list ends(const std::vector<fastgen::plan::End>& ends) {
   py::list found;
-  for (const auto& end : ends) found.append(py::make_tuple(shape(end.rank, end.size), end.rows));
+  for (const auto& end : ends) found.append(py::make_tuple(shape(end), end.label_count));
   return found;
 }
 
@@ -32,7 +32,7 @@ void run(const Plan& plan, int64_t n, const std::vector<uintptr_t>& in, const st
   for (const uintptr_t address : in) from.push_back(reinterpret_cast<const void*>(address));
   for (const uintptr_t address : out) to.push_back(reinterpret_cast<float*>(address));
   if (from.size() != plan.inputs().size() || to.size() != plan.outputs().size())
-    throw std::invalid_argument("run needs an address an input and output");
+    throw std::invalid_argument("run needs one address per input and output");
   plan.run(n, from, to);
 }
 
@@ -55,7 +55,9 @@ PYBIND11_MODULE(_runtime, m) {
       .def("profile", &Plan::profile, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("inputs", [](const Plan& plan) { return ends(plan.inputs()); })
       .def_property_readonly("outputs", [](const Plan& plan) { return ends(plan.outputs()); })
-      .def_property_readonly("precision", [](const Plan& plan) { return plan.header().bfloat16 ? "bf16" : "fp32"; })
+      .def_property_readonly("precision", [](const Plan& plan) { return name(plan.header().precision); })
+      .def_property(
+          "error", [](const Plan& plan) { return plan.header().error; }, &Plan::set_error)
       .def_property_readonly("images_at_once", &Plan::images_at_once)
       .def_property_readonly("threads", &Plan::threads);
 }

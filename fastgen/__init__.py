@@ -17,6 +17,7 @@ _EXPORTS = {
     "fusion_report": "fastgen.inference",
     "Engine": "fastgen.inference",
     "tune": "fastgen.inference",
+    "explain": "fastgen.inference",
 }
 _SUBMODULES = {
     "cli",

@@ -16,8 +16,8 @@ os.environ.setdefault(
 import pytest
 import torch
 
-from fastgen.nn import _modules
-from fastgen.ops import _dispatch
+from fastgen._build.native import CUDA_ON_CPU
+from fastgen.ops import _rules
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def poisoned():
 @pytest.fixture(autouse=True)
 def ieee():
     """float32 is multiplied as float32 also by kernels that know TF32, where tests run such."""
-    if not _dispatch.CUDA_ON_CPU:
+    if not CUDA_ON_CPU:
         yield
         return
     convolutions = torch.backends.cudnn.conv
@@ -60,5 +60,6 @@ def nothing_is_measured():
 def nothing_is_small():
     """The layers run the fused ops also for the small images of tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_modules, "SMALL", {True: 0, False: 0})
+        patch.setattr(_rules, "SMALL", 0)
+        patch.setattr(_rules, "SMALL_WITH_GRADIENTS", 0)
         yield

@@ -1,10 +1,6 @@
 #include "cpu/reparameterize.h"
 #include "shared/philox.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #undef FASTGEN_FILE
 #define FASTGEN_FILE "cpu/reparameterize.cpp"
 #include "cpu/isa.h"

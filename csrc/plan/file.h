@@ -1,23 +1,28 @@
-// Reading and checking a plan file, before anything is allocated for what it says.
+// Reading and checking a plan file, before memory is allocated for what it says.
 #pragma once
 
-#include "plan/plan.h"
+#include "plan/step.h"
 
 namespace fastgen::plan {
 
-// The header of a file of `size` bytes of which the first sizeof(Header) are given; throws std::runtime_error.
-Header check_header(const char* bytes, size_t size);
+// The bytes of a file.
+struct File {
+  cpu::Buffer<char> bytes;
+  size_t size;
 
-// The whole file; returns its steps.
-std::vector<Step> check_file(const char* bytes, size_t size);
+  static File read(const std::string& path);  // checks the header first
+};
 
-// Writes the checksum into a file.
+struct Contents {
+  Header header;
+  std::vector<std::unique_ptr<Step>> steps;
+  const char* weights;  // in the file
+};
+
+// What the file holds; throws std::runtime_error unless all of it is consistent.
+Contents parse(const File& file);
+
+// Writes the checksum into the bytes of a file.
 void seal(std::string& bytes);
-
-// Whether the algorithm can compute the step, on some processor.
-bool runs(cpu::Algorithm algorithm, const Step& step, bool bfloat16);
-
-Geometry geometry(const Step& step);
-Epilogue describe(const Step& step, DType dtype, int64_t n, bool channels_last);
 
 }  // namespace fastgen::plan

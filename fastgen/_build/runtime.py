@@ -50,7 +50,7 @@ def load(build: bool = False) -> ModuleType:
 def sources() -> list[Path]:
     """The C++ files of the inference plan, which link no torch."""
     kernels = [file for name in ("norm_act", "packed_convolution") for file in (CSRC / "cpu").glob(f"{name}.cpp")]
-    return [*CSRC.glob("runtime.cpp"), *sorted((CSRC / "plan").glob("*.cpp")), *kernels]
+    return [*CSRC.glob("runtime.cpp"), *sorted((CSRC / "plan").rglob("*.cpp")), *kernels]
 
 
 def digest() -> str:
@@ -75,7 +75,7 @@ def _compile_into(folder: str) -> str:
         if done.returncode:
             raise RuntimeError(done.stderr or f"{command[0]} failed with exit code {done.returncode}")
 
-    files = {os.path.join(folder, f"{file.stem}.o"): str(file) for file in sources()}
+    files = {os.path.join(folder, f"{i}.o"): str(file) for i, file in enumerate(sources())}  # two may share a name
     with ThreadPoolExecutor(toolchain.jobs()) as jobs:
         list(jobs.map(lambda target: run("-c", files[target], "-o", target), files))
     run("-shared", *files, "-o", library)

@@ -329,11 +329,11 @@ def info() -> None:
 def build() -> None:
     """Compile the native code now instead of at first use."""
     from fastgen._build import cuda, native, runtime
-    from fastgen.ops import _dispatch
+    from fastgen.ops import _tiers
 
     print(f"native ops: {native.build(verbose=True)}")
     print(f"plans: {runtime.load(build=True).__file__}")
-    obstacle = _dispatch.why_not_there("cuda", "cuda", None) or cuda.obstacle()
+    obstacle = _tiers.nvcc.why_absent("cuda", None) or cuda.obstacle()
     print(f"CUDA kernels: {obstacle or cuda.build(verbose=True)}")
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fastgen.nn import Sequential, _modules
+from fastgen.nn import Sequential, _patterns, _run
 
 
 class Run(NamedTuple):
@@ -38,7 +38,7 @@ class Group:
         """
         is_member = False
         for parent, name, member in self.slots:
-            if parent._modules.get(name) is not member or not _modules.is_plain(member):
+            if parent._modules.get(name) is not member or not _patterns.is_plain(member):
                 return False
             is_member = is_member or member is module
         return is_member
@@ -71,10 +71,10 @@ class Member(_StandIn):
         if not isinstance(input, Tensor) or not group.holds(self):
             return super().forward(input, *args, **kwargs)
         if not (args or kwargs):
-            return input if run is None else _modules.run(input, *run)
+            return input if run is None else _run.run(input, *run)
         output = super().forward(input, *args, **kwargs)  # a convolution with output_size; others raise
         for member in run.members[1:] if run is not None else ():
-            output = _modules.kind(member).forward(member, output)
+            output = _patterns.kind(member).forward(member, output)
         return output
 
 
@@ -103,13 +103,13 @@ def _put_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def fuse_sequential(module: nn.Module) -> None:
-    _put_class(module, _class(_modules.kind(module), FusedSequential))
+    _put_class(module, _class(_patterns.kind(module), FusedSequential))
 
 
 def fuse_run(run: Run, group: Group) -> None:
     for member in run.members:
         if not isinstance(member, Member):
-            _put_class(member, _class(_modules.kind(member), Member))
+            _put_class(member, _class(_patterns.kind(member), Member))
         member.__dict__["_fastgen"] = (group, run if member is run.members[0] else None)
 
 
@@ -118,4 +118,4 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _StandIn):
             module.__dict__.pop("_fastgen", None)
-            _put_class(module, _modules.kind(module))
+            _put_class(module, _patterns.kind(module))

@@ -17,6 +17,7 @@ from fastgen.inference._readers import UnsupportedError, first_line
 from fastgen.inference._trace import clone
 from fastgen.runtime import Plan
 from fastgen.runtime._file import encode
+from fastgen.runtime._steps import Precision
 
 _FEW, MANY = 1, 16  # images for which algorithms are measured
 FROM_MANY = 8  # images from which on those for many are taken, kFew in csrc/plan/plan.cpp
@@ -78,7 +79,7 @@ class Planner:
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
                 raise UnsupportedError(f"plans compute float32, not {tensor.dtype}")
         try:
-            steps, *ends = lower(module, *inputs)
+            steps = lower(module, *inputs)
         except UnsupportedError:
             raise
         except Exception as error:  # the model's own code, which ran, meets what records it
@@ -86,7 +87,8 @@ class Planner:
         if module is not self.model and not _is_worth_it(module):
             raise UnsupportedError("a plan of it alone would gain nothing")
         threads = torch.get_num_threads()
-        plan = Plan(encode(steps, *ends, bfloat16=self.bfloat16), threads=threads)
+        precision = Precision.bfloat16 if self.bfloat16 else Precision.float32
+        plan = Plan(encode(steps, precision=precision), threads=threads)
         plan.tune(_FEW)
         if plan.images_at_once >= FROM_MANY:
             plan.tune(MANY)

@@ -14,7 +14,7 @@ from fastgen.inference._arguments import UntraceableError
 from fastgen.inference._bytecode import OURS, Uses, decorated, methods, uses, where
 from fastgen.inference._members import Run
 from fastgen.inference._trace import Trace, trace
-from fastgen.nn import Sequential, _modules
+from fastgen.nn import Sequential, _patterns
 
 _CONVOLUTIONS = nn.modules.conv._ConvNd
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -103,10 +103,10 @@ def _is_called(name: str, model: nn.Module, called: set[nn.Module], traces: dict
 def _sequential_runs(
     module: nn.Sequential, prefix: str, is_called: bool, plan: Plan
 ) -> Iterator[tuple[Run, tuple[str, ...]]]:
-    names, modules = zip(*_modules.steps(module, prefix), strict=True) if len(module) else ((), ())
+    names, modules = zip(*_patterns.steps(module, prefix), strict=True) if len(module) else ((), ())
     at = 0
     while at < len(modules):
-        *members, end = _modules.fusable(modules, at)
+        *members, end = _patterns.fusable(modules, at)
         run = Run(*members) if end > at else None
         for member in modules[at : max(end, at + 1)] if is_called else ():
             plan.sites[member].add(run)
@@ -121,9 +121,9 @@ def _traced_runs(module: nn.Module, graph: fx.Graph, found: Trace, plan: Plan) -
         if node.op == "call_module" and node not in done:
             chain, stop = _chain(node, found)
             modules = [module.get_submodule(str(link.target)) for link in chain]
-            *members, end = _modules.fusable(modules, 0)
+            *members, end = _patterns.fusable(modules, 0)
             if not end:
-                begins = _modules.fusable([modules[0], nn.ReLU()], 0)[3] > 0
+                begins = _patterns.fusable([modules[0], nn.ReLU()], 0)[3] > 0
                 plan.leave(modules[0], stop if begins and len(chain) == 1 else "")
                 continue
             run = Run(*members)
@@ -249,15 +249,15 @@ def reason(module: nn.Module, name: str, model: nn.Module, plan: Plan) -> str:
     """Why the module, of this name in the model, is in no run."""
     if isinstance(module, torch.jit.ScriptModule):
         return plan.untraced[module]
-    if not _modules.is_plain(module):
+    if not _patterns.is_plain(module):
         return "it has hooks or a replaced forward, which fusing would bypass"
-    kind = _modules.kind(module)
+    kind = _patterns.kind(module)
     if not kind.__module__.startswith("torch."):
         known = next((cls for cls in kind.__mro__ if cls.__module__.startswith("torch.nn.modules.")), nn.Module)
         if known is not nn.Module:
             return f"{kind.__name__} is a subclass of {known.__name__} and may compute something else"
     elif module not in plan.untraced and not any(
-        _modules.fusable(pair, 0)[3] for pair in ([module, nn.ReLU()], [nn.BatchNorm2d(1), module])
+        _patterns.fusable(pair, 0)[3] for pair in ([module, nn.ReLU()], [nn.BatchNorm2d(1), module])
     ):
         return f"no op computes a {kind.__name__} like this one"
     if module in plan.left:

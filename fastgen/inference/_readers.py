@@ -1,8 +1,8 @@
-"""How a call of each of PyTorch's functions reads as a node: its kind, the values that it takes, and its other
-arguments.
+"""Readers: for each function of PyTorch that a plan can compute, what a call of it becomes as a node.
 
-A reader has the parameters of the function, so that Python binds the arguments; it returns (kind, values, options).
-Raises UnsupportedError for what no plan computes.
+A reader has the parameters of the function, so that Python binds the arguments. It returns (kind, inputs, options). The
+kind is a class of steps, whose fields the options are, or a name for which _lower.py has a method. Raises
+UnsupportedError for what no plan computes.
 """
 
 import operator
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastgen.runtime._steps import Activation, AvgPool, MaxPool, Narrow, Norm, UpsampleBilinear, UpsampleNearest
 
 
 class UnsupportedError(Exception):
@@ -47,32 +49,37 @@ def _linear(input, weight, bias=None):
 
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     given = {"mean": None, "var": None} if training else {"mean": running_mean, "var": running_var}
-    norm = "batch" if training else "affine"
-    return "norm", (input,), {"norm": norm, **given, "norm_weight": weight, "norm_bias": bias, "eps": eps}
+    norm = Norm.batch if training else Norm.affine
+    return "norm", (input,), {"norm": norm, **given, "weight": weight, "bias": bias, "eps": eps}
 
 
 def _instance_norm(
     input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
 ):
     given = {"mean": None, "var": None} if use_input_stats else {"mean": running_mean, "var": running_var}
-    norm = "instance" if use_input_stats else "affine"
-    return "norm", (input,), {"norm": norm, **given, "norm_weight": weight, "norm_bias": bias, "eps": eps}
+    norm = Norm.instance if use_input_stats else Norm.affine
+    return "norm", (input,), {"norm": norm, **given, "weight": weight, "bias": bias, "eps": eps}
 
 
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
-    options = {"mean": None, "var": None, "norm_weight": weight, "norm_bias": bias, "eps": eps}
-    return "norm", (input,), {"norm": "group", "num_groups": num_groups, **options}
+    options = {"num_groups": num_groups, "weight": weight, "bias": bias, "eps": eps}
+    return "norm", (input,), {"norm": Norm.group, **options}
 
 
-def _activation(name: str) -> Callable:
-    def read(input, *_, **__):
-        return "activation", (input,), {"activation": name}
+def _activations() -> dict[Any, Callable]:
+    """The readers of all functions and methods that have the name of an activation, in place or not."""
 
-    return read
+    def reader(activation: Activation) -> Callable:
+        return lambda input, *_, **__: ("activation", (input,), {"activation": activation})
+
+    plain = [each for each in Activation if each not in (Activation.identity, Activation.leaky_relu)]
+    owners = [(owner, each) for owner in (F, torch, Tensor) for each in plain]
+    names = [(owner, f"{each.name}{suffix}", each) for owner, each in owners for suffix in ("", "_")]
+    return {getattr(owner, name): reader(each) for owner, name, each in names if hasattr(owner, name)}
 
 
 def _leaky_relu(input, negative_slope=0.01, inplace=False):
-    return "activation", (input,), {"activation": "leaky_relu", "negative_slope": negative_slope}
+    return "activation", (input,), {"activation": Activation.leaky_relu, "negative_slope": negative_slope}
 
 
 def _embedding(input, weight, padding_idx=None, max_norm=None, *_, **__):
@@ -106,11 +113,10 @@ def _interpolate(
         raise UnsupportedError(f"interpolate with mode={mode!r}, antialias={antialias}")
     scales = () if scale_factor is None or recompute_scale_factor or align_corners else _floats(scale_factor)
     if any(pixels * scale % 1 for pixels, scale in zip(input.shape[2:], scales, strict=False)):
-        raise UnsupportedError(
-            f"interpolate of {tuple(input.shape[2:])} by {scale_factor}, which leaves parts of pixels"
-        )
-    kind = "upsample_bilinear" if mode == "bilinear" else "upsample_nearest"
-    return kind, (input,), {"reflect": bool(align_corners) or mode == "nearest-exact"}
+        raise UnsupportedError(f"interpolate of {tuple(input.shape[2:])} by {scale_factor}, to a fraction of a pixel")
+    if mode == "bilinear":
+        return UpsampleBilinear, (input,), {"align_corners": bool(align_corners)}
+    return UpsampleNearest, (input,), {"exact": mode == "nearest-exact"}
 
 
 def _floats(value: Any) -> tuple[float, ...]:
@@ -122,7 +128,7 @@ def _expand(input, *sizes, **__):
     _images(input, "expand")
     if len(sizes) != 4 or sizes[0] not in (-1, input.shape[0]) or sizes[1] not in (-1, input.shape[1]):
         raise UnsupportedError(f"expand of {tuple(input.shape)} to {sizes}")
-    return "upsample_nearest", (input,), {}
+    return UpsampleNearest, (input,), {}
 
 
 def _expand_as(input, other):
@@ -134,7 +140,7 @@ def _repeat(input, *repeats):
     _images(input, "repeat")
     if repeats[:2] != (1, 1) or any(n != 1 and k != 1 for n, k in zip(repeats[2:], input.shape[2:], strict=True)):
         raise UnsupportedError(f"repeat of {tuple(input.shape)} by {repeats}")
-    return "upsample_nearest", (input,), {}
+    return UpsampleNearest, (input,), {}
 
 
 def _avg_pool2d(
@@ -144,7 +150,7 @@ def _avg_pool2d(
     if divisor_override is not None:
         raise UnsupportedError("avg_pool2d with divisor_override")
     options = {"kernel": _pair(kernel_size), "stride": _pair(stride or kernel_size), "padding": _pair(padding)}
-    return "avg_pool", (input,), {**options, "reflect": count_include_pad}
+    return AvgPool, (input,), {**options, "count_include_pad": count_include_pad}
 
 
 def _max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
@@ -152,16 +158,16 @@ def _max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mod
     if return_indices:
         raise UnsupportedError("max_pool2d with return_indices")
     options = {"kernel": _pair(kernel_size), "stride": _pair(stride or kernel_size), "padding": _pair(padding)}
-    return "max_pool", (input,), {**options, "dilation": _pair(dilation)}
+    return MaxPool, (input,), {**options, "dilation": _pair(dilation)}
 
 
-def _adaptive_pool(kind: str) -> Callable:
+def _adaptive_pool(kind: type[AvgPool] | type[MaxPool]) -> Callable:
     def read(input, output_size, return_indices=False):
-        _images(input, f"adaptive_{kind}2d")
+        _images(input, f"adaptive_{kind.kind}2d")
         sizes = [output_size] * 2 if output_size is None or isinstance(output_size, int) else output_size
         pairs = [(pixels, size or pixels) for pixels, size in zip(input.shape[2:], sizes, strict=True)]
         if return_indices or any(pixels % size for pixels, size in pairs):
-            raise UnsupportedError(f"adaptive_{kind}2d of {tuple(input.shape[2:])} to {output_size}")
+            raise UnsupportedError(f"adaptive_{kind.kind}2d of {tuple(input.shape[2:])} to {output_size}")
         window = tuple(pixels // size for pixels, size in pairs)
         return kind, (input,), {"kernel": window, "stride": window}
 
@@ -187,7 +193,7 @@ def _reduction(is_mean: bool) -> Callable:
 def _split(input, split_size_or_sections=1, dim=0, *, chunks=1):
     if dim not in (1, 1 - input.dim()):
         raise UnsupportedError(f"a split along dimension {dim}")
-    return "narrow", (input,), {"start": 0}
+    return Narrow, (input,), {"start": 0}
 
 
 def _narrow(input, dim, start, length):
@@ -200,12 +206,12 @@ def _getitem(input, index):
     if any(not isinstance(part, slice | int | type(None) | type(...)) for part in parts):
         raise UnsupportedError("indexing by tensors")
     result = input[index]
-    if result.numel() == input.numel():  # only new dimensions, and those of one element gone
+    if result.numel() == input.numel():  # dimensions of one element were added or removed
         return "view", (input,), {}
     channels = parts[1] if len(parts) > 1 else None
     if not isinstance(channels, slice) or channels.step not in (None, 1) or input[:, channels].shape != result.shape:
-        raise UnsupportedError("indexing other than of channels that follow each other")
-    return "narrow", (input,), {"start": channels.indices(input.shape[1])[0]}
+        raise UnsupportedError("indexing other than of consecutive channels")
+    return Narrow, (input,), {"start": channels.indices(input.shape[1])[0]}
 
 
 def _pad(input, pad, mode="constant", value=None):
@@ -289,12 +295,7 @@ _mul = _arithmetic("mul", float, lambda number: 0.0)
 READERS: dict[Any, Callable] = {
     F.conv2d: _conv2d, torch.conv2d: _conv2d, F.conv_transpose2d: _conv_transpose2d, F.linear: _linear,
     F.batch_norm: _batch_norm, F.instance_norm: _instance_norm, F.group_norm: _group_norm,
-    F.relu: _activation("relu"), F.relu_: _activation("relu"), torch.relu: _activation("relu"),
-    torch.relu_: _activation("relu"), Tensor.relu: _activation("relu"), Tensor.relu_: _activation("relu"),
-    F.leaky_relu: _leaky_relu, F.leaky_relu_: _leaky_relu,
-    F.tanh: _activation("tanh"), torch.tanh: _activation("tanh"), Tensor.tanh: _activation("tanh"),
-    F.sigmoid: _activation("sigmoid"), torch.sigmoid: _activation("sigmoid"), Tensor.sigmoid: _activation("sigmoid"),
-    F.silu: _activation("silu"),
+    **_activations(), F.leaky_relu: _leaky_relu, F.leaky_relu_: _leaky_relu,
     F.pad: _pad, torch.cat: _cat, F.dropout: _dropout, F.dropout2d: _dropout, F.alpha_dropout: _dropout,
     Tensor.contiguous: _same, Tensor.clone: _same, torch.clone: _same, Tensor.detach: _same,
     Tensor.to: _same, Tensor.float: _same,
@@ -309,7 +310,7 @@ READERS: dict[Any, Callable] = {
     torch.multiply: _mul, Tensor.mul_: _mul, Tensor.__imul__: _mul, F.embedding: _embedding, F.one_hot: _one_hot,
     Tensor.long: _same, F.interpolate: _interpolate, Tensor.expand: _expand, Tensor.expand_as: _expand_as,
     Tensor.repeat: _repeat, F.avg_pool2d: _avg_pool2d, F.max_pool2d: _max_pool2d, torch.max_pool2d: _max_pool2d,
-    F.adaptive_avg_pool2d: _adaptive_pool("avg_pool"), F.adaptive_max_pool2d: _adaptive_pool("max_pool"),
+    F.adaptive_avg_pool2d: _adaptive_pool(AvgPool), F.adaptive_max_pool2d: _adaptive_pool(MaxPool),
     F.pixel_shuffle: _pixel_shuffle, torch.mean: _reduction(True), Tensor.mean: _reduction(True),
     torch.sum: _reduction(False), Tensor.sum: _reduction(False), torch.chunk: _split, Tensor.chunk: _split,
     torch.split: _split, Tensor.split: _split, torch.narrow: _narrow, Tensor.narrow: _narrow,

@@ -1,7 +1,7 @@
-"""What a module computes for an example: the calls of PyTorch's functions on values that come from its input.
+"""Records what a module computes for an example: the calls of PyTorch's functions on values that depend on its input.
 
-A plan takes any number of images, so a forward that asks how many there are runs for other numbers too, without
-computing: it must call the same functions.
+A plan takes any number of images. A forward that asks how many there are therefore runs again for other numbers, on
+tensors without memory, and must call the same functions.
 """
 
 from __future__ import annotations
@@ -20,21 +20,25 @@ from torch.utils._pytree import tree_leaves
 
 from fastgen.inference._readers import ARITHMETIC, READERS, SAME, UnsupportedError, first_line
 from fastgen.nn import Sequential
+from fastgen.runtime._steps import Step
 
 
 @dataclass(eq=False)
 class Node:
-    """A call: its kind, the nodes whose values it takes, its other arguments, and the shape of an image of its
-    result."""
+    """A call: its kind, the nodes that it reads, its other arguments, and the shape of its result without the batch."""
 
-    kind: str
+    kind: str | type[Step]
     inputs: tuple[Node, ...]
     shape: tuple[int, ...]
     options: dict[str, Any] = field(default_factory=dict)
     uses: int = 0
 
+    @property
+    def name(self) -> str:
+        return self.kind if isinstance(self.kind, str) else self.kind.kind
 
-# What only looks, or gives the value back.
+
+# Functions that compute nothing.
 _QUIET = {
     Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_contiguous, Tensor.stride, Tensor.element_size,
     Tensor.is_floating_point, Tensor.data_ptr, Tensor.get_device, Tensor.__len__, Tensor.ndimension, torch.is_tensor,
@@ -42,14 +46,14 @@ _QUIET = {
 }  # fmt: skip
 
 
-# Numbers of images at which forwards are found that do something else for few or for many.
+# Numbers of images to try, since a forward may compute something else for few or for many.
 _NUMBERS = (*range(1, 18), 24, 25, *(2**k + i for k in (5, 6, 7, 8, 9, 10) for i in (-1, 0, 1)), 100, 1000)
 
 
 class _Call(NamedTuple):
-    """A call that was recorded, and of each result the node, the dtype, and what it shares with the first argument."""
+    """A recorded call. results: of each its node, its dtype, and what it shares with the first argument."""
 
-    reads: tuple[str, tuple[Node, ...], dict[str, Any]]
+    reads: tuple[str | type[Step], tuple[Node, ...], dict[str, Any]]
     results: list[tuple[Node, torch.dtype, Literal["", "memory", "all"]]]
     is_one: bool
 
@@ -63,7 +67,7 @@ class _Recorder(TorchFunctionMode):
         self.asked = False
         self.calls: list[_Call] = []
         self.inputs = [Node("input" if x.is_floating_point() else "labels", (), tuple(x.shape[1:])) for x in inputs]
-        # The tensor too: its id stays its own.
+        # The tensor is kept too, so that no other one gets its id.
         self.known: dict[int, tuple[Tensor, Node]] = {id(x): (x, n) for x, n in zip(inputs, self.inputs, strict=True)}
 
     def node(self, value: Any) -> Node | None:
@@ -83,11 +87,11 @@ class _Recorder(TorchFunctionMode):
         if func not in READERS:
             raise UnsupportedError(name)
         reader, known = READERS[func], args
-        if reader in ARITHMETIC:  # a constant of one element is a number
+        if reader in ARITHMETIC:  # a constant tensor of one element counts as a number
             known = [float(a) if isinstance(a, Tensor) and a.numel() == 1 and not self.node(a) else a for a in args]
         try:
             kind, inputs, options = reader(*known, **kwargs)
-        except TypeError:  # arguments that the reader does not know
+        except TypeError:  # the reader does not have these parameters
             raise UnsupportedError(f"{name} with these arguments") from None
         nodes = tuple(self.node(value) for value in inputs)
         constants = [value for value in options.values() if isinstance(value, Tensor)]
@@ -123,7 +127,7 @@ class _Recorder(TorchFunctionMode):
         return result, [node for node, *_ in results]
 
     def _know(self, name: str, result: Tensor, node: Node, involved: list[Tensor]) -> None:
-        # Integers: labels, and what is chosen by them, until arithmetic makes them float32.
+        # Labels, and rows that they select, may be integers until arithmetic makes them float32.
         are_integers = node.kind in ("labels", "embedding", "view") and result.dtype in (torch.int32, torch.int64)
         are_integers = are_integers and not any(value.is_floating_point() for value in involved)
         if (result.dtype != torch.float32 and not are_integers) or result.device.type != "cpu":
@@ -134,12 +138,12 @@ class _Recorder(TorchFunctionMode):
 
 
 class _OtherCallError(Exception):
-    """A forward does something else than what was recorded."""
+    """A forward calls other functions than the recorded ones."""
 
 
 class _Replay(_Recorder):
-    """Compares the calls with those that were recorded for another number of images. None computes: each has results of
-    the right shapes, which take no memory."""
+    """Compares the calls with those that were recorded for another number of images. Nothing is computed: results have
+    the right shapes, but no memory."""
 
     def __init__(self, inputs: list[Tensor], recorded: _Recorder):
         super().__init__(inputs)
@@ -178,7 +182,7 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _tells_batch(func: Any, x: Any, dim: int | None = None, *_: Any, **__: Any) -> bool:
-    """Whether the call, of those that compute nothing, tells the number of images."""
+    """Whether the result of a call, one that computes nothing, depends on the number of images."""
     if func is Tensor.size:
         return dim is None or dim % x.dim() == 0
     return func in (Tensor.numel, Tensor.__len__) or getattr(func, "__self__", None) in (Tensor.shape, Tensor.nbytes)
@@ -186,7 +190,7 @@ def _tells_batch(func: Any, x: Any, dim: int | None = None, *_: Any, **__: Any) 
 
 @contextlib.contextmanager
 def unfused(module: nn.Module) -> Iterator[None]:
-    """fastgen's layers call PyTorch's one by one."""
+    """While it is open, fastgen.nn.Sequential runs its layers one by one, as PyTorch's does."""
     fused = [m for m in module.modules() if is_fused(m)]
     for m in fused:
         m.forward = functools.partial(nn.Sequential.forward, m)  # type: ignore[method-assign,arg-type]
@@ -203,7 +207,7 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def tensors(result: object) -> tuple[Tensor, ...]:
-    """A model's output: a tensor, or a tuple or list of several. Raises UnsupportedError for others."""
+    """The tensors of a model's output: one, or a tuple or list of several. Raises UnsupportedError for others."""
     found = (result,) if isinstance(result, Tensor) else result
     if not isinstance(found, tuple | list) or (found is result and len(found) < 2):
         raise UnsupportedError(f"its output is a {type(result).__name__}, not a tensor or a tuple of several")
@@ -269,7 +273,7 @@ def _outputs(module: nn.Module, given: list[Tensor], recorder: _Recorder) -> lis
 
 
 def in_order(outputs: list[Node]) -> list[Node]:
-    """The nodes that the outputs need, each after those it takes."""
+    """The nodes that the outputs depend on, each after those that it reads."""
     order: list[Node] = []
     done: set[int] = set()
     todo: list[tuple[Node, bool]] = [(output, False) for output in reversed(outputs)]

@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from fastgen.inference import _arguments
 from fastgen.inference._arguments import UntraceableError
 from fastgen.inference._bytecode import reached, where
-from fastgen.nn import _modules
+from fastgen.nn import _patterns
 
 M = TypeVar("M", bound=nn.Module)
 MOST_PATHS = 128  # through one forward
@@ -141,9 +141,9 @@ class _Tracer(fx.Tracer):
 
     def prepare(self, root: nn.Module) -> None:
         """Makes the forwards of PyTorch's layers leaves too: such a call is not one of the module."""
-        self.plain = {module for module in root.modules() if _modules.is_plain(module)}
+        self.plain = {module for module in root.modules() if _patterns.is_plain(module)}
         for module in root.modules():
-            if not module._modules and _modules.kind(module).__module__.startswith("torch.nn.modules."):
+            if not module._modules and _patterns.kind(module).__module__.startswith("torch.nn.modules."):
                 module.__dict__["forward"] = functools.partial(self._call_forward, module)
 
     def _call_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -197,7 +197,7 @@ class _Tracer(fx.Tracer):
 
     def _check_takes(self, m: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Raises TypeError if the module's forward does not have these arguments."""
-        forward = inspect.getattr_static(_modules.kind(m), "forward")
+        forward = inspect.getattr_static(_patterns.kind(m), "forward")
         if isinstance(forward, FunctionType) and m in self.plain:
             try:
                 _signature(forward).bind(m, *args, **kwargs)

@@ -11,7 +11,7 @@ from torch import nn
 from fastgen.inference import _members, _plan
 from fastgen.inference._members import Group, Run
 from fastgen.inference._trace import M, clone
-from fastgen.nn import Reparameterize, Sequential, _modules
+from fastgen.nn import Reparameterize, Sequential, _patterns
 from fastgen.nn.spectral_norm import OldSpectralNorm, SpectralNorm, adopt, forms
 
 _log = logging.getLogger("fastgen")
@@ -191,7 +191,7 @@ def _swaps(model: nn.Module) -> tuple[tuple[FusedRun, ...], tuple[FusedRun, ...]
         for parameter, form in forms(module):
             done = isinstance(form, (SpectralNorm, OldSpectralNorm))
             names = (f"{name}.{parameter}" if name else parameter,)
-            swaps[done].append(FusedRun(names, "spectral_norm", (_modules.kind(module).__name__,)))
+            swaps[done].append(FusedRun(names, "spectral_norm", (_patterns.kind(module).__name__,)))
         if isinstance(module, Reparameterize):
             swaps[True].append(FusedRun((name,), "reparameterize", (type(module).__name__,)))
     return tuple(swaps[True]), tuple(swaps[False])
@@ -200,8 +200,8 @@ def _swaps(model: nn.Module) -> tuple[tuple[FusedRun, ...], tuple[FusedRun, ...]
 def _entry(run: Run, names: tuple[str, ...], note: str) -> FusedRun:
     op = "norm_act"
     if run.convolution is not None:
-        op = f"conv{'_transpose' if _modules.kind(run.convolution) is nn.ConvTranspose2d else ''}2d_norm_act"
-    return FusedRun(names, op, tuple(_modules.kind(member).__name__ for member in run.members), note)
+        op = f"conv{'_transpose' if _patterns.kind(run.convolution) is nn.ConvTranspose2d else ''}2d_norm_act"
+    return FusedRun(names, op, tuple(_patterns.kind(member).__name__ for member in run.members), note)
 
 
 def _check_module(model: object) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastgen.nn import _modules
+from fastgen.nn import _layers
 from fastgen.nn.sequential import Sequential
 
 
@@ -50,13 +50,13 @@ class ConvTranspose2dNormAct(Sequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        options = _modules.norm_options(affine, track_running_stats)
+        options = _layers.norm_options(affine, track_running_stats)
         super().__init__(
             nn.ConvTranspose2d(
                 in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
                 device=device, dtype=dtype,
             ),
-            *_modules.norm_module(norm, out_channels, momentum, num_groups, eps=eps, device=device, dtype=dtype,
-            **options), *_modules.activation_module(activation, negative_slope),
+            *_layers.norm_module(norm, out_channels, momentum, num_groups, eps=eps, device=device, dtype=dtype,
+            **options), *_layers.activation_module(activation, negative_slope),
         )  # fmt: skip
         self[0].__dict__["memory_efficient"] = memory_efficient

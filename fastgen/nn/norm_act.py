@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from fastgen.nn import _modules
+from fastgen.nn import _layers
 from fastgen.nn.sequential import Sequential
 
 
@@ -32,10 +32,8 @@ class NormAct(Sequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        options = _modules.norm_options(affine, track_running_stats)
+        options = _layers.norm_options(affine, track_running_stats)
         super().__init__(
-            *_modules.norm_module(
-                norm, num_features, eps=eps, momentum=momentum, device=device, dtype=dtype, **options
-            ),
-            *_modules.activation_module(activation, negative_slope),
+            *_layers.norm_module(norm, num_features, eps=eps, momentum=momentum, device=device, dtype=dtype, **options),
+            *_layers.activation_module(activation, negative_slope),
         )

@@ -1,6 +1,6 @@
 from torch import Tensor, nn
 
-from fastgen.nn import _modules
+from fastgen.nn import _patterns, _run
 
 
 class Sequential(nn.Sequential):
@@ -15,12 +15,12 @@ class Sequential(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        modules, at = [module for _, module in _modules.steps(self)], 0
+        modules, at = [module for _, module in _patterns.steps(self)], 0
         while at < len(modules):
-            convolution, norm, activation, end = _modules.fusable(modules, at)
+            convolution, norm, activation, end = _patterns.fusable(modules, at)
             if end > at and isinstance(input, Tensor):
-                _modules.before_forward(convolution, input)
-                input, at = _modules.run(input, convolution, norm, activation), end
+                _patterns.before_forward(convolution, input)
+                input, at = _run.run(input, convolution, norm, activation), end
             else:
                 input, at = modules[at](input), at + 1
         return input

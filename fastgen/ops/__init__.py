@@ -1,7 +1,8 @@
 """The fused ops: one public function each, with the implementations `info` lists."""
 
-from fastgen.ops._convolution import without_weight_grads
-from fastgen.ops._dispatch import IMPLEMENTATIONS, implementations_used, info, use_impl
+from fastgen.ops._convolution_grad import without_weight_grads
+from fastgen.ops._info import implementations_used, info
+from fastgen.ops._requested import IMPLEMENTATIONS, use_impl
 from fastgen.ops.conv2d_norm_act import conv2d_norm_act
 from fastgen.ops.conv_transpose2d_norm_act import conv_transpose2d_norm_act
 from fastgen.ops.norm_act import norm_act

@@ -15,117 +15,62 @@ import math
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from fastgen._build import cache
-from fastgen.ops import _dispatch, _memory
-from fastgen.ops._layout import Like
+from fastgen.ops import _memo, _tiers
+from fastgen.ops._question import Choice, Question
 
-FORMAT = 1  # of the files; those of another are ignored
+FORMAT = 2  # of the files; those of another are ignored
+KNOWN = ("torch", "cpp", "cuda", "triton")
 SHIPPED = Path(__file__).parent / "choices"
 FOLDER = "choices"  # in the cache folder
-_FLAGS = {"forward": "batch_stats", "weight_grad": "channels_last_images"}
 _log = logging.getLogger("fastgen")
-_tables: dict[str, Mapping[str, str]] = {}  # device -> question, or name of an op -> implementation
+_tables: dict[str, Mapping[str, Entry]] = {}  # device -> str(question), or the name of an op -> what was measured
 
 
-class Question(NamedTuple):
-    """What is to be computed; its str() is its key in a file."""
+class Entry(NamedTuple):
+    """What a file says of a question, or of an op."""
 
-    what: str  # "forward", "input_grad" or "weight_grad"
-    geometry: tuple  # Geometry's fields
-    x: tuple[int, ...]
-    weight: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
-    channels_last: bool  # the weight
-    flag: bool  # see _FLAGS
-
-    def __str__(self) -> str:
-        stride, padding, output_padding, groups, dilation, reflect = self.geometry
-        dtype = str(self.dtype).removeprefix("torch.")
-        if self.device != "cpu" and dtype == "float32" and _in_tf32():
-            dtype = "tf32"
-        words = [
-            self.what,
-            "conv2d" if output_padding is None else "conv_transpose2d",
-            _by(self.x),
-            "by",
-            _by(self.weight),
-        ]
-        words += [dtype, *["channels_last"] * self.channels_last, "stride", _by(stride), "padding", _by(padding)]
-        words += ["reflect"] * reflect + ([] if output_padding is None else ["output_padding", _by(output_padding)])
-        words += ["dilation", _by(dilation), "groups", str(groups), *[_FLAGS.get(self.what, "")] * self.flag]
-        return " ".join(words)
+    chosen: str  # str() of a Choice
+    milliseconds: Mapping[str, float]  # medians of what was measured
 
 
-def _in_tf32() -> bool:
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-
-
-def _by(sizes: Sequence[int]) -> str:
-    return "x".join(map(str, sizes))
-
-
-def best(what: str, geometry: tuple, x: Sequence[int], weight: Like, flag: bool, guess: bool) -> str | None:
-    """The implementation that was measured fastest, for a GPU's Triton kernels with the tile ("triton 64x64x64x4x3").
-
-    Where nothing was measured, or what was cannot run here, `guess` decides: "own", which is the one that auto takes.
-    None is PyTorch's convolution. A graph that is compiled for sizes that vary follows the guess.
-    """
-    found = None
-    if not torch.compiler.is_compiling() or _is_static(*x, *weight.shape):
-        question = (tuple(x), tuple(weight.shape), weight.dtype, str(weight.device), weight.channels_last, flag)
-        found = _measured(guess, what, tuple(geometry), *question)
-    found = found or ("own" if guess else "reference")
-    return None if found == "reference" else found
-
-
-def _is_static(*sizes: int) -> bool:
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # here: it takes long to import
-
-    return all(has_static_value(size) for size in sizes)
-
-
-@_memory.constant
-def _measured(guess: bool, *parts: Any) -> str | None:
-    question = Question(*parts)
-    if (recorder := _memory.recorder.get()) is not None:
-        recorder[question] = guess
+def measured(question: Question) -> Choice | None:
+    """The implementation that was measured fastest here, for a GPU's Triton kernel with its tile; None where nothing
+    was measured, or what was chosen cannot run."""
     table = _table(question.device)
     found = table.get(str(question)) if table else None
-    able = found and _dispatch.why_not("conv2d_norm_act", found.split()[0], question.device, question.dtype) is None
-    return found if able else None
+    if found is None:
+        return None
+    implementation = Choice.parse(found.chosen).implementation
+    if implementation != "torch" and _tiers.unavailable(implementation, question.device, question.dtype):
+        return None
+    times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in found.milliseconds.items())
+    return Choice.parse(found.chosen, f"measured on this chip: {times}" if times else "measured on this chip")
 
 
 def faster_tier(op: str, device: str) -> str | None:
     """Which of a GPU's two was measured faster for an op that memory bounds (`make gpu`); None where nothing was."""
-    return _table(device).get(op)
+    found = _table(device).get(op)
+    return None if found is None else found.chosen
 
 
-def _table(device: str) -> Mapping[str, str]:
+def _table(device: str) -> Mapping[str, Entry]:
     table = _tables.get(device)
     if table is None:
         table = _tables[device] = _read_all(device)
     return table
 
 
-@contextlib.contextmanager
-def recorded() -> Iterator[dict[Question, bool]]:
-    """Within the context the questions that this thread asks are written down, each with the rules' guess."""
-    asked: dict[Question, bool] = {}
-    with _memory.recorder.set_to(asked):
-        yield asked
-
-
 def forget() -> None:
     """Files are read and questions answered anew: one was written, or what a chip's name says has changed."""
     _tables.clear()
-    _memory.forget()
+    _memo.forget()
 
 
 def chip(device: str) -> str | None:
@@ -135,7 +80,7 @@ def chip(device: str) -> str | None:
     """
     if device.startswith("cuda") and torch.cuda.is_available():
         name = torch.cuda.get_device_name(device)
-    elif device == "cpu" and not (_dispatch.INTERPRETED or _dispatch.CUDA_ON_CPU):
+    elif device == "cpu" and not _tiers.ON_CPU:
         isa, winograd = os.environ.get("FASTGEN_CPU_ISA", ""), os.environ.get("FASTGEN_WINOGRAD", "")
         limits = f"{isa and f' at most {isa}'}{winograd and f' winograd {winograd}'}"
         capability = torch.backends.cpu.get_cpu_capability()
@@ -153,12 +98,13 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _read_all(device: str) -> Mapping[str, str]:
+def _read_all(device: str) -> Mapping[str, Entry]:
     name = None if os.environ.get("FASTGEN_CHOICES") == "0" else chip(device)
     if name is None:
         return {}
     files = (SHIPPED / f"{name}.json", *cache.cached(f"{FOLDER}/{name}.json"))
-    return {question: entry["chosen"] for file in files for question, entry in (_read(file) or {}).items()}
+    read = ((question, entry) for file in files for question, entry in (_read(file) or {}).items())
+    return {question: Entry(entry["chosen"], entry.get("ms", {})) for question, entry in read}
 
 
 def _read(file: Path) -> dict[str, dict] | None:
@@ -182,7 +128,7 @@ def _checked(document: Any) -> dict[str, dict]:
         raise ValueError("it holds no choices")
     for question, entry in entries.items():
         chosen = entry.get("chosen") if isinstance(entry, dict) else None
-        if not isinstance(chosen, str) or chosen.partition(" ")[0] not in _dispatch.IMPLEMENTATIONS:
+        if not isinstance(chosen, str) or Choice.parse(chosen).implementation not in KNOWN:
             raise ValueError(f"there is no implementation {chosen!r}, which it names for {question}")
     return entries
 

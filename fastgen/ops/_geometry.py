@@ -1,26 +1,24 @@
-"""The geometry of a convolution: its sizes, its opposite, and which implementation computes it for which tensors."""
+"""The geometry of a convolution: its sizes, and the convolution that is its adjoint. Arithmetic alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from fastgen.ops import _choices, _processor, _rules
-from fastgen.ops._layout import Like
-from fastgen.ops._memory import remembered
+from fastgen.ops._layout import specialize
+from fastgen.ops._memo import memoize
 
-Pair = tuple[int, int]  # height, width
-Rule: TypeAlias = Callable[..., bool]  # of _rules
+HW = tuple[int, int]  # height, width
 
 
 class Geometry(NamedTuple):
     """output_padding is None unless transposed."""
 
-    stride: Pair
-    padding: Pair
-    output_padding: Pair | None
+    stride: HW
+    padding: HW
+    output_padding: HW | None
     groups: int
-    dilation: Pair
+    dilation: HW
     reflect: bool = False
 
     @staticmethod
@@ -29,6 +27,14 @@ class Geometry(NamedTuple):
         return Geometry(
             tuple(stride), tuple(padding), tuple(output_padding) or None, groups, tuple(dilation), reflect
         )  # fmt: skip
+
+    def specialized(self) -> Geometry:
+        """With all of its numbers as constants of the graph that is compiled."""
+        stride, padding, output_padding, dilation = (
+            tuple(map(specialize, pair or ()))
+            for pair in (self.stride, self.padding, self.output_padding, self.dilation)
+        )
+        return Geometry.of(stride, padding, output_padding, specialize(self.groups), dilation, self.reflect)
 
     @property
     def transposed(self) -> bool:
@@ -49,7 +55,7 @@ class Geometry(NamedTuple):
         first, second = weight[0], weight[1] * self.groups
         return (first, second) if self.transposed else (second, first)
 
-    @remembered
+    @memoize
     def sizes(self, x: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
         """The output's shape, from those of x and the weight."""
         return (x[0], self.channels(weight)[1], self._size(x, weight, 0), self._size(x, weight, 1))
@@ -60,16 +66,16 @@ class Geometry(NamedTuple):
             return (x[2 + axis] + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
         return (x[2 + axis] - 1) * self.stride[axis] - 2 * self.padding[axis] + reach + self.output_padding[axis]
 
-    @remembered
-    def inner(self, x: Sequence[int]) -> tuple[Geometry, tuple[int, ...]]:
+    @memoize
+    def without_reflection(self, x: Sequence[int]) -> tuple[Geometry, tuple[int, ...]]:
         """The same without reflection, and the shape of what it reads of x: of x mirrored at its borders."""
         if not self.reflect:
             return self, tuple(x)
         height, width = self.padding
         return self._replace(padding=(0, 0), reflect=False), (*x[:2], x[2] + 2 * height, x[3] + 2 * width)
 
-    @remembered
-    def opposite(self, x: Sequence[int], weight: Sequence[int]) -> Geometry:
+    @memoize
+    def adjoint(self, x: Sequence[int], weight: Sequence[int]) -> Geometry:
         """The convolution of the output's gradient that gives the gradient of x, of this shape; without reflection."""
         output_padding = None
         if not self.transposed:  # rows and columns of x that no output reads
@@ -78,46 +84,9 @@ class Geometry(NamedTuple):
             output_padding = (height, width)
         return self._replace(output_padding=output_padding)
 
-    @remembered
-    def wins(self, x: Sequence[int], weight: Like, batch_stats: bool = False) -> str | None:
-        """Which of fastgen's implementations is faster than PyTorch's convolution for x's shape, None if none is.
-
-        As measured on this chip (`_choices`), else by `_rules`, where "own" is the one that auto takes.
-        """
-        return self._best("forward", x, weight, batch_stats, _rules.forward, self, x)
-
-    @remembered
-    def wins_weight_grad(self, x: Sequence[int], weight: Like, channels_last: bool) -> str | None:
-        """The same of the weight's gradient, where the images with more channels are `channels_last`."""
-        return self._best("weight_grad", x, weight, channels_last, _rules.weight_grad, self, x)
-
-    @remembered
-    def wins_input_grad(self, x: Sequence[int], weight: Like) -> str | None:
-        """The same of x's gradient, which is the opposite convolution; by rule where that one's does."""
-        inner, read = self.inner(x)
-        opposite, sizes = inner.opposite(read, weight.shape), self.sizes(x, weight.shape)
-        return self._best("input_grad", x, weight, False, _rules.forward, opposite, sizes)
-
-    def _best(
-        self,
-        what: str,
-        x: Sequence[int],
-        weight: Like,
-        flag: bool,
-        rule: Rule,
-        computed: Geometry,
-        reads: Sequence[int],
-    ) -> str | None:
-        """The answer to a question of `_choices`, where `computed` on images of the shape `reads` is what is to be
-        computed."""
-        processor = _processor.here()
-        if _rules.torch_is_wrong(processor, computed, reads, weight):
-            return "own"
-        return _choices.best(what, self, x, weight, flag, rule(processor, computed, reads, weight, flag))
-
-    @remembered
-    def is_opposite_larger(self, x: Sequence[int], weight: Sequence[int]) -> bool:
-        """Whether the opposite convolution gives more than x's gradient, which it starts with: where output_padding is
+    @memoize
+    def is_adjoint_larger(self, x: Sequence[int], weight: Sequence[int]) -> bool:
+        """Whether the adjoint convolution gives more than x's gradient, which it starts with: where output_padding is
         a stride or more."""
-        inner, read = self.inner(x)
-        return inner.opposite(read, weight).sizes(self.sizes(x, weight), weight)[2:] != read[2:]
+        plain, read = self.without_reflection(x)
+        return plain.adjoint(read, weight).sizes(self.sizes(x, weight), weight)[2:] != read[2:]

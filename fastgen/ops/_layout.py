@@ -1,15 +1,23 @@
+"""Memory formats, dtypes of accumulation, and what a choice between kernels asks of a tensor."""
+
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# csrc/ops/tensors.h has the same rules.
+# csrc/ops has the same rules.
 
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether x (N, C, H, W) lies in channels_last order; a tensor that fits both orders counts as contiguous."""
-    return x.dim() == 4 and x.stride(1) == 1 and not x.is_contiguous()
+    if (
+        x.dim() != 4 or x.stride(1) != 1
+    ):  # a branch, since a compiled graph's strides may be symbolic, and the answer not
+        return False
+    return not x.is_contiguous()
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
@@ -21,24 +29,33 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-class Like(NamedTuple):
+class TensorSpec(NamedTuple):
     """What a choice between kernels asks of a tensor."""
 
-    shape: torch.Size
+    shape: Sequence[int]
     dtype: torch.dtype
     device: torch.device
     channels_last: bool
 
 
-def sizes_to_choose_by(x: Tensor) -> Sequence[int]:
-    """x's shape, for a choice between kernels. An exported graph is for all sizes that are not fixed: its choice is
-    that for batches of 32, and no bound on them."""
-    if not torch.compiler.is_exporting():
-        return x.shape
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # here: it takes long to import
-
-    return [size if has_static_value(size) else 32 for size in x.shape]
+def spec_of(x: Tensor) -> TensorSpec:
+    return TensorSpec(x.shape, x.dtype, x.device, is_channels_last(x))
 
 
-def like(x: Tensor) -> Like:
-    return Like(x.shape, x.dtype, x.device, is_channels_last(x))
+SIZE_OF_ANY = 32
+
+
+def static_sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape to choose kernels by. In a graph that is compiled or exported for sizes that vary, 32 stands for each of
+    those: the choice holds for all of them, and sets no guard on them."""
+    if not torch.compiler.is_compiling():
+        return tuple(shape)
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # takes long to import, and compilation has it
+
+    return tuple(specialize(size) if has_static_value(size) else SIZE_OF_ANY for size in shape)
+
+
+def specialize(value: int) -> int:
+    """An integer as a constant of the graph that is compiled. Dynamo keeps int() of one symbolic, the length of a range
+    not."""
+    return len(range(value))

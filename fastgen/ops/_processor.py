@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from fastgen._build import native
-from fastgen.ops._memory import constant
+from fastgen.ops._geometry import Geometry
+from fastgen.ops._memo import dynamo_constant
 
 # Whether this processor has an instruction for pairs of bfloat16 that fastgen's kernels may use.
 torch.library.define("fastgen::multiplies_bf16", "() -> bool")
-# The algorithm, as a number of cpu::Algorithm (csrc/cpu/algorithm.h), by which fastgen's kernel for the CPU computes a
-# convolution or the gradient of its weight, whatever instructions the processor has and the environment asks for.
+# The algorithm that the C++ kernels use: an index of ALGORITHMS (csrc/cpu/algorithm.h: cpu::Algorithm, choose).
 torch.library.define(
     "fastgen::algorithm",
     "(int n, int in_channels, int in_height, int in_width, int out_channels, int out_height, int out_width, "
     "int kernel_height, int kernel_width, int[2] stride, int[2] padding, int[2] dilation, int groups, bool transposed, "
     "ScalarType dtype, bool batch_stats, bool weight_gradient) -> int",
 )
+ALGORITHMS = ("direct", "rows", "winograd_4x2", "winograd_4x3", "direct_bf16", "rows_bf16")
+WINOGRAD = ("winograd_4x2", "winograd_4x3")
 
 
 class Processor(NamedTuple):
@@ -29,7 +32,7 @@ class Processor(NamedTuple):
     vectors: str = "AVX2"  # PyTorch's: torch.backends.cpu.get_cpu_capability()
     torch_bf16: bool = False  # PyTorch's convolutions have instructions for bfloat16,
     torch_fp16: bool = False  # and for float16
-    own_bf16: bool = False  # fastgen's kernels multiply pairs of bfloat16
+    fastgen_bf16: bool = False  # fastgen's kernels multiply pairs of bfloat16
 
     def torch_multiplies(self, dtype: torch.dtype) -> bool:
         """Whether PyTorch's convolutions have instructions for a dtype. Without, they take up to a hundred times as
@@ -37,7 +40,7 @@ class Processor(NamedTuple):
         return {torch.bfloat16: self.torch_bf16, torch.float16: self.torch_fp16}.get(dtype, True)
 
 
-@constant
+@dynamo_constant
 def here() -> Processor:
     """The processor at hand. A constant of compiled graphs."""
     return _found()
@@ -57,3 +60,24 @@ def _found() -> Processor:
         )
     finally:
         torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+
+
+def algorithm(
+    geometry: Geometry, x: Sequence[int], weight: Sequence[int], dtype: torch.dtype, weight_gradient: bool
+) -> str:
+    """Which of ALGORITHMS fastgen's C++ kernel uses for a convolution of x's shape, or for its weight's gradient."""
+    if native.load() is not None:
+        return "direct"
+    n, channels, height, width = x
+    _, out_channels, out_height, out_width = geometry.sizes(x, weight)
+    sizes = (n, channels, height, width, out_channels, out_height, out_width, *weight[2:])
+    arguments = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups, geometry.transposed)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("fastgen::algorithm", "CompositeExplicitAutograd"):
+        wide = min(channels, out_channels) >= 16 and dtype != torch.float64  # TEMPORARY
+        plain = geometry.groups == 1 and geometry.dilation == (1, 1) and wide
+        if geometry.stride == (2, 2) and plain and tuple(weight[2:]) == (4, 4) and n * out_height * out_width >= 1024:
+            return "winograd_4x2"
+        if geometry.stride == (1, 1) and plain and tuple(weight[2:]) == (3, 3) and out_height >= 8:
+            return "winograd_4x3" if n * out_height * out_width >= 256 else "direct"
+        return "direct"
+    return ALGORITHMS[torch.ops.fastgen.algorithm(*sizes, *arguments, dtype, False, weight_gradient)]

@@ -1,143 +1,276 @@
-"""Which convolutions fastgen's own kernels compute faster than PyTorch's, where nothing was measured on the chip at
-hand.
+"""Which convolutions fastgen's kernels compute faster than PyTorch's, where nothing was measured on the chip at hand.
 
-Each rule was measured (benchmarks/NOTES.md). They are functions of the processor, so that tests ask for every kind of
-it.
+Three lists of rules; in each the first rule that applies decides. A rule names the section of benchmarks/NOTES.md with
+the measurements that it came from. Rules are functions of the processor, so that the tests ask them for every kind of
+processor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
-from fastgen.ops._layout import Like
-from fastgen.ops._processor import Processor
-
-if TYPE_CHECKING:
-    from fastgen.ops._geometry import Geometry
-
-_EXACT = (torch.float32, torch.float64)
+from fastgen.ops._geometry import HW, Geometry
+from fastgen.ops._processor import WINOGRAD, Processor, algorithm
 
 
-def forward(processor: Processor, geometry: Geometry, x: Sequence[int], weight: Like, batch_stats: bool) -> bool:
-    """Whether fastgen's own kernel is faster than PyTorch's for x's shape.
+class Convolution(NamedTuple):
+    """A convolution that rules are asked about. The methods are what they look at."""
 
-    On the CPU it is where Winograd's algorithm pays, in transposed convolutions with four 2x2 phases, for images of one
-    pixel, and to few output channels without statistics; without AVX-512 in 3x3 kernels to images of 8x8 and smaller,
-    or with a stride of 2 and transposed or channels_last. In bfloat16 and float16, in which oneDNN multiplies, one
-    pixel and few channels alone; and in bfloat16 for strides of 2 between many channels, where the processor multiplies
-    pairs. Everywhere where PyTorch has no code for the dtype.
-    """
-    if weight.device.type == "cuda":
-        return _on_gpu(geometry, weight)
-    if not processor.torch_multiplies(weight.dtype):
-        return True
-    channels, out_channels = geometry.channels(weight.shape)
-    wide = min(channels, out_channels) >= 16 * geometry.groups
-    exact = weight.dtype in _EXACT
-    if _one_pixel(geometry, x, weight):
-        return (weight.channels_last or (wide and exact)) and (geometry.transposed or x[0] >= 32)
-    if out_channels <= 4 and channels >= 16:
-        return not batch_stats and geometry.groups == 1 and (exact or min(weight.shape[2:]) >= 4)
-    if weight.dtype == torch.bfloat16 and geometry.stride == (2, 2):
-        fewer, more = sorted((channels // geometry.groups, out_channels // geometry.groups))
-        return fewer >= 128 and more >= 256 and processor.own_bf16
-    four_by_two = geometry.transposed and _four_by_two(geometry, weight)
-    three_by_three = _three_by_three(processor, geometry, weight) and (
-        geometry.sizes(x, weight.shape)[2] <= 8
-        or (geometry.stride == (2, 2) and (geometry.transposed or weight.channels_last))
-    )
-    return exact and wide and (four_by_two or three_by_three or _winograd(geometry, x, weight, 256))
+    processor: Processor
+    geometry: Geometry
+    input: Sequence[int]  # (n, c, h, w)
+    weight: Sequence[int]  # its shape
+    dtype: torch.dtype
+    device: str  # a type: "cpu", "cuda"
+    channels_last: bool  # the weight; for a weight's gradient the images with more channels
+    batch_stats: bool = False  # a norm by statistics of the batch follows
+    weight_gradient: bool = False
+
+    @property
+    def output(self) -> Sequence[int]:
+        return self.geometry.sizes(self.input, self.weight)
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Input and output channels."""
+        return self.geometry.channels(self.weight)
+
+    @property
+    def kernel(self) -> HW:
+        return self.weight[2], self.weight[3]
+
+    @property
+    def smaller(self) -> Sequence[int]:
+        """The shape of the side with fewer pixels, when strided: input of a transposed convolution, else output."""
+        return self.input if self.geometry.transposed else self.output
+
+    def is_exact(self) -> bool:
+        return self.dtype in (torch.float32, torch.float64)
+
+    def is_wide(self) -> bool:
+        """At least 16 input and output channels per group."""
+        return min(self.channels) >= 16 * self.geometry.groups
+
+    def is_one_pixel(self) -> bool:
+        return tuple(self.smaller[2:]) == (1, 1)
+
+    def is_to_few_channels(self) -> bool:
+        return self.channels[1] <= 4 and self.channels[0] >= 16
+
+    def is_four_by_two(self) -> bool:
+        """A 4x4 kernel with a stride of 2."""
+        return self.kernel == (4, 4) and self.geometry.stride == (2, 2)
+
+    def is_three_by_three(self) -> bool:
+        """A 3x3 kernel with a stride of 1 or 2 in float32, on a processor with AVX2 and no AVX-512: measured only
+        there."""
+        plain = self.geometry.stride in ((1, 1), (2, 2)) and (self.geometry.dilation, self.geometry.groups) == (
+            (1, 1),
+            1,
+        )
+        avx2 = self.dtype == torch.float32 and self.processor.vectors == "AVX2"
+        return plain and self.kernel == (3, 3) and avx2
+
+    def is_winograd(self) -> bool:
+        """fastgen's kernel would use Winograd's algorithm, which pays but for 3x3 kernels with a stride of 2."""
+        if self.kernel == (3, 3) and self.geometry.stride == (2, 2):
+            return False
+        return algorithm(self.geometry, self.input, self.weight, self.dtype, self.weight_gradient) in WINOGRAD
+
+    def pixels(self) -> int:
+        """Of the output, in the whole batch."""
+        return self.output[0] * self.output[2] * self.output[3]
+
+    def multiplications(self) -> int:
+        """As many as a direct algorithm needs."""
+        n, _, height, width = self.input
+        pixels = n * height * width
+        if not self.geometry.transposed:
+            pixels //= self.geometry.stride[0] * self.geometry.stride[1]
+        return pixels * math.prod(self.weight)
 
 
-def weight_grad(processor: Processor, geometry: Geometry, x: Sequence[int], weight: Like, channels_last: bool) -> bool:
-    """The same of the weight's gradient, where the images with more channels are `channels_last`.
+class Rule(NamedTuple):
+    """The first that applies decides."""
 
-    On the CPU for Winograd's algorithm and for images of one pixel, in all dtypes; to few output channels with a stride
-    of 1, and in float32 and float64, where the images with more channels are channels_last, for 4x4 kernels from or to
-    few channels in large batches, and where oneDNN has no code for that order, on images of 32x32 and larger with a
-    stride of 2. Without AVX-512 in float32 for 3x3 kernels with that stride, in large batches that are channels_last or
-    have many channels, and for images of 2x2 with any. On a GPU, where nothing was measured, cuDNN's.
-    """
-    if weight.device.type == "cuda":
-        return False
-    if not processor.torch_multiplies(weight.dtype):
-        return True
-    fewer, more = sorted(geometry.channels(weight.shape))
-    if more < 16 * geometry.groups:
-        return False
-    exact = weight.dtype in _EXACT
-    smaller = x if geometry.transposed else geometry.sizes(x, weight.shape)
-    if fewer <= 4:
-        to_few = not geometry.transposed and weight.shape[0] == fewer and geometry.stride == (1, 1)
-        n, _, height, width = smaller
-        large = channels_last and more >= 64 and n * height * width >= 16384
-        return geometry.groups == 1 and (to_few or (exact and large and _four_by_two(geometry, weight)))
-    if fewer < 16 * geometry.groups:
-        return False
-    large = geometry.groups == 1 and min(weight.shape[2:]) >= 3 and min(smaller[2:]) >= 32
-    if large and exact and channels_last and geometry.stride == (2, 2) and processor.vectors == "AVX2":
-        return True
-    if _three_by_three(processor, geometry, weight):
-        n, _, height, width = geometry.sizes(x, weight.shape)
-        lines, many = min(x[2], height), fewer >= 128
-        tiles = n * height * width >= 1024 and geometry.stride == (2, 2)
-        if (many and lines <= 2) or ((many or channels_last) and lines >= 4 and tiles):
-            return True
-    return _winograd(geometry, x, weight, 1024) or (_one_pixel(geometry, x, weight) and x[0] >= 32)
+    name: str
+    applies: Callable[[Convolution], bool]
+    fastgen: bool  # fastgen's kernel computes it, else PyTorch's
+    reason: str
+    notes: str  # a heading of benchmarks/NOTES.md
 
 
-def torch_is_wrong(processor: Processor, geometry: Geometry, x: Sequence[int], weight: Like) -> bool:
+def decide(rules: Iterable[Rule], convolution: Convolution) -> Rule:
+    return next(rule for rule in rules if rule.applies(convolution))
+
+
+def torch_is_wrong(conv: Convolution) -> bool:
     """Whether PyTorch's kernel may compute wrong numbers, read memory that was never written or end the process.
 
-    oneDNN's for bfloat16 do so (PyTorch 2.13) where a stride along the width leaves images that are 1 to 3 wide: with
-    AMX the convolution, and with it the gradient of a transposed one's x, which is such a convolution; with AVX-512 the
-    weight's gradient. With AMX also where all that a strided convolution reads along an axis is padding.
+    oneDNN's kernels for bfloat16 do so (PyTorch 2.13) where a stride along the width leaves images that are 1 to 3
+    wide: with AMX the convolution, and with it the gradient of a transposed convolution's input, which is such a
+    convolution; with AVX-512 the weight's gradient. With AMX also where a strided convolution reads only padding along
+    an axis.
     """
-    if not processor.torch_bf16 or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+    if not conv.processor.torch_bf16 or conv.dtype != torch.bfloat16 or conv.device != "cpu":
         return False
-    narrow = x if geometry.transposed else geometry.sizes(x, weight.shape)
-    if geometry.stride[1] > 1 and narrow[3] <= 3:
+    if conv.geometry.stride[1] > 1 and conv.smaller[3] <= 3:
         return True
-    return not geometry.transposed and not all(_reads(geometry, x, weight, axis) for axis in range(2))
+    return not conv.geometry.transposed and not all(_reads_pixels(conv, axis) for axis in range(2))
 
 
-def _reads(geometry: Geometry, x: Sequence[int], weight: Like, axis: int) -> bool:
-    """Whether a strided convolution reads any of x's pixels along an axis, and not padding alone."""
-    size, taps, positions = x[2 + axis], weight.shape[2 + axis], geometry.sizes(x, weight.shape)[2 + axis]
-    firsts = (at * geometry.stride[axis] - geometry.padding[axis] for at in range(positions))
-    return any(0 <= first + tap * geometry.dilation[axis] < size for first in firsts for tap in range(taps))
+def _reads_pixels(conv: Convolution, axis: int) -> bool:
+    """Whether a strided convolution reads any of its input's pixels along an axis, and not padding alone."""
+    size, taps, positions = conv.input[2 + axis], conv.kernel[axis], conv.output[2 + axis]
+    firsts = (at * conv.geometry.stride[axis] - conv.geometry.padding[axis] for at in range(positions))
+    return any(0 <= first + tap * conv.geometry.dilation[axis] < size for first in firsts for tap in range(taps))
 
 
-def _on_gpu(geometry: Geometry, weight: Like) -> bool:
-    """A guess: cuDNN for strided convolutions and true float32; transposed convolutions, the input gradients of strided
-    ones among them, by output phase on tensor cores."""
-    return geometry.transposed and weight.dtype in (torch.bfloat16, torch.float16)
+WRONG = Rule(
+    "PyTorch is wrong", torch_is_wrong, True,
+    "PyTorch's kernel computes wrong numbers for narrow images in bfloat16", "bfloat16 convolutions of narrow images",
+)  # fmt: skip
+_FIRST = (
+    WRONG,
+    Rule(
+        "no instruction", lambda c: c.device == "cpu" and not c.processor.torch_multiplies(c.dtype), True,
+        "PyTorch has no instructions for this dtype here and falls back to a loop", "bfloat16 without its instructions",
+    ),
+)  # fmt: skip
+
+# The forward pass; the gradient of the input too, which is the adjoint convolution.
+FORWARD = (
+    *_FIRST,
+    Rule(
+        "GPU, transposed, 16 bits",
+        lambda c: c.device == "cuda" and c.geometry.transposed and c.dtype in (torch.bfloat16, torch.float16), True,
+        "one product per output phase on tensor cores; an estimate, nothing was measured", "fastgen or cuDNN",
+    ),
+    Rule(
+        "GPU", lambda c: c.device == "cuda", False,
+        "cuDNN's kernel for strided convolutions and float32; an estimate, nothing was measured", "fastgen or cuDNN",
+    ),
+    Rule(
+        "one pixel",
+        lambda c: c.is_one_pixel() and (c.channels_last or (c.is_wide() and c.is_exact()))
+        and (c.geometry.transposed or c.input[0] >= 32), True,
+        "images of one pixel are one matrix product", "Images of one pixel",
+    ),
+    Rule(
+        "one pixel, small batch or few channels", lambda c: c.is_one_pixel(), False,
+        "PyTorch is as fast for images of one pixel in small batches or with few channels", "Images of one pixel",
+    ),
+    Rule(
+        "to few channels",
+        lambda c: c.is_to_few_channels() and not c.batch_stats and c.geometry.groups == 1
+        and (c.is_exact() or min(c.kernel) >= 4), True,
+        "at most 4 output channels: the taps of a kernel's row fill the vectors", "Few output channels",
+    ),
+    Rule(
+        "to few channels, statistics or groups", lambda c: c.is_to_few_channels(), False,
+        "at most 4 output channels with statistics, groups or a small kernel in 16 bits", "Few output channels",
+    ),
+    Rule(
+        "pairs of bfloat16",
+        lambda c: c.dtype == torch.bfloat16 and c.geometry.stride == (2, 2) and c.processor.fastgen_bf16
+        and min(c.channels) >= 128 * c.geometry.groups and max(c.channels) >= 256 * c.geometry.groups, True,
+        "a stride of 2 between many channels, multiplied as pairs of bfloat16", "bfloat16 by pairs",
+    ),
+    Rule(
+        "16 bits", lambda c: not c.is_exact(), False,
+        "oneDNN multiplies this dtype by instructions of its own", "bfloat16",
+    ),
+    Rule(
+        "fewer than 16 channels", lambda c: not c.is_wide(), False,
+        "vectors are not filled by fewer than 16 channels per group", "Fewer than 16 channels",
+    ),
+    Rule(
+        "transposed, 4x4, stride 2", lambda c: c.geometry.transposed and c.is_four_by_two(), True,
+        "four 2x2 convolutions, one per output phase, without products with zeros", "Rows through pointers",
+    ),
+    Rule(
+        "3x3 without AVX-512",
+        lambda c: c.is_three_by_three() and (c.output[2] <= 8
+        or (c.geometry.stride == (2, 2) and (c.geometry.transposed or c.channels_last))), True,
+        "oneDNN's AVX2 kernel is slower on small images, with a stride of 2 too if transposed or channels_last",
+        "Small images without AVX-512",
+    ),
+    Rule(
+        "Winograd", Convolution.is_winograd, True,
+        "Winograd's algorithm needs fewer multiplications", "Winograd",
+    ),
+    Rule(
+        "direct", lambda c: True, False,
+        "oneDNN's direct convolution is as fast where Winograd's algorithm does not pay", "Rows through pointers",
+    ),
+)  # fmt: skip
+
+# The gradient of the weight.
+WEIGHT_GRAD = (
+    *_FIRST,
+    Rule("GPU", lambda c: c.device == "cuda", False, "cuDNN's kernel; nothing was measured", "fastgen or cuDNN"),
+    Rule(
+        "fewer than 16 channels", lambda c: max(c.channels) < 16 * c.geometry.groups, False,
+        "vectors are not filled by fewer than 16 channels per group", "Fewer than 16 channels",
+    ),
+    Rule(
+        "to few channels, stride 1",
+        lambda c: min(c.channels) <= 4 and c.geometry.groups == 1 and not c.geometry.transposed
+        and c.weight[0] == min(c.channels) and c.geometry.stride == (1, 1), True,
+        "at most 4 output channels", "Few output channels",
+    ),
+    Rule(
+        "4x4 from or to few channels, large batch",
+        lambda c: min(c.channels) <= 4 and c.geometry.groups == 1 and c.is_exact() and c.is_four_by_two()
+        and c.channels_last and max(c.channels) >= 64
+        and c.smaller[0] * c.smaller[2] * c.smaller[3] >= 16384, True,
+        "at most 4 channels on one side, in large channels_last batches", "Weight gradients from or to 3 channels",
+    ),
+    Rule(
+        "few channels", lambda c: min(c.channels) <= 4 or not c.is_wide(), False,
+        "oneDNN's kernel is as fast with few channels", "Weight gradients from or to 3 channels",
+    ),
+    Rule(
+        "large images without AVX-512",
+        lambda c: c.geometry.groups == 1 and min(c.kernel) >= 3 and min(c.smaller[2:]) >= 32 and c.is_exact()
+        and c.channels_last and c.geometry.stride == (2, 2) and c.processor.vectors == "AVX2", True,
+        "oneDNN has no AVX2 kernel for channels_last images here", "Strided weight gradients without AVX-512",
+    ),
+    Rule(
+        "3x3 on images of 2x2 without AVX-512",
+        lambda c: c.is_three_by_three() and min(c.channels) >= 128 and min(c.input[2], c.output[2]) <= 2, True,
+        "oneDNN's AVX2 kernel is slower between many channels on tiny images", "Small images without AVX-512",
+    ),
+    Rule(
+        "3x3, stride 2, large batch without AVX-512",
+        lambda c: c.is_three_by_three() and (min(c.channels) >= 128 or c.channels_last)
+        and min(c.input[2], c.output[2]) >= 4 and c.geometry.stride == (2, 2) and c.pixels() >= 1024, True,
+        "oneDNN's AVX2 kernel is slower with a stride of 2", "3x3 kernels with a stride of 2",
+    ),
+    Rule(
+        "Winograd", lambda c: c.pixels() >= 1024 and c.is_winograd(), True,
+        "Winograd's algorithm needs fewer multiplications", "Weight gradients by Winograd",
+    ),
+    Rule(
+        "one pixel", lambda c: c.is_one_pixel() and c.input[0] >= 32, True,
+        "images of one pixel are one matrix product", "Images of one pixel",
+    ),
+    Rule("direct", lambda c: True, False, "oneDNN's kernel is as fast", "Weight gradients by Winograd"),
+)  # fmt: skip
+
+# A whole layer: multiplications below which a fused op's way through Python and the dispatcher costs more than it
+# saves.
+SMALL_WITH_GRADIENTS = 100_000_000
+SMALL = 20_000_000
 
 
-def _one_pixel(geometry: Geometry, x: Sequence[int], weight: Like) -> bool:
-    """Whether the images have one pixel: x's when transposed, else the output's."""
-    return tuple(x[2:] if geometry.transposed else geometry.sizes(x, weight.shape)[2:]) == (1, 1)
-
-
-def _four_by_two(geometry: Geometry, weight: Like) -> bool:
-    return tuple(weight.shape[2:]) == (4, 4) and geometry.stride == (2, 2)
-
-
-def _three_by_three(processor: Processor, geometry: Geometry, weight: Like) -> bool:
-    """A 3x3 kernel with a stride of 1 or 2 in float32, on a processor with AVX2 and no AVX-512: measured there
-    alone."""
-    plain = geometry.stride in ((1, 1), (2, 2)) and (geometry.dilation, geometry.groups) == ((1, 1), 1)
-    return plain and tuple(weight.shape[2:]) == (3, 3) and weight.dtype == torch.float32 and processor.vectors == "AVX2"
-
-
-def _winograd(geometry: Geometry, x: Sequence[int], weight: Like, least: int) -> bool:
-    """Whether Winograd's algorithm can run, on images of 8x8 and larger, with at least so many pixels in the output."""
-    kernel, (n, _, height, width) = tuple(weight.shape[2:]), geometry.sizes(x, weight.shape)
-    if geometry.groups != 1 or geometry.dilation != (1, 1):
+def is_small(conv: Convolution, records_gradients: bool) -> bool:
+    """Whether PyTorch's modules, one by one, are faster than an op for a layer on the CPU (benchmarks/NOTES.md, "Small
+    convolutions")."""
+    if not conv.processor.torch_multiplies(conv.dtype) or torch_is_wrong(conv):
         return False
-    if _four_by_two(geometry, weight):
-        return n * height * width >= 1024
-    return kernel == (3, 3) and geometry.stride == (1, 1) and height >= 8 and n * height * width >= least
+    return conv.multiplications() < (SMALL_WITH_GRADIENTS if records_gradients else SMALL)

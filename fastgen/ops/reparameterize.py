@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen.ops import _autograd, _check, _dispatch
+from fastgen.ops import _autograd, _check, _dispatch, _tiers
 from fastgen.ops._layout import accumulation_dtype, is_channels_last, memory_format
 
 # key: (*batch, 2), seed and offset; mu: (*batch, N, *); z: (*batch, num_samples, N, *), without num_samples where that
@@ -27,7 +27,7 @@ torch.library.define(
     "(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar, Tensor key, Tensor? prior_mean, Tensor? prior_logvar, "
     f"int num_samples, {OPTIONS}) -> (Tensor mu, Tensor logvar, Tensor prior_mean, Tensor prior_logvar)",
 )
-_dispatch.register("reparameterize", "reference", "cpp", "cuda", "triton")
+_tiers.register("reparameterize", "reference", "cpp", "cuda", "triton")
 
 
 def reparameterize(
@@ -158,7 +158,7 @@ def _sample(
         return _formula(mu, logvar, prior[0], prior[1], eps, 0, *checked)
     key = torch.randint(2**63 - 1, (2,), generator=generator, dtype=torch.int64, device=mu.device)
     chosen = _dispatch.choose("reparameterize", impl, mu)
-    if chosen == "reference":
+    if chosen.implementation == "reference":
         eps = _noise_like(reference_normal, mu, key, checked[0])
         return _formula(mu, logvar, prior[0], prior[1], eps, 0, *checked)
     return _dispatch.call("reparameterize", chosen, mu, logvar, key, *prior, *checked)

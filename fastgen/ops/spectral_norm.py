@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.ops import _autograd, _check, _dispatch
+from fastgen.ops import _autograd, _check, _dispatch, _tiers
 from fastgen.ops._autograd import differentiate, split
 from fastgen.ops._layout import accumulation_dtype, is_channels_last, memory_format
 
@@ -25,7 +25,7 @@ torch.library.define(
     "-> Tensor[]",
 )
 for _name in ("spectral_norm", "spectral_norm_group"):
-    _dispatch.register(_name, "reference", "cpp", "cuda", "triton")
+    _tiers.register(_name, "reference", "cpp", "cuda", "triton")
 
 
 def spectral_norm(
@@ -106,7 +106,7 @@ def _run(op, weights, us, vs, dims, n_power_iterations, eps, training, v_first, 
     if any(weight.device != weights[0].device for weight in weights):
         raise ValueError("weights must be on one device: move them")
     chosen = _dispatch.choose(op, impl, weights[0])
-    if chosen == "reference":
+    if chosen.implementation == "reference":
         return _formula(weights, us, vs, *options)
     return tuple(_dispatch.call("spectral_norm", chosen, weights, us, vs, *options))
 

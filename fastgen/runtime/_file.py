@@ -1,87 +1,65 @@
-"""Writes plan files: the format of csrc/plan/plan.h, which reads and checks them."""
+"""Writes plan files. docs/plan-format.md describes the format, csrc/plan reads and checks it."""
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, fields, is_dataclass
+from typing import Any
 
 import numpy as np
 
-_MAGIC, _VERSION = b"fgplan\r\n", 1
-_HEADER = struct.Struct("<8sII12q")
-_STEP = struct.Struct("<30q2d")
-_KINDS = (
-    "conv", "conv_transpose", "pointwise", "concat", "input", "output", "embedding", "add", "mul", "narrow", "reshape",
-    "avg_pool", "max_pool", "upsample_nearest", "upsample_bilinear", "pixel_shuffle",
-)  # fmt: skip
-_NORMS = ("none", "affine", "batch", "instance", "group")
-_ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid", "silu")
-Size = tuple[int, int, int]  # channels, height, width of an image
+from fastgen.runtime._steps import Precision, Step
+
+MAGIC, VERSION = b"fgplan\r\n", 2
+HEADER = struct.Struct("<8sII5qd")  # magic, version, checksum, size, steps, records, weights, precision, error
+RECORD = struct.Struct("<24s5q")  # kind, size, number of inputs, the size of what it computes
+READ = struct.Struct("<4q")
+_CHECKSUMMED = 16  # the checksum is that of the bytes from here on
 
 
-@dataclass
-class Step:
-    """One step; see struct Step in csrc/plan/plan.h. Value 0 is the network's input, value i + 1 the output of step
-    i."""
-
-    kind: str
-    x: int
-    input: Size
-    output: Size
-    residual: int = -1
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    reflect: bool = False
-    norm: Literal["none", "affine", "batch", "instance", "group"] = "none"
-    num_groups: int = 1
-    activation: str = "identity"
-    eps: float = 1e-5
-    negative_slope: float = 0.01
-    weight: np.ndarray | None = None
-    bias: np.ndarray | None = None
-    norm_weight: np.ndarray | None = None
-    norm_bias: np.ndarray | None = None
-    mean: np.ndarray | None = None
-    var: np.ndarray | None = None
-    algorithm: list[int] = field(default_factory=lambda: [-1, -1])  # for few images and for many
+def encode(steps: Sequence[Step], *, precision: Precision = Precision.float32, error: float = math.nan) -> bytes:
+    """The bytes of a plan file. error: the relative error that was measured for the plan; NaN: none was."""
+    weights = _Weights()
+    records = b"".join(_record(step, weights) for step in steps)
+    body = records + b"".join(weights.arrays)
+    sizes = (HEADER.size + len(body), len(steps), len(records), weights.size)
+    header = HEADER.pack(MAGIC, VERSION, 0, *sizes, precision, error)
+    checksum = zlib.crc32(header[_CHECKSUMMED:] + body)
+    return HEADER.pack(MAGIC, VERSION, checksum, *sizes, precision, error) + body
 
 
-def encode(
-    steps: list[Step], input_shape: tuple[int, ...], output_shape: tuple[int, ...], *, bfloat16: bool = False
-) -> bytes:
-    """The bytes of a plan file. Shapes, of the first input and the last output: (C,), (C, H, W), () of labels and
-    numbers."""
-    values: list[np.ndarray] = []
-    count = 0
+class _Weights:
+    def __init__(self) -> None:
+        self.arrays: list[bytes] = []
+        self.size = 0
 
-    def offset(value: np.ndarray | None) -> int:
-        nonlocal count
-        if value is None:
-            return -1
-        values.append(np.ascontiguousarray(value, "<f4").reshape(-1))
-        count += values[-1].size
-        return count - values[-1].size
-
-    records = [
-        _STEP.pack(
-            _KINDS.index(s.kind), s.x, s.residual, *s.input, *s.output, *s.kernel, *s.stride, *s.padding, *s.dilation,
-            s.groups, s.reflect, _NORMS.index(s.norm), s.num_groups, _ACTIVATIONS.index(s.activation),
-            offset(s.weight), offset(s.bias), offset(s.norm_weight), offset(s.norm_bias), offset(s.mean), offset(s.var),
-            *s.algorithm, s.eps, s.negative_slope,
-        )
-        for s in steps
-    ]  # fmt: skip
-    body = b"".join([*records, *(value.tobytes() for value in values)])
-    sizes = (len(steps), count, bfloat16, *_end(input_shape), *_end(output_shape))
-    header = _HEADER.pack(_MAGIC, _VERSION, 0, _HEADER.size + len(body), *sizes)
-    checksum = zlib.crc32(header[16:] + body)
-    return _HEADER.pack(_MAGIC, _VERSION, checksum, _HEADER.size + len(body), *sizes) + body
+    def add(self, array: np.ndarray) -> int:
+        """The offset of the array, which is stored as float32."""
+        self.arrays.append(np.ascontiguousarray(array, "<f4").tobytes())
+        self.size += len(self.arrays[-1])
+        return self.size - len(self.arrays[-1])
 
 
-def _end(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    return (len(shape), *(*shape, 1, 1, 1)[:3])  # type: ignore[return-value]
+def _record(step: Step, weights: _Weights) -> bytes:
+    numbers = [number for each in fields(step)[2:] for number in _numbers(each, step, weights)]
+    own = struct.pack("<" + "".join("d" if isinstance(number, float) else "q" for number in numbers), *numbers)
+    reads = b"".join(READ.pack(read.value, *read.size) for read in step.inputs)
+    size = RECORD.size + len(reads) + len(own)
+    return RECORD.pack(step.kind.encode(), size, len(step.inputs), *step.size) + reads + own
+
+
+def _numbers(field: Field, owner: Any, weights: _Weights) -> Iterator[int | float]:
+    """What a field is in the file: float64 where it is annotated as float, int64 otherwise."""
+    value = getattr(owner, field.name)
+    if is_dataclass(value):
+        for each in fields(value):
+            yield from _numbers(each, value, weights)
+    elif value is None or isinstance(value, np.ndarray):
+        yield from (-1 if value is None else weights.add(value), Precision.float32, -1)  # offset, type, no scales
+    elif field.type == "float":
+        yield float(value)
+    else:
+        yield from map(int, value if isinstance(value, tuple) else (value,))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -8,9 +9,11 @@ import numpy as np
 from fastgen._build import runtime
 from fastgen.errors import FastgenError
 
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # as the file calls them, and as Engine does
+
 
 class PlanError(FastgenError):
-    """A plan file is damaged, cut short, of another version, or no plan."""
+    """A plan file is damaged, cut short, of another version, or not a plan."""
 
 
 class Input(NamedTuple):
@@ -30,7 +33,7 @@ class Plan:
         data: the bytes of a plan file, as fastgen.Engine.save and `fastgen export` write it: numbers, no code.
         threads: how many to run on at most; None: as many as there are processors for the process, or FASTGEN_THREADS.
 
-    Raises PlanError for bytes that are no whole and undamaged plan of this version, and FastgenError where the native
+    Raises PlanError for bytes that are not a whole, undamaged plan of this version, and FastgenError where the native
     module can neither be found nor built.
     """
 
@@ -57,7 +60,18 @@ class Plan:
         self._plan, self._threads = plan, threads
         self.inputs = tuple(Input(shape, None if shape else rows) for shape, rows in plan.inputs)
         self.output_shapes: tuple[tuple[int, ...], ...] = tuple(shape for shape, _ in plan.outputs)
-        self.precision: str = plan.precision
+        self.precision = _PRECISIONS[plan.precision]
+
+    @property
+    def error(self) -> float:
+        """The relative L2 error that fastgen.Engine measured when it made the plan; NaN where none was measured."""
+        return self._plan.error
+
+    @error.setter
+    def error(self, error: float) -> None:
+        if error < 0 or math.isinf(error):
+            raise ValueError(f"error must be a finite number of at least 0, or NaN, got {error}")
+        self._plan.error = error
 
     def to_bytes(self) -> bytes:
         """The bytes of a plan file, with the algorithms that tune() chose."""
@@ -132,7 +146,7 @@ def _checked(threads: int | None) -> int:
         return 0
     if not isinstance(threads, int) or threads < 1:
         raise ValueError(f"threads must be a positive integer or None, got {threads!r}")
-    return min(threads, 1 << 16)  # the plan takes no more than there are
+    return min(threads, 1 << 16)  # the plan uses at most as many as there are processors
 
 
 def _positive(name: str, value: int) -> int:

@@ -1,4 +1,4 @@
-"""What a plan computes beside convolutions: resizing, pooling, combining, labels, several inputs and outputs."""
+"""What a plan computes besides convolutions: resizing, pooling, arithmetic, labels, several inputs and outputs."""
 
 import copy
 
@@ -24,7 +24,7 @@ class Call(nn.Module):
         return self.function(*inputs)
 
 
-# What stands between two convolutions of 8 channels, or what it makes of them.
+# Layers to put between two convolutions, from 8 channels to 8.
 LAYERS = {
     "upsample": nn.Upsample(scale_factor=2),
     "upsample 3x5": nn.Upsample(scale_factor=(3, 5)),
@@ -64,6 +64,7 @@ LAYERS = {
     "expand_as": Call(lambda x: torch.cat([x, x.mean((2, 3), keepdim=True).expand_as(x)], 1)[:, 4:12]),
     "repeat": Call(lambda x: x.mean((2, 3), keepdim=True).repeat(1, 1, 2, 3)),
     "flat": Call(lambda x: torch.cat([x.flatten(1), x.flatten(1) * 2], 1).view(-1, 16, 10, 6)[:, 3:11]),
+    "in place": Call(lambda x: (x * 2).tanh_() + (x + 1).sigmoid_()),
     "no padding": Call(lambda x: torch.cat([F.pad(x, (0, 0, 0, 0)), x], 1)[:, 2:10]),
 }  # fmt: skip
 
@@ -107,7 +108,7 @@ def as_tuple(outputs):
 
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_lie_in_the_plan(name, precision, tmp_path):
+def test_layers_are_in_the_plan(name, precision, tmp_path):
     model = prepared(lambda: around(LAYERS[name]))
     others = [torch.rand(n, 3, 10, 6) * 2 - 1 for n in (3, 17)]
     assert_engine(model, torch.rand(1, 3, 10, 6) * 2 - 1, others, tmp_path, precision)
@@ -263,14 +264,14 @@ def test_wrong_labels_and_inputs_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (lambda x: F.interpolate(x, scale_factor=1.3), "parts of pixels"),
+        (lambda x: F.interpolate(x, scale_factor=1.3), "to a fraction of a pixel"),
         (lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"), "bicubic"),
         (lambda x: F.interpolate(x, size=(3, 3), mode="bilinear", antialias=True), "antialias=True"),
         (lambda x: F.adaptive_avg_pool2d(x, 3), "adaptive_avg_pool2d of"),
         (lambda x: F.avg_pool2d(x, 2, divisor_override=3), "divisor_override"),
-        (lambda x: x[:, ::2], "follow each other"),
+        (lambda x: x[:, ::2], "consecutive channels"),
         (lambda x: x[:, torch.tensor([1, 0, 2])], "by tensors"),
-        (lambda x: x[:, :, 1:], "indexing other than of channels"),
+        (lambda x: x[:, :, 1:], "indexing other than of consecutive channels"),
         (lambda x: x.mean((0, 2, 3), keepdim=True) + x, "mean or sum"),
         (lambda x: {"a": x.relu()}, "a dict"),
         (lambda x: (x.relu(), None), "parts of NoneType, Tensor"),

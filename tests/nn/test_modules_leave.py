@@ -11,9 +11,10 @@ from torch.nn.modules import module as torch_module
 
 import fastgen
 from fastgen import ops
-from fastgen.nn import Reparameterize, Sequential, SpectralNormGroup, _modules, spectral_norm
+from fastgen.nn import Reparameterize, Sequential, SpectralNormGroup, spectral_norm
+from fastgen.ops import _memo, _rules
 
-SMALL = copy.deepcopy(_modules.SMALL)
+SMALL = {name: getattr(_rules, name) for name in ("SMALL", "SMALL_WITH_GRADIENTS")}  # before tests patch them
 
 
 class Image(torch.Tensor):
@@ -81,7 +82,9 @@ def observe(model: nn.Module, x: object) -> tuple:
 def test_the_same_result_or_error(run, small, monkeypatch):
     """Of images without a batch dimension, other numbers of channels, dtypes, layouts and devices."""
     if small:
-        monkeypatch.setattr(_modules, "SMALL", SMALL)
+        for name, value in SMALL.items():
+            monkeypatch.setattr(_rules, name, value)
+    _memo.forget()
     torch.manual_seed(0)
     plain = nn.Sequential(*RUNS[run]())
     for name, x in INPUTS.items():

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrizations, parametrize
 
 import fastgen.nn
-from fastgen.ops import _over_sigma
+from fastgen.ops import _spectral_convolution
 
 LAYERS = {
     "Linear": (lambda: nn.Linear(5, 7), (3, 5)),
@@ -279,8 +279,8 @@ def test_sigma_in_the_epilogue(kind, activation, grouped, monkeypatch):
     last = nn.Identity() if activation is None else activation
     model, x = fastgen.nn.Sequential(norm, last), torch.randn(8, norm.in_channels, 8, 8, dtype=torch.float64)
     seen = []
-    convolution = _over_sigma.convolution
-    monkeypatch.setattr(_over_sigma, "convolution", lambda *inputs: seen.append(1) or convolution(*inputs))
+    convolution = _spectral_convolution.convolution
+    monkeypatch.setattr(_spectral_convolution, "convolution", lambda *inputs: seen.append(1) or convolution(*inputs))
     with fastgen.ops.use_impl("cpp"):
         ours = penalized(copy.deepcopy(model), grouped, x)
     assert len(seen) == 3
@@ -315,7 +315,7 @@ def test_opcheck_of_the_epilogue(output_padding):
     x, weight = torch.randn(2, 16, 4, 4, requires_grad=True), torch.randn(16, 16, 3, 3, requires_grad=True)
     geometry = ((2, 2), (1, 1), output_padding, 1, (1, 1), False)
     arguments = (x, weight, torch.tensor(2.0), torch.randn(16, requires_grad=True), "relu", 0.0, *geometry)
-    torch.library.opcheck(torch.ops.fastgen.convolution_over_sigma.default, arguments)
+    torch.library.opcheck(torch.ops.fastgen.spectral_convolution.default, arguments)
 
 
 DISTRIBUTED = """

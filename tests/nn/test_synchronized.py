@@ -88,20 +88,27 @@ def alone(tmp_path):
 def test_a_group_of_one(alone):
     """The op with a residual, in bfloat16, on no sample at all; a module does not synchronize with itself."""
     x, weight, bias = torch.randn(4, 6, 5, 5), torch.rand(6), torch.randn(6)
-    options = {"norm_weight": weight, "norm_bias": bias, "training": True, "residual": x * 2, "activation": "relu"}
+    options = {
+        "norm": "batch",
+        "norm_weight": weight,
+        "norm_bias": bias,
+        "training": True,
+        "residual": x * 2,
+        "activation": "relu",
+    }
     expected = ops.norm_act(x, **options)
     torch.testing.assert_close(ops.norm_act(x, **options, process_group=alone), expected)
     options["residual"] = options["residual"].bfloat16()
     half = ops.norm_act(x.bfloat16(), **options, process_group=alone)
     torch.testing.assert_close(half.float(), expected, rtol=0.05, atol=0.05)
-    assert ops.norm_act(x[:0], training=True, process_group=alone).shape == (0, 6, 5, 5)
+    assert ops.norm_act(x[:0], norm="batch", training=True, process_group=alone).shape == (0, 6, 5, 5)
     layer = nn.SyncBatchNorm(6)
     model, plain = fastgen.nn.Sequential(layer, nn.ReLU()), nn.BatchNorm2d(6)
     torch.testing.assert_close(model(x), F.relu(plain(x)))
     torch.testing.assert_close(layer.running_var, plain.running_var)
     with pytest.raises(ValueError, match="process_group goes with norm='batch'"):
         ops.norm_act(x, norm="instance", process_group=alone)
-    y = ops.norm_act(x.requires_grad_(), training=True, process_group=alone)
+    y = ops.norm_act(x.requires_grad_(), norm="batch", training=True, process_group=alone)
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

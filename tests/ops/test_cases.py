@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import ops
-from fastgen.ops import _convolution, _memory, _rules
-from fastgen.ops.norm_act import activate
+from fastgen.ops import _policy
+from fastgen.ops._activations import activate
+from fastgen.ops._question import Choice
 from tests.cases import CASES, LARGE, OWN, SAMPLER, SMALL, SPECTRAL, UNIT_ROUNDOFF, OpCase
 
 IMPLEMENTATIONS = ("reference", OWN)
@@ -45,11 +46,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 @pytest.fixture
 def own_kernels(monkeypatch):
     """The backward of a convolution runs fastgen's kernels even where they do not win."""
-    for name in ("forward", "weight_grad"):
-        monkeypatch.setattr(_rules, name, lambda *_: True)
-    _memory.forget()
-    yield
-    _memory.forget()
+    monkeypatch.setattr(_policy, "_fastest", lambda *_: Choice(OWN))
 
 
 def check_parity(case: OpCase, dtype: torch.dtype, channels_last: bool, winograd: bool = False) -> None:
@@ -115,19 +112,16 @@ def test_gradcheck(case, impl, own_kernels):
 
 
 @by_id([case for case in SMALL if case.op.startswith("conv")])
-@pytest.mark.parametrize("grads", ("aten", "cpp"))
-def test_composed(case, grads, monkeypatch):
-    """What auto runs where the convolution's own kernel does not win: PyTorch's, and fastgen's norm and activation."""
-    own = "cpp" if grads == "cpp" else None
-    monkeypatch.setattr(_convolution.Geometry, "wins", lambda *_: None)
-    monkeypatch.setattr(_convolution.Geometry, "wins_weight_grad", lambda *_: own)
-    monkeypatch.setattr(_convolution.Geometry, "wins_input_grad", lambda *_: own)
+@pytest.mark.parametrize("grads", ("torch", "cpp"))
+def test_unfused(case, grads, monkeypatch):
+    """What auto runs where fastgen's convolution is not the fastest: PyTorch's, then fastgen's norm and activation."""
+    monkeypatch.setattr(_policy, "_fastest", lambda what, *_: Choice("torch" if what == "forward" else grads))
     tensors = case.tensors(torch.float64)
     upstream = torch.randn_like(case.call({name: t.clone() for name, t in tensors.items()}, impl="reference"))
-    before = ops.implementations_used().get(case.op, {}).get("composed", 0)
+    before = ops.implementations_used().get(case.op, {}).get("unfused", 0)
     found = [observe(case, tensors, upstream, impl) for impl in ("auto", "reference")]
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
-    assert ops.implementations_used()[case.op]["composed"] == before + 1
+    assert ops.implementations_used()[case.op]["unfused"] == before + 1
 
 
 @by_id(SMALL)
@@ -182,7 +176,7 @@ def test_without_weight_grads():
         found.append(torch.autograd.grad(grad.square().sum(), weight)[0])
     torch.testing.assert_close(*found)
     with ops.without_weight_grads():
-        out = ops.conv2d_norm_act(x, weight, norm="instance", impl=OWN).sum()
+        out = ops.conv2d_norm_act(x, weight, norm="instance", activation="relu", impl=OWN).sum()
         assert torch.autograd.grad(out, weight, allow_unused=True) == (None,)
 
 
@@ -400,7 +394,13 @@ def test_transforms(impl):
     u, v = torch.ones(3).double(), torch.ones(64).double()
 
     def convolution(weight):
-        return ops.conv_transpose2d_norm_act(x, weight, training=True, stride=2, impl=impl).pow(3).sum()
+        return (
+            ops.conv_transpose2d_norm_act(
+                x, weight, stride=2, norm="batch", activation="leaky_relu", training=True, impl=impl
+            )
+            .pow(3)
+            .sum()
+        )
 
     def sampler(mu):
         z, kl = ops.reparameterize_kl(mu, logvar, generator=torch.Generator().manual_seed(0), impl=impl)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing._internal.common_methods_invocations import op_db
 
 from fastgen.ops import conv2d_norm_act
@@ -12,7 +13,6 @@ SAMPLES = [
     for info in op_db
     if info.name == "nn.functional.conv2d"
     for sample in info.sample_inputs("cpu", torch.float64, requires_grad=True)
-    if not isinstance(sample.kwargs.get("padding"), str)  # "same" and "valid" are for the caller to work out
 ]
 
 
@@ -23,12 +23,12 @@ def test_there_are_samples():
 @pytest.mark.parametrize("impl", ("reference", "cpp"))
 @pytest.mark.parametrize("sample", SAMPLES, ids=range(len(SAMPLES)))
 def test_pytorchs_samples(sample, impl):
-    """torch.testing's inputs of conv2d, then LeakyReLU: values and gradients."""
-    options = dict(sample.kwargs)
-    weight, bias = (*sample.args, options.pop("bias", None))[:2]
-    leaves = [t for t in (sample.input, weight, bias) if t is not None]
-    expected = torch.nn.functional.leaky_relu(torch.nn.functional.conv2d(sample.input, weight, bias, **options))
-    found = conv2d_norm_act(sample.input, weight, bias, norm=None, impl=impl, **options)
+    """torch.testing's inputs of conv2d, as they are given there, and with LeakyReLU: values and gradients."""
+    plain = F.conv2d(sample.input, *sample.args, **sample.kwargs)
+    torch.testing.assert_close(conv2d_norm_act(sample.input, *sample.args, **sample.kwargs, impl=impl), plain)
+    leaves = [t for t in (sample.input, *sample.args, sample.kwargs.get("bias")) if isinstance(t, torch.Tensor)]
+    expected = F.leaky_relu(plain)
+    found = conv2d_norm_act(sample.input, *sample.args, **sample.kwargs, activation="leaky_relu", impl=impl)
     torch.testing.assert_close(found, expected)
     upstream = torch.randn_like(expected)
     pairs = (torch.autograd.grad(out, leaves, upstream, allow_unused=True) for out in (found, expected))
@@ -39,11 +39,17 @@ def test_pytorchs_samples(sample, impl):
 @pytest.mark.parametrize(
     "arguments, message",
     (
-        ({"x": torch.ones(2, 4, 6, 5)}, r"x has 4 channels, weight of shape \(4, 3, 3, 3\) needs 3"),
+        ({"input": torch.ones(2, 4, 6, 5)}, r"input has 4 channels, weight of shape \(4, 3, 3, 3\) needs 3"),
         ({"padding_mode": "circular"}, "padding_mode must be 'zeros' or 'reflect', got 'circular'"),
-        ({"padding_mode": "reflect", "padding": 5}, r"padding must be smaller than x when it reflects, got \[5, 5\]"),
+        (
+            {"padding_mode": "reflect", "padding": 5},
+            r"padding must be smaller than the input when it reflects, got \[5, 5\]",
+        ),
         ({"weight": torch.ones(4, 3, 7, 3)}, r"padding \[0, 0\] leaves an output of height 0 and width 3"),
-        ({"weight": torch.ones(3, 1, 3, 3), "groups": 2}, "groups must divide the 3 channels of x and the 3 of weight"),
+        (
+            {"weight": torch.ones(3, 1, 3, 3), "groups": 2},
+            "groups must divide the 3 channels of input and the 3 of weight",
+        ),
         ({"bias": torch.ones(3)}, r"bias must have shape \(4,\)"),
         ({"norm": "group", "num_groups": 3}, "num_groups must divide the 4 channels, got 3"),
         ({"residual": torch.ones(2, 4, 6, 5)}, r"residual must have the output's shape \(2, 4, 4, 3\)"),
@@ -52,4 +58,23 @@ def test_pytorchs_samples(sample, impl):
 @pytest.mark.parametrize("impl", ("reference", "cpp"))
 def test_bad_arguments(arguments, message, impl):
     with pytest.raises(ValueError, match=message):
-        conv2d_norm_act(**{"x": X, "weight": WEIGHT, "training": True, "impl": impl} | arguments)
+        conv2d_norm_act(**{"input": X, "weight": WEIGHT, "norm": "batch", "training": True, "impl": impl} | arguments)
+
+
+@pytest.mark.parametrize("impl", ("reference", "cpp"))
+@pytest.mark.parametrize("mode", ("zeros", "reflect"))
+@pytest.mark.parametrize("kernel", ((3, 3), (4, 2), (1, 5)))
+def test_padding_same(kernel, mode, impl):
+    """As nn.Conv2d's, which pads an even kernel's input by one more pixel at the end."""
+    x, weight = torch.randn(2, 3, 7, 8, dtype=torch.float64), torch.randn(4, 3, *kernel, dtype=torch.float64)
+    layer = torch.nn.Conv2d(3, 4, kernel, padding="same", padding_mode=mode, dilation=(1, 2), bias=False)
+    layer.weight.data = weight
+    found = conv2d_norm_act(x, weight, None, 1, "same", (1, 2), padding_mode=mode, impl=impl)
+    torch.testing.assert_close(found, layer(x))
+
+
+def test_padding_in_words():
+    with pytest.raises(ValueError, match=r"padding='same' needs a stride of 1, got \[2, 2\]"):
+        conv2d_norm_act(X, WEIGHT, stride=2, padding="same")
+    with pytest.raises(ValueError, match="padding must be 'same', 'valid', an int or two ints, got 'full'"):
+        conv2d_norm_act(X, WEIGHT, padding="full")

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from fastgen import ops
-from fastgen.ops import _dispatch
-from fastgen.ops._convolution import aten_gradients
+from fastgen.ops import _tiers
+from fastgen.ops._convolution_grad import aten_gradients
 from fastgen.ops._geometry import Geometry
 from tests.cases import OWN, UNIT_ROUNDOFF
 from tests.ops.test_cases import error
 
-assert _dispatch.why_not("conv2d_norm_act", OWN, "cpu") is None  # a library that is built is loaded
+assert _tiers.why_not("conv2d_norm_act", OWN, "cpu") is None  # a library that is built is loaded
 # name: geometry, shapes of x and weight
 ROWS = {
     "odd": (Geometry((2, 1), (1, 0), None, 1, (1, 1)), (2, 5, 7, 6), (7, 5, 3, 2)),
@@ -47,8 +47,8 @@ def weight_grad(geometry, grad, x, weight):
 def launched(monkeypatch):
     """The names of Triton's kernels that are launched for it."""
     names = []
-    if _dispatch.INTERPRETED:
-        kernels = _dispatch.kernels("convolution_weight_grad")
+    if _tiers.INTERPRETED:
+        kernels = _tiers.triton.kernels("convolution_weight_grad")
         launch = kernels.launch
         monkeypatch.setattr(kernels, "launch", lambda k, *a, **o: names.append(k.__name__) or launch(k, *a, **o))
     return names
@@ -65,7 +65,7 @@ def test_parity(name, last, dtype, poisoned, launched):
     found = weight_grad(geometry, grad, x, weight)
     assert found.dtype == dtype and found.stride() == weight.stride()
     assert error(found, exact) <= max(2 * error(theirs, exact), 4 * UNIT_ROUNDOFF[dtype])
-    if _dispatch.INTERPRETED:
+    if _tiers.INTERPRETED:
         assert launched == ["correlate", *["add"] * (name == "parts")]
 
 
@@ -84,7 +84,7 @@ def test_no_images_and_strided_operands():
     torch.testing.assert_close(found, weight_grad(geometry, one.contiguous(), x, weight))
 
 
-@pytest.mark.skipif(not _dispatch.INTERPRETED, reason="TRITON_INTERPRET=1 lets Triton's kernels run here")
+@pytest.mark.skipif(not _tiers.INTERPRETED, reason="TRITON_INTERPRET=1 lets Triton's kernels run here")
 def test_who_computes_it(launched, monkeypatch):
     """Triton's kernel where it is asked for, else here, by the rules, PyTorch's."""
     monkeypatch.delenv("FASTGEN_IMPL", raising=False)
@@ -111,7 +111,7 @@ def test_its_own_gradients(name):
         assert error(ours, exact) < 16 * UNIT_ROUNDOFF[torch.float32]
 
 
-@pytest.mark.skipif(not _dispatch.INTERPRETED, reason="TRITON_INTERPRET=1 lets Triton's kernels run here")
+@pytest.mark.skipif(not _tiers.INTERPRETED, reason="TRITON_INTERPRET=1 lets Triton's kernels run here")
 def test_an_image_with_more_elements_than_32_bits_count():
     """Of a contiguous one whose channels lie 2^30 elements apart a few are read; the others take no memory."""
     width = 2**30

@@ -12,7 +12,7 @@ from fastgen import ops
 from fastgen._build import cuda
 from fastgen._build.library import Status
 from fastgen.errors import UsageError
-from fastgen.ops import _dispatch
+from fastgen.ops import _tiers
 from tests.cases import CASES
 
 X = torch.ones(2, 3, 4, 4)
@@ -93,23 +93,23 @@ def test_why_a_tier_cannot_run(tier, found, dtype, reason, monkeypatch):
     }
     there |= found
     has_code = there.pop("has_code")
-    monkeypatch.setattr(_dispatch, "_cuda_op", lambda op: {"has_code": lambda index: has_code}[op])
-    owners = (importlib.util, torch.backends.cuda, torch.cuda, torch.cuda, cuda, _dispatch)
+    monkeypatch.setattr(_tiers, "_cuda_op", lambda op: {"has_code": lambda index: has_code}[op])
+    owners = (importlib.util, torch.backends.cuda, torch.cuda, torch.cuda, cuda, _tiers.triton)
     reason = reason[tier] if isinstance(reason, dict) else reason
     for (name, value), owner in zip(there.items(), owners, strict=True):
         monkeypatch.setattr(owner, name, lambda *_, value=value: value)
-    _dispatch._why_no_gpu.cache_clear()
+    _tiers._gpu_unavailable.cache_clear()
     try:
-        said = _dispatch.why_not("norm_act", tier, "cuda:0", dtype)
+        said = _tiers.why_not("norm_act", tier, "cuda:0", dtype)
     finally:
-        _dispatch._why_no_gpu.cache_clear()
+        _tiers._gpu_unavailable.cache_clear()
     assert said is None if reason is None else reason in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_triton_without_a_driver_or_a_compiler_for_it_says_so():
     pytest.importorskip("triton", reason="triton is not installed")
-    assert "triton cannot use the GPU's driver: " in (_dispatch._why_no_driver() or "")
+    assert "triton cannot use the GPU's driver: " in (_tiers.triton._why_no_driver() or "")
 
 
 def test_cpp_on_another_device():
@@ -135,12 +135,12 @@ def test_threads_that_call_first_together():
     code = """
 import sys, threading
 from fastgen import ops
-from fastgen.ops import _dispatch
+from fastgen.ops import _tiers
 sys.setswitchinterval(1e-6)
 start = threading.Barrier(8)
 def call():
     start.wait()
-    try: _dispatch._cuda_kernel("norm_act")
+    try: _tiers.nvcc.kernel("norm_act")
     except NotImplementedError: pass  # it has no kernel here
 threads = [threading.Thread(target=call) for _ in range(8)]
 for thread in threads: thread.start()
@@ -240,7 +240,7 @@ for call in (lambda: fastgen.fuse(model)(torch.zeros(8, 64, 32, 32)), fastgen.in
     except UsageError as error:
         print(error)
 """
-    if _dispatch.INTERPRETED or _dispatch.CUDA_ON_CPU:
+    if _tiers.ON_CPU:
         pytest.skip("no C++ kernels are loaded")
     environment = os.environ | {name: value}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)

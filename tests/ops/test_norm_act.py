@@ -7,7 +7,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from fastgen.ops import norm_act
 
 X = torch.ones(2, 3, 4, 4)
-NAMES = ("running_mean", "running_var", "norm_weight", "norm_bias", "training", "momentum", "eps")
+NAMES = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 SAMPLES = [
     sample
     for info in op_db
@@ -26,8 +26,7 @@ def test_there_are_samples():
 @pytest.mark.parametrize("sample", SAMPLES, ids=range(len(SAMPLES)))
 def test_pytorchs_samples(sample, activation, impl):
     """torch.testing's inputs of batch_norm, then the activation: values, gradients, running statistics."""
-    given = {"weight": "norm_weight", "bias": "norm_bias"}
-    options = dict(zip(NAMES, sample.args, strict=False)) | {given.get(k, k): v for k, v in sample.kwargs.items()}
+    options = dict(zip(NAMES, sample.args, strict=False)) | sample.kwargs
 
     def run(call):
         copies = {k: v.clone() if k.startswith("running") and v is not None else v for k, v in options.items()}
@@ -40,14 +39,15 @@ def test_pytorchs_samples(sample, activation, impl):
 
     def composed(o):
         norm = torch.nn.functional.batch_norm(
-            sample.input, o.get("running_mean"), o.get("running_var"), o.get("norm_weight"), o.get("norm_bias"),
-            o.get("training", False), o.get("momentum", 0.1), o.get("eps", 1e-5),
-        )  # fmt: skip
+            sample.input, *(o.get(name) for name in NAMES[:2]), **{name: o[name] for name in NAMES[2:] if name in o}
+        )
         return torch.nn.functional.leaky_relu(norm) if activation == "leaky_relu" else torch.nn.functional.silu(norm)
 
     expected = run(composed)
     for mine, theirs in zip(
-        run(lambda o: norm_act(sample.input, activation=activation, impl=impl, **o)), expected, strict=True
+        run(lambda o: norm_act(sample.input, norm="batch", activation=activation, impl=impl, **o)),
+        expected,
+        strict=True,
     ):
         torch.testing.assert_close(mine, theirs)
 
@@ -55,28 +55,33 @@ def test_pytorchs_samples(sample, activation, impl):
 @pytest.mark.parametrize(
     "arguments, kind, message",
     (
-        ({"x": torch.ones(3)}, ValueError, r"x must have at least 2 dimensions \(N, C, \*\), got shape \(3,\)"),
-        ({"x": X.int()}, TypeError, "x must be float32, float64, bfloat16 or float16, got torch.int32"),
+        ({"input": torch.ones(3)}, ValueError, r"input must have at least 2 dimensions \(N, C, \*\), got shape \(3,\)"),
+        ({"input": X.int()}, TypeError, "input must be float32, float64, bfloat16 or float16, got torch.int32"),
         ({"eps": -1.0}, ValueError, "eps must not be negative"),
         (
             {"running_mean": torch.zeros(4), "running_var": torch.ones(4)},
             ValueError,
             r"running_mean must have shape \(3,\)",
         ),
-        ({"norm_weight": torch.ones(3).to("meta")}, ValueError, "norm_weight is on meta, x on cpu"),
-        ({"norm_weight": torch.ones(3).half()}, TypeError, "norm_weight is torch.float16, x is torch.float32"),
+        ({"norm_weight": torch.ones(3).to("meta")}, ValueError, "norm_weight is on meta, input on cpu"),
+        ({"norm_weight": torch.ones(3).half()}, TypeError, "norm_weight is torch.float16, input is torch.float32"),
         (
-            {"x": torch.ones(1, 3)},
+            {"input": torch.ones(1, 3)},
             ValueError,
             r"Expected more than 1 value per channel when training, got input size \(1, 3\)",
         ),
         ({"norm": "layer"}, ValueError, "norm must be one of"),
+        (
+            {"weight": X[0, :, 0, 0], "norm_weight": X[0, :, 0, 0]},
+            ValueError,
+            "weight and norm_weight are one argument",
+        ),
     ),
 )
 @pytest.mark.parametrize("impl", ("reference", "cpp"))
 def test_bad_arguments(arguments, kind, message, impl):
     with pytest.raises(kind, match=message):
-        norm_act(**{"x": X, "training": True, "impl": impl} | arguments)
+        norm_act(**{"input": X, "norm": "batch", "training": True, "impl": impl} | arguments)
 
 
 @pytest.mark.parametrize("impl", ("reference", "cpp"))
@@ -84,7 +89,7 @@ def test_near_constant_channels(impl):
     """A mean a thousand times the deviation: the variance is that of float64 to float32's precision of the input."""
     x = 1000 + torch.randn(16, 8, 5, 5, generator=torch.Generator().manual_seed(0))
     mean, var = torch.zeros(8), torch.zeros(8)
-    norm_act(x, running_mean=mean, running_var=var, training=True, momentum=1.0, impl=impl)
+    norm_act(x, mean, var, None, None, True, 1.0, norm="batch", impl=impl)
     torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-7, atol=0)
     torch.testing.assert_close(var.double(), x.double().var((0, 2, 3)), rtol=1e-5, atol=0)
 
@@ -95,7 +100,7 @@ def test_more_than_two_to_the_31_elements():
         pytest.skip("needs 12 GB of free memory")
     x = torch.zeros(1, 1, 2**31 + 16, dtype=torch.bfloat16)
     x[..., -1] = -4
-    y = norm_act(x, norm=None, negative_slope=0.5, impl="cpp")
+    y = norm_act(x, activation="leaky_relu", negative_slope=0.5, impl="cpp")
     assert y[0, 0, -1] == -2 and y.shape == x.shape
 
 
@@ -105,3 +110,7 @@ def _free_memory() -> int:
             return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) << 10
     except OSError:
         return 0
+
+
+def test_with_the_defaults_it_is_the_input():
+    assert norm_act(X) is X

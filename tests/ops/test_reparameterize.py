@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastgen import ops
-from fastgen.ops import _dispatch
+from fastgen.ops import _tiers
 from fastgen.ops.reparameterize import reference_normal
 from tests.cases import OWN, SAMPLER, UNIT_ROUNDOFF
 from tests.ops.test_cases import by_id, error
@@ -68,8 +68,8 @@ def test_all_implementations_draw_the_same(dtype):
 
 @pytest.mark.skipif(OWN != "cuda", reason="the CUDA kernels, run on the CPU")
 def test_noise_alone_is_drawn_by_the_cuda_kernel(monkeypatch):
-    drawn, kernel = [], _dispatch._cuda_kernel
-    monkeypatch.setattr(_dispatch, "_cuda_kernel", lambda op: drawn.append(op) or kernel(op))
+    drawn, kernel = [], _tiers.nvcc.kernel
+    monkeypatch.setattr(_tiers.nvcc, "kernel", lambda op: drawn.append(op) or kernel(op))
     noise(5), noise(5, dtype=torch.float64)
     assert drawn == ["reparameterize", "philox_normal", "reparameterize"]  # float64 has no kernel
 

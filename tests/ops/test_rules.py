@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from fastgen import ops
-from fastgen.nn import _modules
-from fastgen.ops import _choices, _memory, _processor, _rules
+from fastgen.nn import _run
+from fastgen.ops import _choices, _memo, _policy, _processor, _rules
 from fastgen.ops._geometry import Geometry
-from fastgen.ops._layout import Like
+from fastgen.ops._layout import TensorSpec
 from fastgen.ops._processor import Processor
-from tests.cases import PROCESSORS
+from fastgen.ops._question import Choice
+from tests.cases import OWN, PROCESSORS
 
 STRIDED, TRANSPOSED = Geometry((2, 2), (1, 1), None, 1, (1, 1)), Geometry((2, 2), (1, 1), (1, 1), 1, (1, 1))
 PLAIN = STRIDED._replace(stride=(1, 1))
@@ -23,15 +24,22 @@ by_processor = pytest.mark.parametrize("name", PROCESSORS)
 
 
 def weight(outputs, inputs, kernel, dtype=torch.float32, last=True):
-    return Like((outputs, inputs, kernel, kernel), dtype, torch.device("cpu"), last)
+    return TensorSpec((outputs, inputs, kernel, kernel), dtype, torch.device("cpu"), last)
 
 
 def forward(name, geometry, x, kind, batch_stats=False):
-    return _rules.forward(PROCESSORS[name], geometry, x, kind, batch_stats)
+    return decided(_rules.FORWARD, name, geometry, x, kind, kind.channels_last, batch_stats)
 
 
 def weight_grad(name, geometry, x, kind, last):
-    return _rules.weight_grad(PROCESSORS[name], geometry, x, kind, last)
+    return decided(_rules.WEIGHT_GRAD, name, geometry, x, kind, last)
+
+
+def decided(rules, name, geometry, x, kind, last, batch_stats=False):
+    """Whether fastgen's kernel computes it."""
+    of_weight = rules is _rules.WEIGHT_GRAD
+    asked = (PROCESSORS[name], geometry, x, kind.shape, kind.dtype, kind.device.type, last, batch_stats, of_weight)
+    return _rules.decide(rules, _rules.Convolution(*asked)).fastgen
 
 
 @by_processor
@@ -60,7 +68,7 @@ def test_pairs_of_bfloat16(name):
     """With a stride of 2 between many channels, where fastgen's kernels multiply pairs."""
     kind = weight(256, 128, 4, torch.bfloat16)
     processor = PROCESSORS[name]
-    assert forward(name, STRIDED, (64, 128, 16, 16), kind) == (processor.own_bf16 or not processor.torch_bf16)
+    assert forward(name, STRIDED, (64, 128, 16, 16), kind) == (processor.fastgen_bf16 or not processor.torch_bf16)
 
 
 @by_processor
@@ -107,7 +115,7 @@ def rule(kind):
     transposed, n, inputs, outputs, kernel, stride, padding, dilation, size, *output_padding = kind
     geometry = Geometry(stride, padding, (*output_padding, (0, 0))[0] if transposed else None, 1, dilation)
     shape = (inputs, outputs, *kernel) if transposed else (outputs, inputs, *kernel)
-    return geometry, (n, inputs, *size), Like(shape, torch.bfloat16, torch.device("cpu"), False)
+    return geometry, (n, inputs, *size), TensorSpec(shape, torch.bfloat16, torch.device("cpu"), False)
 
 
 @by_processor
@@ -115,21 +123,24 @@ def rule(kind):
 def test_what_pytorch_computes_wrongly_is_fastgens(name, kind, monkeypatch):
     """Whatever was measured; and a convolution that is small enough for PyTorch's modules too."""
     monkeypatch.setattr(_processor, "here", lambda: PROCESSORS[name])
-    monkeypatch.setattr(_choices, "best", lambda *_: None)
-    monkeypatch.setattr(_modules, "SMALL", {True: 10**9, False: 10**9})
-    _memory.forget()
+    monkeypatch.setattr(_choices, "measured", lambda *_: Choice("torch"))
+    monkeypatch.setattr(_rules, "SMALL_WITH_GRADIENTS", 10**9)
+    _memo.forget()
     geometry, x, weight = rule(kind)
     wrong = PROCESSORS[name].torch_bf16
-    assert (geometry.wins(x, weight) == "own") == (geometry.wins_weight_grad(x, weight, False) == "own") == wrong
+    expected = OWN if wrong else "torch"
+    assert _policy.fastest_forward(geometry, x, weight).implementation == expected
+    assert _policy.fastest_weight_grad(geometry, x, weight, False).implementation == expected
     if geometry.transposed:
-        assert (geometry.wins_input_grad(x, weight) == "own") == wrong
+        assert _policy.fastest_input_grad(geometry, x, weight).implementation == expected
     float32 = weight._replace(dtype=torch.float32)
-    assert geometry.wins(x, float32) is geometry.wins_weight_grad(x, float32, False) is None
+    assert _policy.fastest_forward(geometry, x, float32).implementation == "torch"
+    assert _policy.fastest_weight_grad(geometry, x, float32, False).implementation == "torch"
     layer = (nn.ConvTranspose2d if geometry.transposed else nn.Conv2d)(
         *kind[2:5], stride=kind[5], padding=kind[6], dilation=kind[7]
     ).bfloat16()
-    assert not _modules._is_small(torch.zeros(x, dtype=torch.bfloat16), layer)
-    _memory.forget()
+    assert not _run._is_small(torch.zeros(x, dtype=torch.bfloat16), layer)
+    _memo.forget()
 
 
 @pytest.mark.parametrize("impl", ("auto", "cpp"))
@@ -172,6 +183,6 @@ def test_the_processor_at_hand_within_limits():
         )
         return eval(done.stdout, {"Processor": Processor})
 
-    assert not found(**{ISA: "avx2"}).own_bf16
+    assert not found(**{ISA: "avx2"}).fastgen_bf16
     limited = found(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41", **{ISA: "baseline"})
-    assert limited.vectors == "DEFAULT" and not (limited.torch_bf16 or limited.own_bf16)
+    assert limited.vectors == "DEFAULT" and not (limited.torch_bf16 or limited.fastgen_bf16)

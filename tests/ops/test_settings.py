@@ -10,7 +10,7 @@ from torch import nn
 
 import fastgen
 from fastgen import losses, ops
-from fastgen.ops import _choices, _convolution
+from fastgen.ops import _convolution, _policy, _spectral_convolution
 from tests.cases import OWN
 
 X = torch.ones(2, 3, 8, 8)
@@ -73,31 +73,32 @@ def test_questions_are_recorded_by_the_thread_that_asks():
         ops.conv2d_norm_act(torch.ones(1, 3, size, size), weight, norm="none")
 
     ask(9)  # remembered by now
-    with _choices.recorded() as asked:
+    with _policy.recorded() as asked:
         ask(9)
         in_another_thread(lambda: ask(11))
         ask(10)
-    assert {question.x for question in asked} == {(1, 3, 9, 9), (1, 3, 10, 10)}
+    assert {question.input for question in asked} == {(1, 3, 9, 9), (1, 3, 10, 10)}
 
 
 NAMES = ("x", "weight", "bias")
 
 
-@pytest.mark.parametrize("over_sigma", (False, True), ids=("plain", "over_sigma"))
+@pytest.mark.parametrize("spectral", (False, True), ids=("plain", "spectral"))
 @pytest.mark.parametrize("names", (("x",), ("weight",), ("bias",), ("x", "weight"), NAMES), ids="+".join)
-def test_gradients_that_nobody_asks_for_are_not_computed(names, over_sigma, monkeypatch):
+def test_gradients_that_nobody_asks_for_are_not_computed(names, spectral, monkeypatch):
     """torch.autograd.grad(inputs=), of leaves and of what was computed, without a context around it."""
     seen = []
     gradients = _convolution.gradients
-    monkeypatch.setattr(_convolution, "gradients", lambda *inputs: seen.append(tuple(inputs[4])) or gradients(*inputs))
+    for module in (_convolution, _spectral_convolution):
+        monkeypatch.setattr(module, "gradients", lambda *inputs: seen.append(tuple(inputs[4])) or gradients(*inputs))
     for is_leaf in (True, False):
         tensors = {
             name: torch.randn(shape) for name, shape in zip(NAMES, ((2, 3, 8, 8), (4, 3, 3, 3), (4,)), strict=True)
         }
         tensors = {name: t.requires_grad_() if is_leaf else t.requires_grad_() * 1 for name, t in tensors.items()}
-        if over_sigma:
+        if spectral:
             inputs = (tensors["x"], tensors["weight"], torch.tensor(2.0), tensors["bias"], "relu", 0.0)
-            out = torch.ops.fastgen.convolution_over_sigma(*inputs, (1, 1), (0, 0), (), 1, (1, 1), False)
+            out = torch.ops.fastgen.spectral_convolution(*inputs, (1, 1), (0, 0), (), 1, (1, 1), False)
         else:
             out = ops.conv2d_norm_act(*tensors.values(), norm="none", activation="relu", impl=OWN)
         found = torch.autograd.grad(out.sum(), [tensors[name] for name in names], retain_graph=True)

@@ -1,4 +1,4 @@
-#include "plan/pool.h"
+#include "plan/thread_pool.h"
 
 #include <atomic>
 #include <chrono>

@@ -17,8 +17,9 @@ from torch.utils import _pytree
 
 from fastgen.errors import UsageError
 from fastgen.inference.fuse import fuse
-from fastgen.ops import _candidates, _choices, _dispatch
-from fastgen.ops._choices import Question
+from fastgen.ops import _candidates, _choices, _policy
+from fastgen.ops._question import Choice, Question
+from fastgen.ops._requested import requested_impl
 
 ROUNDS = 11  # of which one candidate after the other takes its turn
 LEAST_ROUNDS = 3  # where the time ends, and of what takes FAR times the fastest candidate's time
@@ -116,16 +117,16 @@ def tune_call(
     """The same for what call() computes. folder: where the chips' files are kept, the user's cache by default."""
     if not 0 < seconds < float("inf"):
         raise UsageError(f"seconds must be positive and finite, not {seconds}")
-    if (asked := _dispatch.asked()) != "auto":
+    if (asked := requested_impl()) != "auto":
         raise UsageError(
             f"tune measures what auto may choose, and {asked!r} is asked for: end use_impl, unset FASTGEN_IMPL"
         )
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices):
-        with _choices.recorded() as guesses:
+        with _policy.recorded() as by_rules:
             call()
         deadline = time.monotonic() + seconds  # from here on: what was to be compiled is
-        found, left_out = _measured(guesses, deadline, progress or (lambda line: None))
+        found, left_out = _measured(by_rules, deadline, progress or (lambda line: None))
     by_chip: dict[str, dict] = defaultdict(dict)
     for question, row in found.items():
         by_chip[_choices.chip(question.device) or ""][row.question] = (row.chosen, row.milliseconds)
@@ -134,10 +135,10 @@ def tune_call(
 
 
 def _measured(
-    guesses: dict[Question, bool], deadline: float, progress: Progress
+    by_rules: dict[Question, Choice], deadline: float, progress: Progress
 ) -> tuple[dict[Question, Tuned], list[Question]]:
     """Each question by its implementations, then those that Triton may win by its tiles; and what is left out."""
-    names = {q: _candidates.names(q) for q in guesses if _choices.chip(q.device)}
+    names = {q: _candidates.names(q) for q in by_rules if _choices.chip(q.device)}
     names = {question: able for question, able in names.items() if len(able) > 1}
     found: dict[Question, Tuned] = {}
     for tiled in (False, True):
@@ -148,7 +149,6 @@ def _measured(
                     continue
             if time.monotonic() > deadline:
                 break
-            own = _dispatch.own_kernels(question.device, question.dtype) or "reference"
             try:
                 times = _times(question, [*able, *_candidates.tiles(question)] if tiled else able, deadline)
             except torch.OutOfMemoryError as error:  # of the operands: the others' may fit
@@ -156,7 +156,8 @@ def _measured(
                 continue
             if len(times) < 2:
                 continue
-            rule = own if guesses[question] and own in times else "reference"
+            rule = by_rules[question].implementation
+            rule = rule if rule in times else "torch"
             medians = {name: statistics.median(taken) for name, taken in times.items()}
             row = found[question] = Tuned(str(question), medians, fastest(times, rule), rule)
             shown = ", ".join(f"{name} {ms:.3g} ms" for name, ms in medians.items())

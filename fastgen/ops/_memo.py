@@ -1,0 +1,58 @@
+"""What is decided once per kind of call: an op's decisions in Python take longer than a small image's convolution."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+_LARGEST = 4096  # entries; more kinds of calls than a process has, unless its sizes never repeat
+_memories: list[dict[tuple, Any]] = []
+
+
+def memoize(function: F) -> F:
+    """The function with a memory of what it returned for the arguments of each call.
+
+    Its results must depend on nothing else; when that changes, call `forget`. torch.compile sees the function alone,
+    and so does a call whose arguments have no hash, as lists and the symbolic sizes of a traced graph.
+    """
+    known: dict[tuple, Any] = {}
+    _memories.append(known)
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args)
+        try:
+            return known[args]
+        except (KeyError, TypeError):
+            pass
+        result = function(*args)
+        try:
+            if len(known) >= _LARGEST:
+                known.clear()
+            known[args] = result
+        except TypeError:
+            pass
+        return result
+
+    return run  # type: ignore[return-value]
+
+
+def dynamo_constant(function: F) -> F:
+    """Marks a function whose result torch.compile takes for a constant of the graph.
+
+    This is torch.compiler.assume_constant_result, which imports torch._dynamo: with it, this package would take twice
+    as long to import.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def forget() -> None:
+    """Empties the memory of every function."""
+    for known in _memories:
+        known.clear()

@@ -1,0 +1,154 @@
+"""Who computes a convolution, its gradients, or a whole layer: the one place that answers.
+
+In order: what PyTorch computes wrongly, what was measured on this chip (`_choices`), the rules (`_rules`). What a
+caller asks for by `impl`, use_impl or FASTGEN_IMPL takes precedence over all of it (`_dispatch`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from fastgen.ops import _choices, _processor, _rules, _tiers
+from fastgen.ops._geometry import Geometry
+from fastgen.ops._layout import TensorSpec, specialize, static_sizes
+from fastgen.ops._memo import dynamo_constant, memoize
+from fastgen.ops._question import Choice, Question
+from fastgen.ops._requested import requested_impl
+from fastgen.ops._rules import Convolution, Rule
+from fastgen.ops._settings import Setting
+
+_recorder: Setting[dict[Question, Choice] | None] = Setting(
+    "recorder", None
+)  # what a thread asks, with the rules' choice
+MODULES = Choice("modules", "", "too small for an op to pay: PyTorch's modules run one by one")
+
+
+def fastest_forward(geometry: Geometry, x: Sequence[int], weight: TensorSpec, batch_stats: bool = False) -> Choice:
+    """Who computes a convolution of x's shape; batch_stats: statistics of the output are computed too."""
+    return _fastest("forward", geometry, x, weight, batch_stats)
+
+
+def fastest_input_grad(geometry: Geometry, x: Sequence[int], weight: TensorSpec) -> Choice:
+    """Who computes the gradient of x, which is the adjoint convolution of the output's gradient."""
+    return _fastest("input_grad", geometry, x, weight, False)
+
+
+def fastest_weight_grad(geometry: Geometry, x: Sequence[int], weight: TensorSpec, channels_last: bool) -> Choice:
+    """Who computes the gradient of the weight, where the images with more channels are `channels_last`."""
+    return _fastest("weight_grad", geometry, x, weight, channels_last)
+
+
+def _fastest(what: str, geometry: Geometry, x: Sequence[int], weight: TensorSpec, flag: bool) -> Choice:
+    if torch.compiler.is_compiling():
+        return _fastest_in_graph(what, geometry, x, weight, flag)
+    if _recorder.used and (record := _recorder.get()) is not None:
+        question = _question(what, geometry, x, weight, flag)
+        record[question] = by_rules(question)
+    return _fastest_eager(what, geometry, x, weight, flag)
+
+
+@memoize
+def _fastest_eager(what: str, geometry: Geometry, x: Sequence[int], weight: TensorSpec, flag: bool) -> Choice:
+    return fastest(_question(what, geometry, x, weight, flag))
+
+
+def _question(what: str, geometry: Geometry, x: Sequence[int], weight: TensorSpec, flag: bool) -> Question:
+    kind = weight.dtype, str(weight.device), weight.channels_last
+    return Question(what, geometry, tuple(x), tuple(weight.shape), *kind, flag)
+
+
+def _fastest_in_graph(what: str, geometry: Geometry, x: Sequence[int], weight: TensorSpec, flag: bool) -> Choice:
+    """The answer is a constant of the graph. What PyTorch computes wrongly depends on sizes that vary, too: a guard."""
+    wrong = False
+    if weight.dtype == torch.bfloat16 and not torch.compiler.is_exporting():
+        wrong = _rules.torch_is_wrong(_computed(_question(what, geometry, x, weight, flag)))
+    kind = weight.dtype, str(weight.device), weight.channels_last
+    arguments = geometry.specialized().arguments()
+    return _constant(wrong, what, arguments, static_sizes(x), tuple(map(specialize, weight.shape)), *kind, flag)
+
+
+@dynamo_constant
+def _constant(wrong: bool, what: str, geometry: tuple, *rest) -> Choice:
+    question = Question(what, Geometry.of(*geometry), *rest)
+    return _choice(_rules.WRONG, question) if wrong else fastest(question)
+
+
+def fastest(question: Question) -> Choice:
+    """The answer to a question."""
+    choice = by_rules(question)
+    if choice.reason == _rules.WRONG.reason:
+        return choice
+    return _choices.measured(question) or choice
+
+
+def by_rules(question: Question) -> Choice:
+    """The answer where nothing was measured."""
+    rules = _rules.WEIGHT_GRAD if question.what == "weight_grad" else _rules.FORWARD
+    return _choice(_rules.decide(rules, _computed(question)), question)
+
+
+def _choice(rule: Rule, question: Question) -> Choice:
+    reason = f"{rule.reason} (rule {rule.name!r})" if rule is not _rules.WRONG else rule.reason
+    if not rule.fastgen:
+        return Choice("torch", "", reason)
+    tier = auto_tier("conv2d_norm_act", question.device, question.dtype)
+    return Choice(tier, "", reason) if tier else Choice("torch", "", f"fastgen has no kernels for {question.device}")
+
+
+def _computed(question: Question) -> Convolution:
+    """The convolution that a question's answer computes."""
+    geometry, x = question.geometry, question.input
+    if question.what == "input_grad":
+        plain, read = geometry.without_reflection(x)
+        geometry, x = plain.adjoint(read, question.weight), geometry.sizes(x, question.weight)
+    of_weight = question.what == "weight_grad"
+    return Convolution(
+        _processor.here(),
+        geometry,
+        x,
+        question.weight,
+        question.dtype,
+        question.device.partition(":")[0],
+        question.flag if of_weight else question.channels_last,
+        question.what == "forward" and question.flag,
+        of_weight,
+    )
+
+
+@memoize
+def is_small(
+    geometry: Geometry, x: Sequence[int], weight: tuple[int, ...], dtype: torch.dtype, records_gradients: bool
+) -> bool:
+    """Whether a layer on the CPU is left to PyTorch's modules: MODULES is the choice."""
+    convolution = Convolution(_processor.here(), geometry, x, weight, dtype, "cpu", False)
+    return _rules.is_small(convolution, records_gradients)
+
+
+def runs_auto() -> bool:
+    """Whether no implementation is asked for by use_impl or the environment: auto chooses, among those for a CPU."""
+    return requested_impl() == "auto" and not _tiers.ON_CPU
+
+
+def auto_tier(op: str, device: str, dtype: torch.dtype | None = None) -> str | None:
+    """The tier that auto takes on a device, if it can run: cpp, the first of a GPU's that can, or none."""
+    if device.startswith("cuda") or (device == "cpu" and _tiers.ON_CPU):
+        order = gpu_tiers(op, device)
+        return next((tier for tier in order if _tiers.unavailable(tier, device, dtype) is None), order[0])
+    return "cpp" if device == "cpu" else None
+
+
+def gpu_tiers(op: str, device: str) -> tuple[str, ...]:
+    """A GPU's tiers in auto's order: first the one that was measured faster for an op and its gradient."""
+    first = _choices.faster_tier(op.removesuffix("_backward").removesuffix("_group"), device)
+    return tuple(sorted(_tiers.GPU_TIERS, key=lambda tier: tier != first))
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[dict[Question, Choice]]:
+    """Within the context the questions that this thread asks are written down, each with the rules' choice."""
+    asked: dict[Question, Choice] = {}
+    with _recorder.set_to(asked):
+        yield asked

@@ -1,0 +1,18 @@
+import pytest
+
+from fastgen._build import native
+from fastgen.ops import _choices, _processor
+from tests.cases import PROCESSORS
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Caches and shipped files of the test's own, which are read; and one processor's rules."""
+    assert native.load() is None  # from the real cache
+    monkeypatch.setenv("FASTGEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(_choices, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.delenv("FASTGEN_CHOICES")
+    monkeypatch.setattr(_processor, "here", lambda: PROCESSORS["avx512"])  # whichever is at hand
+    _choices.forget()
+    yield tmp_path
+    _choices.forget()
