@@ -36,7 +36,8 @@ from fastgen.inference._tune import milliseconds as once
 from fastgen.inference._tune import tune_call
 from fastgen.ops import _choices, _dispatch
 from tests.cases import BIGGAN_128, LARGE, ON_GPU, OpCase
-from tests.ops.test_cases import differentiable, error
+from tests.support.observe import differentiable
+from tests.support.tolerance import error
 
 SECONDS = 450  # no stage starts later; what is left out then is said
 END = 525  # a stage that runs then ends, and keeps the rows that it made

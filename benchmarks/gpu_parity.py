@@ -14,7 +14,8 @@ import torch
 from fastgen import ops
 from fastgen.ops import _dispatch
 from tests.cases import SAMPLER, SMALL, SPECTRAL, OpCase
-from tests.ops.test_cases import differentiable, error, observe
+from tests.support.observe import differentiable, observe
+from tests.support.tolerance import error
 
 PARITY = 200  # no case of parity starts later than so many seconds after the first
 HANGS = 200  # seconds after which a case that has not ended counts as one that never would

@@ -1,7 +1,7 @@
-"""What the systems reach on the bundled data: python -m benchmarks.quality [--row NAME] [--seed N], or `make quality`.
+"""Quality of the systems on the bundled data: python -m benchmarks.quality [--row NAME] [--seed N], or `make quality`.
 
-A row trains a system with its defaults (and what the row says), measures it, and stands from then on in
-benchmarks/results/quality.json, of which quality.md is made. A row that is stopped goes on where it was when run again.
+A row trains a system with its defaults and the row's options, measures it, and keeps the results in
+benchmarks/results/quality.json, from which quality.md is made. A row that was stopped continues when it is run again.
 """
 
 import json
@@ -36,7 +36,7 @@ _MINUTES = 15
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a row, and what it is held against."""
+    """One number of a row, and what it is compared with."""
 
     name: str
     value: float
@@ -55,7 +55,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Row:
-    """A system, its data, and what is measured of it."""
+    """A system, its options, and how it is measured."""
 
     system: str
     measure: Callable[[Path, int], Iterator[Measure]]
@@ -85,14 +85,20 @@ def _of_evaluation(**targets: float | None) -> Callable[[Path, int], Iterator[Me
 
 def _figures(figures: dict[str, Any], targets: dict[str, float | None]) -> Iterator[Measure]:
     for name, target in targets.items():
-        found = figures[name]
+        figure = figures[name]
         yield Measure(
-            name.replace("_", " "), found.value, target, found.protocol, found.better, found.baseline, found.baseline_is
+            name.replace("_", " "),
+            figure.value,
+            target,
+            figure.protocol,
+            figure.better,
+            figure.baseline,
+            figure.baseline_is,
         )
 
 
 def _vae(folder: Path, seed: int) -> Iterator[Measure]:
-    """Likelihood against a PCA-Gaussian of the same latent size, and three restorations against what needs no model."""
+    """Likelihood against a PCA-Gaussian of the same latent size, and three restorations against model-free ones."""
     nll = training.evaluate(folder, _SAMPLES, seed).figures["nll"]
     yield Measure("nll", nll.value, nll.baseline, nll.protocol, "lower", nll.baseline, nll.baseline_is)
     model = training.load_model(folder)
@@ -124,11 +130,11 @@ def _vae(folder: Path, seed: int) -> Iterator[Measure]:
     yield _restored("super-resolution", enlarged, images, {"bicubic": psnr(bicubic, images)}, f"{factor} times")
 
 
-def _restored(name: str, found: Tensor, true: Tensor, others: dict[str, float], what: str) -> Measure:
+def _restored(name: str, restored: Tensor, true: Tensor, others: dict[str, float], what: str) -> Measure:
     best = max(others, key=lambda other: others[other])
-    protocol = f"PSNR in dB, mean of {len(true)} held-out digits: {what}; the search for the latent has 100 steps; "
+    protocol = f"PSNR in dB, mean of {len(true)} held-out digits: {what}; the latent is optimized for 100 steps; "
     protocol += ", ".join(f"{other} {value:.2f} dB" for other, value in others.items())
-    return Measure(name, psnr(found, true), others[best], protocol, "higher", others[best], best)
+    return Measure(name, psnr(restored, true), others[best], protocol, "higher", others[best], best)
 
 
 def _median(images: Tensor, size: int) -> Tensor:
@@ -157,8 +163,8 @@ def main(row: str = "", seed: int = 0) -> None:
     """Train and measure the rows of the quality table, one after another.
 
     Args:
-        row: The one to run; all without it.
-        seed: Of weights, noise, data order and samples.
+        row: The row to run; by default all.
+        seed: Seed of weights, noise, data order and samples.
     """
     if row and row not in ROWS:
         sys.exit(f"unknown row {row!r}: there are: {', '.join(ROWS)}")
@@ -168,7 +174,7 @@ def main(row: str = "", seed: int = 0) -> None:
         folder = _RUNS / f"{name}-{seed}"
         result = training.train(config, folder, resume=(folder / "checkpoint.json").exists())
         if result.interrupted:
-            sys.exit(f"{name} is stopped at step {result.step}: the same command goes on")
+            sys.exit(f"{name} is stopped at step {result.step}: the same command continues it")
         measures = list(chosen.measure(folder, seed))
         _keep(name, _entry(config, folder, measures))
         for measure in measures:
@@ -194,7 +200,7 @@ def _entry(config: Any, folder: Path, measures: list[Measure]) -> dict[str, Any]
 
 
 def _keep(name: str, entry: dict[str, Any]) -> None:
-    """Puts a row into the results, beside those of other runs."""
+    """Adds a row to the results, next to those of other runs."""
     _RESULTS.parent.mkdir(exist_ok=True)
     document = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
     document[name] = entry
@@ -203,7 +209,7 @@ def _keep(name: str, entry: dict[str, Any]) -> None:
 
 
 def table(document: dict[str, Any]) -> str:
-    """Markdown of the results; rows that were never run say so."""
+    """Markdown of the results; rows that were never run are marked."""
     lines = [
         "# Quality on the bundled data",
         "",

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fastgen.data import BatchSampler, ImageDataset, load_dataset, read_image
-from fastgen.data.files import ImageFiles
+from fastgen.data.files import ImageFiles, LeftOut
 from fastgen.inference._record import unfused
 from fastgen.training import CONFIGS
 from fastgen.training.config import DCGANTraining
@@ -27,7 +27,7 @@ def photos(tmp_path_factory):
         pixels = images.batch(torch.tensor([i % len(images)])).images[0]
         array = ((pixels.permute(1, 2, 0) + 1) * 127.5).byte().numpy()
         Image.fromarray(array).save(path / f"{i:03d}.jpg", quality=90)
-    return ImageDataset("photos", ImageFiles(sorted(path.iterdir()), 3, 64))
+    return ImageDataset("photos", ImageFiles(sorted(path.iterdir()), 3, 64, LeftOut(strict=True)))
 
 
 def recipe(data, config=None):

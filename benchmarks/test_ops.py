@@ -10,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.memory import peak_mebibytes
 from tests.cases import LARGE, OpCase
-from tests.ops.test_cases import differentiable, error
+from tests.support.observe import differentiable
+from tests.support.tolerance import error
 
 PEERS = ("eager", "compile", "fastgen")
 PASSES = {"forward": 1, "backward": 2, "forward + backward": 3}  # and their work, in forward passes

@@ -7,7 +7,7 @@ import torch
 
 from fastgen import ops
 from tests.cases import SAMPLER_LARGE
-from tests.ops.test_cases import error
+from tests.support.tolerance import error
 
 
 def eager(mu, logvar):

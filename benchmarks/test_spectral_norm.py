@@ -12,7 +12,7 @@ import fastgen
 import fastgen.nn
 from fastgen.nn.spectral_norm import undivided
 from tests.cases import BIGGAN_128, SPECTRAL_LARGE
-from tests.ops.test_cases import error
+from tests.support.tolerance import error
 
 NORMS = {
     "eager": parametrizations.spectral_norm,

@@ -56,8 +56,10 @@ PYBIND11_MODULE(_runtime, m) {
       .def_property_readonly("inputs", [](const Plan& plan) { return ends(plan.inputs()); })
       .def_property_readonly("outputs", [](const Plan& plan) { return ends(plan.outputs()); })
       .def_property_readonly("precision", [](const Plan& plan) { return name(plan.header().precision); })
+      .def_property_readonly("runs_as", [](const Plan& plan) { return name(plan.runs_as()); })
       .def_property(
           "error", [](const Plan& plan) { return plan.header().error; }, &Plan::set_error)
       .def_property_readonly("images_at_once", &Plan::images_at_once)
+      .def_property_readonly("batches_to_tune", &Plan::batches_to_tune)
       .def_property_readonly("threads", &Plan::threads);
 }

@@ -1,4 +1,4 @@
-"""What fastgen raises for a user's mistake; the command line turns each into one line and an exit code."""
+"""What fastgen raises for a mistake of the user; the command line turns each into one line and an exit code."""
 
 import contextlib
 import os
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 
 
 class FastgenError(RuntimeError):
-    """Something failed that the user can mend (a file, a folder, a build); the command line exits with 1."""
+    """Something failed that the user can fix (a file, a folder, a build); the command line exits with 1."""
 
 
 class UsageError(ValueError):
-    """A name or a value that cannot be meant; the command line exits with 2."""
+    """An argument that can never be valid; the command line exits with 2."""
 
 
 class CheckpointError(FastgenError):
@@ -23,7 +23,7 @@ class DataError(FastgenError):
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Gives `path` to an OSError that names no file, as those of a full disk do not."""
+    """Adds `path` to an OSError that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -42,7 +42,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def unknown_name(kind: str, name: object, names: Iterable[str], note: str = "") -> UsageError:
-    """The error for a name that is not among `names`: it shows the nearest of them, and all, and ends with `note`."""
+    """The error for a name that is not among `names`: it lists the nearest of them, then all, and ends with `note`."""
     import difflib
 
     names = sorted(names)

@@ -1,45 +1,50 @@
-"""Pictures on disk; needs no torch."""
+"""Pictures on disk, of NumPy arrays or tensors; needs no torch."""
+
+from __future__ import annotations
 
 import io
 import math
 import os
 import struct
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from fastgen.errors import FastgenError, UsageError, naming
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def picture_format(path: str | os.PathLike[str]) -> str:
-    """The format that the ending of `path` names.
+    """The image format that the ending of `path` stands for.
 
     Raises:
-        UsageError: it names none that can be written.
+        UsageError: it stands for none that can be written.
     """
     known = Image.registered_extensions()
     name = known.get(Path(path).suffix.lower(), "")
     if name not in Image.SAVE:
-        raise UsageError(f"the ending of {str(path)!r} names no image format that can be written: use .png")
+        raise UsageError(f"{str(path)!r} does not end in an image format that can be written: use .png")
     return name
 
 
 def save_grid(
-    images: np.ndarray, path: str | os.PathLike[str], *, columns: int | None = None, padding: int = 2
+    images: np.ndarray | Tensor, path: str | os.PathLike[str], *, columns: int | None = None, padding: int = 2
 ) -> None:
     """Writes images side by side into one picture.
 
     Args:
         images: (N, 1 or 3, H, W) in [-1, 1]; values outside are clamped.
-        path: file to write; its ending says the format. Folders on the way are made.
-        columns: images in a row; by default what makes the grid square.
+        path: file to write; its ending selects the format. Missing folders are created.
+        columns: images per row; by default the grid is square.
         padding: black pixels between images.
 
     Raises:
-        UsageError: the images or the ending are of no use.
-        FastgenError: a value is NaN, or the format cannot hold this picture; a file that was there stays as it was.
+        UsageError: images of another shape, or an unknown ending.
+        FastgenError: a value is NaN, or the format cannot hold this picture; an existing file stays as it was.
     """
     pixels = _to_pixels(images)
     path, format = Path(path), picture_format(path)
@@ -54,13 +59,13 @@ def save_grid(
     _write(Image.fromarray(canvas[..., 0] if channels == 1 else canvas), path, format)
 
 
-def save_animation(images: np.ndarray, path: str | os.PathLike[str], *, milliseconds: int = 80) -> None:
-    """Writes images one after another into an endless GIF.
+def save_animation(images: np.ndarray | Tensor, path: str | os.PathLike[str], *, milliseconds: int = 80) -> None:
+    """Writes images as the frames of an endless GIF.
 
     Args:
         images: (N, 1 or 3, H, W) in [-1, 1]; values outside are clamped.
-        path: file to write; it must end in .gif. Folders on the way are made.
-        milliseconds: that an image stays.
+        path: file to write; it must end in .gif. Missing folders are created.
+        milliseconds: how long each image is shown.
     """
     path, pixels = Path(path), _to_pixels(images)
     if path.suffix.lower() != ".gif":
@@ -69,14 +74,14 @@ def save_animation(images: np.ndarray, path: str | os.PathLike[str], *, millisec
     _write(frames[0], path, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
-def _to_pixels(images: np.ndarray) -> np.ndarray:
+def _to_pixels(images: np.ndarray | Tensor) -> np.ndarray:
     """(N, 1 or 3, H, W), uint8."""
+    if not isinstance(images, np.ndarray):
+        images = images.detach().float().cpu().numpy()
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise UsageError(f"images must be (N, 1 or 3, H, W) with N > 0, not {tuple(images.shape)}")
-    if np.isnan(images).any():  # which would be black
-        raise FastgenError(
-            f"image {np.isnan(images).any((1, 2, 3)).argmax()} of {len(images)} (from 0) holds NaN: not written"
-        )
+    if (nan := np.isnan(images).any((1, 2, 3))).any():  # which would become black
+        raise FastgenError(f"image {nan.argmax()} of {len(images)} (counted from 0) holds NaN: nothing is written")
     return np.clip(np.rint((images.astype(np.float32) + 1) * np.float32(127.5)), 0, 255).astype(np.uint8)
 
 

@@ -1,7 +1,7 @@
-"""Losses, each differentiable to any order: scalars, or one value an image where the docstring says (N,).
+"""Losses, each differentiable to any order: scalars, or one value per image where the docstring says (N,).
 
-Adversarial: a `*_discriminator_loss(real, fake)` and a `*_generator_loss(fake)` take the discriminator's logits, of any
-shape, for real and for generated images. Reconstruction: images of one shape, the model's first.
+Adversarial losses, `*_discriminator_loss(real, fake)` and `*_generator_loss(fake)`, take the discriminator's logits, of
+any shape, for real and for generated images. Reconstruction losses take images of one shape, the model's first.
 """
 
 import math
@@ -18,12 +18,12 @@ def minimax_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def minimax_generator_loss(fake: Tensor) -> Tensor:
-    """E[log(1 - D(G(z)))], which saturates where D is sure (Goodfellow et al. 2014, arXiv:1406.2661)."""
+    """E[log(1 - D(G(z)))], which saturates where D is confident (Goodfellow et al. 2014, arXiv:1406.2661)."""
     return -F.softplus(fake).mean()
 
 
 def non_saturating_generator_loss(fake: Tensor) -> Tensor:
-    """-E[log D(G(z))] (Goodfellow et al. 2014, section 3); its discriminator's loss is the minimax one."""
+    """-E[log D(G(z))] (Goodfellow et al. 2014, section 3); the discriminator's loss is the minimax one."""
     return F.softplus(-fake).mean()
 
 
@@ -66,7 +66,7 @@ GAN_LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor
     "least_squares": (least_squares_discriminator_loss, least_squares_generator_loss),
     "wasserstein": (wasserstein_discriminator_loss, wasserstein_generator_loss),
 }
-"""Name -> (discriminator's loss, generator's loss)."""
+"""Name -> (discriminator loss, generator loss)."""
 
 
 def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
@@ -90,27 +90,27 @@ def gradient_penalty(
     the paper (Gulrajani et al. 2017, arXiv:1704.00028, algorithm 1).
 
     Args:
-        discriminator: images -> logits (N,), of which each depends on its own image alone (no batch norm).
+        discriminator: images -> logits (N,), each of which depends only on its own image (no batch norm).
         real, fake: images (N, C, H, W); no gradient flows into them.
-        generator: of the points; drawn on its device.
+        generator: draws the points, on its device.
     """
     device = real.device if generator is None else generator.device
-    share = torch.rand(len(real), 1, 1, 1, generator=generator, dtype=torch.float32, device=device)
-    between = torch.lerp(real.detach(), fake.detach(), share.to(real.device, real.dtype)).requires_grad_()
+    fraction = torch.rand(len(real), 1, 1, 1, generator=generator, dtype=torch.float32, device=device)
+    between = torch.lerp(real.detach(), fake.detach(), fraction.to(real.device, real.dtype)).requires_grad_()
     gradient = _input_gradient(discriminator(between), between)
     return (gradient.norm(dim=1) - 1).square().mean()
 
 
 def _input_gradient(logits: Tensor, images: Tensor) -> Tensor:
-    """grad_x of each image's own logit: (N, C*H*W)."""
+    """The gradient of each image's logit with respect to that image: (N, C*H*W)."""
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gradient.flatten(1)
 
 
 @torch.no_grad()
 def clip_weights_(parameters: Iterable[Tensor], limit: float) -> None:
-    """Clamps the parameters to [-limit, limit] in place, after each step of a Wasserstein GAN's discriminator (Arjovsky
-    et al. 2017, arXiv:1701.07875, algorithm 1).
+    """Clamps the parameters to [-limit, limit] in place, as after each discriminator step of a Wasserstein GAN
+    (Arjovsky et al. 2017, arXiv:1701.07875, algorithm 1).
     """
     torch._foreach_clamp_min_(clipped := list(parameters), -limit)
     torch._foreach_clamp_max_(clipped, limit)
@@ -124,8 +124,8 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def gaussian_nll(reconstruction: Tensor, images: Tensor, log_std: Tensor | float = 0.0) -> Tensor:
-    """-log N(images; reconstruction, exp(log_std)^2) in nats, constants included: (N,) (Rybkin et al. 2021,
-    arXiv:2006.13202, for a log_std that is learned).
+    """-log N(images; reconstruction, exp(log_std)^2) in nats, constants included: (N,) (with a learned log_std:
+    Rybkin et al. 2021, arXiv:2006.13202).
     """
     log_std = torch.as_tensor(log_std, dtype=reconstruction.dtype, device=reconstruction.device)
     squares = ((images - reconstruction) * torch.exp(-log_std)).square()
@@ -134,7 +134,7 @@ def gaussian_nll(reconstruction: Tensor, images: Tensor, log_std: Tensor | float
 
 def bernoulli_nll(reconstruction: Tensor, images: Tensor) -> Tensor:
     """Binary cross-entropy of pixels (x + 1) / 2, for images and reconstructions in [-1, 1], in nats: (N,) (Kingma and
-    Welling 2014, arXiv:1312.6114, appendix C.1). As in PyTorch, a logarithm is no less than -100.
+    Welling 2014, arXiv:1312.6114, appendix C.1). As in PyTorch, logarithms are clamped to -100 and above.
     """
     p, target = ((x + 1) / 2 for x in (reconstruction, images))
     return F.binary_cross_entropy(p.clamp(0, 1), target.clamp(0, 1), reduction="none").flatten(1).sum(1)
@@ -156,8 +156,8 @@ def cycle_loss(cycled: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
 
 
 def identity_loss(same: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
-    """Sum over the domains of E|G(y) - y|, G the generator into y's own domain (Zhu et al. 2017, arXiv:1703.10593,
-    section 5.2; Taigman et al. 2017, arXiv:1611.02200).
+    """Sum over the domains of E|G(y) - y|, where G is the generator into y's own domain (Zhu et al. 2017,
+    arXiv:1703.10593, section 5.2; Taigman et al. 2017, arXiv:1611.02200).
     """
     return cycle_loss(same, images)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fastgen._build.native import CUDA_ON_CPU
-from fastgen.ops import _rules
+from fastgen.ops import _memo, _rules
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +56,11 @@ def nothing_is_measured():
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
-def nothing_is_small():
-    """The layers run the fused ops also for the small images of tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_rules, "SMALL", 0)
-        patch.setattr(_rules, "SMALL_WITH_GRADIENTS", 0)
-        yield
+@pytest.fixture
+def fused_when_small(monkeypatch):
+    """The layers run the fused ops for the small images of tests too, which by default PyTorch's modules compute."""
+    monkeypatch.setattr(_rules, "SMALL", 0)
+    monkeypatch.setattr(_rules, "SMALL_WITH_GRADIENTS", 0)
+    _memo.forget()
+    yield
+    _memo.forget()

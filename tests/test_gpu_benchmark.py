@@ -3,10 +3,7 @@ goes on."""
 
 import contextlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -19,6 +16,7 @@ from torch.utils import cpp_extension
 from benchmarks import gpu, gpu_parity
 from benchmarks.traffic import of_launch
 from fastgen.ops import _dispatch
+from tests.support.process import run_python
 
 if _dispatch.INTERPRETED or _dispatch.CUDA_ON_CPU:
     pytest.skip("whole networks: too slow for kernels in another's place", allow_module_level=True)
@@ -80,13 +78,13 @@ def test_a_stage_that_outlasts_the_time_keeps_its_rows():
 
     def endless():
         yield ROW | {"ms": 1}
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
         with contextlib.suppress(Exception):
             time.sleep(60)
         yield ROW | {"ms": 2}
 
     before, kept = signal.signal(signal.SIGALRM, gpu.out_of_time), []
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
         stages = [("layers", partial(gpu.add_rows, rows=endless()))]
         gpu.run(gpu.started(Path("none"), {}), stages, float("inf"), lambda document: kept.append(dict(document)))
     finally:
@@ -153,10 +151,7 @@ def test_work_of_a_launch():
 def test_floors_as_launched():
     """What is launched takes no less than the shapes say, and not many times as long."""
     pytest.importorskip("triton", reason="triton is not installed")
-    command = [sys.executable, "-c", "from benchmarks import gpu; gpu.floors()"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True
-    )
+    done = run_python("from benchmarks import gpu; gpu.floors()", environment={"TRITON_INTERPRET": "1"})
     _, _, *lines = done.stdout.splitlines()
     assert len(lines) == len(gpu.LAYERS)
     for line in lines:

@@ -31,6 +31,11 @@ class Plan {
   // while another thread runs the plan.
   std::vector<int64_t> tune(int64_t n);
 
+  // The numbers of images to tune for: few, and many if so many run at once.
+  std::vector<int64_t> batches_to_tune() const {
+    return images_at_once() >= kFew ? std::vector<int64_t>{1, 2 * kFew} : std::vector<int64_t>{1};
+  }
+
   // Seconds that each step takes in the network for `n` images, or as many as run at once, the least of `repeats`.
   std::vector<double> profile(int64_t n, int64_t repeats) const;
 
@@ -41,6 +46,8 @@ class Plan {
   void set_error(double error) { header_.error = error; }
   const std::vector<End>& inputs() const { return inputs_; }
   const std::vector<End>& outputs() const { return outputs_; }
+  // On this processor; header().precision is what the file asks for.
+  Precision runs_as() const { return dtype_ == DType::bfloat16 ? Precision::bfloat16 : Precision::float32; }
   int threads() const { return threads_; }
   int64_t images_at_once() const { return whole_batch_ ? std::numeric_limits<int64_t>::max() : images_at_once_; }
 

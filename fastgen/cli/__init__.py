@@ -1,4 +1,7 @@
-"""The command line: parses, calls, prints. A command imports what it needs, so that help costs no import of torch."""
+"""The command line: parses, calls, prints.
+
+A command imports what it needs inside its function, so that `--help` answers without the seconds that torch takes.
+"""
 
 import io
 import os
@@ -10,25 +13,24 @@ from typing import Any
 import tyro
 
 from fastgen import __version__
-from fastgen.cli import commands
+from fastgen.cli import draw, evaluation, info, pictures, plans, tune
 from fastgen.cli.train import run_train
-from fastgen.cli.tune import tune
 from fastgen.errors import FastgenError, UsageError, out_of_memory, unknown_name
 from fastgen.training.config import CONFIGS
 
 _COMMANDS: dict[str, Callable[..., Any]] = {
-    "generate": commands.generate,
-    "reconstruct": commands.reconstruct,
-    "denoise": commands.denoise,
-    "inpaint": commands.inpaint,
-    "upscale": commands.upscale,
-    "translate": commands.translate,
-    "export": commands.export,
-    "evaluate": commands.evaluate,
-    "bench": commands.bench,
-    "tune": tune,
-    "info": commands.info,
-    "build": commands.build,
+    "generate": draw.generate,
+    "reconstruct": pictures.reconstruct,
+    "denoise": pictures.denoise,
+    "inpaint": pictures.inpaint,
+    "upscale": pictures.upscale,
+    "translate": pictures.translate,
+    "export": plans.export,
+    "evaluate": evaluation.evaluate,
+    "bench": plans.bench,
+    "tune": tune.tune,
+    "info": info.info,
+    "build": info.build,
 }
 _DESCRIPTION = """Fast convolutional image generators in PyTorch.
 
@@ -36,18 +38,18 @@ Start with `fastgen train dcgan --data digits --out runs/demo`,
 
 then draw with `fastgen generate runs/demo --n 64 --seed 7 --out grid.png`.
 
-A command has a page of its own: `fastgen generate --help`, `fastgen train dcgan --help`."""
+Each command has its own page: `fastgen generate --help`, `fastgen train dcgan --help`."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0, 1 (failure), 2 (misuse) or 130 (interrupted). FASTGEN_DEBUG=1 lets errors through.
+        The exit code: 0, 1 (failure), 2 (misuse) or 130 (interrupted). With FASTGEN_DEBUG=1 errors are raised instead.
     """
-    # an image that Pillow finds large is either refused by name or of use
+    # Pillow's warning says nothing new: fastgen either refuses a large image by name or uses it
     warnings.filterwarnings("ignore", "Image size .* exceeds limit of .* pixels")
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to fail
+    for stream in (sys.stdout, sys.stderr):  # a file name may have characters that the terminal lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -60,13 +62,17 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("FASTGEN_DEBUG") == "1" or not (expected or out_of_memory(error)):
             raise
         if not expected:
-            advice = "lower what asks for much (--n, --batch-size, the sizes of the model)"
+            advice = "use a smaller --n, --batch-size or model"
             print(f"fastgen: error: not enough memory: {advice}", file=sys.stderr)
         elif isinstance(error, OSError) and error.filename is not None:
             print(f"fastgen: error: {error.filename}: {error.strerror}", file=sys.stderr)
         else:
             print(f"fastgen: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _train() -> None:
+    """Train a model on a data set and write a run folder."""
 
 
 def _run(arguments: list[str]) -> int:
@@ -86,6 +92,6 @@ def _run(arguments: list[str]) -> int:
             pages, prog="fastgen train", description="Train a model on a data set.", args=rest
         )
         return 2
-    table = {"train": commands.train_page, **_COMMANDS}
+    table = {"train": _train, **_COMMANDS}
     tyro.extras.subcommand_cli_from_dict(table, prog="fastgen", description=_DESCRIPTION, args=arguments)
     return 0

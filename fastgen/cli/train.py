@@ -1,3 +1,4 @@
+import re
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -6,6 +7,7 @@ from typing import Generic, TypeVar
 
 import tyro
 
+from fastgen.cli.evaluation import print_evaluation
 from fastgen.training.config import TrainConfig
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -15,13 +17,15 @@ Config = TypeVar("Config", bound=TrainConfig)
 class _Options(Generic[Config]):
     config: tyro.conf.OmitArgPrefixes[Config]
     out: Path
-    """Run folder: new or empty, or with --resume that of a run."""
+    """Run folder: new or empty, or with --resume the folder of an earlier run."""
     resume: bool = False
-    """Go on from the run folder's checkpoint, with its settings; only what is given here changes."""
+    """Continue from the run folder's checkpoint, with its settings except for those given here."""
 
 
 def run_train(kind: type[TrainConfig], arguments: list[str]) -> int:
-    """`fastgen train`: trains, then says what came of it; returns the exit code."""
+    """`fastgen train`: trains, then prints a summary; returns the exit code."""
+    for old, name in kind.renamed.items():
+        arguments = [re.sub(f"^--{old}(?=$|=)", "--" + name.replace("_", "-"), argument) for argument in arguments]
     options = _parse(kind(), arguments)
     if options.resume:
         from fastgen.training.run import read_config
@@ -37,32 +41,34 @@ def run_train(kind: type[TrainConfig], arguments: list[str]) -> int:
     folder = result.folder
     if result.interrupted:
         print(f"stopped at step {result.step}; the checkpoint is in {folder}", file=sys.stderr)
-        print(f"go on with: fastgen train {kind.system} --out {shlex.quote(str(folder))} --resume", file=sys.stderr)
+        print(f"continue with: fastgen train {kind.system} --out {shlex.quote(str(folder))} --resume", file=sys.stderr)
         return 130
     print(f"trained {kind.system} to step {result.step} at {result.images_per_second:.0f} images/s")
-    print(f"  samples     {folder / 'samples.png'}  (along the way: {folder / 'samples'})")
+    print(f"  samples     {folder / 'samples.png'}  (during training: {folder / 'samples'})")
     print(f"  report      {folder / 'report.html'}")
     plot = folder / "loss.png"  # needs matplotlib
     print(f"  losses      {folder / 'metrics.jsonl'}" + (f"  (drawn: {plot})" if plot.exists() else ""))
     print(f"  checkpoint  {folder / 'checkpoint.json'}")
     if result.evaluation is not None:
-        from fastgen.cli.commands import print_evaluation
-
         print_evaluation(result.evaluation)
-        print(f"  kept in     {folder / 'evaluation.json'}")
-    for op, calls in ops.implementations_used().items():
+        print(f"  saved in    {folder / 'evaluation.json'}")
+    used = ops.implementations_used()
+    for op, calls in used.items():
         print(f"  {op} ran on " + ", ".join(f"{impl} ({count} calls)" for impl, count in calls.items()))
+    if used:
+        print('  ("Who computed it" in README.md explains these words)')
     return 0
 
 
 def _parse(config: TrainConfig, arguments: list[str]) -> _Options[TrainConfig]:
-    """The options given; their values are checked here, as tyro would draw a box around the one line of an error."""
+    """Parses the arguments. Values are checked here, not by tyro, which would draw a box around the one line of an
+    error."""
     kind = type(config)
     unchecked = type(kind.__name__, (kind,), {"__post_init__": lambda self: None, "__module__": kind.__module__})
     options = tyro.cli(
         _Options[unchecked],  # type: ignore[valid-type]
         prog=f"fastgen train {kind.system}",
-        description="Train on a data set; leaves a run folder: settings, metrics, checkpoint, samples, plots. "
+        description="Train on a data set and write a run folder: settings, metrics, checkpoint, samples, plots. "
         "The defaults are a recipe that works.",
         args=arguments,
         default=_Options(unchecked(**vars(config)), out=tyro.MISSING),

@@ -1,10 +1,9 @@
 from fastgen.data.datasets import Batch, DomainPair, ImageDataset
 from fastgen.data.decode import is_grey, read_image
 from fastgen.data.folders import image_paths
-from fastgen.data.images import save_animation, save_grid
 from fastgen.data.load import list_datasets, load_dataset
 from fastgen.data.sampler import BatchSampler
-from fastgen.images import picture_format
+from fastgen.images import picture_format, save_animation, save_grid
 
 __all__ = [
     "Batch",

@@ -1,4 +1,4 @@
-"""Real data sets that come inside Python packages, so that they need no network."""
+"""Real data sets that are part of Python packages, so that they need no network."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -18,7 +18,7 @@ DIGIT_CAPTIONS = tuple(f"a handwritten {word}" for word in _NUMBER_WORDS)
 
 
 def load_digit_bitmaps(split: Split) -> tuple[Tensor, Tensor]:
-    """The 1,797 handwritten digits of UCI as scikit-learn ships them: three quarters to train on, a quarter to test on.
+    """The 1,797 handwritten digits of UCI that scikit-learn includes: three quarters for training, a quarter held out.
 
     Returns:
         Grey levels (1347 or 450, 8, 8), float32 in 0..16, and labels (1347 or 450,), int64.
@@ -31,7 +31,7 @@ def load_digit_bitmaps(split: Split) -> tuple[Tensor, Tensor]:
         from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise DataError(
-            "the digits come with scikit-learn, which is not installed: pip install 'fastgen[demo]'"
+            "the digits are part of scikit-learn, which is not installed: pip install 'fastgen[demo]'"
         ) from error
     bitmaps, labels = load_digits(return_X_y=True)
     parts = train_test_split(bitmaps, labels, test_size=0.25, stratify=labels, random_state=0)
@@ -59,7 +59,7 @@ def _textures(image_size: int, split: Split) -> ImageDataset:
 
 
 def _labelled(name: str, parts: list[Tensor], classes: tuple[str, ...]) -> ImageDataset:
-    """The images of `parts`, each of its own class."""
+    """The images of all `parts`, each part labelled as one class."""
     labels = torch.cat([torch.full((len(part),), at, dtype=torch.int64, device="cpu") for at, part in enumerate(parts)])
     captions = [f"a photo of a {classes[label]}" for label in labels]
     return ImageDataset(name, torch.cat(parts), labels, classes, captions)
@@ -76,8 +76,8 @@ def _faces(image_size: int, split: Split) -> ImageDataset:
 def _colour_to_grey(image_size: int, split: Split) -> DomainPair:
     """Patches of the two photographs in colour and, from other parts of them, in grey.
 
-    The photographs are cut into strips of 120 columns (the last of 160 is held out), of which every other one is grey.
-    To test on, `a` and `b` are the same patches, so that the true grey of each is known.
+    The photographs are cut into strips of 120 columns, of which every second one is grey; the last 160 columns are held
+    out. There `a` and `b` are the same patches, so that the true translation is known.
     """
     strips = [photo[:, start : start + 120] for photo in _photographs() for start in (0, 120, 240, 360)]
     colour, grey = strips[::2], strips[1::2]
@@ -89,13 +89,13 @@ def _colour_to_grey(image_size: int, split: Split) -> DomainPair:
 
 
 def _grass_to_gravel(image_size: int, split: Split) -> DomainPair:
-    """The patches of two of `textures`."""
+    """The patches of two of the textures."""
     a, b = (ImageDataset(name, _texture(name, image_size, split)) for name in ("grass", "gravel"))
     return DomainPair("grass-to-gravel", a, b)
 
 
 def to_grey(images: Tensor) -> Tensor:
-    """The luma of ITU-R BT.601 in all three channels of images (N, 3, H, W), uint8 or float."""
+    """Images (N, 3, H, W), uint8 or float, with the luma of ITU-R BT.601 in all three channels."""
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float32, device=images.device).view(3, 1, 1)
     grey = (images.float() * weights).sum(1, keepdim=True).expand(images.shape)
     return grey.contiguous() if images.is_floating_point() else grey.round().byte()
@@ -107,7 +107,7 @@ def _photographs() -> list[Tensor]:
         from sklearn.datasets import load_sample_images
     except ImportError as error:
         raise DataError(
-            "the photographs come with scikit-learn, which is not installed: pip install 'fastgen[demo]'"
+            "the photographs are part of scikit-learn, which is not installed: pip install 'fastgen[demo]'"
         ) from error
     return [torch.from_numpy(image.copy()) for image in load_sample_images().images]
 
@@ -122,16 +122,16 @@ def _skimage(name: str) -> np.ndarray:
         import skimage.data
     except ImportError as error:
         raise DataError(
-            f"{name} comes with scikit-image, which is not installed: pip install 'fastgen[demo]'"
+            f"{name} is part of scikit-image, which is not installed: pip install 'fastgen[demo]'"
         ) from error
     return getattr(skimage.data, name)()
 
 
 def _patches(picture: Tensor, image_size: int) -> Tensor:
-    """Squares (N, C, image_size, image_size) of a picture (H, W, C), a quarter of their size apart."""
+    """Square patches (N, C, image_size, image_size) of a picture (H, W, C), a quarter of their size apart."""
     if image_size > min(picture.shape[:2]):
         height, width = picture.shape[:2]
-        raise DataError(f"image_size {image_size} is too large: these patches are cut from {width}x{height} pixels")
+        raise DataError(f"image_size {image_size} is too large: the patches are cut from {width}x{height} pixels")
     stride = max(1, image_size // 4)
     squares = picture.unfold(0, image_size, stride).unfold(1, image_size, stride)  # (rows, columns, C, h, w)
     return squares.flatten(0, 1).contiguous()

@@ -5,11 +5,12 @@ import torch
 from torch import Tensor
 
 from fastgen.data.files import ImageFiles
+from fastgen.errors import DataError
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some images of a data set and what is known of each."""
+    """Images of a data set and what is known of each."""
 
     images: Tensor
     """(N, C, H, W), float32 in [-1, 1]."""
@@ -28,7 +29,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Images of one size, with labels and captions where the data has them."""
+    """Images of one size, with labels and captions if the data has them.
+
+    Raises:
+        DataError: labels or captions are not one per image, or labels are not indices into `classes`.
+    """
 
     name: str
     images: Tensor | ImageFiles
@@ -38,7 +43,16 @@ class ImageDataset:
     classes: tuple[str, ...] | None = None
     """Names of the labels."""
     captions: Sequence[str] | None = None
-    """A text an image."""
+    """One text per image."""
+
+    def __post_init__(self) -> None:
+        for kind, values in (("labels", self.labels), ("captions", self.captions)):
+            if values is not None and len(values) != len(self):
+                raise DataError(f"{self.name} has {len(self)} images, but {len(values)} {kind}")
+        if self.labels is not None and self.classes is not None and len(self.labels):
+            low, high, most = int(self.labels.min()), int(self.labels.max()), len(self.classes) - 1
+            if low < 0 or high > most:
+                raise DataError(f"the labels of {self.name} must be 0 to {most}, but run from {low} to {high}")
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -53,10 +67,10 @@ class ImageDataset:
         return self.images.shape[2]
 
     def batch(self, indices: Tensor) -> Batch:
-        """The images at `indices`, (N,) int64, on the CPU.
+        """The images at `indices` (N,) int64, on the CPU.
 
         Raises:
-            DataError: an image cannot be decoded, in a strict data set.
+            DataError: an image cannot be decoded and the data set is strict.
             OSError: a file cannot be read.
         """
         if isinstance(self.images, ImageFiles):
@@ -70,7 +84,7 @@ class ImageDataset:
         return Batch(images, labels, captions)
 
     def prefetch(self, indices: Tensor) -> None:
-        """Starts to decode the images at `indices`, which `batch` will ask for next."""
+        """Starts to decode the images at `indices`, which `batch` will be called with next."""
         if isinstance(self.images, ImageFiles):
             self.images.prefetch(indices)
 
@@ -81,14 +95,14 @@ class ImageDataset:
 
 @dataclass(frozen=True)
 class DomainPair:
-    """Two unpaired sets of images of one size, as CycleGAN learns from: image i of `a` has nothing to do with that of
-    `b`."""
+    """Two sets of images of one size, which a CycleGAN learns from. They are unpaired: image i of `a` has nothing to do
+    with image i of `b`, unless they are aligned."""
 
     name: str
     a: ImageDataset
     b: ImageDataset
     aligned: bool = False
-    """Image i of `b` is what image i of `a` is to become; only held-out images may be, to measure with."""
+    """Image i of `b` is the true translation of image i of `a`; only for held-out images, to measure with."""
 
     @property
     def image_size(self) -> int:

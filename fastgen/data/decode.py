@@ -1,4 +1,4 @@
-"""One image file to pixels, whatever is in the file."""
+"""Decodes one image file, whatever it contains."""
 
 import struct
 from pathlib import Path
@@ -18,10 +18,10 @@ _GREY = ("1", "L", "LA", "La", "I", "F")
 
 
 class UnusableImageError(DataError):
-    """A file that no image can be made of: it is none, it is damaged, too large, too small, or its levels have no known
-    range.
+    """A file that cannot be used as an image: it is not one, is damaged, too large or too small, or the range of its
+    values is unknown.
 
-    Of many images such a one is left out, or with `strict` an error.
+    A data set leaves such a file out, or raises this error if it is strict.
     """
 
 
@@ -29,13 +29,13 @@ class Header(NamedTuple):
     """What is known of an image before its pixels are decoded."""
 
     grey: bool
-    """It has no colour. A palette counts as colour."""
+    """It has no colour; a palette counts as colour."""
     frames: bool
-    """It has more than the one frame that is read, the first."""
+    """It has several frames, of which only the first is read."""
 
 
 def read_header(path: Path, image_size: int | None = None) -> Header:
-    """The header of an image from which `read_image` with the same `image_size` can be asked for.
+    """The header of an image that `read_image` may be able to read at the same `image_size`.
 
     Raises:
         UnusableImageError: not an image, damaged, too large to unpack, or smaller than `image_size`.
@@ -56,7 +56,7 @@ def is_grey(path: Path) -> bool:
 
 
 def open_image(path: Path) -> Image.Image:
-    """The image with its header read and its size found bearable; no pixel is decoded.
+    """Opens an image and checks its size; no pixel is decoded.
 
     Raises:
         UnusableImageError: not an image, damaged, or of more than 2^26 pixels.
@@ -65,11 +65,11 @@ def open_image(path: Path) -> Image.Image:
     try:
         image = Image.open(path, formats=_FORMATS)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UnusableImageError(f"{path} is refused: it would unpack to more than {_MAX_PIXELS} pixels") from error
+        raise UnusableImageError(f"{path} is refused: it would decode to more than {_MAX_PIXELS} pixels") from error
     except _DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise UnusableImageError(f"{path} is not an image that can be read, or damaged: {error}") from error
+        raise UnusableImageError(f"{path} is not an image, or damaged: {error}") from error
     if image.width * image.height > _MAX_PIXELS:
         image.close()
         raise UnusableImageError(
@@ -79,21 +79,20 @@ def open_image(path: Path) -> Image.Image:
 
 
 def read_image(path: Path, channels: int, *, image_size: int | None = None) -> np.ndarray:
-    """The pixels of an image, upright, on white where it is transparent; of several frames the first.
+    """The pixels of an image, rotated upright, on white where it is transparent; of several frames the first.
 
-    Levels of up to 16 bits run from 0 to the greatest that these bits hold, floating point ones from 0 to 1.
+    Integers of up to 16 bits are scaled from their whole range, floating-point values from [0, 1].
 
     Args:
-        channels: 1 or 3; colour becomes grey, grey becomes colour.
-        image_size: height and width, to which the image is scaled down and cut at its centre; None keeps its own.
+        channels: 1 or 3; colour is converted to grey, grey to three equal channels.
+        image_size: height and width to which the image is scaled down and cropped at its centre; None keeps its own.
 
     Returns:
         (channels, H, W), uint8.
 
     Raises:
-        UnusableImageError: not an image, damaged, too large to unpack, smaller than `image_size`, or with levels of
-        which the
-            file does not say what is white: signed, of 32 bits, or floating point ones outside of 0 to 1.
+        UnusableImageError: not an image, damaged, too large to decode, smaller than `image_size`, or with values whose
+            white is unknown: signed ones, 32 bits, or floating-point values outside of [0, 1].
         OSError: the file cannot be read.
     """
     with open_image(path) as image:
@@ -116,24 +115,24 @@ def read_image(path: Path, channels: int, *, image_size: int | None = None) -> n
 
 
 def _check(path: Path, image: Image.Image, image_size: int | None) -> None:
-    """Raises UnusableImageError for what the header alone shows to be of no use."""
+    """Raises UnusableImageError for an image that the header alone shows to be unusable."""
     if image_size is not None and min(image.size) < image_size:
         raise UnusableImageError(
             f"{path} is {image.width}x{image.height} pixels: too small for images of {image_size}x{image_size}; "
             "ask for smaller ones, or enlarge it"
         )
     if image.mode == "LAB":
-        raise UnusableImageError(f"{path} is refused: its colours are those of CIELAB; save it as RGB")
-    if image.mode != "F" and (_bits(image) > 16 or _tag(image, SAMPLEFORMAT, 1) != 1):
+        raise UnusableImageError(f"{path} is refused: its colours are CIELAB; save it as RGB")
+    signed, bits = _tag(image, SAMPLEFORMAT, 1) != 1, _bits(image)
+    if image.mode != "F" and (signed or bits > 16):
         raise UnusableImageError(
-            f"{path} is refused: it has signed levels, or such of {_bits(image)} bits, and does not say which of them "
-            f"is "
-            "white; save it with 8 or 16 bits without a sign"
+            f"{path} is refused: it has {'signed' if signed else 'unsigned'} values of {bits} bits, and which one is "
+            "white is unknown; save it with unsigned values of 8 or 16 bits"
         )
 
 
 def _tag(image: Image.Image, tag: int, default: int) -> int:
-    """A TIFF's tag, the greatest where each channel has its own."""
+    """A tag of a TIFF; the greatest if each channel has its own."""
     value: Any = getattr(image, "tag_v2", {}).get(tag, default)
     return max(value) if isinstance(value, tuple) else value
 
@@ -143,16 +142,15 @@ def _bits(image: Image.Image) -> int:
 
 
 def _with_8_bits(path: Path, opened: Image.Image, image: Image.Image) -> Image.Image:
-    """`image`, which comes from `opened`, with black at 0 and white at 255; what Pillow scales itself stays as it
-    is."""
+    """`image`, which was made from `opened`, with black at 0 and white at 255; modes that Pillow scales itself stay as
+    they are."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     levels, white = np.asarray(image), 1 if image.mode == "F" else 2 ** _bits(opened) - 1
-    if not 0 <= levels.min() <= levels.max() <= white:  # nor for NaN
+    if not 0 <= levels.min() <= levels.max() <= white:  # false for NaN too
         raise UnusableImageError(
-            f"{path} is refused: its levels run from {levels.min():.4g} to {levels.max():.4g}, where black is 0 and "
-            f"white "
-            f"{white}; scale them to that"
+            f"{path} is refused: its values run from {levels.min():.4g} to {levels.max():.4g}, but black is 0 and "
+            f"white is {white}; scale them to that"
         )
     scaled = np.rint(levels * (255 / white))
     if _tag(opened, PHOTOMETRIC_INTERPRETATION, 1) == 0:  # white is zero

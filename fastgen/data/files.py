@@ -1,4 +1,4 @@
-"""Images that are decoded when asked for, by threads."""
+"""Image files that threads decode when they are needed."""
 
 import logging
 import os
@@ -15,11 +15,11 @@ from fastgen.data.decode import Header, UnusableImageError, read_header, read_im
 from fastgen.errors import DataError
 
 _log = logging.getLogger(__name__)
-_MOST_NAMED = 20  # of the images that are left out: a folder may hold a million
+_MOST_NAMED = 20  # images that are left out and named: a folder may hold a million
 
 
 class LeftOut:
-    """Raises the error of an image that cannot be used if `strict`; otherwise names it in the log, each once."""
+    """Handles images that cannot be used: raises the error if `strict`, otherwise names each in the log once."""
 
     def __init__(self, strict: bool) -> None:
         self.strict = strict
@@ -36,11 +36,11 @@ class LeftOut:
         if len(self._named) <= _MOST_NAMED:
             _log.warning("left out: %s", error)
         else:
-            _log.warning("left out: more than %d images; the others are not named", _MOST_NAMED)
+            _log.warning("left out: more than %d images; no more of them are named", _MOST_NAMED)
 
 
 def read_headers(paths: Sequence[Path], image_size: int, left_out: LeftOut) -> list[Header | None]:
-    """The header of each image; None where it shows that the image cannot be used, of which `left_out` is told.
+    """The header of each image; None if it shows that the image cannot be used, which is passed to `left_out`.
 
     Raises:
         UnusableImageError: an image cannot be used, and `left_out` is strict.
@@ -54,28 +54,27 @@ def read_headers(paths: Sequence[Path], image_size: int, left_out: LeftOut) -> l
             return error
 
     headers: list[Header | None] = []
-    several: list[Path] = []
+    animated: list[Path] = []
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for path, found in zip(paths, threads.map(look, paths), strict=True):
-            if isinstance(found, UnusableImageError):
-                left_out.add(path, found)
-            elif found.frames:
-                several.append(path)
-            headers.append(found if isinstance(found, Header) else None)
-    if several:
-        _log.warning("the first frame alone is read of %s%s", several[0], " and others" if len(several) > 1 else "")
+        for path, header in zip(paths, threads.map(look, paths), strict=True):
+            if isinstance(header, UnusableImageError):
+                left_out.add(path, header)
+            elif header.frames:
+                animated.append(path)
+            headers.append(header if isinstance(header, Header) else None)
+    if animated:
+        _log.warning("only the first frame of %s%s is read", animated[0], " and others" if len(animated) > 1 else "")
     return headers
 
 
 class ImageFiles:
-    """Image files as (N, C, H, W), uint8, decoded by threads when asked for.
+    """Image files as (N, C, H, W), uint8, decoded by threads when needed.
 
-    It may be pickled, copied and used after a fork, as the workers of a DataLoader do: each process has threads of its
-    own.
+    It may be pickled, copied and used after a fork, as a DataLoader's workers do: each process has its own threads.
 
     Args:
-        left_out: is told of a file that turns out to be damaged, too small or gone. If it is not strict, the next good
-            one stands in for that.
+        left_out: handles a file that turns out to be damaged, too small or missing. If it is not strict, the next
+            usable image takes its place.
     """
 
     def __init__(self, paths: Sequence[Path], channels: int, image_size: int, left_out: LeftOut) -> None:
@@ -97,8 +96,8 @@ class ImageFiles:
         self._start()
 
     def prefetch(self, indices: Tensor) -> None:
-        """Starts to decode what the next `read` will ask for."""
-        if self._process != os.getpid():  # threads do not survive a fork, nor does what they had begun
+        """Starts to decode the images that the next `read` will be called with."""
+        if self._process != os.getpid():  # threads and their work do not survive a fork
             self._start()
         for index in indices.tolist():
             if index not in self._ahead:
@@ -108,24 +107,24 @@ class ImageFiles:
         """The images at `indices`, (n,) int64.
 
         Returns:
-            The indices of the images that were read, which differ from those asked for where another stands in, and the
-            images (n, C, H, W), uint8.
+            The indices of the images that were read, which differ from `indices` where another image took a place, and
+            the images (n, C, H, W), uint8.
 
         Raises:
-            DataError: an image cannot be used and `left_out` is strict, or none can.
+            DataError: an image cannot be used and `left_out` is strict, or no image can be used.
             OSError: a file cannot be read.
         """
         self.prefetch(indices)
-        wanted = {index: self._ahead.pop(index, None) for index in set(indices.tolist())}
+        futures = {index: self._ahead.pop(index, None) for index in set(indices.tolist())}
         read = []
         for index in indices.tolist():
-            ahead = wanted[index]  # None if another thread has taken it
-            read.append(self._usable(index, self._decode(index) if ahead is None else ahead.result()))
-        found = torch.tensor([index for index, _ in read], dtype=torch.int64, device="cpu")
-        return found, self._stack([image for _, image in read])
+            future = futures[index]  # None if another thread has taken it
+            read.append(self._usable(index, self._decode(index) if future is None else future.result()))
+        usable = torch.tensor([index for index, _ in read], dtype=torch.int64, device="cpu")
+        return usable, self._stack([image for _, image in read])
 
     def _usable(self, index: int, image: np.ndarray | UnusableImageError) -> tuple[int, np.ndarray]:
-        """The image, or the next that can be used, and its index."""
+        """The image or, if it cannot be used, the next one that can, with its index."""
         for _ in self.paths:
             if isinstance(image, np.ndarray):
                 return index, image
@@ -134,15 +133,15 @@ class ImageFiles:
             image = self._decode(index)
         raise DataError(f"none of the {len(self.paths)} images in {self.paths[0].parent} can be read")
 
-    def read_good(self) -> tuple[list[int], Tensor]:
-        """Indices and images of all the files that can be used, the images as `read` returns them."""
-        good: dict[int, np.ndarray] = {}
+    def read_usable(self) -> tuple[list[int], Tensor]:
+        """Indices and images of all files that can be used, as `read` returns them."""
+        usable: dict[int, np.ndarray] = {}
         for index, image in enumerate(self._threads.map(self._decode, range(len(self.paths)))):
             if isinstance(image, np.ndarray):
-                good[index] = image
+                usable[index] = image
             else:
                 self._left_out.add(self.paths[index], image)
-        return [*good], self._stack([*good.values()])
+        return [*usable], self._stack([*usable.values()])
 
     def _stack(self, images: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.stack(images) if images else np.empty((0, *self.shape[1:]), np.uint8))

@@ -1,5 +1,5 @@
-"""What users bring: a folder of images, a folder a class, trainA/ and trainB/, metadata.jsonl, MNIST's and CIFAR-10's
-files."""
+"""Data sets of users: a folder of images, one folder per class, trainA/ and trainB/, metadata.jsonl, the files of MNIST
+and CIFAR-10."""
 
 import difflib
 import json
@@ -20,7 +20,7 @@ from fastgen.data.files import ImageFiles, LeftOut, read_headers
 from fastgen.errors import DataError
 
 _log = logging.getLogger(__name__)
-_MAX_IN_MEMORY = 2**29  # bytes of pixels; above, files are decoded again each time they are drawn
+_MAX_IN_MEMORY = 2**29  # bytes of pixels; of larger sets, files are decoded again whenever they are drawn
 _MAX_LINE = 2**16  # bytes of a line of metadata.jsonl
 _METADATA = "metadata.jsonl"
 _PARTS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
@@ -28,12 +28,12 @@ _DOMAINS = ("a", "b")
 
 
 class NoTestPartError(DataError):
-    """A data set has no part to test on."""
+    """A data set has no test part."""
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """The images of a folder, and what is known of each."""
+    """The images in a folder, and what is known of each."""
 
     folder: Path
     images: Sequence[Path]
@@ -52,21 +52,21 @@ def load_folder(path: Path, image_size: int, split: Split, *, strict: bool) -> I
     """The data set at `path`; see `load_dataset`.
 
     Raises:
-        NoTestPartError: `split` is "test", and there is no such part.
-        DataError: what the path holds is of no use; the message says what was found.
+        NoTestPartError: `split` is "test", and there is no test part.
+        DataError: the folder is not a data set; the message says what it holds.
     """
     if not path.is_dir():
         raise DataError(f"{path} is not a folder" if path.exists() else f"{path} is not there")
-    if found := published.load(path, image_size, split):
-        return found
+    if data := published.load(path, image_size, split):
+        return data
     folders, training = _part(path, split)
     left_out = LeftOut(strict)
     listings = [_list(folder) for folder in folders]
     channels = None
-    if split == "test" and training:  # is what the part to learn from is, down to the numbers of its classes
-        models = [_list(folder) for folder in training]
-        listings = [_labelled_as(listing, model) for listing, model in zip(listings, models, strict=True)]
-        channels = 1 if all(_looks_grey(image, image_size) for model in models for image in model.images) else 3
+    if split == "test" and training:  # the test part has the channels and the class numbers of the training part
+        trained = [_list(folder) for folder in training]
+        listings = [_labelled_as(listing, other) for listing, other in zip(listings, trained, strict=True)]
+        channels = 1 if all(_looks_grey(image, image_size) for other in trained for image in other.images) else 3
     checked = [_check(listing, image_size, left_out) for listing in listings]
     channels = channels or (1 if all(grey for _, grey in checked) else 3)
     sets = [_open(listing, channels, image_size, left_out) for listing, _ in checked]
@@ -74,8 +74,8 @@ def load_folder(path: Path, image_size: int, split: Split, *, strict: bool) -> I
 
 
 def _part(path: Path, split: Split) -> tuple[list[Path], list[Path]]:
-    """The folder of a part, or the two of its domains; and those of the part to learn from, where it has folders of its
-    own."""
+    """The folder of a part, or the two folders of its domains; and those of the training part, if it has its own
+    folders."""
     names = {name + domain for part in _PARTS.values() for name in part for domain in ("", *_DOMAINS)}
     folders: dict[str, Path] = {}
     others: list[Path] = []
@@ -98,14 +98,16 @@ def _part(path: Path, split: Split) -> tuple[list[Path], list[Path]]:
     training = [folder for folder in parts["train"] if folder is not None]
     if domains == ("",) and not training:
         if split == "test":
-            raise NoTestPartError(f"{path} holds no part to test on: no folder test, val or testA")
+            raise NoTestPartError(f"{path} holds no test part: no folder test, val or testA")
         return [path], []
     for domain, folder in zip(domains, parts[split], strict=True):
         if folder is None:
             kind = NoTestPartError if split == "test" and not any(parts[split]) else DataError
             raise kind(f"{path / (split + domain.upper())} is not there")
     if not any(parts["test"]) and (ignored := [child.name for child in others if image_paths(child)]):
-        _log.warning("of %s only %s is learned from, and not %s", path, training[0].name, ", ".join(ignored[:5]))
+        _log.warning(
+            "in %s only %s is used for training, and %s is ignored", path, training[0].name, ", ".join(ignored[:5])
+        )
     return [folder for folder in parts[split] if folder is not None], training if len(training) == len(domains) else []
 
 
@@ -129,7 +131,7 @@ def _list(folder: Path) -> _Listing:
         raise DataError(f"{folder} mixes images and folders of images: {_describe(folder)}; keep one or the other")
     elif any(by_class.values()):
         if empty := [name for name, paths in by_class.items() if not paths]:
-            raise DataError(f"{folder} has a folder a class, and {', '.join(empty[:5])} holds no image")
+            raise DataError(f"{folder} has one folder per class, but {', '.join(empty[:5])} holds no image")
         images = [path for paths in by_class.values() for path in paths]
         labels = [label for label, paths in enumerate(by_class.values()) for _ in paths]
         listing = _Listing(folder, images, labels, tuple(by_class))
@@ -139,32 +141,34 @@ def _list(folder: Path) -> _Listing:
     return listing
 
 
-def _labelled_as(held: _Listing, model: _Listing) -> _Listing:
-    """`held` with the numbers that `model` gives its classes.
+def _labelled_as(held: _Listing, trained: _Listing) -> _Listing:
+    """`held` with the class numbers of `trained`.
 
     Raises:
-        DataError: it has a class that `model` has not, or lacks labels or captions that `model` has.
+        DataError: it has a class that `trained` lacks, or lacks labels or captions that `trained` has.
     """
-    if model.captions is not None and held.captions is None:
-        raise DataError(f"{model.folder} has captions, and {held.folder} has none: it needs a {_METADATA} too")
-    if model.classes is None:
+    if trained.captions is not None and held.captions is None:
+        raise DataError(f"{trained.folder} has captions, but {held.folder} has none: it needs a {_METADATA} too")
+    if trained.classes is None:
         return held
     if held.classes is None or held.labels is None:
-        raise DataError(f"{model.folder} has a folder a class, and {held.folder} has not: sort its images into such")
+        raise DataError(
+            f"{trained.folder} has one folder per class, but {held.folder} does not: sort its images likewise"
+        )
     for name in held.classes:
-        if name not in model.classes:
-            near = {known.lower(): known for known in model.classes}
+        if name not in trained.classes:
+            near = {known.lower(): known for known in trained.classes}
             hint = difflib.get_close_matches(name.lower(), near, 1)
             raise DataError(
-                f"{held.folder} has a class {name!r}, and {model.folder} has not"
+                f"{held.folder} has a class {name!r}, but {trained.folder} does not"
                 + (f": did you mean {near[hint[0]]!r}?" if hint else "")
             )
-    numbers = [model.classes.index(name) for name in held.classes]
-    return replace(held, classes=model.classes, labels=[numbers[label] for label in held.labels])
+    numbers = [trained.classes.index(name) for name in held.classes]
+    return replace(held, classes=trained.classes, labels=[numbers[label] for label in held.labels])
 
 
 def _check(listing: _Listing, image_size: int, left_out: LeftOut) -> tuple[_Listing, bool]:
-    """The images that can be used, as far as their headers show, and whether all of them are grey."""
+    """The images that can be used, judging by their headers, and whether all of them are grey."""
     headers = read_headers(listing.images, image_size, left_out)
     usable = {index: header for index, header in enumerate(headers) if header is not None}
     return listing.take([*usable]), all(header.grey for header in usable.values())
@@ -174,8 +178,8 @@ def _open(listing: _Listing, channels: int, image_size: int, left_out: LeftOut) 
     files = ImageFiles(listing.images, channels, image_size, left_out)
     pixels: ImageFiles | torch.Tensor = files
     if len(listing.images) * channels * image_size**2 <= _MAX_IN_MEMORY:
-        good, pixels = files.read_good()
-        listing = listing.take(good)
+        usable, pixels = files.read_usable()
+        listing = listing.take(usable)
     if len(listing.images) < 2:
         why = f": {left_out.first}" if left_out.first else ""
         raise DataError(f"fewer than 2 of the images in {listing.folder} can be used{why}")
@@ -191,7 +195,7 @@ def _looks_grey(path: Path, image_size: int) -> bool:
 
 
 def _read_metadata(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Path and text of each line of metadata.jsonl, the form of Hugging Face's image folders."""
+    """Path and text of each line of metadata.jsonl, in the format of Hugging Face's image folders."""
     path = folder / _METADATA
     root = folder.resolve()
     count = 0
@@ -212,7 +216,7 @@ def _read_metadata(folder: Path) -> Iterator[tuple[Path, str]]:
                 raise DataError(f'{where} has no {missing}: each line is {{"file_name": "1.png", "text": "a caption"}}')
             image = folder / name
             if "\0" in name or not image.resolve().is_relative_to(root) or not image.is_file():
-                raise DataError(f"{where} names {name!r}, which is no file in {folder}")
+                raise DataError(f"{where} names {name!r}, which is not a file in {folder}")
             count += 1
             yield image, text
     if not count:

@@ -15,27 +15,27 @@ def list_datasets() -> list[str]:
 def load_dataset(
     name_or_path: str, image_size: int = 32, *, split: Literal["train", "test"] = "train", strict: bool = False
 ) -> ImageDataset | DomainPair:
-    """A data set that comes with fastgen's extras, by name, or one on disk, by path.
+    """Loads a data set: by name one that is part of fastgen's extras, or by path one on disk.
 
     Args:
-        name_or_path: one of `list_datasets()`, or a folder: of images; with a folder of images a class; with `trainA`,
-            `trainB`, `testA`, `testB`; with `metadata.jsonl` (a line an image: {"file_name": ..., "text": caption}); or
-            with the files of MNIST or CIFAR-10. Folders `train` and `test` (or `val`, `valid`, `validation`), in upper
-            or lower case, are the two splits; the classes of the second have the numbers that they have in the first.
+        name_or_path: one of `list_datasets()`, or a folder: of images; with one folder of images per class; with
+            `trainA`, `trainB`, `testA`, `testB`; with `metadata.jsonl` (one line per image: {"file_name": ..., "text":
+            caption}); or with the files of MNIST or CIFAR-10. Folders `train` and `test` (or `val`, `valid`,
+            `validation`), in upper or lower case, are the two splits; a class has the same number in both.
         image_size: height and width of the images.
-        split: the part to learn from, or the part held out to measure with. No image is in both.
-        strict: an image that cannot be used (damaged, smaller than `image_size`, with levels of unknown meaning: see
-            `read_image`) is an error; otherwise it is named in the log and left out. What a header shows is found at
-            once; in a set too large for memory, an image that is damaged further on is found when it is drawn, and
-            another stands in for it.
+        split: the part to train on, or the part held out to measure with. No image is in both.
+        strict: raise an error for an image that cannot be used (damaged, smaller than `image_size`, with an unknown
+            range of values: see `read_image`); otherwise it is named in the log and left out. Headers are checked at
+            once. In a set too large for memory, other damage is found when the image is drawn, and another image takes
+            its place.
 
     Returns:
-        A `DomainPair` for two domains (the paths with `trainA` and `trainB`), else an `ImageDataset`.
+        A `DomainPair` for two domains (folders with `trainA` and `trainB`), otherwise an `ImageDataset`.
 
     Raises:
-        UsageError: unknown name (the message holds the nearest) or a size below 1.
-        DataError: the package that holds the data is not installed, or what the path holds is of no use; the message
-            says what, for example a class of the part to test on that the part to learn from has not.
+        UsageError: unknown name (the message has the nearest names) or a size out of range.
+        DataError: the package with the data is not installed, or the folder is not a data set; the message says why,
+            for example because the test part has a class that the training part lacks.
     """
     if not 1 <= image_size <= 4096:
         raise UsageError(f"image_size must be between 1 and 4096, not {image_size}")

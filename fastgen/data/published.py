@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ _CIFAR_RECORD = 3073  # a label and 3x32x32 bytes
 
 
 def load(path: Path, image_size: int, split: Split) -> ImageDataset | None:
-    """The data set whose files lie in `path`, or in the folder below that torchvision makes; None if there is none.
+    """The data set whose files are in `path`, or in the subfolder that torchvision makes; None if there is none.
 
     Raises:
         DataError: a file is damaged, or labels are missing or out of range.
@@ -54,21 +55,14 @@ def load(path: Path, image_size: int, split: Split) -> ImageDataset | None:
 def _dataset(
     path: Path, pixels: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], image_size: int
 ) -> ImageDataset:
-    if len(pixels) != len(labels):
-        raise DataError(f"{path} has {len(pixels)} images, but there are {len(labels)} labels")
     if len(pixels) < 2:
         raise DataError(f"{path} has {len(pixels)} images: at least 2 are needed")
-    if not 0 <= labels.min() <= labels.max() < len(classes):
-        raise DataError(
-            f"the labels of {path} run from {labels.min()} to {labels.max()}; they must be 0 to {len(classes) - 1}"
-        )
     images = torch.from_numpy(np.array(pixels))
     if images.shape[2] != image_size:
         images = torch.cat([_resize(part, image_size) for part in images.split(4096)])
     captions = DIGIT_CAPTIONS if classes is DIGITS else [f"a photo of {_article(name)} {name}" for name in classes]
-    return ImageDataset(
-        str(path.parent), images, torch.from_numpy(labels.astype(np.int64)), classes, [captions[i] for i in labels]
-    )
+    data = ImageDataset(str(path.parent), images, torch.from_numpy(labels.astype(np.int64)), classes)
+    return replace(data, captions=[captions[label] for label in labels])
 
 
 def _article(word: str) -> str:
@@ -105,7 +99,7 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
         raise DataError(f"{path} is not an IDX file of bytes in {dimensions} dimensions")
     shape = [int(size) for size in np.frombuffer(content[4:header], ">u4")]
     if math.prod(shape) != len(content) - header:
-        raise DataError(f"{path} is damaged: it names {shape} values and holds {len(content) - header}")
+        raise DataError(f"{path} is damaged: its header says {shape} values, but it holds {len(content) - header}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -131,7 +125,7 @@ def _read_cifar_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles plain values and NumPy arrays, and calls nothing else, whatever the file names."""
+    """Unpickles plain values and NumPy arrays, and refuses anything else that the file names."""
 
     _ALLOWED = frozenset(
         (module, name)
@@ -141,5 +135,5 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._ALLOWED:
-            raise DataError(f"the file names {module}.{name}, which is no array: it is not opened")
+            raise DataError(f"the file names {module}.{name}, which is not an array: it is not opened")
         return super().find_class(module, name)

@@ -5,8 +5,8 @@ from torch import Tensor
 class BatchSampler:
     """Endless shuffled batches of indices into `size` items.
 
-    The epochs follow one another without a gap, so every batch is full. An epoch's order depends on the seed and on its
-    number alone, so `position`, the count of items drawn so far, is all there is to save.
+    Epochs follow one another without a gap, so every batch is full. An epoch's order depends only on the seed and the
+    epoch's number, so `position`, the number of items drawn so far, is the whole state.
 
     Example:
         >>> sampler = BatchSampler(size=1797, batch_size=64, seed=0)
@@ -34,7 +34,7 @@ class BatchSampler:
         return torch.cat(parts)
 
     def peek(self) -> Tensor:
-        """What `next` will return."""
+        """The batch that `next` will return."""
         position = self.position
         indices = self.next()
         self.position = position

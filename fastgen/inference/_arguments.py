@@ -1,4 +1,9 @@
-"""What a forward may be called with, and what it asks of that: each answer is a path of its own."""
+"""What a forward may be called with, for tracing: the values of its arguments, and what code may ask of them.
+
+Tracing follows one path through a forward at a time. `argument_combinations` lists the calls to trace (an optional
+argument is given or not, None or not); the proxies here turn each question about a traced value that has a yes or no
+answer into a branch, both sides of which are traced, and raise UntraceableError for questions with more answers.
+"""
 
 from __future__ import annotations
 
@@ -11,94 +16,94 @@ from typing import Any
 
 from torch import fx
 
-from fastgen.inference._bytecode import questions
+from fastgen.inference._bytecode import argument_checks
 
-_ANY, _ABSENT = object(), object()
-
-
-class UntraceableError(BaseException):  # past the `except Exception` of the code that is traced
-    """The dataflow of a forward is not known; the message says why."""
+_ANY_TENSOR, _ABSENT = object(), object()
 
 
-def ways(forward: FunctionType, functions: Sequence[FunctionType]) -> Iterator[dict[str, Any]]:
-    """What the arguments of a forward may be besides tensors: those that are fixed, by name.
+class UntraceableError(BaseException):  # a BaseException passes the `except Exception` of the code that is traced
+    """The dataflow of a forward cannot be found; the message says why."""
 
-    Each is a tensor, or its default, or None if forward or one of these functions may ask for that; *args and **kwargs
-    may be empty. Raises UntraceableError if forward asks what else one is.
+
+def argument_combinations(forward: FunctionType, functions: Sequence[FunctionType]) -> Iterator[dict[str, Any]]:
+    """The calls of a forward to trace: for each, the arguments that are no tensors, by name, with their values.
+
+    An argument is a tensor, its default, or None where forward or one of these functions may compare it with None;
+    *args and **kwargs may be empty. Raises UntraceableError if forward checks an argument in other ways.
     """
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     names = {parameter.name for parameter in parameters}
-    in_forward, asked = questions(forward.__code__)
-    if asked & names:
-        raise UntraceableError(f"it asks what {' and '.join(sorted(asked & names))} is")
-    elsewhere = set().union(*(questions(f.__code__).none for f in functions if f is not forward))
-    compared = in_forward if in_forward <= names and not elsewhere else names
+    compared_in_forward, checked = argument_checks(forward.__code__)
+    if checked & names:
+        raise UntraceableError(f"it asks what {' and '.join(sorted(checked & names))} is")
+    compared_elsewhere = set().union(*(argument_checks(f.__code__).for_none for f in functions if f is not forward))
+    compared = compared_in_forward if compared_in_forward <= names and not compared_elsewhere else names
     values: dict[str, list[Any]] = {}
     for parameter in parameters:
         if parameter.kind == parameter.VAR_POSITIONAL:
-            values[f"*{parameter.name}"] = [_ANY, ()]
+            values[f"*{parameter.name}"] = [_ANY_TENSOR, ()]
         elif parameter.kind == parameter.VAR_KEYWORD:
-            values[f"**{parameter.name}"] = [_ANY, {}]
+            values[f"**{parameter.name}"] = [_ANY_TENSOR, {}]
         else:
             default = [] if parameter.default is parameter.empty else [parameter.default]
             none = [None] if parameter.name in compared and default != [None] else []
-            values[parameter.name] = [_ANY, *default, *none]
-    for way in itertools.product(*values.values()):
-        yield {name: value for name, value in zip(values, way, strict=True) if value is not _ANY}
+            values[parameter.name] = [_ANY_TENSOR, *default, *none]
+    for combination in itertools.product(*values.values()):
+        yield {name: value for name, value in zip(values, combination, strict=True) if value is not _ANY_TENSOR}
 
 
-class Value(fx.Proxy):
-    """A traced value. What Python makes of it by itself is not known: numbers, and what a dictionary has at it."""
+class TracedValue(fx.Proxy):
+    """A traced value. Python's conversions of it are unknown: to numbers, and to a key of a dictionary or set."""
 
     def _unknown(self) -> Any:
-        raise UntraceableError("it makes a Python number of a value, or looks it up in a dictionary or set")
+        raise UntraceableError("it converts a value to a Python number, or looks it up in a dictionary or set")
 
     __int__ = __float__ = __complex__ = __index__ = __len__ = __hash__ = _unknown
 
     def __getattr__(self, name: str) -> Any:
-        return _Attribute(self, name)
+        return _TracedAttribute(self, name)
 
 
-class _Attribute(Value, fx.proxy.Attribute):
-    __hash__ = Value.__hash__
+class _TracedAttribute(TracedValue, fx.proxy.Attribute):
+    __hash__ = TracedValue.__hash__
 
 
-class Given(Value):
-    """*args or **kwargs, of which there are some: each that is looked up is there or not, and None or not."""
+class VariadicArguments(TracedValue):
+    """*args or **kwargs that are not empty. Whether they hold an entry, and whether it is None, are branches."""
 
     tracer: Any
 
     def __init__(self, node: fx.Node, tracer: Any):
         super().__init__(node, tracer)
-        self._values: dict[Any, Any] = {}
+        self._entries: dict[Any, Any] = {}
 
-    def _value(self, key: Any, may_be_none: bool = True) -> Any:
-        if key not in self._values:
-            self._values[key] = _ABSENT
+    def _entry(self, key: Any, may_be_none: bool = True) -> Any:
+        if key not in self._entries:
+            self._entries[key] = _ABSENT
             if self.tracer.to_bool(self):
                 is_none = may_be_none and self.tracer.to_bool(self)
-                self._values[key] = None if is_none else super().__getitem__(key)  # type: ignore[misc]
-        return self._values[key]
+                self._entries[key] = None if is_none else super().__getitem__(key)  # type: ignore[misc]
+        return self._entries[key]
 
     def __getitem__(self, key: Any) -> Any:
         if not isinstance(key, (str, int)):
             return super().__getitem__(key)  # type: ignore[misc]
-        value = self._value(key)
+        value = self._entry(key)
         if value is _ABSENT:
-            self.tracer.raised = (KeyError if isinstance(key, str) else IndexError)(key)
-            raise self.tracer.raised
+            self.tracer.expected_error = (KeyError if isinstance(key, str) else IndexError)(key)
+            raise self.tracer.expected_error
         return value
 
     def __contains__(self, key: Any) -> bool:
-        return self._value(key) is not _ABSENT
+        return self._entry(key) is not _ABSENT
 
     def get(self, key: Any, default: Any = None) -> Any:
-        value = self._value(key, may_be_none=default is not None)
+        value = self._entry(key, may_be_none=default is not None)
         return default if value is _ABSENT else value
 
     def pop(self, key: Any, *default: Any) -> Any:
         value = self.get(key, *default) if default else self[key]
-        self._values[key] = _ABSENT
+        self._entries[key] = _ABSENT
         return value
 
     def __getattr__(self, name: str) -> Any:
@@ -113,31 +118,31 @@ def _len(value: Any) -> Any:
     return len(value)
 
 
-def _isinstance(value: Any, kinds: Any) -> bool:
-    return value.tracer.to_bool(value) if isinstance(value, fx.Proxy) else isinstance(value, kinds)
+def _isinstance(value: Any, classes: Any) -> bool:
+    return value.tracer.to_bool(value) if isinstance(value, fx.Proxy) else isinstance(value, classes)
 
 
 @contextlib.contextmanager
-def asked_by(functions: Sequence[FunctionType]) -> Iterator[None]:
-    """len() of what is traced is a value, and isinstance() a branch, where the files of these functions ask."""
-    names = {"len": _len, "isinstance": _isinstance}
-    homes = {id(function.__globals__): function.__globals__ for function in functions}
-    shadowed = [(home, name) for home in homes.values() for name in names if name not in home]
-    for home, name in shadowed:
-        home[name] = names[name]
+def watched_builtins(functions: Sequence[FunctionType]) -> Iterator[None]:
+    """In the files of these functions, len() of a traced value is a traced value, and isinstance() of one a branch."""
+    replacements = {"len": _len, "isinstance": _isinstance}
+    files = {id(function.__globals__): function.__globals__ for function in functions}
+    shadowed = [(variables, name) for variables in files.values() for name in replacements if name not in variables]
+    for variables, name in shadowed:
+        variables[name] = replacements[name]
     try:
         yield
     finally:
-        for home, name in shadowed:
-            del home[name]
+        for variables, name in shadowed:
+            del variables[name]
 
 
 def is_watched(frame: FrameType) -> bool:
-    """Whether a running function's file is one of asked_by's."""
+    """Whether a running function is in one of the files of watched_builtins."""
     return frame.f_globals.get("isinstance") is _isinstance
 
 
-def asks_for_types(frame: FrameType) -> bool:
-    """Whether a running function asks for the type of a value, by what asked_by does not see."""
+def checks_types(frame: FrameType) -> bool:
+    """Whether a running function checks the type of a value in a way that watched_builtins does not see."""
     names = frame.f_code.co_names
     return "is_tensor" in names or ("isinstance" in names and not is_watched(frame))

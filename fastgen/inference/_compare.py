@@ -1,5 +1,5 @@
-"""Whether what stands for a module computes what it does: rounding is told from a fault, and a state that changes is
-found."""
+"""Whether a plan or graphs compute what the module does: rounding is told from faults, and state that changes from call
+to call is found."""
 
 from __future__ import annotations
 
@@ -12,50 +12,49 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fastgen.inference._call import Inputs
 from fastgen.inference._readers import UnsupportedError, first_line
 from fastgen.inference._record import tensors, unfused
-from fastgen.inference._trace import clone, randomness
+from fastgen.inference._sandbox import Inputs, clone, copy_inputs, preserved_rng
 
-# Bits behind the point that a value keeps. In float32 those that Winograd's algorithm leaves right in one layer.
-_BITS = {"fp32": 17, "tf32": 10, "fp16": 10, "bf16": 7}
+# Bits of a value's mantissa that are right. In float32 those that Winograd's algorithm leaves right in one layer.
+_MANTISSA_BITS = {"fp32": 17, "tf32": 10, "fp16": 10, "bf16": 7}
 
 
 def compare(
-    call: Callable[..., Any], module: nn.Module, example: Inputs, precision: str, numbers: Sequence[int]
+    call: Callable[..., Any], module: nn.Module, example: Inputs, precision: str, batch_sizes: Sequence[int]
 ) -> float:
-    """The relative L2 difference of call(*inputs) from module(*inputs) over the example and other images, in batches of
-    these numbers.
+    """The relative L2 difference of call(*inputs) from module(*inputs), for the example and other images in batches of
+    these sizes.
 
-    Raises UnsupportedError where it is more than rounding makes: four times the rounding of one value, which a network
-    of a few layers reaches, or three times the difference that appears where the module itself runs in float32 with its
-    weights, and what each function returns, rounded to the precision. The latter follows a model that makes rounding
-    larger, rounds at least as often as a plan, and needs no kernels of that precision. Over 80 networks a plan's
-    difference was 0.4 to 1.3 times that; three times, since of outputs of few numbers some are near 0 by chance.
+    Raises UnsupportedError where rounding does not explain the difference. What rounding explains is the larger one of
+    two bounds: four times the rounding of one value, which a network of a few layers reaches, and three times the
+    difference that appears if the module itself runs in float32 with its weights, and the result of each function,
+    rounded to the precision. The second bound follows models that amplify rounding. It needs no kernels of that
+    precision, and rounds at least as often as a plan does. Over 80 networks a plan's difference was 0.4 to 1.3 times
+    this; the factor is three because of outputs of few numbers, some of which are near 0 by chance.
 
-    The module stays as it is: copies run, and meet the first batch once more at the end, when they have seen others.
-    All begin with the same random numbers. What draws none where the module does has kept those of its making, and is
-    refused.
+    The module is not changed: copies run. They get the first batch again at the end, after the others have left their
+    traces. All begin with the same random numbers. If the module draws random numbers and the call does not, the call
+    has kept those that were drawn when it was made, and is refused.
     """
-    batches = [tuple(_images(x, n) for x in example) for n in numbers]
+    batches = [tuple(_images(x, n) for x in example) for n in batch_sizes]
     batches.append(batches[0])
     with torch.no_grad():
-        reference = clone(module, share=False)
-        with randomness() as drawn:
+        reference = clone(module)
+        with preserved_rng() as was_used:
             expected = [_expected(reference, batch, len(example[0])) for batch in batches]
-            draws = drawn()
-        with randomness() as drawn:
-            found = [tensors(call(*copies(batch))) for batch in batches]
-            if draws and not drawn():
+            module_draws = was_used()
+        with preserved_rng() as was_used:
+            actual = [tensors(call(*copy_inputs(batch))) for batch in batches]
+            if module_draws and not was_used():
                 raise UnsupportedError("it draws random numbers, also in evaluation mode")
-        error = _error(found, expected)
-        allowed = 4 * 2.0 ** -(_BITS[precision] + 1)
+        error = _relative_error(actual, expected)
+        allowed = 4 * 2.0 ** -(_MANTISSA_BITS[precision] + 1)
         if error > allowed:
-            with randomness():
-                rounded = _rounded(
-                    module, batches[:1], _BITS[precision]
-                )  # one batch shows its size, and this takes long
-            allowed = max(allowed, 3 * _error(rounded, expected[:1]))
+            with preserved_rng():
+                # One batch is enough for the size of the difference, and this is slow.
+                rounded = _rounded_outputs(module, batches[:1], _MANTISSA_BITS[precision])
+            allowed = max(allowed, 3 * _relative_error(rounded, expected[:1]))
     if not error <= allowed:
         raise UnsupportedError(
             f"the output differs from the module's by {error:.1e} (relative L2), and rounding explains {allowed:.1e}"
@@ -65,21 +64,16 @@ def compare(
 
 def _expected(module: nn.Module, batch: Inputs, n: int) -> Inputs:
     try:
-        return tensors(module(*copies(batch)))
+        return tensors(module(*copy_inputs(batch)))
     except Exception as error:  # the model's own code may raise anything
         if len(batch[0]) == n:
             raise
         raise UnsupportedError(f"it takes {n} images, and not {len(batch[0])}: {first_line(error)}") from error
 
 
-def copies(inputs: Inputs) -> Inputs:
-    """For a module that writes into its input."""
-    return tuple(x.clone() for x in inputs)
-
-
 def _images(x: Tensor, n: int) -> Tensor:
-    """n images: x at the end, where it fits, and before it others of x's values in another order, channel by
-    channel."""
+    """A batch of n images. It ends with x, if x fits; the others have the values of x's images in another order,
+    permuted within each channel."""
     images = x[(torch.arange(n, device=x.device) - n) % len(x)]
     if x.dim() < 2 or not x.is_floating_point():
         return images
@@ -90,36 +84,38 @@ def _images(x: Tensor, n: int) -> Tensor:
     return images.view(n, *x.shape[1:])
 
 
-def _error(found: list[Inputs], expected: list[Inputs]) -> float:
-    """The relative L2 difference over all images, of the output where it is the largest. Accumulates in float64."""
+def _relative_error(actual: list[Inputs], expected: list[Inputs]) -> float:
+    """The relative L2 difference over all batches, of the output that differs most. Accumulates in float64."""
     squares: dict[int, tuple[float, float]] = {}
-    for outputs, wanted in zip(found, expected, strict=True):
-        if len(outputs) != len(wanted):
-            raise UnsupportedError(f"there are {len(outputs)} outputs where the module gives {len(wanted)}")
-        for i, (ours, theirs) in enumerate(zip(outputs, wanted, strict=True)):
-            if ours.shape != theirs.shape:
-                given = f"{tuple(ours.shape)} where the module gives {tuple(theirs.shape)}"
-                raise UnsupportedError(f"the output is {given}")
-            finite = theirs.isfinite()
-            if not torch.equal(ours.isfinite(), finite):
+    for outputs, expected_outputs in zip(actual, expected, strict=True):
+        if len(outputs) != len(expected_outputs):
+            raise UnsupportedError(f"there are {len(outputs)} outputs where the module gives {len(expected_outputs)}")
+        for i, (y, exact) in enumerate(zip(outputs, expected_outputs, strict=True)):
+            if y.shape != exact.shape:
+                shapes = f"{tuple(y.shape)} where the module gives {tuple(exact.shape)}"
+                raise UnsupportedError(f"the output is {shapes}")
+            finite = exact.isfinite()
+            if not torch.equal(y.isfinite(), finite):
                 raise UnsupportedError("the output has other non-finite entries than the module's")
-            ours, theirs = ours[finite].double(), theirs[finite].double()
-            difference, size = squares.get(i, (0.0, 0.0))
-            squares[i] = difference + float((ours - theirs).square().sum()), size + float(theirs.square().sum())
-    return max((difference / max(size, 1e-12)) ** 0.5 for difference, size in squares.values())
+            y, exact = y[finite].double(), exact[finite].double()
+            difference, norm = squares.get(i, (0.0, 0.0))
+            squares[i] = difference + float((y - exact).square().sum()), norm + float(exact.square().sum())
+    return max((difference / max(norm, 1e-12)) ** 0.5 for difference, norm in squares.values())
 
 
-def _rounded(module: nn.Module, batches: list[Inputs], bits: int) -> list[Inputs]:
-    """What the module computes where its weights and all values are rounded, in float32."""
-    rounded = clone(module, share=False)
+def _rounded_outputs(module: nn.Module, batches: list[Inputs], bits: int) -> list[Inputs]:
+    """What the module computes in float32 if its weights and all values are rounded."""
+    rounded = clone(module)
     for parameter in rounded.parameters():
         if parameter.dim() > 1:
             _round(parameter, bits)
     with unfused(rounded), _Rounding(bits):
-        return [tensors(rounded(*copies(batch))) for batch in batches]  # clone() is a function that is rounded
+        return [tensors(rounded(*copy_inputs(batch))) for batch in batches]  # clone() rounds the inputs too
 
 
 class _Rounding(TorchFunctionMode):
+    """Rounds the result of every function."""
+
     def __init__(self, bits: int):
         super().__init__()
         self.bits = bits
@@ -127,14 +123,14 @@ class _Rounding(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            # In place, so that views stay views. What is expanded was rounded before.
+            # In place, so that views stay views. An expanded tensor was rounded before.
             if isinstance(value, Tensor) and value.dtype == torch.float32 and 0 not in value.stride():
                 _round(value, self.bits)
         return result
 
 
 def _round(x: Tensor, bits: int) -> None:
-    """To the nearest number of so many bits behind the point, in place."""
+    """Rounds in place to the nearest numbers with so many mantissa bits, ties to even."""
     if bits == 7:  # faster
         x.detach().copy_(x.detach().to(torch.bfloat16))
         return
@@ -145,13 +141,13 @@ def _round(x: Tensor, bits: int) -> None:
 
 
 def changes(module: nn.Module, inputs: Inputs) -> dict[nn.Module, str]:
-    """The modules whose own state a second call on the same inputs changes, and the name of what changes first:
-    parameters, buffers, and tensors, arrays and numbers in other attributes. What the first call fills, as a cache, is
-    no change."""
+    """The modules whose own state a second call on the same inputs changes, each with the name of what changes first:
+    a parameter or buffer, or a tensor, array or number in another attribute. What the first call fills, such as a
+    cache, is not a change."""
     with torch.no_grad():
-        module(*copies(inputs))
+        module(*copy_inputs(inputs))
         before = {key: _copy(value) for key, value in _state(module)}
-        module(*copies(inputs))
+        module(*copy_inputs(inputs))
     after = dict(_state(module))
     found: dict[nn.Module, str] = {}
     names = {part: name for name, part in module.named_modules()}
@@ -179,6 +175,7 @@ def _copy(value: Any) -> Any:
 
 
 def _are_equal(a: Any, b: Any) -> bool:
+    """Also NaN equals NaN."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         same = a.shape == b.shape and a.dtype == b.dtype
         return same and bool(((a == b) | ((a != a) & (b != b))).all())

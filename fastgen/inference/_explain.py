@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.inference.fuse import fuse, fusion_report
+from fastgen.inference._fuse import fuse
+from fastgen.inference._report import fusion_report
 from fastgen.nn._run import Call, geometry_of, recorded_calls, weight_shape
 from fastgen.ops import _dispatch, _policy, _tiers
 from fastgen.ops._layout import TensorSpec, is_channels_last

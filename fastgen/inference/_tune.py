@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from fastgen.errors import UsageError
-from fastgen.inference.fuse import fuse
+from fastgen.inference._fuse import fuse
 from fastgen.ops import _candidates, _choices, _policy
 from fastgen.ops._question import Choice, Question
 from fastgen.ops._requested import requested_impl

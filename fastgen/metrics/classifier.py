@@ -8,19 +8,19 @@ from fastgen.data.bundled import load_digit_bitmaps
 from fastgen.errors import UsageError
 from fastgen.metrics._check import check_finite
 
-SURE = 0.9  # probability from which the classifier counts as sure
+SURE = 0.9  # least probability at which the classifier counts as sure
 
 
 @dataclass(frozen=True)
 class ClassifierShare:
-    """How many samples a classifier fitted on the real data recognises, and as what."""
+    """How many samples a classifier of the real data recognises, and as which classes."""
 
     share: float
-    """Share of the samples whose likeliest class has a probability of at least 0.9."""
+    """Fraction of the samples whose most probable class has a probability of at least 0.9."""
     class_shares: dict[str, float]
-    """Share of the samples whose likeliest class is this one; they sum to 1."""
+    """Fraction of the samples for which this class is the most probable; they sum to 1."""
     sure_class_shares: dict[str, float]
-    """Share of the samples that the classifier is sure are of this class; they sum to `share`."""
+    """Fraction of the samples that the classifier is sure belong to this class; they sum to `share`."""
     n: int
     """Number of samples."""
     real_share: float
@@ -30,11 +30,11 @@ class ClassifierShare:
 
 
 class DigitClassifier:
-    """Ten support vector machines, one a digit against the rest, with calibrated probabilities (Platt 1999).
+    """Ten support vector machines, one digit against the rest each, with calibrated probabilities (Platt 1999).
 
-    Fitted on three quarters of the real 8x8 digits. The ten probabilities are not normalised to sum to 1: an image that
-    is no digit to any of the ten has only small ones, where normalising would make the classifier sure of noise.
-    Fitting takes under a second and is deterministic. Images of another size are averaged down to 8x8.
+    Fitted on three quarters of the real 8x8 digits. The ten probabilities are not normalised to sum to 1, so that for
+    an image of no digit all are small; normalised, they would make the classifier sure of noise. Fitting takes less
+    than a second and is deterministic. Images of other sizes are averaged down to 8x8.
 
     Raises:
         DataError: scikit-learn is not installed.
@@ -56,13 +56,13 @@ class DigitClassifier:
         self.real_share = float((held_out.max(1) >= SURE).mean())
         self.accuracy = float((held_out.argmax(1) == held_y).mean())
         self.description = (
-            f"ten SVCs, one a digit (RBF, C=10, gamma=0.001, Platt scaling), fitted on {len(fit_y)} real digits; "
-            f"on the other {len(held_y)} its accuracy is {self.accuracy:.1%} and its share at {SURE:.0%} or more "
+            f"ten SVCs, one per digit (RBF, C=10, gamma=0.001, Platt scaling), fitted on {len(fit_y)} real digits; "
+            f"on the other {len(held_y)} its accuracy is {self.accuracy:.1%}, and it is at least {SURE:.0%} sure of "
             f"{self.real_share:.1%}; images are averaged down to 8x8"
         )
 
     def probabilities(self, images: Tensor) -> np.ndarray:
-        """Probability of each class by itself, (N, 10), of images (N, 1, H, W) in [-1, 1], H and W at least 8.
+        """Independent probability of each class, (N, 10), for images (N, 1, H, W) in [-1, 1], H and W at least 8.
 
         Raises:
             UsageError: images of another shape.
@@ -79,16 +79,16 @@ class DigitClassifier:
 
 
 def classifier_for(data: str) -> DigitClassifier | None:
-    """The classifier of data set `data`, newly fitted; None where it has none."""
+    """A newly fitted classifier of the data set `data`; None if there is none."""
     return DigitClassifier() if data == "digits" else None
 
 
 def classifier_sure_share(images: Tensor, classifier: DigitClassifier | None = None) -> ClassifierShare:
-    """Share of the images that the classifier is at least 90 % sure of, and their spread over the classes.
+    """Fraction of the images that the classifier is at least 90% sure of, and their distribution over the classes.
 
     Args:
         images: (N, 1, H, W) in [-1, 1], N > 0.
-        classifier: a new DigitClassifier unless given.
+        classifier: by default a new DigitClassifier.
     """
     if len(images) == 0:
         raise UsageError("images must hold at least one image")

@@ -1,5 +1,6 @@
-"""How near a set of generated images is to the real ones: FID, KID, Inception Score, precision and recall."""
+"""Distances between generated and real images: FID, KID, Inception Score, precision and recall."""
 
+import importlib
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -24,22 +25,22 @@ class Figure:
     """How it was measured, in words: extractor, counts, resize."""
     better: Literal["lower", "higher"]
     baseline: float | None = None
-    """What to see it beside."""
+    """The value to compare with."""
     baseline_is: str = "real images"
-    """What has that figure: other real images in the place of the generated ones, or a simple method."""
+    """What the baseline is measured on: other real images in place of the generated ones, or a simple method."""
 
 
 class Reference:
-    """The real images that generated ones are compared with, and other real ones that show what is to be had at best.
+    """The real images that generated ones are compared with, and held-out real images as a baseline.
 
     Args:
         real: images (N, C, H, W) in [-1, 1].
         held: other real images, none of which is in `real`.
-        extractor: makes the features.
+        extractor: computes the features.
 
     Raises:
-        UsageError: fewer than 10 images of a kind, or images of several shapes.
-        DataError: an image, or what the extractor makes of it, is not finite.
+        UsageError: fewer than 10 images of either kind, or images of several shapes.
+        DataError: an image, or the extractor's output for it, is not finite.
     """
 
     def __init__(self, real: Tensor, held: Tensor, extractor: FeatureExtractor) -> None:
@@ -57,12 +58,13 @@ class Reference:
         return self.extractor(images[:count], name)
 
     def compare(self, generated: Tensor, *, seed: int = 0) -> dict[str, Figure]:
-        """FID, KID, Inception Score, precision and recall of images (N, C, H, W) in [-1, 1], each beside held's.
+        """FID, KID, Inception Score, precision and recall of images (N, C, H, W) in [-1, 1], each with the value of the
+        held-out images as its baseline.
 
-        As these figures depend on the count, as many generated images are taken as there are held-out ones, at most.
+        These figures depend on the number of images, so at most as many generated images are used as are held out.
 
         Args:
-            seed: of KID's subsets and of the Inception Score's splits.
+            seed: seed of KID's subsets and of the Inception Score's splits.
 
         Returns:
             "fid" (Heusel et al. 2017, arXiv:1706.08500), "kid" (Binkowski et al. 2018, arXiv:1801.01401), "precision"
@@ -71,21 +73,18 @@ class Reference:
 
         Raises:
             UsageError: fewer than 10 images, or images of another shape.
-            DataError: an image, or what the extractor makes of it, is not finite, or torchmetrics is not installed.
+            DataError: an image, or the extractor's output for it, is not finite, or torchmetrics is not installed.
         """
         count = min(len(generated), len(self._held))
         features, logits = self._features("generated", generated, count)
         real, held = self._real, self._held[:count]
         base = (
-            f"{count} generated images against {len(real)} real ones; the real figure is of {count} other real images "
-            f"against the same; images of {self.shape[2]}x{self.shape[1]}; {self.extractor.description}"
+            f"{count} generated images against {len(real)} real ones; the baseline compares {count} other real images "
+            f"with the same; images of {self.shape[2]}x{self.shape[1]}; {self.extractor.description}"
         )
         subset = min(100, count, len(real))
         figures: dict[str, Figure] = {}
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.device("cpu"),
-        ):  # torchmetrics makes tensors where the process says
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # torchmetrics uses the process's default device
             torch.manual_seed(seed)
             figures["fid"] = Figure(_fid(features, real), f"FID, {base}", "lower", _fid(held, real))
             protocol = f"KID, mean of {_KID_SUBSETS} subsets of {subset}, {base}"
@@ -95,17 +94,17 @@ class Reference:
                 scores = (_inception_score(part, splits) for part in (logits, self._held_logits[:count]))
                 protocol = f"Inception Score, mean of {splits} splits, {base}"
                 figures["inception_score"] = Figure(next(scores), protocol, "higher", next(scores))
-        for name, mine, others in (
+        for name, generated_pair, held_pair in (
             ("precision", (features, real), (held, real)),
             ("recall", (real, features), (real, held)),
         ):
             protocol = f"{name} by the {_NEIGHBOUR} nearest neighbours, {base}"
-            figures[name] = Figure(_share_inside(*mine), protocol, "higher", _share_inside(*others))
+            figures[name] = Figure(_share_inside(*generated_pair), protocol, "higher", _share_inside(*held_pair))
         return figures
 
 
-class _Given(nn.Module):
-    """Stands for torchmetrics' network where the features are known."""
+class _Identity(nn.Module):
+    """Takes the place of torchmetrics' network, since the features are already computed."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -116,44 +115,43 @@ class _Given(nn.Module):
 
 
 def _fid(features: Tensor, real: Tensor) -> float:
-    metric = _metric("fid", "FrechetInceptionDistance", feature=_Given(features.shape[1]))
-    origin = real.double().mean(0)  # the distance is the same from anywhere, and from here rounding takes least of it
+    metric = _metric("fid", "FrechetInceptionDistance", feature=_Identity(features.shape[1]))
+    origin = real.double().mean(0)  # a common shift changes no distance, and this one minimises rounding
     metric.update(real.double() - origin, real=True)
     metric.update(features.double() - origin, real=False)
-    return max(0.0, float(metric.compute()))  # rounding leaves equal sets a little below
+    return max(0.0, float(metric.compute()))  # rounding leaves equal sets slightly below 0
 
 
 def _kid(features: Tensor, real: Tensor, subset: int) -> float:
-    given = _Given(features.shape[1])
-    metric = _metric("kid", "KernelInceptionDistance", feature=given, subsets=_KID_SUBSETS, subset_size=subset)
+    identity = _Identity(features.shape[1])
+    metric = _metric("kid", "KernelInceptionDistance", feature=identity, subsets=_KID_SUBSETS, subset_size=subset)
     metric.update(real.double(), real=True)
     metric.update(features.double(), real=False)
     return float(metric.compute()[0])
 
 
 def _inception_score(logits: Tensor, splits: int) -> float:
-    metric = _metric("inception", "InceptionScore", feature=_Given(logits.shape[1]), splits=splits)
+    metric = _metric("inception", "InceptionScore", feature=_Identity(logits.shape[1]), splits=splits)
     logits = logits.double()
-    # A class that no image is of would give 0 * log(0): a share of exp(-500) is 0 in the score too.
+    # A class without an image would give 0 * log(0); a probability of exp(-500) is 0 in the score too.
     metric.update((logits - logits.amax(1, keepdim=True)).clamp(min=-500))
     return float(metric.compute()[0])
 
 
 def _metric(module: str, name: str, **options):
-    import importlib
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that features are kept in memory
+            warnings.simplefilter("ignore")  # about features kept in memory
             return getattr(importlib.import_module(f"torchmetrics.image.{module}"), name)(**options)
     except ImportError as error:
         raise DataError(f"torchmetrics is not installed: pip install 'fastgen[demo]' ({error})") from error
 
 
 def _share_inside(points: Tensor, manifold: Tensor) -> float:
-    """Share of the points (N, D) that lie within the distance of a point of the manifold (M, D) to its third
+    """Fraction of the points (N, D) inside the manifold: nearer to one of its points (M, D) than that point's third
     neighbour."""
-    points, manifold = (x.double() - manifold[0].double() for x in (points, manifold))  # so that equal ones are at 0
-    rounding = 1e-7 * manifold.norm(dim=1).max()  # of distances, which are roots of differences of products
+    points, manifold = (x.double() - manifold[0].double() for x in (points, manifold))  # so that equal points are at 0
+    rounding = 1e-7 * manifold.norm(dim=1).max()  # of distances, computed as roots of differences of products
     radii = torch.cdist(manifold, manifold).kthvalue(_NEIGHBOUR + 1, dim=1).values  # the nearest is the point itself
     return float((torch.cdist(points, manifold) <= radii + rounding).any(1).double().mean())

@@ -1,4 +1,4 @@
-"""What images are compared by: the features of a network that was trained to tell images apart."""
+"""The features by which images are compared: those of a network that was trained to classify images."""
 
 import os
 from collections.abc import Callable
@@ -20,25 +20,24 @@ _SIDE = 32  # the small classifier sees images of at most this size
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """A network that images are compared by; any can be put here."""
+    """A network by whose features images are compared; any network will do."""
 
     network: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    """Images (N, C, H, W) in [-1, 1] -> features (N, D) and logits of classes (N, K), or None where it has no
-    classes."""
+    """Images (N, C, H, W) in [-1, 1] -> features (N, D), and logits of classes (N, K) or None if it has no classes."""
     description: str
-    """What it is, what it was trained on and how it resizes: part of the protocol of each figure."""
+    """What it is, what it was trained on and how it resizes images: part of the protocol of each figure."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor, name: str = "images") -> tuple[Tensor, Tensor | None]:
-        """Features (N, D) and logits (N, K) or None, float32 on the CPU, a few images at a time.
+        """Features (N, D) and logits (N, K) or None, float32 on the CPU, computed in batches.
 
         Args:
             images: (N, C, H, W) in [-1, 1].
-            name: of the images, for errors.
+            name: what errors call the images.
 
         Raises:
-            DataError: an image, or what the network makes of it, is not finite.
-            UsageError: the network returns something else than features and logits.
+            DataError: an image, or the network's output for it, is not finite.
+            UsageError: the network returns anything but features and logits.
         """
         check_images(name, images)
         check_finite(name, images)
@@ -46,10 +45,10 @@ class FeatureExtractor:
             parts = [self._checked(batch) for batch in images.detach().float().split(_BATCH)]
         features = torch.cat([part for part, _ in parts]).float().cpu()
         check_finite(f"the features of {name}", features)
-        found = [part for _, part in parts if part is not None]
-        if not found:
+        batches = [logits for _, logits in parts if logits is not None]
+        if not batches:
             return features, None
-        logits = torch.cat(found).float().cpu()
+        logits = torch.cat(batches).float().cpu()
         check_finite(f"the logits of {name}", logits)
         return features, logits
 
@@ -61,8 +60,8 @@ class FeatureExtractor:
             if value is None and name.startswith("logits"):
                 continue
             if not isinstance(value, Tensor) or value.dim() != 2 or len(value) != len(images):
-                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise UsageError(f"network must return {name} for N images, not {found} for {len(images)}")
+                actual = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise UsageError(f"network must return {name} for N images, not {actual} for {len(images)}")
         return result
 
 
@@ -88,38 +87,27 @@ class _Classifier(nn.Module):
 @torch.inference_mode(False)
 @torch.enable_grad()
 def train_classifier(data: ImageDataset, held: ImageDataset | None = None, *, steps: int = 200) -> FeatureExtractor:
-    """A small convolutional classifier of a real data set, whose last hidden layer gives 64 features.
+    """Trains a small convolutional classifier of a real data set, whose last hidden layer has 64 features.
 
-    Without labels it learns by how many quarters an image was turned (Gidaris et al. 2018, arXiv:1803.07728), and gives
-    no logits. Deterministic; torch's own random numbers stay as they were.
+    Without labels it learns by how many quarter turns an image was rotated (Gidaris et al. 2018, arXiv:1803.07728), and
+    returns no logits. Deterministic; the state of torch's global generator does not change.
 
     Args:
-        data: what to train on.
-        held: images that it is not trained on; the description says how many of them it classifies rightly.
-        steps: batches of 128 images.
+        data: the training data.
+        held: images that are not trained on; the description gives the accuracy on them.
+        steps: number of batches of 128 images.
 
     Raises:
-        DataError: an image is not finite, or there are none, or labels that are no classes.
+        DataError: an image is not finite, or there are none.
         UsageError: steps below 1.
     """
     if steps < 1:
         raise UsageError(f"steps must be at least 1, got {steps}")
     for part in (data,) if held is None else (data, held):
-        _check_labels(part)
-    with torch.device("cpu"), torch.autocast("cpu", enabled=False):  # whatever the process has set
+        if len(part) < 1:
+            raise DataError(f"{part.name} holds no images")
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):  # whatever defaults the process has set
         return _train_classifier(data, held, steps)
-
-
-def _check_labels(data: ImageDataset) -> None:
-    if len(data) < 1:
-        raise DataError(f"{data.name} holds no images")
-    if data.labels is None or data.classes is None:
-        return
-    if len(data.labels) != len(data):
-        raise DataError(f"{data.name} has {len(data)} images, but {len(data.labels)} labels")
-    low, high, count = int(data.labels.min()), int(data.labels.max()), len(data.classes)
-    if low < 0 or high >= count:
-        raise DataError(f"the labels of {data.name} must be 0 to {count - 1}, and run from {low} to {high}")
 
 
 def _train_classifier(data: ImageDataset, held: ImageDataset | None, steps: int) -> FeatureExtractor:
@@ -143,8 +131,8 @@ def _train_classifier(data: ImageDataset, held: ImageDataset | None, steps: int)
         schedule.step()
     model.requires_grad_(False).eval()
     first = model(_some(data, draw).images)[0]
-    mean, std = first.mean(0), first.std()  # so that figures of one data set and another are of one magnitude
-    std = std.where(std > 0, 1)  # 0 of images that are all the same
+    mean, std = first.mean(0), first.std()  # so that figures of different data sets have one magnitude
+    std = std.where(std > 0, 1)  # 0 if all images are equal
     task = f"its {classes} classes" if classes else "quarter turns, as there are no labels"
     side = min(_SIDE, data.image_size)
     resize = (
@@ -159,7 +147,7 @@ def _train_classifier(data: ImageDataset, held: ImageDataset | None, steps: int)
     if held is not None and (held.labels is not None or not classes):
         images, targets = _lesson(_some(held, draw), classes, draw)
         correct = (model(images)[1].argmax(1) == targets).float().mean().item()
-        description += f"; it is right for {correct:.1%} of {len(images)} others"
+        description += f"; its accuracy on {len(images)} others is {correct:.1%}"
 
     def network(images: Tensor) -> tuple[Tensor, Tensor | None]:
         features, logits = model(images.cpu())
@@ -169,12 +157,12 @@ def _train_classifier(data: ImageDataset, held: ImageDataset | None, steps: int)
 
 
 def _some(data: ImageDataset, draw: torch.Generator) -> Batch:
-    """At most 1024 images, drawn without order."""
+    """At most 1024 random images."""
     return data.batch(torch.randperm(len(data), generator=draw)[:1024])
 
 
 def _lesson(batch: Batch, classes: int | None, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images and what the classifier is to say of them."""
+    """Images and their targets: labels, or numbers of quarter turns."""
     if classes and batch.labels is not None:
         return batch.images, batch.labels
     turns = torch.randint(4, (len(batch),), generator=draw)
@@ -182,22 +170,22 @@ def _lesson(batch: Batch, classes: int | None, draw: torch.Generator) -> tuple[T
 
 
 def inception() -> FeatureExtractor | None:
-    """The Inception v3 of the published figures (Heusel et al. 2017, arXiv:1706.08500), where its weights are at hand.
+    """The Inception v3 of published figures (Heusel et al. 2017, arXiv:1706.08500), if its weights are on this machine.
 
-    They are the TorchScript file `inception-2015-12-05.pt` of NVlabs/stylegan3, in the file that FASTGEN_INCEPTION
-    names or in torch.hub's folder of checkpoints. It resizes by itself, to 299x299. Nothing is downloaded.
+    They are the TorchScript file `inception-2015-12-05.pt` of NVlabs/stylegan3, at the path in FASTGEN_INCEPTION or in
+    torch.hub's folder of checkpoints. The network itself resizes images to 299x299. Nothing is downloaded.
 
     Returns:
-        None where the file is not there.
+        None if there is no such file.
 
     Raises:
-        FastgenError: FASTGEN_INCEPTION names no file, or one that cannot be read.
+        FastgenError: FASTGEN_INCEPTION is not the path of a file, or the file cannot be read.
     """
     named = os.environ.get("FASTGEN_INCEPTION")
     path = Path(named) if named else Path(torch.hub.get_dir()) / "checkpoints" / "inception-2015-12-05.pt"
     if not path.is_file():
         if named:
-            raise FastgenError(f"FASTGEN_INCEPTION names {named}, where no file is")
+            raise FastgenError(f"FASTGEN_INCEPTION is {named}, but there is no such file")
         return None
     try:
         model = torch.jit.load(str(path), map_location="cpu").eval()
@@ -209,7 +197,7 @@ def inception() -> FeatureExtractor | None:
         try:
             shares = model(pixels, no_output_bias=True).clamp(min=torch.finfo(torch.float32).tiny)
             return model(pixels, return_features=True), shares.log()
-        except RuntimeError as error:  # TorchScript's, whatever it is
+        except RuntimeError as error:  # TorchScript raises it for anything
             if out_of_memory(error):
                 raise
             reason = str(error).strip().splitlines()[0]

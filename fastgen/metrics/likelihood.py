@@ -1,5 +1,4 @@
-"""How probable a model finds images: a VAE's bounds, and the Gaussian that any VAE of the same latent size should
-beat."""
+"""Likelihoods of images: a VAE's bounds, and a Gaussian that any VAE of the same latent size should beat."""
 
 import math
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 from fastgen.errors import UsageError
 from fastgen.metrics._check import check_finite
 
-_PASSES = 1024  # latents decoded at once
+_MAX_DECODED = 1024  # latents per forward pass
 
 
 @torch.no_grad()
@@ -20,44 +19,44 @@ def vae_log_likelihood(
     """Two lower bounds of log p(x), in nats, of images (N, C, H, W) in [-1, 1].
 
     Args:
-        model: with `encode(images) -> (mu, logvar)`, `decode(z)` and `nll(decoded, images)`, -log p(x|z) a sample.
-        samples: K, of z from q(z|x) an image.
+        model: with `encode(images) -> (mu, logvar)`, `decode(z)` and `nll(decoded, images)`, -log p(x|z) per image.
+        samples: K, the number of z that are drawn from q(z|x) per image.
         generator: draws them, on its device.
 
     Returns:
         The ELBO, E[log p(x|z) + log p(z) - log q(z|x)] over the K samples, and the importance-weighted bound
         log(1/K sum p(x|z) p(z) / q(z|x)) (Burda et al. 2016, arXiv:1509.00519), each (N,) float64. The second is never
-        below the first and nears log p(x) as K grows.
+        below the first and approaches log p(x) as K grows.
 
     Raises:
-        UsageError: no samples.
-        DataError: an image, or what the model makes of it, is not finite.
+        UsageError: samples below 1.
+        DataError: an image, or the model's output for it, is not finite.
     """
     if samples < 1:
         raise UsageError(f"samples must be at least 1, not {samples}")
     check_finite("images", images)
     weights = []
-    for part in images.split(max(1, _PASSES // samples)):
+    for part in images.split(max(1, _MAX_DECODED // samples)):
         mu, logvar = model.encode(part)
         device = mu.device if generator is None else generator.device
         noise = torch.randn(samples, *mu.shape, generator=generator, device=device, dtype=torch.float32).to(mu)
         z = mu + (logvar / 2).exp() * noise  # (K, n, nz)
         repeated = part.expand(samples, *part.shape).flatten(0, 1)
         log_px = -model.nll(model.decode(z.flatten(0, 1)), repeated).double().view(samples, len(part))
-        # log N(z; 0, 1) - log N(z; mu, var), in which the constants cancel
+        # log N(z; 0, 1) - log N(z; mu, var); the constants cancel
         log_ratio = (noise.square() + logvar - z.square()).double().sum(2) / 2
         weights.append(log_px + log_ratio)
     joined = torch.cat(weights, 1)
-    check_finite("what the model makes of the images", joined.T)
+    check_finite("the model's output for the images", joined.T)
     return joined.mean(0), joined.logsumexp(0) - math.log(samples)
 
 
 class PCAGaussian:
-    """The Gaussian of probabilistic PCA (Tipping and Bishop 1999): a linear VAE with `latent` dimensions at its best.
+    """The Gaussian of probabilistic PCA (Tipping and Bishop 1999): an optimal linear VAE with `latent` dimensions.
 
     Args:
-        images: (N, C, H, W), N > latent; it is fitted on them by maximum likelihood, in float64.
-        latent: principal directions with a variance of their own; all others share one.
+        images: (N, C, H, W), N > latent; the Gaussian is fitted to them by maximum likelihood, in float64.
+        latent: number of principal directions with their own variance; all others share one.
 
     Raises:
         UsageError: more directions than images or pixels.

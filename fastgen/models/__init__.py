@@ -1,5 +1,6 @@
-"""The architectures: one a file, each with a frozen config, made by name with `create_model`."""
+"""The architectures: one per file, each with a frozen config, created by name with `create_model`."""
 
+from fastgen.models._capabilities import Capabilities, Condition, capabilities
 from fastgen.models._common import evaluating
 from fastgen.models.cgan import CGAN, CGANConfig
 from fastgen.models.checkpoints import load_checkpoint
@@ -22,6 +23,8 @@ __all__ = [
     "MLPVAE",
     "VAE",
     "CGANConfig",
+    "Capabilities",
+    "Condition",
     "CycleGAN",
     "CycleGANConfig",
     "DCGANConfig",
@@ -36,6 +39,7 @@ __all__ = [
     "Text2ImageConfig",
     "UnetGenerator",
     "VAEConfig",
+    "capabilities",
     "create_model",
     "evaluating",
     "list_models",

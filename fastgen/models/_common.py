@@ -5,30 +5,43 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgen.errors import UsageError
+from fastgen.models._capabilities import Capabilities
 from fastgen.nn import Sequential
 
-_SAMPLE_BATCH = 256  # images a forward pass of `sample`, which bounds its memory
+_SAMPLE_BATCH = 256  # images per forward pass of `sample`, which bounds its memory
 
 
 class Generative(nn.Module):
-    """A model that makes images from noise (N, config.nz)."""
+    """A model that draws images from noise (N, config.nz)."""
 
     config: Any
     generate: Callable[..., Tensor]
-    """Images (N, channels, image_size, image_size) in [-1, 1], from noise (N, nz) and the conditions that a model
-    has."""
+    """Images (N, channels, image_size, image_size) in [-1, 1], from noise (N, nz) and the encoded conditions."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the model takes and gives."""
+        config = self.config
+        return Capabilities(config.image_size, config.channels, draws=True, latent_shape=(config.nz,))
+
+    def example_inputs(self, n: int) -> dict[str, tuple[Tensor, ...]]:
+        """The submodules that a training step runs ("" is the whole model), each with inputs for n images, on the
+        CPU."""
+        raise NotImplementedError
 
     def latent(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Standard normal noise (n, nz), drawn in float32 on `generator`'s device; of the model's dtype, on its device.
+        """Standard normal noise (n, nz), drawn in float32 on `generator`'s device, in the model's dtype and on its
+        device.
 
         Raises:
-            UsageError: n is no number of images, or the generator none of PyTorch's.
+            UsageError: n is not a number of images, or the generator is not a torch.Generator.
         """
         n = check_count(n)
         if not (generator is None or isinstance(generator, torch.Generator)):
@@ -39,21 +52,43 @@ class Generative(nn.Module):
         return noise.to(weight.device, weight.dtype)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """`n` images (n, channels, image_size, image_size) in [-1, 1], made in eval mode and without gradients."""
+        """`n` images (n, channels, image_size, image_size) in [-1, 1], drawn in eval mode and without gradients."""
         return self.draw(n, generator)
 
     @torch.no_grad()
     def draw(self, n: int, generator: torch.Generator | None = None, *conditions: Tensor) -> Tensor:
-        """`sample`, with the conditions (n, ...) that `generate` takes."""
+        """`sample`, with the encoded conditions (n, ...) that `generate` takes."""
         with evaluating(self):
-            parts = (tensor.split(_SAMPLE_BATCH) for tensor in (self.latent(n, generator=generator), *conditions))
-            return torch.cat([self.generate(*part) for part in zip(*parts, strict=True)])
+            batches = (tensor.split(_SAMPLE_BATCH) for tensor in (self.latent(n, generator=generator), *conditions))
+            return torch.cat([self.generate(*batch) for batch in zip(*batches, strict=True)])
+
+
+class Adversarial(Generative):
+    """A model with a `generator` of noise and encoded conditions, and a `discriminator` of images and the same."""
+
+    generator: nn.Module
+    discriminator: nn.Module
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, discriminator=self.discriminator)
+
+    def example_inputs(self, n: int) -> dict[str, tuple[Tensor, ...]]:
+        conditions = [condition.example(n) for condition in self.capabilities.conditions]
+        z = torch.randn(n, self.config.nz, dtype=torch.float32, device="cpu")
+        images = random_images(n, self.config.channels, self.config.image_size)
+        return {"generator": (z, *conditions), "discriminator": (images, *conditions)}
+
+
+def random_images(n: int, channels: int, image_size: int) -> Tensor:
+    """Uniform noise (n, channels, image_size, image_size) in [-1, 1], on the CPU."""
+    return torch.rand(n, channels, image_size, image_size, dtype=torch.float32, device="cpu") * 2 - 1
 
 
 @contextlib.contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """The model is in eval mode within the context; afterwards each of its modules has the mode that it had. What is no
-    nn.Module has no mode."""
+    """Puts the model into eval mode within the context; afterwards each of its modules has its mode back. An object
+    that is not an nn.Module has no mode."""
     modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     if modes:
         model.eval()
@@ -68,7 +103,7 @@ def check_count(n: int) -> int:
     """n as an int.
 
     Raises:
-        UsageError: it is no number of images.
+        UsageError: n is not a number of images.
     """
     with contextlib.suppress(TypeError):
         if 0 <= operator.index(n) < 2**31:
@@ -90,7 +125,8 @@ def check_noise(z: Tensor, nz: int) -> Tensor:
 
 
 def check_images(images: Tensor, channels: int, image_size: int | None = None) -> None:
-    """Raises UsageError unless images are (N, channels, image_size, image_size), or of any size, and floating-point."""
+    """Raises UsageError unless images are floating-point and (N, channels, image_size, image_size), or of any size if
+    image_size is None."""
     sizes = ("H", "W") if image_size is None else (image_size, image_size)
     if images.dim() != 4 or images.shape[1] != channels or (image_size is not None and images.shape[2:] != sizes):
         raise UsageError(f"images must be (N, {', '.join(map(str, (channels, *sizes)))}), not {tuple(images.shape)}")
@@ -99,7 +135,7 @@ def check_images(images: Tensor, channels: int, image_size: int | None = None) -
 
 
 def check_each(name: str, conditions: Tensor, n: int, *shape: int) -> None:
-    """Raises UsageError unless there is a condition (*shape) for each of n images; `name` is what they are."""
+    """Raises UsageError unless `conditions`, which the error calls `name`, are (n, *shape)."""
     if conditions.shape != (n, *shape):
         raise UsageError(f"{name} must be {(n, *shape)}, as there are {n} images, not {tuple(conditions.shape)}")
 
@@ -116,13 +152,14 @@ def normal_init(module: nn.Module) -> None:
 
 
 def norm_layer(norm: str, channels: int) -> nn.Module | None:
-    """The norms of pytorch-CycleGAN-and-pix2pix: "batch", "instance" without parameters and statistics, or "none"."""
+    """The norms of pytorch-CycleGAN-and-pix2pix: "batch", "instance" without parameters and running statistics, or
+    "none"."""
     layers = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
     return None if norm == "none" else layers[norm](channels)
 
 
 def numbered(children: list[nn.Module | None]) -> Sequential:
-    """The children under their numbers; None takes a number too."""
+    """The children, named by their positions; None takes a position too."""
     sequential = Sequential()
     for number, child in enumerate(children):
         if child is not None:

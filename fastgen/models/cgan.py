@@ -1,36 +1,35 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastgen.errors import UsageError
-from fastgen.models._common import Generative, check_count, check_each, check_images, check_noise, normal_init
+from fastgen.models._capabilities import Capabilities, Condition
+from fastgen.models._common import Adversarial, check_count, check_each, check_images, check_noise, normal_init
 from fastgen.models.dcgan import DCGANConfig, discriminator_head, discriminator_layers, generator_layers
-from fastgen.models.registry import check_choice, check_positive, register_model
+from fastgen.models.registry import register_model
 from fastgen.nn import ConditionalBatchNorm2d, Sequential
 
 
 @dataclass(frozen=True)
 class CGANConfig(DCGANConfig):
-    """Sizes of a conditional GAN: those of the DCGAN that it is made from, and how the class enters."""
+    """Sizes of a conditional GAN: those of a DCGAN, and how the class enters."""
 
     classes: int = 10
     """Number of classes."""
     embedding: int = 32
-    """Length of a class's vector beside the noise."""
+    """Length of a class's embedding, which is appended to the noise."""
     generator_norm: Literal["batch", "conditional"] = "batch"
     """Norm in the generator; "conditional" gives each class gains and biases of its own."""
-    condition: Literal["projection", "concatenation"] = "projection"
-    """How the discriminator sees the class: by an inner product with its features, or as one more channel of the
+    discriminator_conditioning: Literal["projection", "concatenation"] = "projection"
+    """How the discriminator sees the class: by an inner product with its features, or as an additional channel of the
     image."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "classes", "embedding")
-        check_choice(self, generator_norm=("batch", "conditional"), condition=("projection", "concatenation"))
+    renamed: ClassVar[dict[str, str]] = {"condition": "discriminator_conditioning"}
+    """Old name of an option -> its name, for checkpoints that were saved with it."""
 
 
 class CGANGenerator(nn.Module):
@@ -65,7 +64,7 @@ class CGANDiscriminator(nn.Module):
     def __init__(self, config: CGANConfig) -> None:
         super().__init__()
         self.config = config
-        joined = config.condition == "concatenation"
+        joined = config.discriminator_conditioning == "concatenation"
         self.main = Sequential(*discriminator_layers(config, config.channels + joined))
         self.head = discriminator_head(config)
         self.apply(normal_init)
@@ -75,7 +74,7 @@ class CGANDiscriminator(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         check_images(images, self.config.channels, self.config.image_size)
         embedded = embed(self.embedding, labels, images.shape[0]).to(images.dtype)
-        if self.config.condition == "concatenation":
+        if self.config.discriminator_conditioning == "concatenation":
             features = self.main(torch.cat([images, embedded.view(-1, 1, *images.shape[2:])], 1))
             return self.head(features).flatten()
         features = self.main(images)  # (N, C, 4, 4)
@@ -83,9 +82,9 @@ class CGANDiscriminator(nn.Module):
 
 
 @register_model("cgan", CGANConfig)
-class CGAN(Generative):
+class CGAN(Adversarial):
     """Conditional GAN (Mirza and Osindero 2014, arXiv:1411.1784) with a DCGAN's layers; the projection discriminator is
-    of Miyato and Koyama 2018 (arXiv:1802.05637).
+    by Miyato and Koyama 2018 (arXiv:1802.05637).
     """
 
     def __init__(self, config: CGANConfig) -> None:
@@ -94,6 +93,10 @@ class CGAN(Generative):
         self.generator = CGANGenerator(config)
         self.discriminator = CGANDiscriminator(config)
 
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, conditions=(Condition("labels", classes=self.config.classes),))
+
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         return self.generator(z, labels)
 
@@ -101,10 +104,10 @@ class CGAN(Generative):
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator | None = None, labels: Tensor | None = None) -> Tensor:
-        """`n` images (n, channels, image_size, image_size) in [-1, 1], made in eval mode and without gradients.
+        """`n` images (n, channels, image_size, image_size) in [-1, 1], drawn in eval mode and without gradients.
 
         Args:
-            labels: (n,) int64, the class of each; by default the classes in turn.
+            labels: (n,) int64, the class of each image; by default each class in turn.
 
         Raises:
             UsageError: labels of another shape or dtype, or out of range.
@@ -118,7 +121,7 @@ class CGAN(Generative):
 
 
 def embed(embedding: nn.Embedding, labels: Tensor, n: int) -> Tensor:
-    """The vectors (n, ...) of n images' labels.
+    """The embeddings (n, ...) of the labels of n images.
 
     Raises:
         UsageError: labels of another shape or dtype, or, on the CPU, out of range.

@@ -1,4 +1,4 @@
-"""Files of networks that other projects trained: what is in them, and which of it to load."""
+"""Loads networks that other projects trained: looks for them in a file, and picks one."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from fastgen.models.dialects import DIALECTS, KINDS, Kind, State
 from fastgen.models.unet import UnetGenerator
 
 _MAX_ENTRIES = 100_000  # dictionaries and lists in a file
-_MAX_DEPTH = 8  # of one in another
-_WRAPPERS = ("module", "_orig_mod")  # of DataParallel, AveragedModel and torch.compile, around any part of a network
-_OTHERS = {
-    (b"version https://git-lfs",): "a pointer of Git LFS: fetch the file itself with `git lfs pull`",
+_MAX_DEPTH = 8  # of nesting
+# names that DataParallel, AveragedModel and torch.compile add around any part of a network
+_WRAPPERS = ("module", "_orig_mod")
+_NOT_CHECKPOINTS = {
+    (b"version https://git-lfs",): "a Git LFS pointer: fetch the file itself with `git lfs pull`",
     (b"<!doctype", b"<html", b"<?xml"): "a web page",
 }
 
 
-class _Found(NamedTuple):
+class _Network(NamedTuple):
     """A network in a file."""
 
     name: str
@@ -41,31 +42,31 @@ def load_checkpoint(
 ) -> nn.Module:
     """The network of a checkpoint that another project saved, in eval mode, in float32 on the CPU.
 
-    No code of the file is run: `.safetensors`, or what torch.save wrote, read with weights_only=True. Dictionaries
-    around the network's tensors, the prefixes of DataParallel, Lightning, torch.compile and the like, optimizers and
-    numbers beside them are passed over. The state_dict of what is returned has the names of the original's, which loads
-    it.
+    No code of the file is run: it is `.safetensors`, or a file of torch.save that is read with weights_only=True.
+    Dictionaries around the network's tensors, prefixes such as DataParallel's, Lightning's or torch.compile's,
+    optimizers and other values are skipped. The returned network's state_dict has the original's names, so the original
+    can load it.
 
     Args:
         path: the file.
-        dialect: which project's, by the names of its tensors; "auto" looks:
+        dialect: the project that saved it; "auto" tells by the names of the tensors:
             "pytorch-examples-dcgan": netG (`DCGANGenerator`) or netD (`DCGANDiscriminator`, whose sigmoid is
             `probability`); "pytorch-examples-vae": `MLPVAE`; images are in [0, 1] there and in [-1, 1] here;
-            "pytorch-vae": PyTorch-VAE's VanillaVAE (`VAE`), with or without its experiment around it. As there, one of
-            other than 3 `in_channels` decodes 3;
+            "pytorch-vae": PyTorch-VAE's VanillaVAE (`VAE`), with or without its experiment around it. As there, it
+            decodes to 3 channels whatever its `in_channels`;
             "pytorch-cyclegan-and-pix2pix": `ResnetGenerator`, `UnetGenerator`, `PatchGAN` or `PixelDiscriminator`.
-        network: which one of a file that holds several, by the name that it has there: "netG", or with dots a part of a
-            part, "ema.netG". Without it a file must hold one.
-        dropout: of a U-Net, which the names of its tensors do not show: True, or False for one that was trained with
-            `--no_dropout`. By default as that project trains it: with dropout in pix2pix (batch norm), without in
-            CycleGAN (instance norm).
+        network: name of the network in a file that holds several: "netG", or for nested dictionaries "ema.netG". By
+            default the file must hold one.
+        dropout: whether a U-Net has dropout, which the names of its tensors do not show: False for one that was trained
+            with `--no_dropout`. The default is that project's: dropout in pix2pix (batch norm), none in CycleGAN
+            (instance norm).
 
-    A pix2pix generator there draws with dropout and the statistics of the batch unless it is told --eval: call
-    `train()` on the one that is returned to do the same.
+    That project's pix2pix generators run with dropout and batch statistics unless --eval is given: call `train()` on
+    the returned network to do the same.
 
     Raises:
         UsageError: an unknown dialect, no such network in the file, or dropout that its tensors contradict.
-        CheckpointError: no such file, a damaged one, one that holds more than tensors, none or several of that dialect.
+        CheckpointError: the file is missing, damaged, or holds more than tensors, or not exactly one network.
     """
     if dialect != "auto" and dialect not in DIALECTS:
         raise unknown_name("dialect", dialect, ("auto", *DIALECTS))
@@ -77,38 +78,38 @@ def load_checkpoint(
     content = _read(path)
     try:
         states = list(_states(content))
-        found = _choose([one for name, state in states for one in _networks(name, state)], dialect, network)
+        chosen = _choose([one for name, state in states for one in _networks(name, state)], dialect, network)
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from error
-    if found is None:
+    if chosen is None:
         known = "a known dialect" if dialect == "auto" else f"dialect {dialect}"
         raise CheckpointError(f"{path} is not of {known} ({', '.join(DIALECTS)}): {_contents(content, states)}")
     try:
-        _check_sizes(found.state, path.stat().st_size)
-        made = _filled(found.kind.read(found.state, dropout), found.state)
-    except (RuntimeError, ValueError, OverflowError) as error:  # ours, and PyTorch's of sizes that cannot be
-        where = f"{found.name!r} in {path}" if found.name else f"{path}"
-        raise CheckpointError(f"{where} looks like {found.kind.dialect} and is not: {error}") from error
-    shown = any(isinstance(module, nn.Dropout) for module in made.modules())
-    if dropout not in (None, shown) and not isinstance(made, UnetGenerator):
-        raise UsageError(f"dropout must be {shown} or left out for {path}: the names of its tensors show it")
-    return made
+        _check_sizes(chosen.state, path.stat().st_size)
+        module = _filled(chosen.kind.read(chosen.state, dropout), chosen.state)
+    except (RuntimeError, ValueError, OverflowError) as error:  # fastgen's, and PyTorch's for impossible sizes
+        where = f"{chosen.name!r} in {path}" if chosen.name else f"{path}"
+        raise CheckpointError(f"{where} looks like {chosen.kind.dialect}, but is not: {error}") from error
+    has_dropout = any(isinstance(child, nn.Dropout) for child in module.modules())
+    if dropout not in (None, has_dropout) and not isinstance(module, UnetGenerator):
+        raise UsageError(f"dropout must be {has_dropout} or left out for {path}: the names of its tensors show it")
+    return module
 
 
 def _read(path: Path) -> Any:
-    """What is in a file; tensors are on the CPU."""
+    """The content of a file, with tensors on the CPU."""
     try:
         with path.open("rb") as file:
             head = file.read(64)
         size = path.stat().st_size
     except OSError as error:
-        hint = ", and fastgen.training.load_model reads the folder of a run" if path.is_dir() else ""
+        hint = "; fastgen.training.load_model reads a run folder" if path.is_dir() else ""
         raise CheckpointError(f"{path} cannot be read: {error.strerror}{hint}") from error
     if not head:
-        raise CheckpointError(f"{path} is no checkpoint: it is empty")
-    for starts, what in _OTHERS.items():
+        raise CheckpointError(f"{path} is not a checkpoint: it is empty")
+    for starts, what in _NOT_CHECKPOINTS.items():
         if head.lstrip().lower().startswith(starts):
-            raise CheckpointError(f"{path} is no checkpoint, but {what}")
+            raise CheckpointError(f"{path} is not a checkpoint, but {what}")
     try:
         header = int.from_bytes(head[:8], "little")  # its length, in safetensors
         if path.suffix == ".safetensors" or (head[8:9] == b"{" and header < size):
@@ -123,31 +124,31 @@ def _read(path: Path) -> Any:
         named = re.search(r"(?:GLOBAL|class) (\S+)", text)
         reason = f"it names {named[1]}" if named else text.splitlines()[0]
         raise CheckpointError(
-            f"{path} holds more than tensors, or is damaged; nothing of it was run ({reason}). "
-            "Where you trust it, save the network's state_dict() alone and load that"
+            f"{path} holds more than tensors, or is damaged; none of its code was run ({reason}). "
+            "If you trust it, save only the network's state_dict() and load that"
         ) from error
     except Exception as error:  # a damaged file makes the readers raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"{path} is damaged, or no checkpoint ({reason})") from error
+        raise CheckpointError(f"{path} is damaged, or not a checkpoint ({reason})") from error
 
 
 def _check_archive(path: Path) -> None:
-    """Refuses what torch.save has not written."""
+    """Refuses archives that torch.save did not write."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     names = {entry.filename.partition("/")[2] for entry in entries}
     if "constants.pkl" in names:
         raise CheckpointError(
-            f"{path} is a program of TorchScript, which is not run: save torch.jit.load(...).state_dict() and load that"
+            f"{path} is a TorchScript program, which is not run: save torch.jit.load(...).state_dict() and load that"
         )
     if "data.pkl" not in names:
-        raise CheckpointError(f"{path} is an archive that torch.save has not written: it has no data.pkl")
+        raise CheckpointError(f"{path} is an archive that torch.save did not write: it has no data.pkl")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise CheckpointError(f"{path} is compressed, which torch.save never does")
 
 
 def _states(content: Any) -> Iterator[tuple[str, State]]:
-    """Where a dictionary or list in a file holds tensors, and these, by name; the outermost first."""
+    """The path of each dictionary or list that holds tensors, with these tensors by name; the outermost first."""
     todo: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
     seen: set[int] = set()
     while todo:
@@ -165,7 +166,7 @@ def _states(content: Any) -> Iterator[tuple[str, State]]:
 
 
 def _unwrapped(state: State) -> State:
-    """The tensors, without what modules around a part of a network add to their names."""
+    """The tensors, without the names that wrappers around parts of a network add."""
     clean: State = {}
     for name, value in state.items():
         parts = [part for part in name.split(".") if part not in _WRAPPERS]
@@ -177,16 +178,16 @@ def _unwrapped(state: State) -> State:
     return clean
 
 
-def _networks(name: str, state: State) -> Iterator[_Found]:
-    """The networks of a known kind among the tensors of one dictionary."""
+def _networks(name: str, state: State) -> Iterator[_Network]:
+    """The networks of known kinds among the tensors of one dictionary."""
     for kind in KINDS:
         for prefix in kind.prefixes(state):
             own = {full[len(prefix) :]: value for full, value in state.items() if full.startswith(prefix)}
-            yield _Found(".".join(filter(None, (name, prefix[:-1]))), kind, own)
+            yield _Network(".".join(filter(None, (name, prefix[:-1]))), kind, own)
 
 
-def _choose(networks: list[_Found], dialect: str, name: str | None) -> _Found | None:
-    """The one that was asked for; None: there is none of this dialect."""
+def _choose(networks: list[_Network], dialect: str, name: str | None) -> _Network | None:
+    """The network that was asked for; None if there is none of this dialect."""
     networks = [one for one in networks if dialect in ("auto", one.kind.dialect)]
     if name is not None and networks:
         exact = [one for one in networks if one.name == name]
@@ -203,7 +204,7 @@ def _choose(networks: list[_Found], dialect: str, name: str | None) -> _Found | 
 
 
 def _contents(content: Any, states: list[tuple[str, State]]) -> str:
-    """What a file holds, in a line."""
+    """A description of what a file holds, in one line."""
     if not states:
         return f"it holds no tensors by name, but a {type(content).__name__}"
     shown = [(name, ", ".join(list(state)[:5])) for name, state in states[:5]]
@@ -211,7 +212,7 @@ def _contents(content: Any, states: list[tuple[str, State]]) -> str:
 
 
 def _check_sizes(state: State, size: int) -> None:
-    """Refuses tensors that a file of `size` bytes does not hold, before anything is made for them."""
+    """Refuses tensors that a file of `size` bytes cannot hold, before memory is allocated for them."""
     for name, value in state.items():
         if value.is_meta:
             raise CheckpointError(f"holds no data of {name}, which was saved from the meta device")
@@ -221,23 +222,23 @@ def _check_sizes(state: State, size: int) -> None:
 
 
 def _filled(network: nn.Module, state: State) -> nn.Module:
-    """The network, made on the meta device, with the tensors of `state`, in float32."""
-    wanted = network.state_dict()
+    """The network, which is on the meta device, with the tensors of `state` in float32."""
+    expected = network.state_dict()
     filled = {}
-    for name in wanted:
+    for name in expected:
         if name not in state:
-            if not name.endswith("num_batches_tracked"):  # which PyTorch has only from 0.4.1 on
+            if not name.endswith("num_batches_tracked"):  # new in PyTorch 0.4.1
                 raise CheckpointError(f"it has no {name}")
             filled[name] = torch.zeros((), dtype=torch.int64, device="cpu")
     for name, value in state.items():
-        if name not in wanted:
-            raise CheckpointError(f"it has {name} besides")
-        if value.shape != wanted[name].shape:
-            raise CheckpointError(f"{name} is {tuple(value.shape)}, not {tuple(wanted[name].shape)}")
-        if value.layout is not torch.strided or (wanted[name].is_floating_point() and not value.is_floating_point()):
+        if name not in expected:
+            raise CheckpointError(f"it has {name} too")
+        if value.shape != expected[name].shape:
+            raise CheckpointError(f"{name} is {tuple(value.shape)}, not {tuple(expected[name].shape)}")
+        if value.layout is not torch.strided or (expected[name].is_floating_point() and not value.is_floating_point()):
             raise CheckpointError(f"{name} is of {value.dtype} and {value.layout}, not dense floating-point numbers")
-    for name, value in state.items():  # of its own memory, which parameters that are trained must not share
-        dtype = torch.float32 if wanted[name].is_floating_point() else wanted[name].dtype
+    for name, value in state.items():  # copies: parameters that are trained must not share memory
+        dtype = torch.float32 if expected[name].is_floating_point() else expected[name].dtype
         filled[name] = value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
     network.load_state_dict(filled, assign=True)
     return network.requires_grad_(True).eval()

@@ -3,17 +3,18 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fastgen.models._common import Generative, check_images, check_noise, normal_init
-from fastgen.models.registry import check_choice, check_positive, register_model
+from fastgen.models._common import Adversarial, check_images, check_noise, normal_init
+from fastgen.models.registry import register_model
 from fastgen.nn import Sequential
+from fastgen.options import check_options
 
 
 @dataclass(frozen=True)
 class DCGANConfig:
     """Sizes of a DCGAN; the defaults are those of pytorch/examples."""
 
-    image_size: int = 64
-    """Height and width of the images: 32, 64 or 128."""
+    image_size: Literal[32, 64, 128] = 64
+    """Height and width of the images."""
     channels: int = 3
     """Channels of the images."""
     nz: int = 100
@@ -23,20 +24,19 @@ class DCGANConfig:
     ndf: int = 64
     """Channels of the discriminator's first layer."""
     discriminator_norm: Literal["batch", "none"] = "batch"
-    """Norm in the discriminator. A gradient penalty wants "none"."""
+    """Norm in the discriminator. Gradient penalties need "none"."""
 
     def __post_init__(self) -> None:
-        check_choice(self, image_size=(32, 64, 128), discriminator_norm=("batch", "none"))
-        check_positive(self, "channels", "nz", "ngf", "ndf")
+        check_options(self)
 
     @property
     def multipliers(self) -> list[int]:
-        """Width of the hidden layers over ngf (ndf), from the image inwards: 1, 2, 4, ... down to 4x4 pixels."""
+        """Channels of the hidden layers divided by ngf or ndf, from the image inwards: 1, 2, 4, ..., at 4x4 pixels."""
         return [2**level for level in range(self.image_size.bit_length() - 3)]
 
 
 def generator_layers(config: DCGANConfig, inputs: int) -> list[nn.Module]:
-    """From (N, inputs, 1, 1) to images, in the order of `netG`: convolution, norm and ReLU in turn, tanh last."""
+    """From (N, inputs, 1, 1) to images, in the order of `netG`: convolution, norm, ReLU, ..., convolution, tanh."""
     widths = [config.ngf * multiplier for multiplier in reversed(config.multipliers)]
     layers: list[nn.Module] = [nn.ConvTranspose2d(inputs, widths[0], 4, 1, 0, bias=False)]
     for width, next_width in zip(widths, [*widths[1:], config.channels], strict=True):
@@ -82,7 +82,7 @@ class DCGANDiscriminator(nn.Module):
     """Images (N, channels, image_size, image_size) -> logits (N,); `probability` is their sigmoid.
 
     With discriminator_norm="batch" its state dict is that of `netD` in pytorch/examples `dcgan/main.py`, whose last
-    layer is the sigmoid. Losses want logits, so `main` ends before it.
+    layer is the sigmoid. Losses take logits, so `main` ends before it.
     """
 
     def __init__(self, config: DCGANConfig) -> None:
@@ -101,7 +101,7 @@ class DCGANDiscriminator(nn.Module):
 
 
 @register_model("dcgan", DCGANConfig)
-class DCGAN(Generative):
+class DCGAN(Adversarial):
     """Deep convolutional GAN (Radford, Metz and Chintala 2015, arXiv:1511.06434)."""
 
     def __init__(self, config: DCGANConfig) -> None:

@@ -1,5 +1,5 @@
-"""The networks of other projects: each is known by the names and kernels of its tensors, and its sizes are read from
-them."""
+"""The networks of other projects: each is recognised by the names and kernel sizes of its tensors, which also give its
+sizes."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ State = dict[str, Tensor]
 
 
 class Kind(NamedTuple):
-    """A network of a dialect."""
+    """A kind of network of a dialect."""
 
     dialect: str
     signs: dict[str, tuple[int, ...]]
-    """Names that its tensors have, and the kernel that each ends with. The first occurs once in a network."""
+    """Names of some of its tensors -> kernel size at the end of the shape. The first occurs once per network."""
     read: Callable[[State, bool | None], nn.Module]
-    """The network on the meta device, for its tensors and the dropout that was asked for. It may drop tensors.
+    """Makes the network on the meta device, from its tensors and the requested dropout. It may drop tensors.
 
     Raises:
-        CheckpointError, UsageError: the tensors are not those of such a network; says what is wrong with them.
+        CheckpointError, UsageError: the tensors are not those of such a network; the message says why.
     """
 
     def prefixes(self, state: State) -> list[str]:
-        """What stands before the names of each network of this kind in `state`."""
+        """The prefix of the names of each network of this kind in `state`."""
         first = next(iter(self.signs))
-        found = [name[: -len(first)] for name in state if name == first or name.endswith(f".{first}")]
-        return [prefix for prefix in found if all(self._has(state, prefix + name, name) for name in self.signs)]
+        candidates = [name[: -len(first)] for name in state if name == first or name.endswith(f".{first}")]
+        return [prefix for prefix in candidates if all(self._has(state, prefix + name, name) for name in self.signs)]
 
     def _has(self, state: State, full: str, name: str) -> bool:
         kernel = self.signs[name]
@@ -61,9 +61,11 @@ def _dcgan(state: State, _: bool | None) -> nn.Module:
     first, last = (_shape(state, f"main.{number}.weight") for number in (convolutions[0], convolutions[-1]))
     image_size = 2 ** (len(convolutions) + 1)
     with torch.device("meta"):
-        if "main.1.weight" in state:  # a norm follows the first transposed convolution at once
+        if "main.1.weight" in state:  # a norm directly after the first transposed convolution
             return DCGANGenerator(DCGANConfig(image_size, channels=last[1], nz=first[0], ngf=last[0]))
-        norm: Any = "none" if "main.0.bias" in state else "batch"  # fastgen's own for penalties, and the original
+        norm: Any = (
+            "none" if "main.0.bias" in state else "batch"
+        )  # fastgen's own network for penalties, or the original
         return DCGANDiscriminator(DCGANConfig(image_size, channels=first[1], ndf=first[0], discriminator_norm=norm))
 
 
@@ -89,24 +91,24 @@ def _pytorch_vae(state: State, _: bool | None) -> nn.Module:
     decoded, width = _shape(state, "final_layer.3.weight")[:2]
     with torch.device("meta"):
         vae = VAE(VAEConfig(pixels * 2**levels, channels, nz, widths))
-        if decoded != channels:  # the original decodes 3 channels, whatever it encodes
+        if decoded != channels:  # the original decodes to 3 channels, whatever it encodes
             vae.final_layer[3] = nn.Conv2d(width, decoded, 3, padding=1)
-    # the original has no such tensor, and what is loaded saves what the original loads
+    # not persistent: the original has no such tensor, and must be able to load what this network saves
     vae.register_buffer("log_std", torch.zeros((), dtype=torch.float32, device="cpu"), persistent=False)
     return vae
 
 
 def _resnet(state: State, _: bool | None) -> nn.Module:
     if any(name.endswith(".filt") for name in state):
-        raise CheckpointError("it blurs where it changes the size (.filt), which that project's networks do not")
+        raise CheckpointError("it has blurring resampling layers (.filt), which fastgen's network lacks")
     if "model.10.conv_block.0.weight" in state:
-        raise CheckpointError("its blocks pad with zeros (model.10.conv_block.0), where fastgen's pad by reflection")
+        raise CheckpointError("its blocks pad with zeros (model.10.conv_block.0), but fastgen's pad by reflection")
     norm = _norm(state, "model.1", "model.2")
     blocks = _count(state, r"model\.(\d+)\.conv_block\.\d+\.weight", start=10)
     width, inputs = _shape(state, "model.1.weight")[:2]
     outputs = _shape(state, f"model.{10 + blocks + 7}.weight")[0]
     second = state.get("model.10.conv_block.6.weight")
-    drops = second is not None and second.dim() == 4  # which takes a number in a block
+    drops = second is not None and second.dim() == 4  # dropout takes a position in a block
     with torch.device("meta"):
         return ResnetGenerator(inputs, outputs, width, blocks, norm, drops)
 
@@ -139,9 +141,8 @@ def _pixel(state: State, _: bool | None) -> nn.Module:
 
 
 def _norm(state: State, convolution: str, norm: str) -> str:
-    """The norms of a network, by a convolution (with a bias before instance norm alone) and the norm after it.
-
-    The running statistics that old versions saved with instance norms are dropped, as that project drops them.
+    """The kind of norm of a network, from a convolution (which has a bias only before instance norm) and the norm after
+    it. Running statistics that old versions saved with instance norms are dropped, as by that project.
     """
     if f"{norm}.weight" in state:
         return "batch"
@@ -153,7 +154,7 @@ def _norm(state: State, convolution: str, norm: str) -> str:
 
 
 def _count(state: State, pattern: str, start: int = 0) -> int:
-    """How many numbers from `start` on the names have without a gap, in the pattern's place."""
+    """How many consecutive numbers from `start` on the names have where the pattern has its group."""
     numbers = {int(match[1]) for name in state if (match := re.fullmatch(pattern, name))}
     return next(number for number in range(start, start + len(numbers) + 1) if number not in numbers) - start
 

@@ -3,9 +3,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fastgen.models._common import Generative, check_images, check_noise
-from fastgen.models.registry import check_choice, check_positive, register_model
+from fastgen.models._common import Adversarial, check_images, check_noise
+from fastgen.models.registry import register_model
 from fastgen.nn import Sequential
+from fastgen.options import check_options
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,7 @@ class GANConfig:
     """Norm after the generator's hidden layers."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "image_size", "channels", "nz", "width")
-        check_choice(self, generator_norm=("batch", "none"))
+        check_options(self)
 
 
 class GANGenerator(nn.Module):
@@ -63,7 +63,7 @@ class GANDiscriminator(nn.Module):
 
 
 @register_model("gan", GANConfig)
-class GAN(Generative):
+class GAN(Adversarial):
     """The first GAN: two multilayer perceptrons (Goodfellow et al. 2014, arXiv:1406.2661)."""
 
     def __init__(self, config: GANConfig) -> None:

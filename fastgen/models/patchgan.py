@@ -4,7 +4,7 @@ from fastgen.models._common import norm_layer, numbered
 
 
 class PatchGAN(nn.Module):
-    """Images (N, inputs, H, W) -> logits (N, 1, H', W'), each of a patch of the image, 70x70 pixels for three layers
+    """Images (N, inputs, H, W) -> logits (N, 1, H', W'), one per patch of the image, 70x70 pixels for three layers
     (Isola et al. 2017, arXiv:1611.07004).
 
     Its state dict is that of `NLayerDiscriminator` in pytorch-CycleGAN-and-pix2pix.
@@ -31,7 +31,7 @@ class PatchGAN(nn.Module):
 
 
 class PixelDiscriminator(nn.Module):
-    """Images (N, inputs, H, W) -> logits (N, 1, H, W), each of one pixel: a PatchGAN of 1x1 patches.
+    """Images (N, inputs, H, W) -> logits (N, 1, H, W), one per pixel: a PatchGAN with patches of 1x1.
 
     Its state dict is that of `PixelDiscriminator` in pytorch-CycleGAN-and-pix2pix.
 

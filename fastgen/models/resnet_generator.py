@@ -7,17 +7,18 @@ from fastgen.models._common import norm_layer, numbered
 
 
 class ResnetGenerator(nn.Module):
-    """Images (N, inputs, H, W) -> (N, outputs, H, W) in [-1, 1], H and W multiples of 4 from 8: convolutions, residual
-    blocks at a quarter of the size, transposed convolutions (Johnson et al. 2016, arXiv:1603.08155; Zhu et al. 2017).
+    """Images (N, inputs, H, W) -> (N, outputs, H, W) in [-1, 1], H and W multiples of 4 from 8 up: convolutions,
+    residual blocks at a quarter of the size, transposed convolutions (Johnson et al. 2016, arXiv:1603.08155; Zhu et al.
+    2017).
 
-    Its state dict is that of `ResnetGenerator` in pytorch-CycleGAN-and-pix2pix. Reflection padding is the convolutions'
-    own, so children are named as they are numbered there.
+    Its state dict is that of `ResnetGenerator` in pytorch-CycleGAN-and-pix2pix. The convolutions pad by
+    reflection themselves, so the children are named by their positions there.
 
     Args:
         width: channels of the first layer.
         blocks: residual blocks.
         norm: "instance" (without affine), "batch" or "none".
-        dropout: dropout of one half in each block.
+        dropout: dropout with probability 0.5 in each block.
     """
 
     def __init__(
@@ -25,7 +26,7 @@ class ResnetGenerator(nn.Module):
     ) -> None:
         super().__init__()
         bias = norm == "instance"
-        # None stands for a reflection pad there, which takes a number
+        # None takes the position of a reflection pad in the original
         layers = [None, _reflecting(inputs, width, 7, bias), norm_layer(norm, width), nn.ReLU(True)]
         for channels in (width, 2 * width):
             down = nn.Conv2d(channels, 2 * channels, 3, 2, 1, bias=bias)
@@ -41,7 +42,7 @@ class ResnetGenerator(nn.Module):
         height, width = images.shape[-2:]
         if height % 4 or width % 4 or min(height, width) < 8:
             raise UsageError(
-                f"images must have a height and width that are multiples of 4 from 8, not {height}x{width}"
+                f"images must have a height and width that are multiples of 4 from 8 up, not {height}x{width}"
             )
         return self.model(images)
 

@@ -1,4 +1,4 @@
-"""Captions -> vectors: a small Transformer that is trained with the model, or an encoder of Hugging Face's, as it
+"""Captions -> vectors: a small Transformer that is trained with the model, or a Hugging Face encoder that is used as it
 is."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastgen.errors import FastgenError, UsageError
 
-MAX_WORDS = 64  # of a caption; the rest is cut off
+MAX_WORDS = 64  # per caption; the rest is cut off
 _MAX_VOCABULARY = 8192
 
 
@@ -30,10 +30,10 @@ def make_vocabulary(captions: Sequence[str]) -> tuple[str, ...]:
 
 class TransformerTextEncoder(nn.Module):
     """Captions -> (N, width): a Transformer over words (Vaswani et al. 2017, arXiv:1706.03762), with the norm before
-    each part (Xiong et al. 2020, arXiv:2002.04745) and the mean over the words last.
+    each sublayer (Xiong et al. 2020, arXiv:2002.04745) and a mean over the words.
 
     Args:
-        vocabulary: the words that have vectors; all others share one.
+        vocabulary: the words that have their own vectors; all others share one.
     """
 
     def __init__(self, vocabulary: Sequence[str], width: int = 64, layers: int = 2, heads: int = 4) -> None:
@@ -66,19 +66,18 @@ class TransformerTextEncoder(nn.Module):
         tokens = self.tokens(captions)
         padding = tokens == 0
         x = self.layers(self.word(tokens) + self.position[: tokens.shape[1]], src_key_padding_mask=padding)
-        there = (~padding)[..., None].to(x.dtype)
-        return (x * there).sum(1) / there.sum(1)
+        is_word = (~padding)[..., None].to(x.dtype)
+        return (x * is_word).sum(1) / is_word.sum(1)
 
 
 class HuggingFaceTextEncoder(nn.Module):
-    """Captions -> (N, width): the mean over the tokens of a text encoder of Hugging Face's last layer, with the weights
-    it has.
+    """Captions -> (N, width): the mean over the tokens of the last layer of a Hugging Face text encoder.
 
-    It is not trained and not part of the state_dict: a checkpoint holds its name, and it is loaded when first called,
-    from the local cache or the hub (safetensors alone; no code of the repository is run).
+    It is not trained and not part of the state_dict: a checkpoint holds its name, and its weights are loaded at the
+    first call, from the local cache or the hub (only safetensors; no code of the repository is run).
 
     Args:
-        name: a model of the hub, or a folder.
+        name: a model on the hub, or a folder.
 
     Raises:
         FastgenError: transformers is not installed, or has no such encoder.
@@ -87,13 +86,13 @@ class HuggingFaceTextEncoder(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self._loaded: tuple[Any, Any] | None = None  # in a tuple, so that they are no submodules
+        self._loaded: tuple[Any, Any] | None = None  # in a tuple, so that they are not submodules
         config = self._call("AutoConfig")
-        config = getattr(config, "text_config", config)  # of one that sees images too
+        config = getattr(config, "text_config", config)  # of an encoder of texts and images
         if not hasattr(config, "hidden_size"):
-            raise FastgenError(f"text encoder {name!r} is no text encoder: its configuration names no hidden_size")
+            raise FastgenError(f"text encoder {name!r} is not a text encoder: its configuration has no hidden_size")
         self.width: int = config.hidden_size
-        # where to compute; on the CPU even where a model is made on the meta device, since no checkpoint fills it
+        # its device is where to compute; on the CPU even if a model is made on the meta device: no checkpoint fills it
         self.register_buffer("_device", torch.empty(0, dtype=torch.float32, device="cpu"), persistent=False)
 
     def _call(self, kind: str, **options: Any) -> Any:
@@ -110,16 +109,16 @@ class HuggingFaceTextEncoder(nn.Module):
     def forward(self, captions: Sequence[str]) -> Tensor:
         device: Any = self._device.device
         for caption in captions:
-            if not caption.strip():  # of some encoders no token, and the mean over none
+            if not caption.strip():  # some encoders make no token of it, and the mean needs one
                 raise UsageError(f"caption {caption!r} has no word")
-        with device:  # what transformers makes, whatever the process's default
+        with device:  # for the tensors that transformers makes
             if self._loaded is None:
                 self._loaded = self._load()
             tokenizer, encoder = self._loaded
             batch = tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt").to(device)
             x = encoder.to(device)(**batch).last_hidden_state
-            there = batch["attention_mask"][..., None].to(x.dtype)
-            return (x * there).sum(1) / there.sum(1)
+            is_token = batch["attention_mask"][..., None].to(x.dtype)
+            return (x * is_token).sum(1) / is_token.sum(1)
 
     def _load(self) -> tuple[Any, Any]:
         encoder = self._call("AutoModel", use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)

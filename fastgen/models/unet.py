@@ -10,15 +10,15 @@ from fastgen.nn import Sequential
 
 class UnetGenerator(nn.Module):
     """Images (N, inputs, H, W) -> (N, outputs, H, W) in [-1, 1], H and W multiples of 2**depth: an encoder and a
-    decoder whose layers of one size are joined (Isola et al. 2017, arXiv:1611.07004).
+    decoder with skip connections (Isola et al. 2017, arXiv:1611.07004).
 
     Its state dict is that of `UnetGenerator` in pytorch-CycleGAN-and-pix2pix.
 
     Args:
-        width: channels of the first layer; 2, 4, 8, 8, ... times as many follow.
-        depth: layers that halve the image, 8 for 256 pixels.
+        width: channels of the first layer; the next have 2, 4, 8, 8, ... times as many.
+        depth: number of layers that halve the image, 8 for 256 pixels.
         norm: "batch", "instance" (without affine) or "none".
-        dropout: dropout of one half in the decoder's layers of 8 times the width, but the innermost.
+        dropout: dropout with probability 0.5 in the decoder's layers of 8 times the width, except the innermost.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class UnetGenerator(nn.Module):
 
 
 class UnetLayers(nn.Module):
-    """`model`: a Sequential of named children, one level below the name that a checkpoint has."""
+    """A Sequential `model` of named children: the level that the names in checkpoints have."""
 
     def __init__(self, children: list[tuple[str, nn.Module | None]]) -> None:
         super().__init__()
@@ -60,11 +60,11 @@ class UnetLayers(nn.Module):
 
 
 class UnetBlock(UnetLayers):
-    """Halves, runs what is inside and doubles again; gives that beside its input, ready for the convolution around it.
+    """Halves the features, runs the block inside and doubles them again; returns its input concatenated with that.
 
-    In the original a block begins with an in-place LeakyReLU, which changes the input that is joined too, and the
-    joined features pass a ReLU. Here each activation follows the convolution and norm that it belongs to, in one op:
-    the input has passed the LeakyReLU and the output the ReLU (which commutes with dropout).
+    In the original a block begins with an in-place LeakyReLU, which also changes the skip connection, and a ReLU
+    follows the concatenation. Here each activation directly follows its convolution and norm, so that one op computes
+    them: the input has already passed the LeakyReLU, and the output the ReLU (which commutes with dropout).
     """
 
     def __init__(self, outer: int, inner: int, inside: UnetBlock | None, norm: str, dropout: bool) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from fastgen import losses
 from fastgen.errors import UsageError
-from fastgen.models._common import Generative, check_images, check_noise
-from fastgen.models.registry import MOST, check_choice, check_positive, register_model
+from fastgen.models._capabilities import Capabilities
+from fastgen.models._common import Generative, check_images, check_noise, random_images
+from fastgen.models.registry import register_model
 from fastgen.nn import Reparameterize, Sequential
+from fastgen.options import MAX_SIZE, check_options
 
 
 @dataclass(frozen=True)
@@ -19,22 +21,23 @@ class VAEConfig:
     """Sizes of a convolutional VAE; the widths are those of PyTorch-VAE."""
 
     image_size: int = 64
-    """Height and width of the images, a multiple of 2 to the number of widths."""
+    """Height and width of the images, a multiple of 2**len(widths)."""
     channels: int = 3
     """Channels of the images."""
     nz: int = 128
     """Length of the latent vector."""
     widths: tuple[int, ...] = (32, 64, 128, 256, 512)
-    """Channels of the encoder's layers, each of which halves the image; the decoder's are the same, backwards."""
+    """Channels of the encoder's layers, each of which halves the image; the decoder has the same in reverse."""
     likelihood: Literal["gaussian", "bernoulli"] = "gaussian"
-    """Distribution of a pixel given z: a Gaussian of one variance for all, or a Bernoulli of (x + 1) / 2."""
+    """Distribution of a pixel x given z: a Gaussian with one variance for all pixels, or a Bernoulli of (x + 1) / 2."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "image_size", "channels", "nz")
-        check_choice(self, likelihood=("gaussian", "bernoulli"))
+        check_options(self)
         widths = self.widths if isinstance(self.widths, (list, tuple)) else ()
-        if not 1 <= len(widths) <= 16 or any(type(width) is not int or not 1 <= width <= MOST for width in widths):
-            raise UsageError(f"widths must be 1 to 16 positive integers up to {MOST}, not {reprlib.repr(self.widths)}")
+        if not 1 <= len(widths) <= 16 or any(type(width) is not int or not 1 <= width <= MAX_SIZE for width in widths):
+            raise UsageError(
+                f"widths must be 1 to 16 positive integers up to {MAX_SIZE}, not {reprlib.repr(self.widths)}"
+            )
         object.__setattr__(self, "widths", tuple(widths))  # JSON has lists
         if self.image_size % 2 ** len(self.widths):
             raise UsageError(
@@ -44,13 +47,13 @@ class VAEConfig:
 
 
 class GaussianVAE(Generative):
-    """What the VAEs share: `encode` and `decode` are an architecture's, with a normal prior and posterior (Kingma and
-    Welling 2014, arXiv:1312.6114).
+    """What the VAEs share, with a normal prior and posterior (Kingma and Welling 2014, arXiv:1312.6114); an
+    architecture adds `encode` and `decode`.
     """
 
     log_std: Tensor
-    """Logarithm of a pixel's standard deviation given z, (), where the likelihood is Gaussian. A state_dict without it,
-    as those of other projects are, leaves it as it is.
+    """Logarithm of a pixel's standard deviation given z, (), if the likelihood is Gaussian. Loading a state_dict
+    without it, such as another project's, keeps its value.
     """
 
     def __init__(self, config: Any) -> None:
@@ -59,6 +62,13 @@ class GaussianVAE(Generative):
         self.reparameterize = Reparameterize(kl=True)
         if config.likelihood == "gaussian":
             self.register_buffer("log_std", torch.zeros(()))
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, encodes=True)
+
+    def example_inputs(self, n: int) -> dict[str, tuple[Tensor, ...]]:
+        return {"": (random_images(n, self.config.channels, self.config.image_size),)}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         if self.config.likelihood == "gaussian" and "log_std" not in self._non_persistent_buffers_set:
@@ -89,8 +99,8 @@ class GaussianVAE(Generative):
 
     @torch.no_grad()
     def fit_log_std(self, squared_error: Tensor, share: float = 1.0) -> None:
-        """Moves `log_std` by `share` of the way to its best value for a mean squared error (), which is that error's
-        own (Rybkin et al. 2021, arXiv:2006.13202); nothing without a Gaussian likelihood.
+        """Moves `log_std` by the fraction `share` towards its best value for a mean squared error (), the logarithm of
+        that error's root (Rybkin et al. 2021, arXiv:2006.13202); does nothing without a Gaussian likelihood.
         """
         if self.config.likelihood == "gaussian":
             self.log_std.lerp_(squared_error.clamp(min=1e-12).log() / 2, share)

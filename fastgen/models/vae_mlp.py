@@ -6,8 +6,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fastgen.models._common import check_images, check_noise
-from fastgen.models.registry import check_choice, check_positive, register_model
+from fastgen.models.registry import register_model
 from fastgen.models.vae import GaussianVAE
+from fastgen.options import check_options
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,17 @@ class MLPVAEConfig:
     width: int = 400
     """Units of the hidden layers."""
     likelihood: Literal["gaussian", "bernoulli"] = "bernoulli"
-    """Distribution of a pixel given z: a Gaussian of one variance for all, or a Bernoulli of (x + 1) / 2."""
+    """Distribution of a pixel x given z: a Gaussian with one variance for all pixels, or a Bernoulli of (x + 1) / 2."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "image_size", "channels", "nz", "width")
-        check_choice(self, likelihood=("gaussian", "bernoulli"))
+        check_options(self)
 
 
 @register_model("vae_mlp", MLPVAEConfig)
 class MLPVAE(GaussianVAE):
     """Variational autoencoder of two perceptrons, with the layers and the keys of pytorch/examples `vae/main.py`.
 
-    Images are in [-1, 1] here, in [0, 1] there: what its layers see and give is (x + 1) / 2.
+    Its images are in [-1, 1], while its layers work on (x + 1) / 2, in [0, 1] as the original's.
     """
 
     def __init__(self, config: MLPVAEConfig) -> None:

@@ -190,7 +190,7 @@ FORWARD = (
     ),
     Rule(
         "transposed, 4x4, stride 2", lambda c: c.geometry.transposed and c.is_four_by_two(), True,
-        "four 2x2 convolutions, one per output phase, without products with zeros", "Rows through pointers",
+        "four 2x2 convolutions, one per output phase: no products with zeros", "Rows through pointers",
     ),
     Rule(
         "3x3 without AVX-512",

@@ -60,7 +60,8 @@ class Plan:
         self._plan, self._threads = plan, threads
         self.inputs = tuple(Input(shape, None if shape else rows) for shape, rows in plan.inputs)
         self.output_shapes: tuple[tuple[int, ...], ...] = tuple(shape for shape, _ in plan.outputs)
-        self.precision = _PRECISIONS[plan.precision]
+        self.precision = _PRECISIONS[plan.precision]  # that the file asks for
+        self.runs_as = _PRECISIONS[plan.runs_as]  # on this processor: "fp32" if it does not multiply bfloat16
 
     @property
     def error(self) -> float:
@@ -98,6 +99,11 @@ class Plan:
     def images_at_once(self) -> int:
         """How many images of a batch run together, so that what lies between layers stays in the cache."""
         return self._plan.images_at_once
+
+    @property
+    def batches_to_tune(self) -> list[int]:
+        """The numbers of images for which tune() should be called: few, and many if so many run together."""
+        return self._plan.batches_to_tune
 
     def __call__(self, z: np.ndarray, *others: np.ndarray) -> Any:
         """Runs the network.

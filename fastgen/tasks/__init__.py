@@ -1,4 +1,7 @@
-"""What a trained model is used for: functions over a model and images, the same whatever trained it."""
+"""What a trained model is used for: functions of a model and images.
+
+The model may be anybody's: `fastgen.models.capabilities` says which methods a task needs.
+"""
 
 from fastgen.tasks.draw import Drawing, conditions, interpolate
 from fastgen.tasks.pictures import transform_pictures

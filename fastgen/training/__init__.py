@@ -1,6 +1,6 @@
-"""Training: one loop (`loop.py`), a recipe a system (`recipes/`), a run folder with an exactly resumable checkpoint.
+"""Training: one loop (`loop.py`), one recipe per system (`recipes/`), a run folder with a resumable checkpoint.
 
-Names load on first use, so that the configs, which the command line's help shows, cost no import of torch.
+Names are imported on first use, so that the command line's help, which shows the configs, does not import torch.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""DiffAugment: changes of images that gradients pass through (Zhao et al. 2020, arXiv:2006.10738)."""
+"""DiffAugment: differentiable augmentations (Zhao et al. 2020, arXiv:2006.10738)."""
 
 from collections.abc import Iterable
 
@@ -8,15 +8,15 @@ from torch.nn import functional as F
 
 
 def augment(images: Tensor, names: Iterable[str], generator: torch.Generator) -> Tensor:
-    """Images (N, C, H, W), each changed by itself at random in the ways named, in that order.
+    """Images (N, C, H, W), each with its own random augmentations, in the order of `names`.
 
     Args:
-        names: of "color" (brightness, saturation and contrast), "translation" (by up to an eighth of the size, zeros
-            move in) and "cutout" (a square of half the size is zero).
+        names: any of "color" (brightness, saturation and contrast), "translation" (by up to an eighth of the size,
+            padded with zeros) and "cutout" (a square of half the size is zero).
         generator: on the CPU.
     """
     for name in names:
-        images = _WAYS[name](images, generator)
+        images = _AUGMENTATIONS[name](images, generator)
     return images
 
 
@@ -36,12 +36,12 @@ def _color(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _translation(images: Tensor, generator: torch.Generator) -> Tensor:
-    size, reach = images.shape[-1], images.shape[-1] // 8
-    rows, columns = torch.randint(0, 2 * reach + 1, (2, len(images), 1), generator=generator, device="cpu").to(
+    size, most = images.shape[-1], images.shape[-1] // 8
+    rows, columns = torch.randint(0, 2 * most + 1, (2, len(images), 1), generator=generator, device="cpu").to(
         images.device
     )
     pixels = torch.arange(size, device=images.device)
-    padded = F.pad(images, (reach,) * 4).permute(0, 2, 3, 1)  # (N, H, W, C)
+    padded = F.pad(images, (most,) * 4).permute(0, 2, 3, 1)  # (N, H, W, C)
     sample = torch.arange(len(images), device=images.device)[:, None, None]
     return padded[sample, (rows + pixels)[:, :, None], (columns + pixels)[:, None, :]].permute(0, 3, 1, 2)
 
@@ -54,4 +54,4 @@ def _cutout(images: Tensor, generator: torch.Generator) -> Tensor:
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
 
 
-_WAYS = {"color": _color, "translation": _translation, "cutout": _cutout}
+_AUGMENTATIONS = {"color": _color, "translation": _translation, "cutout": _cutout}

@@ -1,7 +1,8 @@
 """A checkpoint is `checkpoint.json` and the safetensors file that it names, with that file's size and SHA-256.
 
-Both are written under a temporary name, synced and renamed; renaming the JSON commits. The tensors' name holds their
-hash, so a checkpoint never overwrites the one before it, and a process killed at any moment leaves one that loads.
+Both are written under temporary names, synced and renamed; renaming the JSON commits the checkpoint. The name of the
+tensors' file has their hash, so a checkpoint never overwrites the previous one, and a process that is killed at any
+moment leaves one that loads.
 """
 
 import hashlib
@@ -24,14 +25,14 @@ _TENSOR_FILE = re.compile(r"checkpoint-\d{6,}-[0-9a-f]{12}\.safetensors")
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Writes the checkpoint of `step`, then removes the one before it."""
-    # the clone parts tensors that share memory, which safetensors refuses
+    """Writes the checkpoint of `step`, then removes the previous one."""
+    # safetensors refuses tensors that share memory, so each is cloned
     blob = safetensors.torch.save(
         {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     )
     digest = hashlib.sha256(blob).hexdigest()
     tensor_file = f"checkpoint-{step:06d}-{digest[:12]}.safetensors"
-    for left_behind in folder.glob(".tmp-*.safetensors"):  # by a run that was killed: this one has the folder to itself
+    for left_behind in folder.glob(".tmp-*.safetensors"):  # by a killed run; no other process writes here now
         left_behind.unlink(missing_ok=True)
     write_atomically(folder / tensor_file, blob)
     entry = {"file": tensor_file, "bytes": len(blob), "sha256": digest}
@@ -43,7 +44,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: d
 
 
 def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `load_meta` and `load_tensors` return, of one step even while a run goes on in the folder.
+    """The results of `load_meta` and `load_tensors`, of one step even while a run writes to the folder.
 
     Raises:
         CheckpointError: as they do.
@@ -58,7 +59,7 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def load_meta(folder: Path) -> dict[str, Any]:
-    """The JSON part; `step` is a number of steps and `tensors` names a file, the rest is the caller's to judge.
+    """The JSON part; only `step` and `tensors` are checked, the caller checks the rest.
 
     Raises:
         CheckpointError: missing, unreadable, or not a checkpoint of this format.
@@ -68,10 +69,10 @@ def load_meta(folder: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             text = file.read(_MAX_JSON_BYTES + 1)
         if len(text) > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than any checkpoint's description")
+            raise CheckpointError(f"{path} is too large for the description of a checkpoint")
         meta = json.loads(text)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} holds no checkpoint ({NAME} is not there)") from error
+        raise CheckpointError(f"{folder} holds no checkpoint ({NAME} is missing)") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -89,7 +90,7 @@ def load_meta(folder: Path) -> dict[str, Any]:
 
 
 def load_tensors(folder: Path, meta: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors that `meta` names, on the CPU, after a check of their size and hash.
+    """The tensors that `meta` names, on the CPU, after checking their size and hash.
 
     Raises:
         CheckpointError: missing, truncated or corrupted.
@@ -104,7 +105,7 @@ def load_tensors(folder: Path, meta: dict[str, Any]) -> dict[str, Tensor]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if hashlib.sha256(blob).hexdigest() != entry.get("sha256"):
-        raise CheckpointError(f"{path} is corrupted: its SHA-256 is not the recorded one")
+        raise CheckpointError(f"{path} is corrupted: its SHA-256 does not match")
     try:
         return safetensors.torch.load(blob)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
@@ -122,7 +123,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself is on disk once the folder is
+    if os.name == "posix":  # syncing the folder puts the rename itself on disk
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

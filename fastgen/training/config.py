@@ -1,80 +1,76 @@
-"""What a run is made from. No torch here: the command line's help shows these classes."""
+"""The settings of a run. No torch here: the command line's help shows these classes.
+
+A class that only changes the default of a setting does not repeat its description, which tyro finds in the class above.
+"""
 
 import dataclasses
-import reprlib
-import sys
-import typing
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from fastgen.errors import UsageError, unknown_name
+import tyro
+
+from fastgen.errors import unknown_name
+from fastgen.options import check_options, require, with_current_names
 
 AUGMENTATIONS = ("color", "translation", "cutout")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What every system's training has in common."""
+    """The settings that all systems share."""
 
     system: ClassVar[str]
     resumable: ClassVar[frozenset[str]] = frozenset({"steps", "device", "log_every", "save_every"})
-    """What `--resume` may change; all else is part of what the run is."""
+    """What `--resume` may change; everything else defines the run."""
+    renamed: ClassVar[dict[str, str]] = {}
+    """Old name of a setting -> its name, for runs that were saved with it."""
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
         "steps": (1, 10**9), "batch_size": (1, 2**16), "log_every": (1, 10**9), "save_every": (1, 10**9),
         "seed": (0, 2**63 - 1), "lr_decay_from": (0, 1), "clip_grad": (0, 1e30), "image_size": (1, 2**14),
     }  # fmt: skip
-    """Least and greatest value of a setting; a class's own are added to those of the classes above it."""
+    """Least and greatest value of a setting; see `fastgen.options.check_options`."""
 
     data: str = "digits"
     """Data set to learn from: a name, or a path."""
     strict: bool = False
-    """An image that is damaged or too small ends the run; otherwise it is named in the log and left out."""
+    """Stop at an image that is damaged or too small; otherwise it is named in the log and left out."""
     steps: int = 5000
-    """Training steps in all."""
+    """Total number of training steps."""
     image_size: int = 32
     """Height and width of the images."""
     batch_size: int = 32
-    """Images a step."""
+    """Images per step."""
     seed: int = 0
     """Seed of weights, noise and the order of the data. The same seed gives the same bits on the same machine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a GPU if there is one."""
+    """Where to train; auto uses a GPU if there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Type of what the networks compute in; bf16 by autocast, with weights and losses in fp32."""
+    """Precision of the networks; bf16 is by autocast, with weights and losses in fp32."""
     optimizer: Literal["adam", "sgd"] = "adam"
-    """Adam, or gradient descent with momentum beta1."""
+    """Adam, or SGD with momentum beta1."""
     lr: float = 2e-3
     """Learning rate."""
     lr_decay_from: float = 0.4
-    """Share of the steps after which the learning rate falls linearly to 0; 1 keeps it."""
+    """Fraction of the steps after which the learning rate decays linearly to 0; 1 keeps it constant."""
     beta1: float = 0.0
-    """Adam's first decay rate, or the momentum of sgd."""
+    """Adam's first decay rate, or the momentum of SGD."""
     beta2: float = 0.99
     """Adam's second decay rate."""
     clip_grad: float = 0.0
-    """Greatest norm of an optimizer's gradient, which is scaled down to it; 0 does not clip."""
+    """Maximum norm of an optimizer's gradient, which is scaled down to it; 0 does not clip."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     save_every: int = 500
     """Steps between checkpoints, each with a grid of samples."""
     ema_decay: float = 0.998
-    """Decay a step of the averaged weights, which make the samples."""
+    """Decay per step of the averaged weights, which samples are drawn with."""
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            _check_type(field.name, hints[field.name], getattr(self, field.name))
-        for kind in type(self).__mro__:
-            for name, (least, most) in vars(kind).get("ranges", {}).items():
-                self._check(name, least <= getattr(self, name) <= most, f"between {least} and {most}")
+        check_options(self)
         for name in ("ema_decay", "beta1", "beta2"):
-            self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        self._check("lr", 0 < self.lr < float("inf"), "positive")
-        self._check("data", bool(self.data.strip()), "a name or a path")
-
-    def _check(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise UsageError(f"{name} must be {wanted}, not {reprlib.repr(getattr(self, name))}")
+            require(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        require(self, "lr", 0 < self.lr < float("inf"), "positive")
+        require(self, "data", bool(self.data.strip()), "a name or a path")
 
     def to_json(self) -> dict[str, Any]:
         return {"system": self.system, **dataclasses.asdict(self)}
@@ -82,7 +78,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class GANTraining(TrainConfig):
-    """What the training of GANs with one generator and one discriminator has in common."""
+    """The settings that GANs with one generator and one discriminator share."""
 
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
         "nz": (1, 2**13), "d_steps": (1, 1000), "r1_gamma": (0, 1e30), "r1_every": (1, 10**9),
@@ -94,18 +90,17 @@ class GANTraining(TrainConfig):
     loss: Literal["minimax", "non_saturating", "hinge", "least_squares", "wasserstein"] = "non_saturating"
     """Adversarial loss of both networks."""
     d_steps: int = 1
-    """Steps of the discriminator, each with images of its own, before one of the generator."""
+    """Discriminator steps, each with its own images, per generator step."""
     r1_gamma: float = 1.0
-    """Weight of the R1 gradient penalty on real images; 0 is none."""
+    """Weight of the R1 gradient penalty on real images; 0 disables it."""
     r1_every: int = 8
     """Steps between R1 penalties, each weighted by this number (lazy regularisation)."""
     gradient_penalty: float = 0.0
-    """Weight of WGAN-GP's gradient penalty; 0 is none."""
+    """Weight of WGAN-GP's gradient penalty; 0 disables it."""
     clip_weights: float = 0.0
-    """Greatest size of a weight of the discriminator, as in WGAN; 0 does not clip."""
+    """Bound on the absolute value of the discriminator's weights, as in WGAN; 0 does not clip."""
     augment: str = ""
-    """What the discriminator sees changed, real and generated alike, for small data (DiffAugment): color, translation,
-    cutout, with commas between."""
+    """Augmentations of the discriminator's images (DiffAugment), separated by commas: color, translation, cutout."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,9 +121,7 @@ class MLPGANTraining(GANTraining):
     ranges: ClassVar[dict[str, tuple[float, float]]] = {"width": (1, 2**14)}
 
     image_size: int = 28
-    """Height and width of the images."""
     nz: int = 100
-    """Length of the noise vector."""
     width: int = 256
     """Units of each hidden layer."""
     generator_norm: Literal["batch", "none"] = "none"
@@ -137,7 +130,7 @@ class MLPGANTraining(GANTraining):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.generator_norm == "batch":
-            self._check("batch_size", self.batch_size > 1, "at least 2 for generator_norm batch")
+            require(self, "batch_size", self.batch_size > 1, "at least 2 for generator_norm batch")
 
 
 @dataclass(frozen=True)
@@ -151,11 +144,13 @@ class DCGANTraining(GANTraining):
     ranges: ClassVar[dict[str, tuple[float, float]]] = {"ngf": (1, 2**13), "ndf": (1, 2**13)}
 
     image_size: Literal[32, 64, 128] = 32
-    """Height and width of the images."""
     ngf: int = 32
     """Channels of the generator's last hidden layer."""
     ndf: int = 32
     """Channels of the discriminator's first layer."""
+
+
+# tyro.conf.Suppress hides an option that has a single choice; a saved run has it and is still read.
 
 
 @dataclass(frozen=True)
@@ -164,16 +159,11 @@ class WGANTraining(DCGANTraining):
 
     system: ClassVar[str] = "wgan"
 
-    loss: Literal["wasserstein"] = "wasserstein"
-    """Adversarial loss of both networks."""
+    loss: Annotated[Literal["wasserstein"], tyro.conf.Suppress] = "wasserstein"
     d_steps: int = 5
-    """Steps of the discriminator, each with images of its own, before one of the generator."""
     lr: float = 5e-4
-    """Learning rate."""
     r1_gamma: float = 0.0
-    """Weight of the R1 gradient penalty on real images; 0 is none."""
     clip_weights: float = 0.05
-    """Greatest size of a weight of the discriminator, as in WGAN; 0 does not clip."""
 
 
 @dataclass(frozen=True)
@@ -182,16 +172,11 @@ class WGANGPTraining(DCGANTraining):
 
     system: ClassVar[str] = "wgan_gp"
 
-    loss: Literal["wasserstein"] = "wasserstein"
-    """Adversarial loss of both networks."""
+    loss: Annotated[Literal["wasserstein"], tyro.conf.Suppress] = "wasserstein"
     d_steps: int = 2
-    """Steps of the discriminator, each with images of its own, before one of the generator."""
     lr: float = 1e-3
-    """Learning rate."""
     r1_gamma: float = 0.0
-    """Weight of the R1 gradient penalty on real images; 0 is none."""
     gradient_penalty: float = 10.0
-    """Weight of WGAN-GP's gradient penalty; 0 is none."""
 
 
 @dataclass(frozen=True)
@@ -200,25 +185,24 @@ class LSGANTraining(DCGANTraining):
 
     system: ClassVar[str] = "lsgan"
 
-    loss: Literal["least_squares"] = "least_squares"
-    """Adversarial loss of both networks."""
+    loss: Annotated[Literal["least_squares"], tyro.conf.Suppress] = "least_squares"
 
 
 @dataclass(frozen=True)
 class CGANTraining(DCGANTraining):
-    """Train a conditional GAN, whose images are of the class asked for (Mirza and Osindero 2014)."""
+    """Train a conditional GAN, which draws images of a given class (Mirza and Osindero 2014)."""
 
     system: ClassVar[str] = "cgan"
     ranges: ClassVar[dict[str, tuple[float, float]]] = {"embedding": (1, 2**13)}
+    renamed: ClassVar[dict[str, str]] = {"condition": "discriminator_conditioning"}
 
     steps: int = 3000
-    """Training steps in all."""
     embedding: int = 32
-    """Length of a class's vector beside the noise."""
+    """Length of a class's embedding, which is appended to the noise."""
     generator_norm: Literal["batch", "conditional"] = "batch"
     """Norm in the generator; conditional gives each class gains and biases of its own."""
-    condition: Literal["projection", "concatenation"] = "projection"
-    """How the discriminator sees the class: by an inner product with its features, or as one more channel of the
+    discriminator_conditioning: Literal["projection", "concatenation"] = "projection"
+    """How the discriminator sees the class: by an inner product with its features, or as an additional channel of the
     image."""
 
 
@@ -228,26 +212,26 @@ class Text2ImageTraining(DCGANTraining):
 
     system: ClassVar[str] = "text2image"
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
-        "text_width": (4, 2**13), "text_layers": (1, 100), "condition": (1, 2**13)
+        "text_width": (4, 2**13), "text_layers": (1, 100), "caption_width": (1, 2**13)
     }  # fmt: skip
+    renamed: ClassVar[dict[str, str]] = {"condition": "caption_width"}
 
     steps: int = 3000
-    """Training steps in all."""
     text_encoder: str = "transformer"
-    """transformer, trained with the rest, or the name or folder of a Hugging Face text encoder, used as it is."""
+    """transformer, trained with the model, or the name or folder of a Hugging Face text encoder, used as it is."""
     text_width: int = 64
     """Width of the text encoder that is trained, a multiple of 4."""
     text_layers: int = 2
-    """Its layers."""
-    condition: int = 64
-    """Length of the vector that a caption becomes."""
+    """Layers of the text encoder that is trained."""
+    caption_width: int = 64
+    """Length of the vector that a caption is encoded as."""
 
 
 @dataclass(frozen=True)
 class VAETraining(TrainConfig):
     """Train a variational autoencoder (Kingma and Welling 2014; with beta, Higgins et al. 2017).
 
-    It reconstructs, denoises, fills in and enlarges images too.
+    It can also reconstruct, denoise, inpaint and upscale images.
     """
 
     system: ClassVar[str] = "vae"
@@ -256,30 +240,27 @@ class VAETraining(TrainConfig):
     }  # fmt: skip
 
     steps: int = 2500
-    """Training steps in all."""
     lr: float = 1e-3
-    """Learning rate."""
     beta1: float = 0.9
-    """Adam's first decay rate, or the momentum of sgd."""
     beta2: float = 0.999
-    """Adam's second decay rate."""
     architecture: Literal["conv", "mlp"] = "conv"
-    """Convolutions, or two hidden layers of units."""
+    """Convolutional, or fully connected with one hidden layer in encoder and decoder."""
     nz: int = 32
     """Length of the latent vector."""
     width: int = 16
-    """Channels of the first convolution, doubled down to 4x4 pixels; for mlp a 25th of the hidden units."""
+    """Channels of the first convolution, doubled per halving down to 4x4 pixels; mlp has 25 times as many units."""
     likelihood: Literal["gaussian", "bernoulli"] = "gaussian"
     """Distribution of a pixel given the latent vector."""
     beta: float = 1.0
     """Weight of the KL term."""
     warm_up: float = 0.1
-    """Share of the steps over which that weight grows from 0."""
+    """Fraction of the steps over which the KL term's weight grows from 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.architecture == "conv" and self.image_size >> self.halvings == 1:  # and batch norm takes two values
-            self._check("batch_size", self.batch_size > 1, f"at least 2 for image_size {self.image_size}")
+        if self.architecture == "conv" and self.image_size >> self.halvings == 1:
+            # batch norm needs two values per channel
+            require(self, "batch_size", self.batch_size > 1, f"at least 2 for image_size {self.image_size}")
 
     @property
     def halvings(self) -> int:
@@ -289,7 +270,7 @@ class VAETraining(TrainConfig):
 
 @dataclass(frozen=True)
 class CycleGANTraining(TrainConfig):
-    """Train a CycleGAN between two sets of images without pairs (Zhu et al. 2017)."""
+    """Train a CycleGAN between two unpaired sets of images (Zhu et al. 2017)."""
 
     system: ClassVar[str] = "cyclegan"
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
@@ -300,23 +281,15 @@ class CycleGANTraining(TrainConfig):
     data: str = "colour-to-grey"
     """Data set to learn from: a name, or a folder with trainA and trainB."""
     steps: int = 3000
-    """Training steps in all."""
     image_size: int = 64
-    """Height and width of the images."""
     batch_size: int = 4
-    """Images of each domain a step."""
+    """Images of each domain per step."""
     lr: float = 5e-4
-    """Learning rate."""
     beta1: float = 0.5
-    """Adam's first decay rate, or the momentum of sgd."""
     beta2: float = 0.999
-    """Adam's second decay rate."""
-    save_every: int = 500
-    """Steps between checkpoints, each with a grid of samples."""
     ema_decay: float = 0.99
-    """Decay a step of the averaged weights, which make the samples."""
     generator: Literal["unet", "resnet"] = "unet"
-    """Architecture of both generators: that of pix2pix, quicker to learn where the images stay alike, or that of
+    """Architecture of both generators: that of pix2pix, which learns faster if the images change little, or that of
     CycleGAN."""
     ngf: int = 16
     """Channels of a generator's first layer."""
@@ -327,20 +300,20 @@ class CycleGANTraining(TrainConfig):
     unet_depth: int = 4
     """Layers of a U-Net that halve the image."""
     discriminator_layers: int = 2
-    """Hidden layers of a PatchGAN after its first: 3 judges patches of 70x70 pixels, 2 of 34x34."""
+    """Hidden layers of a PatchGAN after its first: with 3 it judges patches of 70x70 pixels, with 2 of 34x34."""
     norm: Literal["batch", "instance"] = "batch"
-    """Norm of all networks. instance, the paper's, takes an image's mean and contrast away, which small patches
-    need."""
+    """Norm of all networks. The paper uses instance, which removes an image's mean and contrast; small patches need
+    them."""
     dropout: bool = False
-    """Dropout of one half in the generators."""
+    """Dropout with probability 0.5 in the generators."""
     loss: Literal["least_squares", "non_saturating", "hinge", "wasserstein", "minimax"] = "least_squares"
-    """Adversarial loss."""
+    """Adversarial loss of all networks."""
     cycle: float = 10.0
     """Weight of the cycle loss."""
     identity: float = 0.5
-    """Weight of the identity loss, times that of the cycle loss; needs domains of as many channels."""
+    """Weight of the identity loss relative to the cycle loss; needs domains with equal numbers of channels."""
     pool_size: int = 50
-    """Generated images of each domain that are kept for the discriminator to see again; 0 shows it the newest."""
+    """Generated images of each domain that are kept to show the discriminator again; 0 shows it only new ones."""
 
 
 CONFIGS: dict[str, type[TrainConfig]] = {
@@ -362,21 +335,9 @@ def config_from_json(values: dict[str, Any]) -> TrainConfig:
     system = str(options.pop("system", None))
     if system not in CONFIGS:
         raise unknown_name("system", system, CONFIGS)
+    options = with_current_names(CONFIGS[system], options)
     known = [field.name for field in dataclasses.fields(CONFIGS[system])]
     for name in options:
         if name not in known:
             raise unknown_name(f"option of {system}", name, known)
     return CONFIGS[system](**options)
-
-
-def _check_type(name: str, wanted: Any, value: Any) -> None:
-    if typing.get_origin(wanted) is Literal:
-        choices = typing.get_args(wanted)
-        if value not in choices:
-            raise UsageError(f"{name} must be one of {', '.join(map(str, choices))}, not {reprlib.repr(value)}")
-    elif wanted is float:
-        number = isinstance(value, float) or (type(value) is int and abs(value) <= sys.float_info.max)
-        if not number:
-            raise UsageError(f"{name} must be a number, not {reprlib.repr(value)}")
-    elif type(value) is not wanted:
-        raise UsageError(f"{name} must be of type {wanted.__name__}, not {reprlib.repr(value)}")

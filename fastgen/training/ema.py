@@ -9,13 +9,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class EMA:
-    """Exponential moving average of the parameters of parts of a model, by their names; "" is the whole model.
+    """Exponential moving average of the parameters of some submodules of a model; "" is the whole model.
 
-    `modules` holds the averaged parts, in eval mode; `model` is the model with them in the parts' places, sharing all
-    else.
+    `modules` holds the averaged submodules by name, in eval mode; `model` is the model with them in place of its own,
+    sharing everything else.
 
     The decay is warmed up, min(decay, (1 + step) / (10 + step)), so that the initial weights are soon forgotten.
-    Running statistics of batch norms cannot be averaged along: use `batch_norms_reestimated` before sampling.
+    Running statistics of batch norms are not averaged: use `batch_norms_reestimated` before sampling.
     """
 
     def __init__(self, model: nn.Module, parts: Sequence[str], decay: float) -> None:
@@ -36,10 +36,9 @@ class EMA:
 
 @contextlib.contextmanager
 def batch_norms_reestimated(modules: Mapping[str, nn.Module]) -> Iterator[bool]:
-    """What runs in the context replaces the running statistics of the modules' batch norms by their mean over its
-    batches.
+    """Replaces the running statistics of the modules' batch norms by the mean over the batches that run in the context.
 
-    Yields whether there are any.
+    Yields whether there are any batch norms.
     """
     norms = [
         child

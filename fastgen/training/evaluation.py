@@ -1,4 +1,4 @@
-"""What a trained model's figures are, whatever system it is."""
+"""Measures a trained model of any system."""
 
 import functools
 import logging
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgen.data import Batch, DomainPair, ImageDataset, load_dataset
 from fastgen.data.folders import NoTestPartError
@@ -25,12 +25,13 @@ from fastgen.metrics import (
     train_classifier,
     vae_log_likelihood,
 )
+from fastgen.models import capabilities
 from fastgen.training.config import TrainConfig
 
 _log = logging.getLogger(__name__)
-_MAX_IMAGES, _MAX_VALUES = 5000, 2**27  # of the real images that samples are compared with
+_MAX_IMAGES, _MAX_VALUES = 5000, 2**27  # limits of the real images that samples are compared with
 _LIKELIHOOD_IMAGES, _LIKELIHOOD_SAMPLES = 200, 64
-_TRANSLATED = 200
+_TRANSLATED = 200  # images
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Evaluation:
 
     figures: dict[str, Figure]
     recognised: ClassifierShare | None
-    """Of the samples, by the data's own classifier; None if it has none."""
+    """Measured on the samples by the data set's own classifier; None if it has none."""
 
     def to_json(self) -> dict[str, Any]:
         document: dict[str, Any] = {"figures": {name: asdict(figure) for name, figure in self.figures.items()}}
@@ -52,18 +53,18 @@ def evaluate_model(
     """The figures of a model that was trained with `config`.
 
     Args:
-        n: number of samples; of a CycleGAN and for a VAE's likelihood at most 200 held-out images are taken.
-        seed: of the noise.
-        class_names: what the model's labels stand for, where that is known.
+        n: number of samples; for a CycleGAN and for a VAE's likelihood at most 200 held-out images are used.
+        seed: seed of the noise.
+        class_names: names of the model's classes, if known.
 
     Raises:
-        DataError: the data set cannot be loaded any more, or has other classes, or a figure is not finite.
+        DataError: the data set can no longer be loaded, or has other classes, or a figure is not finite.
     """
     with torch.autocast("cpu", enabled=False):
         result = _evaluate(model, config, n, seed, class_names)
     for name, figure in result.figures.items():
         if not math.isfinite(figure.value):
-            raise DataError(f"{name} of the model is {figure.value}: what it makes of some of the images is not finite")
+            raise DataError(f"{name} of the model is {figure.value}: its output for some images is not finite")
     return result
 
 
@@ -77,32 +78,34 @@ def _evaluate(model: Any, config: TrainConfig, n: int, seed: int, class_names: S
         return Evaluation(_translation_figures(model, real, min(n, _TRANSLATED), seed), None)
     check_classes(class_names, real.data, config.data)
     figures, batch = _samples(model, real, n, seed)
-    if hasattr(model, "encode"):
+    if capabilities(model).encodes:
         figures |= _likelihood_figures(model, real, seed)
     recognised = None if real.classifier is None else classifier_sure_share(batch.images, real.classifier)
     return Evaluation(figures, recognised)
 
 
 def sample_like(model: Any, data: ImageDataset, n: int, seed: int) -> Batch:
-    """`n` images of the model, with labels and captions that are asked of it, where it takes them: the classes in turn,
-    or captions of the data.
+    """`n` images of the model, with the labels or captions that it drew them with, if it takes any: each class in
+    turn, or the captions of random images of the data.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    classes = getattr(model.config, "classes", None)
-    if isinstance(classes, int):
-        labels = torch.arange(n, device="cpu") % classes
-        return Batch(model.sample(n, generator=generator, labels=labels), labels)
-    if hasattr(model, "text_encoder"):
-        draw = torch.Generator("cpu").manual_seed(seed)
-        asked = data.batch(torch.randint(len(data), (n,), generator=draw, device="cpu"))
-        images = model.sample(n, generator=generator, captions=asked.captions)
-        return Batch(images, asked.labels, asked.captions)
-    return Batch(model.sample(n, generator=generator))
+    known: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    for condition in capabilities(model).conditions:
+        if condition.classes is not None:
+            values[condition.name] = torch.arange(n, device="cpu") % condition.classes
+        else:
+            if not known:
+                draw = torch.Generator("cpu").manual_seed(seed)
+                known = vars(data.batch(torch.randint(len(data), (n,), generator=draw, device="cpu")))
+            if known.get(condition.name) is None:
+                raise DataError(f"the model draws with {condition.name}, and {data.name} has none")
+            values[condition.name] = known[condition.name]
+    return Batch(**{**known, **values, "images": model.sample(n, generator=generator, **values)})
 
 
 def check_classes(class_names: Sequence[str] | None, data: ImageDataset, name: str) -> None:
-    """Raises DataError unless the labels of `data` stand for the classes that a model was trained on, if these are
-    known."""
+    """Raises DataError if a model is known to have been trained on other classes than those of `data`."""
     now = data.classes
     if class_names is not None and now is not None and tuple(class_names) != now:
         changed = sorted({*class_names} ^ {*now}) or ["their order"]
@@ -114,7 +117,7 @@ class _TooFewError(DataError):
 
 
 class _Real:
-    """The real images of a data set, and what is fitted on them."""
+    """The real images of a data set, and the models fitted to them."""
 
     def __init__(self, data: ImageDataset, held: ImageDataset, classifier: DigitClassifier | None, note: str) -> None:
         self.data, self.held, self.classifier, self.note = data, held, classifier, note
@@ -122,7 +125,7 @@ class _Real:
         self.reference = Reference(data.all().images, held.all().images, self.extractor)
 
     def predict(self, images: Tensor) -> Tensor | None:
-        """The class that each image looks like."""
+        """The class of each image, according to a classifier; None if there is none."""
         if self.classifier is not None:
             return torch.from_numpy(self.classifier.probabilities(images).argmax(1))
         _, logits = self.extractor(images)
@@ -130,7 +133,7 @@ class _Real:
 
 
 class _RealPair:
-    """Two domains, and a classifier of which is which."""
+    """Two domains, and a classifier that tells them apart."""
 
     def __init__(self, pair: DomainPair, held: DomainPair, note: str) -> None:
         self.held, self.note = held, note
@@ -149,7 +152,7 @@ def _real(name: str, image_size: int) -> _Real | _RealPair:
         held = load_dataset(name, image_size, split="test")
         note = "the held-out images are the data set's own test part"
     except NoTestPartError:
-        note = "there is no test part: half of the images, which the model was trained on, stand for it"
+        note = "there is no test part, so half of the images, which the model was trained on, take its place"
         if isinstance(data, DomainPair):
             (a, held_a), (b, held_b) = _halves(data.a), _halves(data.b)
             data, held = DomainPair(data.name, a, b), DomainPair(data.name, held_a, held_b)
@@ -204,12 +207,11 @@ def _samples(model: Any, real: _Real, n: int, seed: int) -> tuple[dict[str, Figu
     else:
         _log.warning("FID, KID, precision and recall are left out: they take 10 samples or more, not %d", n)
     held = real.held.all()
-    if isinstance(getattr(model, "discriminator", None), nn.Module):
+    if capabilities(model).discriminator is not None:
         figures["discriminator"] = Figure(
             _judged(model, batch),
-            f"mean output (a logit) of the run's own discriminator for {n} generated images; the real figure is of "
-            f"{len(held)} "
-            "real images that it was not trained on",
+            f"mean output (a logit) of the run's own discriminator for {n} generated images; the baseline is for "
+            f"{len(held)} real images that it was not trained on",
             "higher",
             _judged(model, held),
         )
@@ -217,9 +219,8 @@ def _samples(model: Any, real: _Real, n: int, seed: int) -> tuple[dict[str, Figu
     if predicted is not None and truth is not None and batch.labels is not None and held.labels is not None:
         figures["as_asked"] = Figure(
             predicted.eq(batch.labels).double().mean().item(),
-            f"share of {n} samples that a classifier takes for the class asked for ({real.extractor.description})"
-            if real.classifier is None
-            else f"share of {n} samples that a classifier takes for the class asked for: {real.classifier.description}",
+            f"share of {n} samples that a classifier assigns to the requested class: "
+            f"{(real.classifier or real.extractor).description}",
             "higher",
             truth.eq(held.labels).double().mean().item(),
         )
@@ -228,17 +229,13 @@ def _samples(model: Any, real: _Real, n: int, seed: int) -> tuple[dict[str, Figu
 
 @torch.no_grad()
 def _judged(model: Any, batch: Batch) -> float:
-    """What the discriminator says of images and of what goes with them."""
-    outputs = []
-    for indices in torch.arange(len(batch), device="cpu").split(256):
-        conditions = []
-        if hasattr(model, "text_encoder"):
-            assert batch.captions is not None
-            conditions = [model.text_encoder([batch.captions[index] for index in indices.tolist()])]
-        elif hasattr(model.config, "classes"):
-            assert batch.labels is not None
-            conditions = [batch.labels[indices]]
-        outputs.append(model.discriminator(batch.images[indices], *conditions).double().flatten())
+    """Mean output of the discriminator for the images and their conditions."""
+    declared, outputs = capabilities(model), []
+    assert declared.discriminator is not None
+    for start in range(0, len(batch), 256):
+        part = slice(start, start + 256)
+        conditions = [condition.encode(getattr(batch, condition.name)[part]) for condition in declared.conditions]
+        outputs.append(declared.discriminator(batch.images[part], *conditions).double().flatten())
     return torch.cat(outputs).mean().item()
 
 
@@ -247,23 +244,24 @@ def _likelihood_figures(model: Any, real: _Real, seed: int) -> dict[str, Figure]
     draw = torch.Generator("cpu").manual_seed(seed)
     elbo, bound = vae_log_likelihood(model, held, samples=_LIKELIHOOD_SAMPLES, generator=draw)
     gaussian = model.config.likelihood == "gaussian"
-    latent, fitted = model.config.nz, None
+    mu, _ = model.encode(held)
+    latent, fitted = mu.shape[1], None
     if gaussian and latent < min(len(real.data), held[0].numel()):
         fitted = -PCAGaussian(real.data.all().images, latent).log_likelihood(held).mean().item()
-    units = f"nats an image of {held.shape[3]}x{held.shape[2]}, mean of {len(held)} held-out images ({real.note}), "
+    units = f"nats per image of {held.shape[3]}x{held.shape[2]}, mean of {len(held)} held-out images ({real.note}), "
     units += "density of pixels in [-1, 1], " if gaussian else "cross-entropy of grey levels in [0, 1], "
-    baseline = f"a Gaussian by PCA with {latent} directions, fitted on {len(real.data)} images"
-    reconstruction = model.decode(model.encode(held)[0])
+    baseline = f"a Gaussian by PCA with {latent} directions, fitted to {len(real.data)} images"
+    reconstruction = model.decode(mu)
     return {
         "nll": Figure(
             -bound.mean().item(),
-            f"-log p(x), importance-weighted with {_LIKELIHOOD_SAMPLES} samples an image, {units}likelihood "
+            f"-log p(x), importance-weighted with {_LIKELIHOOD_SAMPLES} samples per image, {units}likelihood "
             f"{model.config.likelihood}",
             "lower",
             fitted,
             baseline,
         ),
-        "elbo": Figure(elbo.mean().item(), f"ELBO with {_LIKELIHOOD_SAMPLES} samples an image, {units}", "higher"),
+        "elbo": Figure(elbo.mean().item(), f"ELBO with {_LIKELIHOOD_SAMPLES} samples per image, {units}", "higher"),
         "reconstruction_psnr": Figure(
             psnr(reconstruction, held), f"dB, of {len(held)} held-out images and their reconstructions", "higher"
         ),
@@ -286,7 +284,7 @@ def _translation_figures(model: Any, real: _RealPair, n: int, seed: int) -> dict
             shares.append((logits.argmax(1) == index).double().mean().item())
         figures[f"{direction}_recognised"] = Figure(
             shares[0],
-            f"share of {len(translated)} held-out images that, translated, a classifier takes for the other domain: "
+            f"share of {len(translated)} translated held-out images that a classifier assigns to the other domain: "
             f"{real.classifier.description}",
             "higher",
             shares[1],
@@ -297,7 +295,7 @@ def _translation_figures(model: Any, real: _RealPair, n: int, seed: int) -> dict
                 f"dB, mean of {len(true)} held-out images, whose true translation is known",
                 "higher",
                 psnr(source, true) if source.shape == true.shape else None,
-                "the image as it was",
+                "the untranslated image",
             )
     return figures
 

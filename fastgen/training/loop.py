@@ -14,6 +14,8 @@ from torch import Tensor
 from fastgen import __version__
 from fastgen.data import DomainPair, ImageDataset, load_dataset, save_grid
 from fastgen.errors import CheckpointError, DataError, FastgenError, UsageError
+from fastgen.models.registry import config_class
+from fastgen.options import with_current_names
 from fastgen.training import checkpoint, run
 from fastgen.training.config import TrainConfig
 from fastgen.training.evaluation import Evaluation, check_classes
@@ -21,40 +23,40 @@ from fastgen.training.nonfinite import NotFiniteError, trace
 from fastgen.training.progress import Interruption, Progress
 from fastgen.training.recipes import RECIPES, Recipe
 
-_GRID = 64  # samples in a grid along the way
+_GRID = 64  # samples in a grid during training
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a call of `train` ended."""
+    """The result of a call of `train`."""
 
     folder: Path
     step: int
     interrupted: bool
-    """Ctrl-C or SIGTERM came: the checkpoint is at `step`, and `train(..., resume=True)` goes on from there."""
+    """Ctrl-C or SIGTERM stopped the run: the checkpoint is at `step`, and `train(..., resume=True)` continues there."""
     images_per_second: float
-    """Of the steps alone, without samples and checkpoints; 0 if there was no step to do."""
+    """Of the steps only, without samples and checkpoints; 0 if no step was left."""
     evaluation: Evaluation | None
-    """None if interrupted, or if there is nothing to measure with."""
+    """None if interrupted, or if nothing could be measured."""
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
 def train(config: TrainConfig, out: str | Path, *, resume: bool = False) -> TrainResult:
-    """Trains a system and leaves a run folder.
+    """Trains a system and writes a run folder.
 
-    A run that is stopped and resumed ends, on the CPU, in the same bits as one that was not.
+    On the CPU, a run that is stopped and resumed ends with the same bits as one that was not.
 
     Args:
-        config: settings, whose class says which system.
-        out: the run folder: new or empty, or with `resume` that of a run with the same settings (but for those in
+        config: settings, whose class selects the system.
+        out: the run folder: new or empty, or with `resume` that of a run with the same settings (except for those in
             `config.resumable`).
-        resume: go on from the folder's checkpoint.
+        resume: continue from the folder's checkpoint.
 
     Raises:
-        UsageError: a setting that cannot be meant.
+        UsageError: a setting that is invalid or cannot change.
         CheckpointError: nothing to resume, or a damaged checkpoint.
-        FastgenError: the folder is taken, or a loss is no longer finite; the last good checkpoint stays.
+        FastgenError: the folder is in use, or a loss is no longer finite; the last good checkpoint stays.
         OSError: a file cannot be written; the last good checkpoint stays.
     """
     folder = Path(out)
@@ -66,13 +68,13 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False) -> Trai
         try:
             return _train(config, folder, data, device, resume)
         except NotFiniteError as error:
-            failure = error.with_traceback(None)  # whose frames hold the recipe, and the memory of its networks
+            failure = error.with_traceback(None)  # the traceback would keep the recipe and its networks in memory
         where = _trace(config, folder, data, device, failure.step)
         raise FastgenError(f"{failure}; {where}")
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Turns a caller's autocast off: a run has its own, and inside of another the casts of weights would outlive their
+    """Turns off the caller's autocast: a run has its own, and inside another one the cast weights would outlive a
     step."""
     if not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
@@ -82,7 +84,7 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
 def _start(
     config: TrainConfig, folder: Path, data: ImageDataset | DomainPair, device: torch.device, resume: bool
 ) -> tuple[int, Recipe]:
-    """The number of steps done, and the recipe as of then."""
+    """The number of steps done, and the recipe in that state."""
     meta, state = checkpoint.load(folder) if resume else ({"step": 0, "position": 0}, None)
     position = meta.get("position")
     if type(position) is not int or position < 0:
@@ -138,20 +140,20 @@ def _train(
 
 
 def _trace(config: TrainConfig, folder: Path, data: ImageDataset | DomainPair, device: torch.device, step: int) -> str:
-    """Where what is not finite at `step` comes from."""
+    """The origin of a value that is not finite at `step`."""
     first, recipe = _start(config, folder, data, device, resume=True)
     return f"{trace(recipe, first, step)}; the checkpoint of step {first} is kept"
 
 
 def choose_device(name: str) -> torch.device:
-    """The device "auto", "cpu" or "cuda". Raises UsageError if there is no GPU and one is asked for."""
+    """The device "auto", "cpu" or "cuda". Raises UsageError if there is no GPU for "cuda"."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("device is cuda, but PyTorch finds no GPU")
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
 
 
 def _means(losses: list[dict[str, Tensor]], step: int) -> dict[str, float]:
-    """Mean of each loss over the steps that end with `step`."""
+    """Mean of each loss over the last steps up to `step`."""
     means = {}
     for name in sorted({name for report in losses for name in report}):
         steps = [step - len(losses) + 1 + offset for offset, report in enumerate(losses) if name in report]
@@ -177,12 +179,13 @@ def _save(folder: Path, step: int, config: TrainConfig, recipe: Recipe) -> None:
 
 
 def _check_same_data(stored: Any, recipe: Recipe) -> None:
-    """Raises DataError if what a model learns from the data (channels, classes, words) is no longer what it was."""
+    """Raises DataError if what a model takes from the data (channels, classes, words) has changed."""
     stored = stored if isinstance(stored, dict) else {}
     check_classes(stored.get("class_names"), recipe.sources[0], recipe.config.data)
     options = json.loads(json.dumps(recipe.model_options))  # lists, as they are stored
-    for name, before in (stored.get("options") or options).items():
-        if options.get(name) != before:
+    before = with_current_names(config_class(recipe.model_name), stored.get("options") or options)
+    for name, value in before.items():
+        if options.get(name) != value:
             raise DataError(f"{recipe.config.data} is not what the run learned from: {name} of its model would change")
 
 

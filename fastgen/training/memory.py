@@ -1,4 +1,4 @@
-"""What a training step's memory costs on the CPU: fresh pages."""
+"""Keeps freed CPU memory for the next training step, which would otherwise fetch fresh pages."""
 
 import torch
 
@@ -8,15 +8,15 @@ torch.library.define("fastgen::keep_freed_memory", "(int major, int minor) -> bo
 
 
 def keep_freed_memory() -> bool:
-    """Has PyTorch keep the memory of freed CPU tensors (from 64 KiB) for the next ones; returns whether it does.
+    """Makes PyTorch keep the memory of freed CPU tensors (of 64 KiB or more) for later ones, until the process ends.
 
-    Otherwise what the end of a step frees goes back to the system, and the next step fetches it again page by page:
-    19,000 page faults of 2 to 10 microseconds in a step of DCGAN-64 at batch 64. For a process that trains, whose next
-    step needs what this one freed; `fastgen train` calls it. The process then holds up to twice the most that its
-    tensors took at a time. Tensors of any origin may be freed after the call, which holds until the process ends.
+    Otherwise the memory that a training step frees returns to the system, and the next step fetches it again page by
+    page: 19,000 page faults of 2 to 10 microseconds per step of DCGAN-64 at batch 64. `fastgen train` calls this. The
+    process then holds up to twice the most memory that its tensors needed at once.
 
-    False where the native ops are missing, or were built with another minor version of PyTorch than this one (its
-    allocators are no stable interface).
+    Returns:
+        False if the native ops are missing, or were built for another minor version of PyTorch, whose allocators are
+        not a stable interface.
     """
     if native.load() is not None:
         return False

@@ -1,6 +1,7 @@
-"""Where a NaN or an infinity comes from: the steps since the last checkpoint again, bit for bit, each layer watched.
+"""Finds where a NaN or an infinity comes from: repeats the steps since the last checkpoint, bit for bit, watching each
+layer.
 
-Training itself pays nothing for this; it only looks at the losses that it logs and the weights that it saves.
+Training itself only checks the losses that it logs and the weights that it saves, so this costs it nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fastgen.training.recipes import Recipe
 
 
 class NotFiniteError(FastgenError):
-    """A loss or a weight is NaN or infinite, as of training step `step`."""
+    """A loss or a weight is NaN or infinite at training step `step`."""
 
     def __init__(self, what: str, step: int) -> None:
         super().__init__(f"{what} at step {step}")
@@ -28,7 +29,7 @@ def trace(recipe: Recipe, first: int, last: int) -> str:
     """Trains the steps `first` to `last` and says where the first value that is not finite appears.
 
     Args:
-        recipe: as of `first` steps; its state is spoilt.
+        recipe: in its state after `first` steps; it cannot be used afterwards.
     """
     with _watching(recipe.model) as seen:
         for step in range(first, last):
@@ -43,7 +44,7 @@ def trace(recipe: Recipe, first: int, last: int) -> str:
 
 @contextlib.contextmanager
 def _watching(model: nn.Module) -> Iterator[list[str]]:
-    """Collects, in the order of their appearance, the outputs and gradients that are not finite."""
+    """Collects the outputs and gradients that are not finite, in order of appearance."""
     seen: list[str] = []
     hooks: list[Any] = []
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-_QUIET_INTERVAL = 10.0  # seconds between lines where there is no terminal
+_QUIET_INTERVAL = 10.0  # seconds between lines without a terminal
 
 
 class Progress:
-    """Images/s, losses and time left: a bar on a terminal, elsewhere a line every ten seconds and at the end."""
+    """Shows images/s, losses and time left: a bar on a terminal, otherwise a line every ten seconds and at the end."""
 
     def __init__(self, step: int, steps: int, batch_size: int) -> None:
         self.steps = steps
@@ -45,14 +45,14 @@ class Progress:
 
 
 class Interruption:
-    """A context in which the first Ctrl-C or SIGTERM only sets `requested`; the next acts as it did before."""
+    """A context in which the first Ctrl-C or SIGTERM only sets `requested`; the next one acts as usual."""
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __enter__(self) -> "Interruption":
         self.requested = False
         self._previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python lets no one handle signals
+        if threading.current_thread() is threading.main_thread():  # Python handles signals only there
             self._previous = {number: signal.signal(number, self._request) for number in self._SIGNALS}
         return self
 

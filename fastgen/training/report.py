@@ -14,10 +14,9 @@ from fastgen.training.checkpoint import write_atomically
 from fastgen.training.config import TrainConfig
 from fastgen.training.evaluation import Evaluation
 
-_MAX_PICTURES = 8  # along the way
-_MAX_POINTS = 300  # of a curve
+_MAX_PICTURES = 8  # during training
 _STYLE = """
-:root { color-scheme: light dark; --line: #8885; --accent: #2a6fdb }
+:root { color-scheme: light dark; --line: #8885 }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem } p { margin: .25rem 0 }
 img { image-rendering: pixelated; max-width: 100%; display: block } .final { width: 32rem }
@@ -26,9 +25,9 @@ img { image-rendering: pixelated; max-width: 100%; display: block } .final { wid
 table { border-collapse: collapse; width: 100% }
 td, th { text-align: left; padding: .3rem .75rem .3rem 0; vertical-align: top }
 tr { border-top: 1px solid var(--line) } td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem }
-svg { width: 100%; height: auto; font-size: 11px; fill: currentColor } polyline { fill: none; stroke: var(--accent) }
-svg line { stroke: var(--line) } pre { overflow-x: auto; font-size: .8rem; overflow-wrap: normal }
+svg { width: 100%; max-width: 32rem; height: auto }
+@media (prefers-color-scheme: dark) { svg { filter: invert(1) hue-rotate(180deg) } }
+pre { overflow-x: auto; font-size: .8rem; overflow-wrap: normal }
 """
 
 
@@ -39,13 +38,15 @@ def write_report(
     records: Sequence[dict[str, Any]],
     evaluation: Evaluation | None,
     fusion: str,
+    losses: str | None,
 ) -> None:
-    """Writes report.html into a run folder, from what is there and what is given.
+    """Writes report.html into a run folder, with the samples that the folder holds.
 
     Args:
-        records: of metrics.jsonl.
+        records: the lines of metrics.jsonl.
         evaluation: None if there is none yet.
-        fusion: which layers run as fused ops, in lines.
+        fusion: which layers run as fused ops, as text.
+        losses: the loss curves as an <svg> element; None if they could not be drawn.
     """
     title = f"{config.system} on {config.data}"
     pictures = sorted(path for path in (folder / "samples").glob("step_*.png") if path.stem[5:].isdecimal())
@@ -56,10 +57,6 @@ def write_report(
         if index in chosen
     )
     final = folder / "samples.png"
-    names = sorted({name for record in records for name in record["losses"]})
-    curves = "".join(
-        _curve(name, [(r["step"], r["losses"][name]) for r in records if name in r["losses"]]) for name in names
-    )
     rates = [rate for record in records if isinstance(rate := record.get("images_per_second"), int | float)]
     speed = (
         f"{median(rates):,.0f} images/s (median of {len(rates)} intervals; {min(rates):,.0f} to {max(rates):,.0f})"
@@ -76,9 +73,9 @@ def write_report(
         f"<h1>{_escape(title)}</h1><p class=note>{step:,} of {config.steps:,} steps · {speed} · fastgen "
         f"{__version__}</p>",
         _section("Samples", _picture(final, "at the end", "final") if final.exists() else ""),
-        _section("Along the way", f"<div class=strip>{strip}</div>" if strip else ""),
+        _section("During training", f"<div class=strip>{strip}</div>" if strip else ""),
         _section("Figures", "" if evaluation is None else _figures(evaluation)),
-        _section("Losses", f"<div class=curves>{curves}</div>" if curves else ""),
+        _section("Losses", losses if losses and records else ""),
         _section(
             "Settings",
             f"<details><summary>{len(settings)} settings; * is not the default</summary>{_table(settings)}</details>",
@@ -122,33 +119,12 @@ def _figures(evaluation: Evaluation) -> str:
         share = evaluation.recognised
         rows.append(("recognised ↑", f"{share.share:.1%}", f"{share.real_share:.1%} (real images)", share.protocol))
     for name, figure in evaluation.figures.items():
-        beside = "" if figure.baseline is None else f"{figure.baseline:.4g} ({figure.baseline_is})"
+        baseline = "" if figure.baseline is None else f"{figure.baseline:.4g} ({figure.baseline_is})"
         arrow = {"lower": "↓", "higher": "↑"}[figure.better]
-        rows.append((f"{name.replace('_', ' ')} {arrow}", f"{figure.value:.4g}", beside, figure.protocol))
+        rows.append((f"{name.replace('_', ' ')} {arrow}", f"{figure.value:.4g}", baseline, figure.protocol))
     body = "".join(
-        f"<tr><td>{_escape(name)}<td class=number><b>{value}</b><td>{_escape(beside)}"
+        f"<tr><td>{_escape(name)}<td class=number><b>{value}</b><td>{_escape(baseline)}"
         f"<tr style='border: 0'><td colspan=3><details><summary>protocol</summary>{_escape(protocol)}</details>"
-        for name, value, beside, protocol in rows
+        for name, value, baseline, protocol in rows
     )
     return f"<p class=note>↑ higher is better, ↓ lower is better</p><table>{body}</table>" if rows else ""
-
-
-def _curve(name: str, points: list[tuple[int, float]]) -> str:
-    """A loss over the steps as a small drawing; long ones are averaged over intervals."""
-    size = -(-len(points) // _MAX_POINTS)
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    means = [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
-    low, high = min(value for _, value in means), max(value for _, value in means)
-    first, last = means[0][0], means[-1][0]
-    line = " ".join(
-        f"{50 + 260 * (step - first) / max(last - first, 1):.1f},{110 - 95 * (value - low) / ((high - low) or 1):.1f}"
-        for step, value in means
-    )
-    return (
-        f'<figure><svg viewBox="0 0 320 135" role=img aria-label="{_escape(name)}"><text x=50 '
-        f"y=10>{_escape(name)}</text>"
-        f"<line x1=50 y1=110 x2=310 y2=110 /><line x1=50 y1=15 x2=50 y2=110 />"
-        f"<text x=46 y=22 text-anchor=end>{high:.3g}</text><text x=46 y=110 text-anchor=end>{low:.3g}</text>"
-        f"<text x=50 y=126>{first:,}</text><text x=310 y=126 text-anchor=end>step {last:,}</text>"
-        f'<polyline points="{line}" /></svg></figure>'
-    )

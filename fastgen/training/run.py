@@ -1,5 +1,5 @@
-"""A run folder: config.json, metrics.jsonl, a checkpoint, samples/, samples.png, loss.png,
-evaluation.json, report.html."""
+"""A run folder: config.json, metrics.jsonl, a checkpoint, samples/, samples.png, loss.png, evaluation.json,
+report.html."""
 
 import contextlib
 import json
@@ -16,25 +16,25 @@ from torch import Tensor
 from fastgen.data import save_grid
 from fastgen.errors import CheckpointError, DataError, FastgenError, UsageError, naming
 from fastgen.inference import fusion_report
-from fastgen.models import create_model
+from fastgen.models import capabilities, create_model
 from fastgen.training import checkpoint
 from fastgen.training.config import TrainConfig, config_from_json
 from fastgen.training.evaluation import Evaluation, evaluate_model
+from fastgen.training.plot import plot_losses
 from fastgen.training.recipes.base import Recipe, load_module, plain_defaults
 from fastgen.training.report import write_report
 
 _log = logging.getLogger(__name__)
-_MAX_SAMPLED = 2**28  # values of the images that `sample` makes at once: 1 GiB
-_MAX_PLOTTED = 20  # losses in loss.png
+_MAX_SAMPLED = 2**28  # values of the images that `sample` draws at once: 1 GiB
 
 
 @contextlib.contextmanager
 def claim(folder: Path, *, new: bool) -> Iterator[None]:
-    """Holds a run's folder against other processes that train; makes it first if it is `new`.
+    """Locks a run's folder against other processes that train; creates it first if it is `new`.
 
     Raises:
         FastgenError: the path is a file, a folder that is not empty (if `new`), or one that another process trains in.
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written.
     """
     if new:
         _check_empty(folder)
@@ -47,7 +47,7 @@ def claim(folder: Path, *, new: bool) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with the process
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock ends with the process
         except BlockingIOError:
             raise FastgenError(f"another process trains in {folder}") from None
         except OSError as error:  # a file system without locks
@@ -63,7 +63,7 @@ def _check_empty(folder: Path) -> None:
     if folder.is_file():
         raise FastgenError(f"{folder} is a file: a run needs a folder of its own")
     if (folder / checkpoint.NAME).exists():
-        raise FastgenError(f"{folder} already holds a run: go on with --resume, or choose another folder")
+        raise FastgenError(f"{folder} already holds a run: continue it with --resume, or choose another folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise FastgenError(f"{folder} is not empty: a run needs a folder of its own")
 
@@ -92,10 +92,10 @@ def _config_of(folder: Path, meta: dict[str, Any]) -> TrainConfig:
 def load_model(folder: str | Path) -> Any:
     """The model of a run folder, with its averaged weights, in eval mode on the CPU.
 
-    Runs no code from the folder; memory stays within what its tensors need.
+    Runs no code from the folder, and takes no more memory than its tensors need.
 
     Raises:
-        CheckpointError: no checkpoint, a damaged one, or one whose tensors are not those of the model that it names.
+        CheckpointError: no checkpoint, a damaged one, or one whose tensors do not fit the model that it names.
     """
     return _load(Path(folder))[1]
 
@@ -105,7 +105,7 @@ def _load(folder: Path) -> tuple[dict[str, Any], Any]:
     meta, tensors = checkpoint.load(folder)
     spec: Any = meta.get("model")
     try:
-        with plain_defaults("meta"):  # sizes a hostile file makes up cost nothing
+        with plain_defaults("meta"):  # so that the sizes in a hostile file cost nothing
             model = create_model(spec["name"], **spec["options"])
         for part in spec["averaged"]:
             model.get_submodule(part)
@@ -120,8 +120,9 @@ def _load(folder: Path) -> tuple[dict[str, Any], Any]:
 
 
 def sample(model: Any, n: int, seed: int, **conditions: Any) -> Tensor:
-    """`n` images of the model, of the `labels` or `captions` given, the same for the same seed on the same machine."""
-    if not hasattr(model, "sample"):
+    """`n` images of the model, drawn with the given `labels` or `captions`; the same seed gives the same images on the
+    same machine."""
+    if not capabilities(model).draws:
         raise UsageError(f"a {type(model).__name__} draws nothing from noise: give it images with `fastgen translate`")
     _check_count(model, n)
     check_seed(seed)
@@ -134,15 +135,15 @@ def check_seed(seed: int) -> None:
 
 
 def _check_count(model: Any, n: int) -> None:
-    config = model.config
-    channels = config.channels if hasattr(config, "channels") else config.channels_a
-    most = max(1, _MAX_SAMPLED // (channels * getattr(config, "image_size", 1) ** 2))
+    declared = capabilities(model)
+    channels = declared.channels or max((before for before, _ in declared.directions.values()), default=1)
+    most = max(1, _MAX_SAMPLED // (channels * (declared.image_size or 1) ** 2))
     if not 1 <= n <= most:
         raise UsageError(f"n must be between 1 and {most} for images of this size, not {n}")
 
 
 def evaluate(folder: str | Path, n: int = 1000, seed: int = 0) -> Evaluation:
-    """Measures a run's model on `n` samples; writes evaluation.json, and report.html anew.
+    """Measures a run's model on `n` samples; writes evaluation.json and rewrites report.html and loss.png.
 
     Raises:
         CheckpointError: no checkpoint, or a damaged one.
@@ -161,9 +162,8 @@ def evaluate(folder: str | Path, n: int = 1000, seed: int = 0) -> Evaluation:
 
 
 def finish_run(folder: Path, config: TrainConfig, recipe: Recipe) -> Evaluation | None:
-    """Writes what a complete run ends with: samples.png, loss.png, evaluation.json, report.html."""
+    """Writes the results of a complete run: samples.png, loss.png, evaluation.json, report.html."""
     save_grid(recipe.sample(100, config.seed), folder / "samples.png")
-    plot_losses(folder)
     try:
         return evaluate(folder)
     except DataError as error:
@@ -174,7 +174,12 @@ def finish_run(folder: Path, config: TrainConfig, recipe: Recipe) -> Evaluation 
 
 
 def _write_report(folder: Path, config: TrainConfig, step: int, model: Any, result: Evaluation | None) -> None:
-    write_report(folder, config, step, read_metrics(folder), result, str(fusion_report(model)))
+    """Writes report.html and loss.png."""
+    records = read_metrics(folder)
+    plot = plot_losses(records)
+    if plot is not None:
+        checkpoint.write_atomically(folder / "loss.png", plot.png)
+    write_report(folder, config, step, records, result, str(fusion_report(model)), plot and plot.svg)
 
 
 def append_metrics(folder: Path, record: dict[str, Any]) -> None:
@@ -184,7 +189,7 @@ def append_metrics(folder: Path, record: dict[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a line that is none, as one cut short by a kill, is left out."""
+    """The records of metrics.jsonl; lines that are not records, such as one cut short by a kill, are left out."""
     records = []
     path = folder / "metrics.jsonl"
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -201,28 +206,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def rewind_metrics(folder: Path, step: int) -> None:
-    """Drops the records after `step`, to which a resumed run returns."""
+    """Drops the records after `step`, where a resumed run continues."""
     kept = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step]
     checkpoint.write_atomically(folder / "metrics.jsonl", "".join(kept).encode())
-
-
-def plot_losses(folder: Path) -> None:
-    """Draws loss.png; without matplotlib it says so and draws nothing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        _log.warning("no loss.png: matplotlib is not installed (pip install 'fastgen[demo]')")
-        return
-    records = read_metrics(folder)
-    names = sorted({name for record in records for name in record["losses"]})[:_MAX_PLOTTED]
-    figure = Figure(figsize=(8, 2.4 * max(len(names), 1)), layout="constrained")
-    for index, name in enumerate(names):
-        axes = figure.add_subplot(len(names), 1, index + 1)
-        points = [(record["step"], record["losses"][name]) for record in records if name in record["losses"]]
-        axes.plot(*zip(*points, strict=True), linewidth=1)
-        axes.set_ylabel(name, parse_math=False)
-        axes.grid(alpha=0.3)
-        if index == len(names) - 1:
-            axes.set_xlabel("step")
-    with naming(folder / "loss.png"):
-        figure.savefig(folder / "loss.png", dpi=120)

@@ -16,19 +16,9 @@ from fastgen.cli import main
 TINY = ["--batch-size", "4", "--nz", "4", "--ngf", "2", "--ndf", "2", "--log-every", "2", "--save-every", "3"]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    assert main(["train", "dcgan", "--data", "digits", "--steps", "4", "--out", str(folder), *TINY]) == 0
-    return folder
-
-
-def fails(capsys, code, *arguments):
-    """Runs a command that must fail with `code` and one line on stderr; returns the line."""
-    assert main([str(argument) for argument in arguments]) == code
-    output = capsys.readouterr()
-    assert output.err.startswith("fastgen: error: ") and output.err.count("\n") == 1, output.err
-    return output.err
+@pytest.fixture
+def run(trained):
+    return trained("dcgan")
 
 
 def test_train_says_where_things_are(tmp_path, capsys):
@@ -69,10 +59,10 @@ def test_tune_a_run(run, tmp_path, capsys, monkeypatch, options):
     assert output.err.startswith("1 of ") and ("weight_grad" in output.err) == (not options)
 
 
-def test_tune_names_what_it_does_not_know(run, capsys):
-    assert "batch must be between 1 and 65536, not 0" in fails(capsys, 2, "tune", run, "--batch", 0)
-    assert "unknown model 'dcgn': did you mean dcgan" in fails(capsys, 2, "tune", "dcgn")
-    assert "seconds must be positive" in fails(capsys, 2, "tune", "lsgan", "--batch", 1, "--seconds", 0)
+def test_tune_names_what_it_does_not_know(run, fails):
+    assert "batch must be between 1 and 65536, not 0" in fails(2, "tune", run, "--batch", 0)
+    assert "unknown model 'dcgn': did you mean dcgan" in fails(2, "tune", "dcgn")
+    assert "seconds must be positive" in fails(2, "tune", "lsgan", "--batch", 1, "--seconds", 0)
 
 
 def test_resume_takes_the_stored_settings(run, tmp_path, capsys):
@@ -83,20 +73,18 @@ def test_resume_takes_the_stored_settings(run, tmp_path, capsys):
     assert '"seed": 3' in (folder / "config.json").read_text()
 
 
-def test_misuse_is_one_line_and_exit_code_2(run, tmp_path, capsys):
-    assert "did you mean train" in fails(capsys, 2, "trian")
-    assert "unknown model 'dcgn': did you mean dcgan" in fails(capsys, 2, "train", "dcgn", "--out", tmp_path / "a")
+def test_misuse_is_one_line_and_exit_code_2(run, tmp_path, fails):
+    assert "did you mean train" in fails(2, "trian")
+    assert "unknown model 'dcgn': did you mean dcgan" in fails(2, "train", "dcgn", "--out", tmp_path / "a")
     assert "steps must be between 1 and 1000000000, not 0" in fails(
-        capsys, 2, "train", "dcgan", "--steps", 0, "--out", tmp_path / "a"
+        2, "train", "dcgan", "--steps", 0, "--out", tmp_path / "a"
     )
-    line = fails(capsys, 2, "train", "dcgan", "--data", "digts", "--out", tmp_path / "a")
+    line = fails(2, "train", "dcgan", "--data", "digts", "--out", tmp_path / "a")
     assert "unknown data set 'digts': did you mean digits" in line
     for n in (0, -1, 10_000_000):
-        assert f"n must be between 1 and 262144 for images of this size, not {n}" in fails(
-            capsys, 2, "generate", run, "--n", n
-        )
-    assert "image format" in fails(capsys, 2, "generate", run, "--out", tmp_path / "a.abc")
-    assert "nz of a run cannot change" in fails(capsys, 2, "train", "dcgan", "--resume", "--nz", 9, "--out", run)
+        assert f"n must be between 1 and 262144 for images of this size, not {n}" in fails(2, "generate", run, "--n", n)
+    assert "image format" in fails(2, "generate", run, "--out", tmp_path / "a.abc")
+    assert "nz of a run cannot change" in fails(2, "train", "dcgan", "--resume", "--nz", 9, "--out", run)
     assert not (tmp_path / "a").exists()
 
 
@@ -118,30 +106,28 @@ def test_bad_syntax_is_exit_code_2(arguments, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_failure_is_one_line_and_exit_code_1(run, tmp_path, capsys, monkeypatch):
-    assert "holds no checkpoint" in fails(capsys, 1, "generate", tmp_path)
-    assert "already holds a run" in fails(capsys, 1, "train", "dcgan", "--out", run)
+def test_failure_is_one_line_and_exit_code_1(run, tmp_path, monkeypatch, fails):
+    assert "holds no checkpoint" in fails(1, "generate", tmp_path)
+    assert "already holds a run" in fails(1, "train", "dcgan", "--out", run)
     (tmp_path / "file").write_text("")
-    assert "Not a directory" in fails(capsys, 1, "train", "dcgan", "--out", tmp_path / "file" / "run")
-    assert "Is a directory" in fails(
-        capsys, 1, "generate", run, "--out", (tmp_path / "d.png").mkdir() or tmp_path / "d.png"
-    )
+    assert "Not a directory" in fails(1, "train", "dcgan", "--out", tmp_path / "file" / "run")
+    assert "Is a directory" in fails(1, "generate", run, "--out", (tmp_path / "d.png").mkdir() or tmp_path / "d.png")
     monkeypatch.setenv("FASTGEN_DEBUG", "1")
     with pytest.raises(RuntimeError, match="already holds a run"):
         main(["train", "dcgan", "--out", str(run)])
 
 
-def test_an_implementation_that_cannot_run_is_exit_code_1(run, capsys, monkeypatch):
+def test_an_implementation_that_cannot_run_is_exit_code_1(run, monkeypatch, fails):
     monkeypatch.setenv("FASTGEN_IMPL", "cuda")
-    assert "FASTGEN_IMPL='cuda' cannot run" in fails(capsys, 1, "generate", run)
+    assert "FASTGEN_IMPL='cuda' cannot run" in fails(1, "generate", run)
 
 
-def test_no_memory_is_exit_code_1(run, capsys, monkeypatch):
+def test_no_memory_is_exit_code_1(run, monkeypatch, fails):
     def allocate(*arguments):
         return torch.empty(2**60)
 
     monkeypatch.setattr("fastgen.training.run.sample", allocate)
-    assert "not enough memory" in fails(capsys, 1, "generate", run)
+    assert "not enough memory" in fails(1, "generate", run)
     monkeypatch.setattr("fastgen.training.run.sample", lambda *arguments: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         main(["generate", str(run)])  # a mistake of ours, to be seen whole
@@ -166,7 +152,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_130(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130, errors
-    assert f"go on with: fastgen train dcgan --out {folder} --resume" in errors and "Traceback" not in errors
+    assert f"continue with: fastgen train dcgan --out {folder} --resume" in errors and "Traceback" not in errors
     assert main(["generate", str(folder), "--n", "4", "--out", str(tmp_path / "grid.png")]) == 0
 
 
@@ -188,7 +174,7 @@ def test_help_is_quick_and_needs_no_torch():
         assert "fastgen" in result.stdout
 
 
-def test_export_then_generate_and_measure_without_torch(run, tmp_path, capsys):
+def test_export_then_generate_and_measure_without_torch(run, tmp_path, capsys, fails):
     plan = tmp_path / "g.fgplan"
     assert main(["export", str(run), "--plan", str(plan)]) == 0
     assert f"{plan}: " in capsys.readouterr().out
@@ -204,7 +190,7 @@ def test_export_then_generate_and_measure_without_torch(run, tmp_path, capsys):
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert "batch 2, " in done.stdout and "p50 " in done.stdout and "p99 " in done.stdout
-    assert "between 1 and" in fails(capsys, 2, "generate", plan, "--n", "0", "--out", tmp_path / "d.png")
-    assert "draws without one" in fails(capsys, 2, "generate", plan, "--class", "1", "--out", tmp_path / "d.png")
+    assert "between 1 and" in fails(2, "generate", plan, "--n", "0", "--out", tmp_path / "d.png")
+    assert "draws without classes" in fails(2, "generate", plan, "--class", "1", "--out", tmp_path / "d.png")
     plan.write_bytes(plan.read_bytes()[:-1])
-    assert "cut short" in fails(capsys, 1, "bench", "latency", plan)
+    assert "cut short" in fails(1, "bench", "latency", plan)

@@ -1,33 +1,11 @@
 """The commands that use a trained model."""
 
-import dataclasses
-
 import pytest
 from PIL import Image
 
 pytest.importorskip("sklearn")
 
 from fastgen.cli import main
-from fastgen.training import CONFIGS, train
-
-GAN = {"batch_size": 4, "nz": 4, "ngf": 2, "ndf": 2}
-OPTIONS = {
-    "cgan": {**GAN, "embedding": 4},
-    "text2image": {**GAN, "text_width": 8, "text_layers": 1, "condition": 4},
-    "vae": {"batch_size": 4, "image_size": 16, "nz": 4, "width": 2},
-    "cyclegan": {"batch_size": 1, "image_size": 16, "ngf": 2, "ndf": 2, "blocks": 1, "pool_size": 2},
-}
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A run folder of each of these systems, of one step."""
-    root = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastgen.training.run.finish_run", lambda *arguments: None)  # has tests of its own
-        for system, options in OPTIONS.items():
-            train(dataclasses.replace(CONFIGS[system](), steps=1, **options), root / system)
-    return root
 
 
 @pytest.fixture
@@ -45,14 +23,7 @@ def run(*arguments):
     return main([str(argument) for argument in arguments])
 
 
-def fails(capsys, code, *arguments):
-    assert run(*arguments) == code
-    errors = capsys.readouterr().err
-    assert errors.startswith("fastgen: error: ") and errors.count("\n") == 1, errors
-    return errors
-
-
-def test_the_uses_of_a_vae(runs, pictures, capsys):
+def test_the_tasks_of_a_vae(trained, pictures, capsys, fails):
     out = pictures / "out"
     mask = pictures / "half.png"
     half = Image.new("L", (16, 16))
@@ -62,7 +33,7 @@ def test_the_uses_of_a_vae(runs, pictures, capsys):
         ["reconstruct"], ["denoise", "--std", 0.3, "--steps", 2], ["inpaint", "--mask", mask, "--steps", 2],
         ["upscale", "--factor", 2, "--steps", 2],
     ):  # fmt: skip
-        assert run(command, runs / "vae", pictures / "colour", "--out", out / command, *options) == 0
+        assert run(command, trained("vae"), pictures / "colour", "--out", out / command, *options) == 0
         for name in ("a.png", "b.png"):
             with Image.open(out / command / name) as picture:
                 assert picture.size == (16, 16) and picture.mode == "L"
@@ -70,53 +41,51 @@ def test_the_uses_of_a_vae(runs, pictures, capsys):
     with Image.open(out / "inpaint" / "a.png") as filled, Image.open(pictures / "colour" / "a.png") as true:
         expected = true.convert("L").resize((16, 16), Image.Resampling.BICUBIC, box=(10, 0, 30, 20))
         assert filled.crop((0, 8, 16, 16)).tobytes() == expected.crop((0, 8, 16, 16)).tobytes()
-    arguments = (runs / "vae", pictures / "colour", "--out", out / "x")
-    assert "mask must leave a pixel" in fails(capsys, 2, "inpaint", *arguments, "--mask", pictures / "mask.png")
-    assert "factor must be 2 or more and divide" in fails(capsys, 2, "upscale", *arguments, "--factor", 3)
-    assert "holds a CGAN, and this takes a VAE" in fails(
-        capsys, 2, "denoise", runs / "cgan", pictures, "--out", out / "x"
-    )
-    assert "is not there" in fails(capsys, 1, "reconstruct", runs / "vae", pictures / "none", "--out", out / "x")
+    arguments = (trained("vae"), pictures / "colour", "--out", out / "x")
+    assert "mask must leave at least one pixel" in fails(2, "inpaint", *arguments, "--mask", pictures / "mask.png")
+    assert "factor must be 2 or more and divide" in fails(2, "upscale", *arguments, "--factor", 3)
+    assert "holds a CGAN, but this needs a VAE" in fails(2, "denoise", trained("cgan"), pictures, "--out", out / "x")
+    assert "is not there" in fails(1, "reconstruct", trained("vae"), pictures / "none", "--out", out / "x")
 
 
-def test_translate_takes_any_size(runs, pictures, capsys):
+def test_translate_takes_any_size(trained, pictures, fails):
     out = pictures / "out"
     for folder in ("colour", "grey"):
         arguments = (pictures / folder, "--out", out, "--direction", "b_to_a", "--tile", 16, "--overlap", 8)
-        assert run("translate", runs / "cyclegan", *arguments) == 0
+        assert run("translate", trained("cyclegan"), *arguments) == 0
     for name in "abc":
         with Image.open(out / f"{name}.png") as picture:
             assert picture.size == (40, 20) and picture.mode == "RGB"
-    assert "takes a CycleGAN" in fails(capsys, 2, "translate", runs / "vae", pictures / "grey", "--out", out)
-    assert "give it images with `fastgen translate`" in fails(capsys, 2, "generate", runs / "cyclegan")
+    assert "needs a CycleGAN" in fails(2, "translate", trained("vae"), pictures / "grey", "--out", out)
+    assert "give it images with `fastgen translate`" in fails(2, "generate", trained("cyclegan"))
 
 
-def test_generate_draws_what_is_asked_for(runs, tmp_path, capsys):
+def test_generate_draws_what_is_asked_for(trained, tmp_path, fails):
     grid, strip, animation = (tmp_path / name for name in ("a.png", "b.png", "c.gif"))
-    assert run("generate", runs / "cgan", "--class", 3, "--n", 4, "--out", grid) == 0
-    assert run("generate", runs / "text2image", "--text", "a handwritten seven", "--n", 4, "--out", grid) == 0
-    assert run("generate", runs / "vae", "--interpolate", 2, "--n", 5, "--out", strip) == 0
+    assert run("generate", trained("cgan"), "--class", 3, "--n", 4, "--out", grid) == 0
+    assert run("generate", trained("text2image"), "--text", "a handwritten seven", "--n", 4, "--out", grid) == 0
+    assert run("generate", trained("vae"), "--interpolate", 2, "--n", 5, "--out", strip) == 0
     with Image.open(strip) as picture:
         assert picture.size == (5 * 18 + 2, 20)
     text = ("--text", "a handwritten seven", "--interpolate", 3, "--n", 6)
-    assert run("generate", runs / "text2image", *text, "--out", animation) == 0
+    assert run("generate", trained("text2image"), *text, "--out", animation) == 0
     with Image.open(animation) as moving:
         assert moving.n_frames == 6 and moving.size == (32, 32)
     for system, options, message in (
-        ("vae", ("--class", 1), "a class is given, and this VAE draws without one"),
-        ("cgan", ("--text", "one"), "a text is given, and this CGAN"),
+        ("vae", ("--class", 1), "a class was given, but this VAE draws without classes"),
+        ("cgan", ("--text", "one"), "a text was given, but this CGAN"),
         ("cgan", ("--class", 10), "the class must be between 0 and 9, not 10"),
         ("cgan", ("--interpolate", 2), "say which class or text"),
         ("text2image", (), "captions must say what to draw"),
         ("vae", ("--interpolate", 1), "points at least 2"),
     ):
-        assert message in fails(capsys, 2, "generate", runs / system, *options, "--out", grid)
+        assert message in fails(2, "generate", trained(system), *options, "--out", grid)
 
 
-def test_a_generator_with_classes_and_a_decoder_become_plans(runs, tmp_path, capsys):
+def test_a_generator_with_classes_and_a_decoder_become_plans(trained, tmp_path, capsys, fails):
     for name in ("cgan", "vae"):
         plan, out = tmp_path / f"{name}.fgplan", tmp_path / f"{name}.png"
-        assert run("export", runs / name, "--plan", plan) == 0
+        assert run("export", trained(name), "--plan", plan) == 0
         assert run("generate", plan, "--n", 12, "--out", out) == 0
         assert run("bench", "latency", plan, "--seconds", 0.01) == 0
     plan, out = tmp_path / "cgan.fgplan", tmp_path / "one.png"
@@ -126,7 +95,7 @@ def test_a_generator_with_classes_and_a_decoder_become_plans(runs, tmp_path, cap
         pictures.append(out.read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
     capsys.readouterr()
-    assert "between 0 and 9, not 10" in fails(capsys, 2, "generate", plan, "--class", 10, "--out", out)
-    assert "--text" in fails(capsys, 2, "generate", plan, "--text", "a", "--out", out)
-    assert "does not draw from noise" in fails(capsys, 2, "export", runs / "cyclegan", "--plan", plan)
-    assert "draws from condition" in fails(capsys, 2, "export", runs / "text2image", "--plan", plan)
+    assert "between 0 and 9, not 10" in fails(2, "generate", plan, "--class", 10, "--out", out)
+    assert "--text" in fails(2, "generate", plan, "--text", "a", "--out", out)
+    assert "does not draw from noise" in fails(2, "export", trained("cyclegan"), "--plan", plan)
+    assert "draws with captions" in fails(2, "export", trained("text2image"), "--plan", plan)

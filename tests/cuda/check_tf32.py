@@ -5,7 +5,7 @@ import torch
 
 from fastgen import ops
 from tests.cases import OWN, SMALL
-from tests.ops.test_cases import error
+from tests.support.tolerance import error
 
 GEOMETRY = ("stride", "padding", "output_padding", "padding_mode", "groups", "dilation")
 

@@ -97,9 +97,9 @@ def test_captions(folder, kept):
         ({"file_name": "1.png", "text": " "}, "line 2 has no text"),
         ({"text": "red"}, "line 2 has no file_name"),
         ([], "line 2 has no file_name"),
-        ({"file_name": "../secret.png", "text": "x"}, "which is no file in"),
-        ({"file_name": "none.png", "text": "x"}, "which is no file in"),
-        ({"file_name": "a\0b", "text": "x"}, "which is no file in"),
+        ({"file_name": "../secret.png", "text": "x"}, "which is not a file in"),
+        ({"file_name": "none.png", "text": "x"}, "which is not a file in"),
+        ({"file_name": "a\0b", "text": "x"}, "which is not a file in"),
         ("{", "line 2 is not JSON"),
         ("[" * 60_000, "line 2 is not JSON"),
         ("x" * 70_000, "line 2 is longer than"),
@@ -180,9 +180,9 @@ def test_folders_of_no_use_say_what_they_hold(tmp_path, monkeypatch):
         load(tmp_path / "one")
     fill(tmp_path / "classes" / "a")
     (tmp_path / "classes" / "b").mkdir()
-    with pytest.raises(DataError, match="a folder a class, and b holds no image"):
+    with pytest.raises(DataError, match="one folder per class, but b holds no image"):
         load(tmp_path / "classes")
-    with pytest.raises(DataError, match="no part to test on"):
+    with pytest.raises(DataError, match="no test part"):
         load(tmp_path / "one", split="test")
     with pytest.raises(DataError, match="nowhere is not there"):
         load(tmp_path / "nowhere")
@@ -248,9 +248,9 @@ def test_mnist(tmp_path):
     assert batch.labels.tolist() == [7, 0, 9] and batch.captions[0] == "a handwritten seven"
     assert load(tmp_path, 32).all().images.shape == (3, 1, 32, 32)
     for content, message in (
-        (idx(labels + 3), "run from 3 to 12; they must be 0 to 9"),
-        (idx(labels[:2]), "3 images, but there are 2 labels"),
-        (idx(labels)[:-1], r"names \[3\] values and holds 2"),
+        (idx(labels + 3), "must be 0 to 9, but run from 3 to 12"),
+        (idx(labels[:2]), "3 images, but 2 labels"),
+        (idx(labels)[:-1], r"says \[3\] values, but it holds 2"),
         (idx(images), "not an IDX file of bytes in 1 dimensions"),
         (b"", "not an IDX file"),
     ):

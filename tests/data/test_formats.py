@@ -82,15 +82,15 @@ def test_black_is_black_and_white_is_white(name, tmp_path):
 REFUSED = {
     "float to 255.tif": (
         pillow((255 * RAMP).astype(np.float32)),
-        "levels run from 0 to 255, where black is 0 and white 1",
+        "values run from 0 to 255, but black is 0 and white is 1",
     ),
-    "float below 0.tif": (pillow((2 * RAMP - 1).astype(np.float32)), "levels run from -1 to 1"),
-    "NaN.tif": (pillow(np.full((4, 4), np.nan, np.float32)), "levels run from nan to nan"),
-    "32 bits.tif": (pillow(LEVELS.astype(np.int32)), "levels, or such of 32 bits, and does not say"),
-    "32 bits, unsigned.tif": (tiff(LEVELS.astype(np.uint32)), "levels, or such of 32 bits, and does not say"),
-    "16 bits, signed.tif": (tiff(LEVELS.astype(np.int16), sample_format=2), "it has signed levels"),
-    "8 bits, signed.tif": (tiff(np.zeros((4, 4), np.int8), sample_format=2), "it has signed levels"),
-    "lab.tif": (lambda path: Image.new("LAB", (4, 4)).save(path), "its colours are those of CIELAB"),
+    "float below 0.tif": (pillow((2 * RAMP - 1).astype(np.float32)), "values run from -1 to 1"),
+    "NaN.tif": (pillow(np.full((4, 4), np.nan, np.float32)), "values run from nan to nan"),
+    "32 bits.tif": (pillow(LEVELS.astype(np.int32)), "signed values of 32 bits"),
+    "32 bits, unsigned.tif": (tiff(LEVELS.astype(np.uint32)), "unsigned values of 32 bits"),
+    "16 bits, signed.tif": (tiff(LEVELS.astype(np.int16), sample_format=2), "it has signed values"),
+    "8 bits, signed.tif": (tiff(np.zeros((4, 4), np.int8), sample_format=2), "it has signed values"),
+    "lab.tif": (lambda path: Image.new("LAB", (4, 4)).save(path), "its colours are CIELAB"),
 }
 
 
@@ -130,5 +130,5 @@ def test_of_several_frames_the_first_is_read_and_said(ending, tmp_path, caplog):
     frames[0].save(path, save_all=True, append_images=frames[1:])
     frames[1].save(tmp_path / "b.png")
     data = load_dataset(str(tmp_path), 4)
-    assert f"the first frame alone is read of {path}" in caplog.text and len(caplog.records) == 1
+    assert f"only the first frame of {path} is read" in caplog.text and len(caplog.records) == 1
     assert data.all().images[:, 0, 0, 0].tolist() == [1, -1]

@@ -22,7 +22,7 @@ def test_held_out_classes_have_the_numbers_that_training_gave_them(tmp_path):
     held = load(tmp_path, split="test")
     assert held.classes == ("a", "b", "c") and held.labels.tolist() == [1, 1, 2]
     fill(tmp_path / "test" / "B")
-    with pytest.raises(DataError, match=r"test has a class 'B', and .*train has not: did you mean 'b'\?"):
+    with pytest.raises(DataError, match=r"test has a class 'B', but .*train does not: did you mean 'b'\?"):
         load(tmp_path, split="test")
 
 
@@ -58,19 +58,19 @@ def test_a_part_held_out_that_says_less_is_an_error(tmp_path):
     (tmp_path / "train" / "metadata.jsonl").write_text(
         "".join(json.dumps({"file_name": f"{number}.png", "text": "x"}) + "\n" for number in (1, 2))
     )
-    with pytest.raises(DataError, match=r"train has captions, and .*test has none: it needs a metadata\.jsonl"):
+    with pytest.raises(DataError, match=r"train has captions, but .*test has none: it needs a metadata\.jsonl"):
         load(tmp_path, split="test")
     for path in (tmp_path / "train").iterdir():
         path.unlink()
     fill(tmp_path / "train" / "a")
-    with pytest.raises(DataError, match=r"train has a folder a class, and .*test has not"):
+    with pytest.raises(DataError, match=r"train has one folder per class, but .*test does not"):
         load(tmp_path, split="test")
 
 
 def test_names_that_leave_a_choice(tmp_path, caplog):
     for name in ("bus", "train"):
         fill(tmp_path / name, COLOURS[:2])
-    assert len(load(tmp_path)) == 2 and "only train is learned from, and not bus" in caplog.text
+    assert len(load(tmp_path)) == 2 and "only train is used for training, and bus is ignored" in caplog.text
     fill(tmp_path / "Train")
     with pytest.raises(DataError, match="holds Train and train: keep one"):
         load(tmp_path)
@@ -129,6 +129,8 @@ def test_defaults_of_the_process_change_no_data(tmp_path):
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
-    for mine, its in zip(found, expected, strict=True):
-        assert mine.images.dtype == torch.float32 and torch.equal(mine.images, its.images)
-        assert its.labels is None or (mine.labels.dtype == torch.int64 and torch.equal(mine.labels, its.labels))
+    for batch, reference in zip(found, expected, strict=True):
+        assert batch.images.dtype == torch.float32 and torch.equal(batch.images, reference.images)
+        assert reference.labels is None or (
+            batch.labels.dtype == torch.int64 and torch.equal(batch.labels, reference.labels)
+        )

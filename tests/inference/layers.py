@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from tests.inference.patterns import PATTERNS, Attributes, pattern
+from tests.inference.argument_patterns import PATTERNS
+from tests.inference.patterns import Attributes, pattern
 
 __all__ = ["PATTERNS"]
 
@@ -186,7 +187,8 @@ def nothing_fuses():
 
 
 def iterated(model):
-    """Old spectral norm begins with random vectors: not iterated, sigma may be near 0 and the outputs thousands."""
+    """After some iterations of the old spectral norm. With its first, random vectors sigma may be near 0, and outputs
+    in the thousands."""
     with torch.no_grad():
         for _ in range(20):
             model(torch.randn(2, 3, 8, 8))

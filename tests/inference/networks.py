@@ -189,7 +189,7 @@ class VanillaVAE(nn.Module):
 
 
 class GBlock(nn.Module):
-    """mimicry's generator block: `b1, c1, b2, c2, c_sc`; one in-place ReLU for all, which writes to what b1 gave."""
+    """mimicry's generator block: `b1, c1, b2, c2, c_sc`; one in-place ReLU for all, which writes to b1's output."""
 
     def __init__(self, channels, out):
         super().__init__()

@@ -1,11 +1,55 @@
-"""Two models that should compute the same."""
+"""Two models that should compute the same, and the differences that rounding explains.
 
+A fused op or a plan sums in another order than the modules do. In float64 hardly anything of this remains, so that a
+difference is a fault: what can be compared in float64 is.
+"""
+
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}  # relative to the largest entry
+# Of fused models, relative to the largest entry.
+FLOAT64 = 1e-9  # thousands of roundings below any fault
+FLOAT32 = 1e-4  # about 1000 roundings: gradients of norms over few values amplify them
+TOLERANCE = {torch.float64: FLOAT64, torch.float32: 2 * FLOAT32}  # of outputs, gradients and statistics of networks
+
+# Of an engine beside its model, both in float32, element by element, for values near 1.
+FEW_LAYERS = {"rtol": 1e-5, "atol": 1e-5}  # about 100 roundings
+NETWORK = {"rtol": 1e-4, "atol": 1e-5}  # more layers, which Winograd's algorithm may compute
+
+# Relative L2 differences from float64 that are always allowed: what a correct network reaches by chance although
+# PyTorch's own error is smaller. In fp32 Winograd's algorithm over a whole network; in bf16 five roundings.
+FLOOR = {"fp32": 1e-5, "bf16": 1e-2}
+
+
+def prepared(make: Callable[[], nn.Module]) -> nn.Module:
+    """The network in evaluation mode, its parameters and statistics as after some training."""
+    torch.manual_seed(0)
+    model = make()
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, -0.3, 0.4)
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            nn.init.normal_(module.running_mean, 0, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.eval()
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm().clamp_min(1e-12)).item()
+
+
+def assert_parity(engine: Callable, model: nn.Module, x: Tensor, precision: str = "fp32") -> None:
+    """The engine's error against float64 is at most twice that of PyTorch in the same precision, or the floor."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    with torch.no_grad():
+        expected = copy.deepcopy(model).to(dtype)(x.to(dtype))
+        exact = copy.deepcopy(model).double()(x.double())
+    found = engine(x)
+    assert found.shape == expected.shape and found.dtype == torch.float32
+    assert relative_error(found, exact) <= max(2 * relative_error(expected, exact), FLOOR[precision])
 
 
 def tensors(output) -> list[Tensor]:
@@ -29,7 +73,7 @@ def assert_same_state(fused: nn.Module, plain: nn.Module, tolerance: float) -> N
 
 
 def assert_same_calls(fused: nn.Module, plain: nn.Module, x: Tensor, tolerance: float) -> None:
-    """Outputs, gradients of the input and of all parameters, and statistics afterwards, in training and not."""
+    """Compares outputs, gradients of the input and of all parameters, and statistics afterwards, in both modes."""
     for training in (True, False):
         found, grads = [], []
         for model in (fused, plain):
@@ -53,7 +97,7 @@ def assert_same_calls(fused: nn.Module, plain: nn.Module, x: Tensor, tolerance: 
 def assert_same_training(
     fused: nn.Module, plain: nn.Module, x: Tensor, optimizer: Callable[..., torch.optim.Optimizer], tolerance: float
 ) -> None:
-    """Ten steps of an optimizer on a loss that looks at every output."""
+    """Compares ten steps of an optimizer on a loss of all outputs."""
     losses: list[list[float]] = [[], []]
     for model, seen in zip((fused, plain), losses, strict=True):
         model.train()

@@ -1,4 +1,4 @@
-"""Networks that nobody here wrote, fused: everything that training and inference see stays the same."""
+"""Published networks, fused: training and inference compute the same."""
 
 import copy
 
@@ -8,7 +8,11 @@ from torch import nn
 
 import fastgen
 from tests.inference.networks import NETWORKS
-from tests.inference.parity import TOLERANCE, assert_same_calls, assert_same_state, assert_same_training
+from tests.inference.parity import FLOAT64, TOLERANCE, assert_same_calls, assert_same_state, assert_same_training
+
+TEN_STEPS_OF_ADAM = 100 * FLOAT64  # it divides by the root of small second moments, which amplifies differences
+
+pytestmark = pytest.mark.usefixtures("fused_when_small")
 
 
 @pytest.fixture(params=NETWORKS)
@@ -31,7 +35,9 @@ def test_outputs_gradients_and_statistics(network, dtype):
 def test_ten_steps_of_adam(network):
     model, x, _ = network
     model, x = model.double(), x.double()
-    assert_same_training(fastgen.fuse(model), model, x, lambda p: torch.optim.Adam(p, 1e-3, (0.5, 0.999)), 1e-7)
+    assert_same_training(
+        fastgen.fuse(model), model, x, lambda p: torch.optim.Adam(p, 1e-3, (0.5, 0.999)), TEN_STEPS_OF_ADAM
+    )
 
 
 def test_ten_steps_of_sgd_in_float32(network):

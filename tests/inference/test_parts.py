@@ -1,4 +1,4 @@
-"""An engine in parts: what is no plan is named with its own reason, whatever the model is made of."""
+"""An engine in parts: each module that no plan computes is named with its own reason."""
 
 import numpy as np
 import pytest
@@ -10,10 +10,11 @@ import fastgen
 from fastgen.errors import FastgenError, UsageError
 from fastgen.inference import Part
 from tests.inference.layers import iterated
+from tests.inference.parity import NETWORK
 
 
 class Call(nn.Module):
-    """`function` of the module and its inputs; modules by name."""
+    """Computes function(self, *inputs), with these submodules."""
 
     def __init__(self, function, **modules):
         super().__init__()
@@ -35,7 +36,7 @@ def run_of(channels, length):
 
 def assert_same(engine, model, *given):
     with torch.no_grad():
-        torch.testing.assert_close(engine(*given), model(*given), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(engine(*given), model(*given), **NETWORK)
 
 
 def parts(engine):
@@ -85,7 +86,7 @@ CASES = {
     ),
     "called twice, with two shapes": (
         lambda: Call(lambda m, x: m.a(x)[..., 1:].softmax(1) + m.a(x[..., 1:]), a=conv()),
-        {"": "indexing", "a": "it is called with other things than tensors, or with several shapes"},
+        {"": "indexing", "a": "it is called with arguments other than tensors, or with several shapes"},
     ),
 }  # fmt: skip
 
@@ -196,7 +197,7 @@ def test_a_batch_is_still_needed():
 
 
 def test_what_recording_alone_makes_fail_is_a_reason():
-    """A model's own code that ran before, and does not where it is recorded."""
+    """The model's own code runs, and raises while it is recorded."""
 
     def forward(m, x):
         if torch._C._len_torch_function_stack():
@@ -206,11 +207,14 @@ def test_what_recording_alone_makes_fail_is_a_reason():
     model, x = Call(forward, conv=conv()).eval(), torch.randn(1, 3, 8, 8)
     engine = fastgen.Engine(model, x)
     assert parts(engine) == {"": "it cannot be recorded: KeyError: 'a mode'", "conv": "plan"}
-    with pytest.raises(ZeroDivisionError):  # what the model raises by itself is raised
+    with pytest.raises(ZeroDivisionError):  # an error that the model raises anyway is raised
         fastgen.Engine(Call(lambda m, x: 1 / 0).eval(), x)
 
 
-@pytest.mark.parametrize("precision", ("fp32", "bf16"))
+PERCEPTRON = {"fp32": 1e-5, "bf16": 0.02}  # a few roundings of values near 1
+
+
+@pytest.mark.parametrize("precision", PERCEPTRON)
 @pytest.mark.parametrize("channels", (1, 3))
 @pytest.mark.parametrize("last", ("linear", "activation", "norm", "pooled"))
 def test_perceptrons_that_end_in_an_image(last, channels, precision, tmp_path):
@@ -227,5 +231,5 @@ def test_perceptrons_that_end_in_an_image(last, channels, precision, tmp_path):
     for n in (1, 5, 20):
         z = torch.randn(n, 6)
         found = engine(z)
-        torch.testing.assert_close(found, model(z).detach(), rtol=0, atol=1e-5 if precision == "fp32" else 0.02)
+        torch.testing.assert_close(found, model(z).detach(), rtol=0, atol=PERCEPTRON[precision])
         np.testing.assert_array_equal(loaded(z.numpy()), found.numpy())

@@ -12,7 +12,7 @@ import fastgen
 from fastgen.errors import FastgenError, UsageError
 from fastgen.runtime import Plan
 from tests.inference.networks import SNGANGenerator, VanillaVAE
-from tests.inference.test_engine import prepared, relative_error
+from tests.inference.parity import prepared, relative_error
 
 
 class Call(nn.Module):
@@ -257,7 +257,7 @@ def test_wrong_labels_and_inputs_are_named(tmp_path):
             engine(*wrong)
         with pytest.raises(error, match=words):
             plan(*(x.numpy() for x in wrong))
-    with pytest.raises(UsageError, match=r"one number of images, got shapes \(3, 6\), \(2,\)"):
+    with pytest.raises(UsageError, match=r"same number of images, got shapes \(3, 6\), \(2,\)"):
         fastgen.Engine(model, (z, labels[:2]))
 
 

@@ -10,8 +10,10 @@ from torch import nn
 import fastgen
 from tests.inference.layers import ConvNormAct
 from tests.inference.networks import GBlock, unet
-from tests.inference.parity import assert_close, assert_same_state
+from tests.inference.parity import FLOAT32, assert_close, assert_same_state
 from tests.inference.patterns import OneActivationForTwoRuns
+
+pytestmark = pytest.mark.usefixtures("fused_when_small")
 
 MODELS = {
     "attributes": OneActivationForTwoRuns,
@@ -37,10 +39,10 @@ def test_compile(pair, training):
     output, expected = compiled(x), plain.train(training)(x)
     output.square().mean().backward()
     expected.square().mean().backward()
-    assert_close(output, expected, 1e-4, "output")
+    assert_close(output, expected, FLOAT32, "output")
     for (name, p), q in zip(fused.named_parameters(), plain.parameters(), strict=True):
-        assert_close(p.grad, q.grad, 1e-4, name)
-    assert_same_state(fused, plain, 1e-4)
+        assert_close(p.grad, q.grad, FLOAT32, name)
+    assert_same_state(fused, plain, FLOAT32)
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -48,7 +50,7 @@ def test_export(pair, strict):
     fused, plain, x = pair
     program = torch.export.export(fused.eval(), (x,), strict=strict)
     assert dict(program.named_parameters()).keys() == dict(plain.named_parameters()).keys()
-    assert_close(program.module()(x), plain.eval()(x), 1e-4, "output")
+    assert_close(program.module()(x), plain.eval()(x), FLOAT32, "output")
 
 
 def test_distributed_data_parallel(pair, tmp_path):
@@ -59,15 +61,15 @@ def test_distributed_data_parallel(pair, tmp_path):
         wrapped(x).square().mean().backward()
         plain(x).square().mean().backward()
         for (name, p), q in zip(fused.named_parameters(), plain.parameters(), strict=True):
-            assert_close(p.grad, q.grad, 1e-4, name)
-        assert_same_state(fused, plain, 1e-4)
+            assert_close(p.grad, q.grad, FLOAT32, name)
+        assert_same_state(fused, plain, FLOAT32)
     finally:
         torch.distributed.destroy_process_group()
 
 
 def test_symbolic_trace_by_the_user(pair):
     fused, plain, x = pair
-    assert_close(torch.fx.symbolic_trace(fused)(x), plain(x), 1e-4, "output")
+    assert_close(torch.fx.symbolic_trace(fused)(x), plain(x), FLOAT32, "output")
 
 
 COMPILED_LATER = """

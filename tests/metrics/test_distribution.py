@@ -94,7 +94,8 @@ def test_a_classifier_learns_and_says_what_it_learned():
     assert torch.equal(torch.get_rng_state(), state)
     features, logits = extractor(stripes(20, 2).images)
     assert features.shape == (20, 64) and (logits.argmax(1) == torch.arange(20) % 2).all()
-    for words in ("200 real images of stripes for its 2 classes", "at 8x8 pixels", "right for 100.0% of 200 others"):
+    accuracy = "its accuracy on 200 others is 100.0%"
+    for words in ("200 real images of stripes for its 2 classes", "at 8x8 pixels", accuracy):
         assert words in extractor.description
     assert features.std().item() == pytest.approx(1, rel=0.2)
     again = train_classifier(stripes(200, 0), stripes(200, 1), steps=40)
@@ -105,7 +106,7 @@ def test_without_labels_it_learns_quarter_turns():
     extractor = trained(labelled=False)
     features, logits = extractor(stripes(20, 2).images)
     assert logits is None and features.shape == (20, 64) and "quarter turns" in extractor.description
-    assert float(extractor.description.split("right for ")[1].split("%")[0]) > 60
+    assert float(extractor.description.split("others is ")[1].split("%")[0]) > 60
 
 
 class StandInForInception(torch.nn.Module):
@@ -125,7 +126,7 @@ def test_inception_comes_from_a_file_at_hand(tmp_path, monkeypatch):
     features, logits = inception()(torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 1, 2, 2))
     assert torch.equal(features[:, 0], torch.tensor([0.0, 128.0, 255.0])) and logits.shape == (3, 5)
     monkeypatch.setenv("FASTGEN_INCEPTION", str(tmp_path / "none"))
-    with pytest.raises(FastgenError, match="where no file is"):
+    with pytest.raises(FastgenError, match="but there is no such file"):
         inception()
     path.write_bytes(b"damaged")
     monkeypatch.setenv("FASTGEN_INCEPTION", str(path))
@@ -143,12 +144,12 @@ def nan_at(images, at, value=float("nan")):
 def test_an_image_that_is_not_finite_is_named(value):
     bad = nan_at(normal(30), 17, value)
     for which, sets in (("generated", (bad, normal(20), normal(20))), ("real", (normal(20), bad, normal(20)))):
-        with pytest.raises(DataError, match=f"{which} must be finite, and of 30 images number 17"):
+        with pytest.raises(DataError, match=f"{which} must be finite, but image 17 of 30"):
             compare(*sets, PIXELS)
     overflow = FeatureExtractor(lambda images: (images.flatten(1) * 1e38, None), "large numbers")
-    with pytest.raises(DataError, match="the features of held must be finite, and of 20 images number 3"):
+    with pytest.raises(DataError, match="the features of held must be finite, but image 3 of 20"):
         compare(normal(20), normal(20) / 100, nan_at(normal(20) / 100, 3, 40.0), overflow)
-    with pytest.raises(DataError, match="stripes must be finite, and of 200 images number 5"):
+    with pytest.raises(DataError, match="stripes must be finite, but image 5 of 200"):
         train_classifier(ImageDataset("stripes", nan_at(stripes(200, 0).images, 5, value)), steps=1)
 
 
@@ -210,7 +211,7 @@ def test_what_an_extractor_must_return(result, says):
 
 def test_what_a_classifier_is_trained_on():
     images, classes = torch.rand(6, 1, 8, 8), ("a", "b")
-    with pytest.raises(DataError, match="the labels of x must be 0 to 1, and run from 0 to 5"):
+    with pytest.raises(DataError, match="the labels of x must be 0 to 1, but run from 0 to 5"):
         train_classifier(ImageDataset("x", images, torch.arange(6), classes), steps=1)
     with pytest.raises(DataError, match="x has 6 images, but 5 labels"):
         train_classifier(ImageDataset("x", images, torch.zeros(5).long(), classes), steps=1)
@@ -223,7 +224,7 @@ def test_what_a_classifier_is_trained_on():
 def test_images_are_floating_point():
     images = torch.rand(12, 1, 2, 2)
     for bad, found in (((images * 255).byte(), "a tensor of torch.uint8"), ([images], "a list")):
-        with pytest.raises(UsageError, match=rf"must be a tensor of floating point numbers in \[-1, 1\], not {found}"):
+        with pytest.raises(UsageError, match=rf"must be a tensor of floating-point numbers in \[-1, 1\], not {found}"):
             compare(bad, images, images, PIXELS)
-        with pytest.raises(UsageError, match="real must be a tensor of floating point"):
+        with pytest.raises(UsageError, match="real must be a tensor of floating-point"):
             Reference(bad, images, PIXELS)

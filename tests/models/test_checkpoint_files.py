@@ -13,6 +13,7 @@ import fastgen
 from fastgen.errors import CheckpointError, UsageError
 from tests.inference import networks
 from tests.models.published import ExamplesVAE, published, unet
+from tests.support.tolerance import FLOAT32
 
 
 def wrapped(state, *prefixes):
@@ -64,11 +65,11 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_a_file(tmp_path, form):
-    theirs = published("netG")
+    original = published("netG")
     with torch.no_grad():
-        for tensor in theirs.state_dict().values():
+        for tensor in original.state_dict().values():
             tensor.copy_(tensor.bfloat16())  # so that rounding changes nothing
-    content = FORMS[form](theirs.state_dict())
+    content = FORMS[form](original.state_dict())
     torch.save(content, tmp_path / "net.pth")
     if all(isinstance(value, torch.Tensor) for value in content.values()):
         content = {name: value.detach().clone().contiguous() for name, value in content.items()}
@@ -81,7 +82,7 @@ def test_forms_of_a_file(tmp_path, form):
         assert {tensor.dtype for tensor in tensors} == {torch.float32, torch.int64}
         assert all(tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
         assert all(parameter.requires_grad for parameter in network.parameters())
-        torch.testing.assert_close(network(z), theirs(z), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(network(z), original(z), **FLOAT32)
 
 
 def several(path):
@@ -135,7 +136,7 @@ def test_no_code_of_a_file_is_run(tmp_path, capsys):
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Hostile(), 2))
     for name in ("zip.pth", "plain.pth"):
         with pytest.raises(
-            CheckpointError, match=rf"{name} holds more than tensors, or is damaged; nothing of it was run"
+            CheckpointError, match=rf"{name} holds more than tensors, or is damaged; none of its code was run"
         ):
             fastgen.load_checkpoint(tmp_path / name)
     assert capsys.readouterr().out == ""
@@ -189,22 +190,22 @@ RESNET, PATCH, PIXEL = networks.ResnetGenerator, networks.PatchGAN, networks.Pix
 # name -> (what writes the file, what is said about it)
 OF_NO_USE = {
     "missing": (lambda path: None, "cannot be read: No such file"),
-    "a folder": (lambda path: path.mkdir(), r"cannot be read: Is a directory, and fastgen\.training\.load_model reads"),
-    "empty": (lambda path: path.write_bytes(b""), "is no checkpoint: it is empty"),
-    "zeros": (lambda path: path.write_bytes(b"\0" * 1000), r"net\.pth is damaged, or no checkpoint \("),
-    "a web page": (lambda path: path.write_bytes(b"\n<!DOCTYPE html>"), "is no checkpoint, but a web page"),
+    "a folder": (lambda path: path.mkdir(), r"cannot be read: Is a directory; fastgen\.training\.load_model reads"),
+    "empty": (lambda path: path.write_bytes(b""), "is not a checkpoint: it is empty"),
+    "zeros": (lambda path: path.write_bytes(b"\0" * 1000), r"net\.pth is damaged, or not a checkpoint \("),
+    "a web page": (lambda path: path.write_bytes(b"\n<!DOCTYPE html>"), "is not a checkpoint, but a web page"),
     "Git LFS": (
         lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0"),
-        "a pointer of Git LFS: fetch the file itself with `git lfs pull`",
+        "a Git LFS pointer: fetch the file itself with `git lfs pull`",
     ),
-    "cut short": (cut, r"net\.pth is damaged, or no checkpoint \("),
+    "cut short": (cut, r"net\.pth is damaged, or not a checkpoint \("),
     "compressed": (compressed, "is compressed, which torch.save never does"),
-    "TorchScript": (script, r"a program of TorchScript, which is not run: save torch\.jit\.load\(\.\.\.\)\.state_dict"),
-    "an archive": (archive, r"an archive that torch\.save has not written: it has no data\.pkl"),
+    "TorchScript": (script, r"a TorchScript program, which is not run: save torch\.jit\.load\(\.\.\.\)\.state_dict"),
+    "an archive": (archive, r"an archive that torch\.save did not write: it has no data\.pkl"),
     "a whole module": (
         lambda path: torch.save(NETG(), path),
-        r"nothing of it was run \(it names tests\.inference\.networks\.DCGANGenerator\)\. Where you trust it, save the "
-        r"network's state_dict\(\) alone",
+        r"none of its code was run \(it names tests\.inference\.networks\.DCGANGenerator\)\. If you trust it, save "
+        r"only the network's state_dict\(\) and load that",
     ),
     "settings beside": (
         lambda path: torch.save({"args": Thing(), "netG": NETG().state_dict()}, path),
@@ -232,16 +233,16 @@ OF_NO_USE = {
     ),
     "besides": (
         changed(NETG, main__99__bias=zeros(1)),
-        r"looks like pytorch-examples-dcgan and is not: it has main\.99\.bias besides",
+        r"looks like pytorch-examples-dcgan, but is not: it has main\.99\.bias too",
     ),
-    "sigma besides": (changed(NETG, sigma=zeros(1)), "it has sigma besides"),
+    "sigma too": (changed(NETG, sigma=zeros(1)), "it has sigma too"),
     "other shape": (
         changed(NETG, main__3__weight=zeros(1, 1, 1, 1)),
         r"main.3.weight is \(1, 1, 1, 1\), not \(32, 16, 4, 4\)",
     ),
     "too small": (
         lambda path: torch.save({"main.0.weight": zeros(2, 2, 4, 4)}, path),
-        "and is not: image_size must be",
+        "but is not: image_size must be",
     ),
     "no statistics": (changed(NETG, main__1__running_var=None), r"it has no main\.1\.running_var"),
     "integers": (
@@ -254,7 +255,7 @@ OF_NO_USE = {
     ),
     "in a file of several": (
         lambda path: torch.save({"netG": {"main.0.weight": zeros(2, 2, 4, 4)}}, path),
-        r"'netG' in .*net\.pth looks like pytorch-examples-dcgan and is not: image_size",
+        r"'netG' in .*net\.pth looks like pytorch-examples-dcgan, but is not: image_size",
     ),
     "twice": (
         lambda path: torch.save({"main.0.weight": zeros(1), "module.main.0.weight": zeros(1)}, path),
@@ -264,7 +265,7 @@ OF_NO_USE = {
     "vae without a layer": (changed(MLP, fc1__bias=None), r"it has no fc1\.bias"),
     "vae of no square of features": (changed(VAE, fc_mu__weight=zeros(5, 33)), "fc_mu.weight takes 33 features"),
     "vae, no last layer": (changed(VAE, final_layer__3__weight=None), r"it has no final_layer\.3\.weight"),
-    "conditional vae": (changed(VAE, embed_class__weight=zeros(3, 3)), r"it has embed_class\.weight besides"),
+    "conditional vae": (changed(VAE, embed_class__weight=zeros(3, 3)), r"it has embed_class\.weight too"),
     "resnet cut": (changed(lambda: RESNET(blocks=1), model__18__weight=None), r"it has no model\.18\.weight"),
     "resnet without blocks": (
         lambda path: torch.save({"model.1.weight": zeros(4, 3, 7, 7), "model.4.weight": zeros(8, 4, 3, 3)}, path),
@@ -276,7 +277,7 @@ OF_NO_USE = {
     ),
     "antialiased": (
         changed(RESNET, model__7__filt=zeros(8, 1, 3, 3)),
-        r"it blurs where it changes the size \(\.filt\)",
+        r"it has blurring resampling layers \(\.filt\)",
     ),
     "resnet of wrong rank": (changed(RESNET, model__19__weight=zeros(3)), r"model\.19\.weight is \(3,\)"),
     "unet of one layer": (

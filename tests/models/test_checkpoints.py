@@ -10,24 +10,25 @@ from fastgen.errors import CheckpointError, UsageError
 from fastgen.models.checkpoints import DIALECTS
 from tests.inference import networks
 from tests.models.published import NORMS, PUBLISHED, call_unet, published, unet
+from tests.support.tolerance import FLOAT32
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_computes_what_the_original_does(name, tmp_path):
-    dialect, _, theirs_called, shape, called = PUBLISHED[name]
-    theirs = published(name)
-    torch.save(theirs.state_dict(), tmp_path / "net.pth")
+    dialect, _, call_original, shape, called = PUBLISHED[name]
+    original = published(name)
+    torch.save(original.state_dict(), tmp_path / "net.pth")
     x = torch.randn(shape).tanh()
     for asked in ("auto", dialect):
         network = fastgen.load_checkpoint(tmp_path / "net.pth", asked)
         assert not network.training
         ours = (called(network) if called else network)(x)
-        torch.testing.assert_close(ours, theirs_called(theirs, x), rtol=1e-4, atol=1e-5)
-    expected = theirs_called(theirs, x)
-    for tensor in theirs.state_dict().values():
+        torch.testing.assert_close(ours, call_original(original, x), **FLOAT32)
+    expected = call_original(original, x)
+    for tensor in original.state_dict().values():
         tensor.zero_()
-    theirs.load_state_dict(network.state_dict())  # the original loads what ours saves
-    torch.testing.assert_close(theirs_called(theirs, x), expected)
+    original.load_state_dict(network.state_dict())  # the original loads what ours saves
+    torch.testing.assert_close(call_original(original, x), expected)
     others = [other for other in DIALECTS if other != dialect]
     for other in others:
         with pytest.raises(CheckpointError, match=rf"net\.pth is not of dialect {other}"):
@@ -39,14 +40,14 @@ def test_computes_what_the_original_does(name, tmp_path):
 def test_dropout_of_a_unet(tmp_path, norm, asked):
     """pix2pix trains with batch norm and dropout, CycleGAN with instance norm and without, unless they are told
     otherwise."""
-    theirs = unet(NORMS[norm], dropout=norm == "batch" if asked is None else asked)
-    torch.save(theirs.state_dict(), tmp_path / "net.pth")
+    original = unet(NORMS[norm], dropout=norm == "batch" if asked is None else asked)
+    torch.save(original.state_dict(), tmp_path / "net.pth")
     network = fastgen.load_checkpoint(tmp_path / "net.pth", dropout=asked).train()
     x, images = torch.randn(2, 3, 64, 64), []
-    for draw in (network, lambda x: call_unet(theirs, x)):  # as pix2pix draws, too: in training mode
+    for draw in (network, lambda x: call_unet(original, x)):  # as pix2pix draws, too: in training mode
         torch.manual_seed(0)
         images.append(draw(x))
-    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*images, **FLOAT32)
 
 
 def test_dropout_that_the_names_show_is_not_asked_for(tmp_path):
@@ -60,9 +61,9 @@ def test_dropout_that_the_names_show_is_not_asked_for(tmp_path):
 
 @pytest.mark.parametrize("name", ["netG", "PyTorch-VAE", "examples vae", "CycleGAN"])
 def test_the_process_s_defaults_change_nothing(tmp_path, name):
-    theirs = published(name)
-    torch.save(theirs.state_dict(), tmp_path / "net.pth")
-    save_file(theirs.state_dict(), tmp_path / "net.safetensors")
+    original = published(name)
+    torch.save(original.state_dict(), tmp_path / "net.pth")
+    save_file(original.state_dict(), tmp_path / "net.safetensors")
     try:
         torch.set_default_dtype(torch.float64)
         torch.set_default_device("meta")
@@ -73,21 +74,21 @@ def test_the_process_s_defaults_change_nothing(tmp_path, name):
     for network in loaded:
         for tensor in (*network.parameters(), *network.buffers()):
             assert tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.int64)
-        for key, value in theirs.state_dict().items():
+        for key, value in original.state_dict().items():
             assert torch.equal(network.state_dict()[key], value)
 
 
 def test_vae_states_go_both_ways(tmp_path):
     """`log_std`, which the original does not have, is in the state of a model that fastgen made, and of no loaded
     one."""
-    theirs = published("PyTorch-VAE")
-    torch.save(theirs.state_dict(), tmp_path / "net.pth")
+    original = published("PyTorch-VAE")
+    torch.save(original.state_dict(), tmp_path / "net.pth")
     loaded = fastgen.load_checkpoint(tmp_path / "net.pth")
     assert loaded.log_std == 0 and "log_std" not in loaded.state_dict()
     ours = fastgen.create_model("vae", image_size=16, nz=5, widths=(4, 6, 8))
     ours.log_std.fill_(-2)
     assert ours.state_dict()["log_std"] == -2
-    ours.load_state_dict(theirs.state_dict())
+    ours.load_state_dict(original.state_dict())
     ours.load_state_dict(loaded.state_dict())
     assert ours.log_std == -2
     images = torch.rand(2, 3, 16, 16)
@@ -95,11 +96,11 @@ def test_vae_states_go_both_ways(tmp_path):
 
 
 def test_wrapped_prefixed_sorted_and_with_old_statistics(tmp_path):
-    theirs = published("CycleGAN")
-    state = theirs.state_dict()
-    expected = theirs(x := torch.randn(1, 3, 16, 16))
+    original = published("CycleGAN")
+    state = original.state_dict()
+    expected = original(x := torch.randn(1, 3, 16, 16))
     old = dict(state)
-    for name, module in theirs.named_modules():
+    for name, module in original.named_modules():
         if isinstance(module, nn.InstanceNorm2d):
             old |= {
                 f"{name}.running_mean": torch.ones(module.num_features),
@@ -115,11 +116,11 @@ def test_wrapped_prefixed_sorted_and_with_old_statistics(tmp_path):
     for name, form in forms.items():
         torch.save(form, tmp_path / f"{name}.pth")
         network = fastgen.load_checkpoint(tmp_path / f"{name}.pth")
-        torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(network(x), expected, **FLOAT32)
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "net.safetensors")
-    torch.testing.assert_close(fastgen.load_checkpoint(tmp_path / "net.safetensors")(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fastgen.load_checkpoint(tmp_path / "net.safetensors")(x), expected, **FLOAT32)
     torch.save(state, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
-    torch.testing.assert_close(fastgen.load_checkpoint(tmp_path / "legacy.pth")(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fastgen.load_checkpoint(tmp_path / "legacy.pth")(x), expected, **FLOAT32)
 
 
 def test_what_fastgen_trained_loads_too(tmp_path):

@@ -36,27 +36,29 @@ EDGES = (
 def works(model):
     """Whether training and drawing with a batch of two run and give finite numbers of the shapes that the config
     says."""
-    config = model.config
-    if hasattr(config, "channels_a"):
-        images = torch.randn(2, config.channels_a, config.image_size, config.image_size)
+    declared = model.capabilities
+    size = (declared.image_size, declared.image_size)
+    if declared.directions:
+        before, after = declared.directions["a_to_b"]
+        images = torch.randn(2, before, *size)
         out = model(images)
-        assert out.shape == (2, config.channels_b, config.image_size, config.image_size)
+        assert out.shape == (2, after, *size)
         assert model.translate(out, "b_to_a").shape == images.shape
         return bool(model.discriminator_a(images).isfinite().all() and model.discriminator_b(out).isfinite().all())
-    shape = (2, config.channels, config.image_size, config.image_size)
-    if hasattr(model, "encode"):
+    shape = (2, declared.channels, *size)
+    if declared.encodes:
         out, mu, _ = model(torch.rand(shape) * 2 - 1)
-        assert mu.shape == (2, config.nz) and model.sample(1).shape[1:] == shape[1:]
+        assert mu.shape == (2, *declared.latent_shape) and model.sample(1).shape[1:] == shape[1:]
         return out.shape == shape and bool(out.isfinite().all())
-    conditions, asked = (), {}
-    if hasattr(config, "classes"):
-        conditions = (torch.tensor([0, config.classes - 1]),)
-    elif hasattr(config, "vocabulary"):
-        asked = {"captions": config.vocabulary[0]}
-        conditions = (model.text_encoder([config.vocabulary[0]] * 2),)
-    out = model(model.latent(2), *conditions)
-    logits = model.discriminator(out, *conditions)
-    assert logits.shape == (2,) and model.sample(1, **asked).shape[1:] == shape[1:]
+    values = {
+        condition.name: [0, condition.classes - 1] if condition.classes else [model.config.vocabulary[0]] * 2
+        for condition in declared.conditions
+    }
+    values |= {"labels": torch.tensor(values["labels"])} if "labels" in values else {}
+    encoded = [condition.encode(values[condition.name]) for condition in declared.conditions]
+    out = model(model.latent(2), *encoded)
+    logits = model.discriminator(out, *encoded)
+    assert logits.shape == (2,) and model.sample(2, **values).shape == shape
     return out.shape == shape and bool(logits.isfinite().all())
 
 

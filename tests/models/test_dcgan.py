@@ -5,6 +5,7 @@ from torch import nn
 import fastgen
 from fastgen.errors import UsageError
 from fastgen.models import DCGAN, DCGANConfig, create_model, list_models, register_model
+from tests.support.tolerance import FLOAT32
 
 
 def official_generator(nz=100, ngf=64, nc=3):
@@ -50,9 +51,9 @@ def test_official_checkpoints_load_both_ways(training):
         module.train(training)
     z = torch.randn(4, 16)
     images = generator["main"](z[:, :, None, None])
-    torch.testing.assert_close(model(z), images, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(z), images, **FLOAT32)
     torch.testing.assert_close(
-        model.discriminator.probability(images), discriminator["main"](images).flatten(), rtol=1e-4, atol=1e-5
+        model.discriminator.probability(images), discriminator["main"](images).flatten(), **FLOAT32
     )
     generator.load_state_dict(model.generator.state_dict())
 
@@ -94,8 +95,8 @@ def test_discriminator_without_norm_has_biases_and_no_norm():
             r"unknown model 'dcgn': did you mean dcgan.*\? there are: cgan, cyclegan, dcgan",
         ),
         (lambda: create_model("dcgan", image_sise=32), r"option of model dcgan 'image_sise': did you mean image_size"),
-        (lambda: create_model("dcgan", image_size=48), "image_size must be 32, 64 or 128, not 48"),
-        (lambda: create_model("dcgan", nz=0), "nz must be a positive integer, not 0"),
+        (lambda: create_model("dcgan", image_size=48), "image_size must be one of 32, 64, 128, not 48"),
+        (lambda: create_model("dcgan", nz=0), "nz must be between 1 and 65536, not 0"),
         (lambda: create_model("dcgan", discriminator_norm="bach"), "discriminator_norm must be"),
         (lambda: create_model("dcgan", ngf=2, ndf=2)(torch.zeros(2, 99)), r"z must be \(N, 100\) .* not \(2, 99\)"),
         (lambda: create_model("dcgan", ngf=2, ndf=2)(torch.zeros(100)), r"z must be \(N, 100\)"),

@@ -17,13 +17,15 @@ TINY = {
     "dcgan": ("dcgan", SMALL, 7, {"discriminator.main.8"}),
     "cgan": ("cgan", SMALL, 7, {"discriminator.head"}),
     "cgan, conditional norm": (
-        "cgan", {**SMALL, "generator_norm": "conditional", "condition": "concatenation", "discriminator_norm": "none"},
+        "cgan",
+        {**SMALL, "generator_norm": "conditional", "discriminator_conditioning": "concatenation",
+         "discriminator_norm": "none"},
         7, {"discriminator.head"},
     ),
     "vae": ("vae", {"image_size": 8, "channels": 1, "nz": 4, "widths": [2, 3]}, 5, set()),
     "vae, bernoulli": ("vae", {"image_size": 8, "channels": 1, "nz": 4, "widths": [2, 3], "likelihood": "bernoulli"}, 5,
     set()), "vae_mlp": ("vae_mlp", {"image_size": 8, "nz": 4, "width": 8}, 0, set()),
-    "text2image": ("text2image", {**SMALL, "vocabulary": WORDS, "text_width": 8, "condition": 4}, 8,
+    "text2image": ("text2image", {**SMALL, "vocabulary": WORDS, "text_width": 8, "caption_width": 4}, 8,
     {"discriminator.head"}), "cyclegan": (
         "cyclegan", {**PAIR, "channels_b": 1}, 8 * 2 + 3 * 2, {"discriminator_a.model.8", "discriminator_b.model.8"},
     ),

@@ -12,9 +12,7 @@ from torch.nn.modules import module as torch_module
 import fastgen
 from fastgen import ops
 from fastgen.nn import Reparameterize, Sequential, SpectralNormGroup, spectral_norm
-from fastgen.ops import _memo, _rules
-
-SMALL = {name: getattr(_rules, name) for name in ("SMALL", "SMALL_WITH_GRADIENTS")}  # before tests patch them
+from tests.support.tolerance import BFLOAT16, FLOAT32
 
 
 class Image(torch.Tensor):
@@ -77,14 +75,12 @@ def observe(model: nn.Module, x: object) -> tuple:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("small", (False, True), ids=("large", "small"))
+@pytest.mark.parametrize("fused", (True, False), ids=("fused", "by default"))
 @pytest.mark.parametrize("run", RUNS)
-def test_the_same_result_or_error(run, small, monkeypatch):
+def test_the_same_result_or_error(run, fused, request):
     """Of images without a batch dimension, other numbers of channels, dtypes, layouts and devices."""
-    if small:
-        for name, value in SMALL.items():
-            monkeypatch.setattr(_rules, name, value)
-    _memo.forget()
+    if fused:
+        request.getfixturevalue("fused_when_small")
     torch.manual_seed(0)
     plain = nn.Sequential(*RUNS[run]())
     for name, x in INPUTS.items():
@@ -95,7 +91,7 @@ def test_the_same_result_or_error(run, small, monkeypatch):
             expected, *found = [observe(model, x) for model in models]
             for mine in found:
                 assert mine[0] is expected[0], (name, training, mine[0], expected[0])
-                near = {"rtol": 0.05, "atol": 0.01} if name == "torch.bfloat16" else {"rtol": 1e-4, "atol": 1e-4}
+                near = BFLOAT16 if name == "torch.bfloat16" else FLOAT32
                 torch.testing.assert_close(
                     mine[1:], expected[1:], **near, msg=lambda text, name=name: f"{name}: {text}"
                 )
@@ -121,6 +117,7 @@ class Model(nn.Module):
         return self.last(self.act(self.norm(self.conv(x))))
 
 
+@pytest.mark.usefixtures("fused_when_small")
 @pytest.mark.parametrize("register", REGISTER, ids=lambda function: function.__name__)
 def test_hooks_of_all_modules_are_called(register):
     plain, found = Model(), []
@@ -155,6 +152,7 @@ def grouped() -> nn.Module:
     return model
 
 
+@pytest.mark.usefixtures("fused_when_small")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dynamo", (False, True), ids=("torchscript", "dynamo"))
 @pytest.mark.parametrize("make", (Model, grouped, Sampler), ids=lambda make: make.__name__)
@@ -170,9 +168,10 @@ def test_onnx(make, dynamo):
     with torch.no_grad():
         expected = model(x).numpy()
     (found,) = runtime.InferenceSession(file.getvalue()).run(None, {"x": x.numpy()})
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found, expected, **FLOAT32)
 
 
+@pytest.mark.usefixtures("fused_when_small")
 @pytest.mark.parametrize("strict", (False, True))
 @pytest.mark.parametrize("impl", ("auto", "reference"))
 @pytest.mark.parametrize("dim", (torch.export.Dim.AUTO, torch.export.Dim("n", min=2, max=64)), ids=("auto", "named"))

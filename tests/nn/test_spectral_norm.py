@@ -2,8 +2,6 @@
 
 import copy
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,10 @@ from torch.nn.utils import parametrizations, parametrize
 
 import fastgen.nn
 from fastgen.ops import _spectral_convolution
+from tests.support.process import run_ranks
+from tests.support.tolerance import FLOAT32, FLOAT64, units
+
+pytestmark = pytest.mark.usefixtures("fused_when_small")
 
 LAYERS = {
     "Linear": (lambda: nn.Linear(5, 7), (3, 5)),
@@ -67,6 +69,9 @@ def test_as_the_parametrization(kind, options):
     assert parametrize.remove_parametrizations(ours, "weight") is ours and type(ours) is type(make())
 
 
+ITERATED = units(torch.float32, 2**14, 2**10)  # what 30 iterations leave of the other singular vectors
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_loads_the_older_form(kind):
     """weight_orig, weight_u and weight_v, also within a model, and without weight_v as very old files have it."""
@@ -80,7 +85,7 @@ def test_loads_the_older_form(kind):
         new = nn.ModuleDict({"layer": fastgen.nn.spectral_norm(make().double())})
         state = {name: value for name, value in old.state_dict().items() if name not in drop}
         new.load_state_dict(state)
-        torch.testing.assert_close(new.eval()["layer"].weight, old["layer"].weight, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(new.eval()["layer"].weight, old["layer"].weight, **ITERATED)
     new.load_state_dict(new.state_dict())
     with pytest.raises(RuntimeError, match="Missing key"):
         new.load_state_dict({"layer.weight_orig": old["layer"].weight_orig})
@@ -156,7 +161,7 @@ def test_group(separate, norm):
         for optimizer in optimizers:
             optimizer.step()
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(x), single.eval()(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.eval()(x), single.eval()(x), **FLOAT32)
     assert [sigma.item() > 0 for sigma in group.sigmas()] == [True] * 3
     group.remove()
     assert torch.equal(model(x), model(x))
@@ -192,7 +197,7 @@ def test_group_copies_casts_and_loads():
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin(x), model(x))
     twin.double()
-    torch.testing.assert_close(twin(x.double()).float(), model(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(twin(x.double()).float(), model(x), **FLOAT32)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
     with pytest.raises(ValueError, match="there are none"):
         fastgen.nn.SpectralNormGroup(nn.Linear(2, 2))
@@ -225,6 +230,9 @@ def test_group_sees_vectors_and_swapped_parameters():
         torch.testing.assert_close(made.eval()(x), discriminator().eval()(x))
 
 
+FIRST_VECTORS = units(torch.float32, 1024, 16)  # the first vectors are float32's, the rest is float64
+
+
 @pytest.mark.parametrize("training", (True, False))
 @pytest.mark.parametrize("grouped", (False, True))
 def test_functional_transforms(grouped, training):
@@ -244,7 +252,7 @@ def test_functional_transforms(grouped, training):
         found[-1] += [each(parameters, x), *(value.clone() for value in model.buffers())]
         model.eval()  # in training PyTorch's has none
         found[-1] += [jvp(lambda parameters, loss=loss: loss(parameters, x), (parameters,), (parameters,))]
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)  # the first vectors are float32's
+    torch.testing.assert_close(*found, **FIRST_VECTORS)
 
 
 CONVOLUTIONS = {
@@ -286,7 +294,10 @@ def test_sigma_in_the_epilogue(kind, activation, grouped, monkeypatch):
     assert len(seen) == 3
     theirs = penalized(nn.Sequential(*model), grouped, x)
     assert len(seen) == 3
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours, theirs, **FLOAT64)
+
+
+SUMMED = units(torch.float32, 1024, 1024)  # a thousand products, divided by sigma before or after they are summed
 
 
 def test_the_quotient_is_not_written(monkeypatch):
@@ -302,7 +313,7 @@ def test_the_quotient_is_not_written(monkeypatch):
     )
     y = model(x)
     assert asked == [False]
-    torch.testing.assert_close(y, F.relu(F.conv2d(x, layer.weight, layer.bias, 2, 1)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y, F.relu(F.conv2d(x, layer.weight, layer.bias, 2, 1)), **SUMMED)
     group.update()
     assert asked == [False, True]
     layer.register_forward_hook(lambda *_: None)  # now its own forward runs, on weight
@@ -350,11 +361,7 @@ os._exit(0)  # gloo's threads may abort an interpreter that ends in the usual wa
 @pytest.mark.parametrize("grouped", ("0", "1"))
 def test_ranks_hold_the_same_vectors(tmp_path, grouped):
     """DistributedDataParallel, the discriminator called twice in one graph, another thread count on each rank."""
-    commands = [[sys.executable, "-c", DISTRIBUTED, str(rank), str(tmp_path / "store"), grouped] for rank in range(2)]
-    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    for process in running:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said
+    run_ranks(DISTRIBUTED, 2, tmp_path / "store", grouped)
 
 
 def test_step_differs_from_calls():

@@ -1,9 +1,6 @@
 """Batch statistics over several processes: each rank's part of a batch gives what the whole batch gives in one
 process."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +8,8 @@ from torch import nn
 
 import fastgen.nn
 from fastgen import ops
+from tests.support.process import run_ranks
+from tests.support.tolerance import BFLOAT16
 
 CASES = {
     "convolution": lambda: (nn.ConvTranspose2d(4, 6, 4, 2, 1), nn.BatchNorm2d(6), nn.LeakyReLU(0.2)),
@@ -58,11 +57,7 @@ def steps(model, rank=None):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 @pytest.mark.parametrize("impl", ("cpp", "reference"))
 def test_as_one_batch_in_one_process(tmp_path, impl):
-    arguments = (str(tmp_path / "store"), impl, str(tmp_path))
-    commands = [[sys.executable, "-c", PARALLEL, str(rank), *arguments] for rank in range(len(SAMPLES))]
-    for process in [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said
+    run_ranks(PARALLEL, len(SAMPLES), tmp_path / "store", impl, tmp_path)
     ranks = [torch.load(tmp_path / str(rank)) for rank in range(len(SAMPLES))]
     for name, make in CASES.items():
         torch.manual_seed(0)
@@ -100,7 +95,7 @@ def test_a_group_of_one(alone):
     torch.testing.assert_close(ops.norm_act(x, **options, process_group=alone), expected)
     options["residual"] = options["residual"].bfloat16()
     half = ops.norm_act(x.bfloat16(), **options, process_group=alone)
-    torch.testing.assert_close(half.float(), expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(half.float(), expected, **BFLOAT16)
     assert ops.norm_act(x[:0], norm="batch", training=True, process_group=alone).shape == (0, 6, 5, 5)
     layer = nn.SyncBatchNorm(6)
     model, plain = fastgen.nn.Sequential(layer, nn.ReLU()), nn.BatchNorm2d(6)

@@ -11,7 +11,7 @@ from fastgen.ops._geometry import Geometry
 from fastgen.ops._layout import spec_of
 from fastgen.ops._question import Question
 from tests.cases import SMALL
-from tests.ops.test_cases import observe
+from tests.support.observe import observe
 
 BY_NAME = {case.id: case for case in SMALL}
 # By the rules the forward pass of the first is fastgen's, that of the second PyTorch's.

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,8 @@ from fastgen import ops
 from fastgen.ops import _autograd, _choices, _convolution_grad
 from fastgen.ops._tiers import ON_CPU
 from tests.ops.measured import FASTGENS, TORCHS, asked, forward, keep, key, run
-from tests.ops.test_cases import error
+from tests.support.process import run_ranks
+from tests.support.tolerance import error
 
 if ON_CPU:
     pytest.skip("nothing is measured of kernels in another's place", allow_module_level=True)
@@ -133,8 +132,7 @@ for i in range(15):
 
 
 def test_two_processes_write_at_once(folder):
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(i)]) for i in range(2)]
-    assert [writer.wait() for writer in writers] == [0, 0]
+    run_ranks(WRITER, 2)
     file = folder / "cache" / "choices" / "chip.json"
     assert set(_choices._read(file)) == {f"{writer} {i}" for writer in range(2) for i in range(15)}
     assert [other.name for other in file.parent.iterdir()] == [file.name]

@@ -42,7 +42,7 @@ def test_pytorchs_samples(sample, activation, impl):
     (
         ({"input": torch.ones(4, 4)}, ValueError, r"input must have 4 dimensions .* got shape \(4, 4\)"),
         ({"input": torch.ones(3, 4, 4)}, ValueError, r"input must have 4 dimensions"),
-        ({"input": torch.ones(2, 7, 4, 4)}, ValueError, r"input has 7 channels, weight of shape \(3, 5, 4, 4\) needs 3"),
+        ({"input": torch.ones(2, 7, 4, 4)}, ValueError, r"input has 7 channels, weight of shape .* needs 3"),
         ({"input": torch.ones(2, 3, 0, 4)}, ValueError, r"only N may be 0, got input of shape \(2, 3, 0, 4\)"),
         ({"input": X.long()}, TypeError, "input must be float32, float64, bfloat16 or float16, got torch.int64"),
         ({"input": X.to(torch.complex64)}, TypeError, "input must be float32.* got torch.complex64"),
@@ -78,7 +78,8 @@ def test_pytorchs_samples(sample, activation, impl):
         ({"norm_weight": torch.ones(5, 1)}, ValueError, r"norm_weight must have shape \(5,\).* got \(5, 1\)"),
         ({"norm_bias": torch.ones(5).int()}, TypeError, "norm_bias must be float32"),
         ({"training": False}, ValueError, "running_mean and running_var must be given when training=False"),
-        ({"input": torch.ones(1, 3, 1, 1), "weight": torch.ones(3, 5, 1, 1)}, ValueError, "more than 1 value per channel"),
+        ({"input": torch.ones(1, 3, 1, 1), "weight": torch.ones(3, 5, 1, 1)}, ValueError,
+         "more than 1 value per channel"),
         ({"input": torch.ones(1, 3, 1, 1), "weight": torch.ones(3, 5, 1, 1), "norm": "instance"}, ValueError,
          "more than 1 spatial element"),
     ),

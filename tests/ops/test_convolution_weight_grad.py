@@ -7,8 +7,8 @@ from fastgen import ops
 from fastgen.ops import _tiers
 from fastgen.ops._convolution_grad import aten_gradients
 from fastgen.ops._geometry import Geometry
-from tests.cases import OWN, UNIT_ROUNDOFF
-from tests.ops.test_cases import error
+from tests.cases import OWN
+from tests.support.tolerance import UNIT_ROUNDOFF, error
 
 assert _tiers.why_not("conv2d_norm_act", OWN, "cpu") is None  # a library that is built is loaded
 # name: geometry, shapes of x and weight

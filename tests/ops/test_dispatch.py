@@ -1,9 +1,6 @@
 """The choice of an implementation, and what is said when one is missing."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from fastgen._build.library import Status
 from fastgen.errors import UsageError
 from fastgen.ops import _tiers
 from tests.cases import CASES
+from tests.support.process import run_python
 
 X = torch.ones(2, 3, 4, 4)
 
@@ -146,8 +144,7 @@ threads = [threading.Thread(target=call) for _ in range(8)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
+    assert "Error" not in run_python(code).stderr
 
 
 def test_info_builds_nothing(monkeypatch):
@@ -174,7 +171,8 @@ import logging
 import torch
 from fastgen.ops import _dispatch
 from tests.cases import SMALL
-from tests.ops.test_cases import observe
+from tests.support.observe import observe
+from tests.support.tolerance import FLOAT64
 
 said = []
 logging.getLogger("fastgen").addFilter(lambda record: said.append(record.getMessage()))
@@ -185,7 +183,7 @@ for case in SMALL:
     expected = observe(case, tensors, upstream, "reference")
     torch.testing.assert_close(observe(case, tensors, upstream, "auto"), expected)
     _dispatch._choose = lambda *_: "cpp"  # on to the registered op, whose default kernel runs
-    torch.testing.assert_close(observe(case, tensors, upstream, "auto"), expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(observe(case, tensors, upstream, "auto"), expected, **FLOAT64)
     _dispatch._choose = choose
 assert len(said) == 1 and "FASTGEN_BUILD=0" in said[0], said
 """
@@ -193,28 +191,23 @@ assert len(said) == 1 and "FASTGEN_BUILD=0" in said[0], said
 
 def test_without_the_native_library(tmp_path):
     """Auto falls back to the reference, saying so once; the registered ops themselves run their default kernels."""
-    environment = os.environ | {"FASTGEN_BUILD": "0", "FASTGEN_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", WITHOUT_NATIVE], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    run_python(WITHOUT_NATIVE, environment={"FASTGEN_BUILD": "0", "FASTGEN_CACHE_DIR": str(tmp_path)})
 
 
 @pytest.mark.parametrize("isa", ("baseline", "avx2"))
 def test_other_instruction_sets(isa):
     """FASTGEN_CPU_ISA lowers the instruction set; every kernel is right with each."""
-    code = (
-        "import os\n"
-        "from tests.cases import SMALL, UNIT_ROUNDOFF\n"
-        "from tests.ops.test_cases import check_parity\n"
-        "for winograd in (False, True):\n"
-        "    os.environ['FASTGEN_WINOGRAD'] = 'always' if winograd else '0'\n"
-        "    for case in SMALL:\n"
-        "        for dtype in UNIT_ROUNDOFF:\n"
-        "            for channels_last in (False, True):\n"
-        "                check_parity(case, dtype, channels_last, winograd)\n"
-    )
-    environment = os.environ | {"FASTGEN_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    code = """
+import os
+from tests.ops.test_cases import SMALL, UNIT_ROUNDOFF, check_parity
+for winograd in (False, True):
+    os.environ["FASTGEN_WINOGRAD"] = "always" if winograd else "0"
+    for case in SMALL:
+        for dtype in UNIT_ROUNDOFF:
+            for channels_last in (False, True):
+                check_parity(case, dtype, channels_last, winograd)
+"""
+    run_python(code, environment={"FASTGEN_CPU_ISA": isa})
 
 
 @pytest.mark.parametrize(
@@ -242,6 +235,5 @@ for call in (lambda: fastgen.fuse(model)(torch.zeros(8, 64, 32, 32)), fastgen.in
 """
     if _tiers.ON_CPU:
         pytest.skip("no C++ kernels are loaded")
-    environment = os.environ | {name: value}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    done = run_python(code, environment={name: value})
     assert [line.startswith(says) for line in done.stdout.splitlines()] == [True, True], done.stdout

@@ -1,10 +1,6 @@
 """The rules that choose between fastgen's kernels and PyTorch's, asked for every class of processor, whichever is at
 hand."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -17,6 +13,7 @@ from fastgen.ops._layout import TensorSpec
 from fastgen.ops._processor import Processor
 from fastgen.ops._question import Choice
 from tests.cases import OWN, PROCESSORS
+from tests.support.process import run_python
 
 STRIDED, TRANSPOSED = Geometry((2, 2), (1, 1), None, 1, (1, 1)), Geometry((2, 2), (1, 1), (1, 1), 1, (1, 1))
 PLAIN = STRIDED._replace(stride=(1, 1))
@@ -178,10 +175,7 @@ def test_the_processor_at_hand_within_limits():
     """What the environment forbids is not there; nothing is found twice."""
 
     def found(**limits):
-        done = subprocess.run(
-            [sys.executable, "-c", FOUND], capture_output=True, text=True, env=os.environ | limits, check=True
-        )
-        return eval(done.stdout, {"Processor": Processor})
+        return eval(run_python(FOUND, environment=limits).stdout, {"Processor": Processor})
 
     assert not found(**{ISA: "avx2"}).fastgen_bf16
     limited = found(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41", **{ISA: "baseline"})

@@ -1,10 +1,6 @@
 """Which tier computes: a measured one with its tile, in a compiled graph, on a GPU; dtypes that PyTorch does not
 multiply."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -17,6 +13,8 @@ from fastgen.ops._question import Question
 from fastgen.ops._tiers import ON_CPU
 from tests.cases import PROCESSORS
 from tests.ops.measured import GEOMETRY, WEIGHT, X, keep, key
+from tests.support.process import run_python
+from tests.support.tolerance import BFLOAT16, FLOAT32
 
 if ON_CPU:
     pytest.skip("nothing is measured of kernels in another's place", allow_module_level=True)
@@ -35,7 +33,7 @@ def test_a_compiled_graph_takes_the_choice_for_its_sizes():
             fullgraph=True, dynamic=dynamic, backend="aot_eager",
         )  # fmt: skip
         expected = torch.nn.functional.conv_transpose2d(x, weight, stride=2, padding=1).relu()
-        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled(x), expected, **FLOAT32)
         assert ops.implementations_used()["conv_transpose2d_norm_act"][implementation] > before
 
 
@@ -148,9 +146,7 @@ assert launches()
 def test_a_measured_tile_is_launched():
     """Forward and both gradients."""
     pytest.importorskip("triton", reason="triton is not installed")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", LAUNCHES], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    run_python(LAUNCHES, environment={"TRITON_INTERPRET": "1"})
 
 
 @pytest.mark.parametrize(("processor", "multiplies"), (("avx2", False), ("amx", True)))
@@ -166,5 +162,5 @@ def test_dtypes_that_pytorch_does_not_multiply(processor, multiplies, monkeypatc
         y = model(x)
     y.float().sum().backward()
     assert ops.implementations_used()["conv2d_norm_act"].get("cpp", 0) == before + (not multiplies)
-    torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(y.float(), expected, **BFLOAT16)
     _choices.forget()

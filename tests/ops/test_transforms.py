@@ -1,8 +1,5 @@
 """torch.func over the ops, compiled too, and what they say to forward derivatives."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -10,6 +7,8 @@ from torch.func import grad, jvp, vmap
 
 from fastgen import ops
 from tests.cases import OWN
+from tests.support.process import run_python
+from tests.support.tolerance import FLOAT32
 
 X, WEIGHT = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((2, 3, 6, 6), (4, 3, 3, 3)))
 U, V = torch.ones(4) / 2, torch.ones(27) / 27**0.5
@@ -46,7 +45,7 @@ def test_vmap_of_gradients(function):
     for over in (lambda impl: vmap(grad(lambda w: loss(w, impl))),
                  lambda impl: grad(lambda m: vmap(lambda w: loss(w, impl))(m).sum()),
                  lambda impl: vmap(grad(lambda w: grad(lambda w: loss(w, impl))(w).square().sum()))):  # fmt: skip
-        torch.testing.assert_close(over(OWN)(many), over("reference")(many), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(over(OWN)(many), over("reference")(many), **FLOAT32)
 
 
 @pytest.mark.parametrize("transform", (grad, lambda f: vmap(grad(f))), ids=("grad", "vmap-grad"))
@@ -56,7 +55,7 @@ def test_compile(function, transform):
     at = WEIGHT if transform is grad else torch.stack([WEIGHT, 2 * WEIGHT])
     compiled = torch.compile(transform(lambda w: function(w, OWN).pow(3).sum()), backend="aot_eager", fullgraph=True)
     expected = transform(lambda w: function(w, "reference").pow(3).sum())(at)
-    torch.testing.assert_close(compiled(at), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled(at), expected, **FLOAT32)
 
 
 def test_forward_derivatives(function):
@@ -80,14 +79,14 @@ TRACED = """
 import torch
 from torch import nn
 import fastgen
+from tests.support.tolerance import FLOAT32
 layers = (nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 3, 3), nn.Tanh())
 model = nn.Sequential(*layers).eval()
 x, other = torch.randn(2, 16, 8, 8), torch.randn(5, 16, 8, 8)
 traced = torch.jit.trace(fastgen.fuse(model), x)  # the first call in this process: the processor is not known yet
-torch.testing.assert_close(traced(other), model(other), rtol=1e-4, atol=1e-5)
+torch.testing.assert_close(traced(other), model(other), **FLOAT32)
 """
 
 
 def test_jit_trace_is_the_first_call():
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", TRACED], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_python(TRACED, flags=("-W", "ignore"))

@@ -14,10 +14,11 @@ from fastgen.ops import _candidates, _choices, _policy
 from fastgen.ops._question import Choice
 from fastgen.ops._tiers import ON_CPU
 from tests.ops.measured import BY_NAME, FASTGENS, TORCHS, asked
+from tests.support.tolerance import FLOAT32
 
 if ON_CPU:
     pytest.skip("nothing is measured of kernels in another's place", allow_module_level=True)
-pytestmark = pytest.mark.usefixtures("folder")
+pytestmark = pytest.mark.usefixtures("folder", "fused_when_small")
 
 
 def clock(**milliseconds):
@@ -74,7 +75,7 @@ def test_every_candidate_computes_the_same():
                 out = _candidates.calls(question, [name])[name]()
                 found.append(next(t for t in (out if isinstance(out, tuple) else (out,)) if t is not None))
             assert len(found) == 2
-            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(*found, **FLOAT32)
 
 
 def test_the_rules_choice_stays_unless_another_is_clearly_faster():

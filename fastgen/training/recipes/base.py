@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -13,35 +14,36 @@ from torch.overrides import TorchFunctionMode
 from fastgen.data import Batch, BatchSampler, DomainPair, ImageDataset
 from fastgen.errors import CheckpointError, DataError
 from fastgen.models import create_model
+from fastgen.models.registry import config_class
 from fastgen.training.config import TrainConfig
 from fastgen.training.ema import EMA, batch_norms_reestimated
 
 
 class Recipe(ABC):
-    """One system's training: its model, optimizers and averaged weights, and what a step does.
+    """One system's training: its model, optimizers, averaged weights and training step.
 
-    A subclass names its model and that model's options, says which optimizer trains which parts, and writes `step`; the
-    loop does the rest. A step takes its data from `next_batches` and all that is random from `self.noise` or torch's
-    own generator, or a resumed run would differ.
+    A subclass sets the model's name and options, says which optimizer trains which submodules, and implements `step`;
+    the loop does the rest. A step must take its data from `next_batches` and its random numbers from `self.noise` or
+    torch's global generator, or a resumed run would differ.
 
     Args:
         config: the run's settings.
-        data: what to learn from.
+        data: the training data.
         device: where to train.
-        noise: a source of random numbers on the CPU, so that a checkpoint moves between devices.
-        state: what `tensors` returned, to go on from there. It is checked before anything of the sizes that `config`
-            asks for is made, so a file that makes up its settings costs no memory.
+        noise: a random number generator on the CPU, so that a checkpoint can move between devices.
+        state: what `tensors` returned, to continue from. It is checked before memory is allocated for the sizes in
+            `config`, so that a file with made-up settings costs no memory.
 
     Raises:
-        CheckpointError: `state` is not that of this recipe with these settings.
+        CheckpointError: `state` does not fit this recipe with these settings.
         DataError: the data lacks what the system learns from.
     """
 
     model_name: str
     parts: ClassVar[dict[str, tuple[str, ...]]]
-    """Optimizer -> the submodules that it trains; "" is the whole model."""
+    """Name of an optimizer -> the submodules that it trains; "" is the whole model."""
     averaged: ClassVar[tuple[str, ...]] = ("generator",)
-    """The submodules whose averaged weights make the samples."""
+    """The submodules whose weights are averaged; samples are drawn with the averages."""
     config: Any
     model: Any
 
@@ -78,28 +80,34 @@ class Recipe(ABC):
     def make_model_options(self) -> dict[str, Any]:
         """Options of `create_model`."""
 
+    def shared_options(self, **others: Any) -> dict[str, Any]:
+        """The settings that are options of the model too, and `others`."""
+        names = {field.name for field in fields(config_class(self.model_name))}
+        shared = {name: getattr(self.config, name) for name in names & {field.name for field in fields(self.config)}}
+        return shared | others
+
     @abstractmethod
     def step(self, step: int) -> dict[str, Tensor]:
-        """Trains once; returns the losses by name, detached scalars. `step` counts from 0."""
+        """Runs one training step, counted from 0; returns the losses by name, as detached scalars."""
 
     @abstractmethod
     def calibrate(self, model: Any) -> None:
-        """Runs the averaged model on what the statistics of its norms are to be estimated from, without gradients."""
+        """Runs the averaged model on the inputs from which to estimate the statistics of its norms."""
 
     @abstractmethod
     def sample(self, n: int, seed: int) -> Tensor:
-        """Images (n, C, H, W) of the averaged model; its statistics must be finished."""
+        """Images (n, C, H, W) of the averaged model, whose statistics must be estimated."""
 
     def make_extra(self) -> nn.Module:
-        """What has state besides the model, as buffers."""
+        """A module whose buffers are the state besides the model."""
         return nn.Module()
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """What the labels that the model is given stand for; None if it is given none."""
+        """Names of the model's classes; None if it has none."""
         return None
 
-    def one_set(self) -> ImageDataset:
+    def single_dataset(self) -> ImageDataset:
         """The data.
 
         Raises:
@@ -107,27 +115,27 @@ class Recipe(ABC):
         """
         if isinstance(self.data, DomainPair):
             raise DataError(
-                f"{self.config.system} learns from one set of images, and {self.config.data} is two domains"
+                f"{self.config.system} learns from one set of images, but {self.config.data} has two domains"
             )
         return self.data
 
-    # what a step is made from
+    # for `step`
 
     def next_batches(self) -> list[Batch]:
         """The next batch of each source, on the device."""
         batches = []
         for source, sampler in zip(self.sources, self.samplers, strict=True):
             indices = sampler.next()
-            source.prefetch(sampler.peek())  # is decoded meanwhile
+            source.prefetch(sampler.peek())  # decoded in the background
             batches.append(source.batch(indices).to(self.device))
         return batches
 
     def autocast(self) -> torch.autocast:
-        """The context of what may be computed in bf16."""
+        """The context for computation that may be in bf16."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def update(self, name: str, loss: Tensor) -> None:
-        """One step of the optimizer `name` down the gradient of `loss`."""
+        """One step of the optimizer `name` on `loss`."""
         optimizer = self.optimizers[name]
         optimizer.zero_grad()
         loss.backward()
@@ -136,10 +144,10 @@ class Recipe(ABC):
             nn.utils.clip_grad_norm_(parameters, self.config.clip_grad)
         optimizer.step()
 
-    # what the loop calls
+    # for the loop
 
     def advance(self, step: int) -> dict[str, Tensor]:
-        """`step`, with the learning rate before it and the average of the weights after it."""
+        """Sets the learning rate, runs `step`, and updates the average of the weights."""
         start, progress = self.config.lr_decay_from, step / self.config.steps
         factor = (1 - progress) / (1 - start) if progress > start else 1.0
         for optimizer in self.optimizers.values():
@@ -151,10 +159,9 @@ class Recipe(ABC):
 
     @torch.no_grad()
     def finish_average(self) -> None:
-        """Makes the averaged model fit to sample from: re-estimates the statistics of its batch norms, if it has
-        any."""
-        with batch_norms_reestimated(self.ema.modules) as there_are:
-            if there_are:
+        """Re-estimates the statistics of the averaged model's batch norms, if any, so that it can be sampled from."""
+        with batch_norms_reestimated(self.ema.modules) as has_norms:
+            if has_norms:
                 self.calibrate(self.ema.model)
 
     @property
@@ -168,7 +175,7 @@ class Recipe(ABC):
             sampler.position = position
 
     def tensors(self) -> dict[str, Tensor]:
-        """The whole state but for `position`, flat: weights, their average, the optimizers' moments, random numbers."""
+        """The whole state except `position`, flat: weights, averages, optimizer moments, random number generators."""
         named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         named |= {f"extra.{name}": tensor for name, tensor in self.extra.state_dict().items()}
         for part, module in self.ema.modules.items():
@@ -184,7 +191,7 @@ class Recipe(ABC):
         """The inverse of `tensors`.
 
         Raises:
-            CheckpointError: they are not of this recipe with these settings.
+            CheckpointError: they do not fit this recipe with these settings.
         """
         load_module(self.model, tensors, "model.")
         load_module(self.extra, tensors, "extra.")
@@ -209,8 +216,8 @@ class Recipe(ABC):
 
 
 class _Float32(TorchFunctionMode):
-    """What is made without a dtype is float32 in the context, whatever torch.set_default_dtype says; in this thread
-    alone."""
+    """Tensors created without a dtype are float32 in the context and in this thread, whatever torch.set_default_dtype
+    says."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -221,14 +228,14 @@ class _Float32(TorchFunctionMode):
 
 @contextlib.contextmanager
 def plain_defaults(device: str = "cpu") -> Iterator[None]:
-    """Models that are made in the context are float32 on `device`, whatever the process has set."""
+    """Models created in the context are float32 on `device`, whatever defaults the process has set."""
     with torch.device(device), _Float32():
         yield
 
 
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Gradients pass through the module in the context, and none of its parameters gets one."""
+    """Within the context gradients pass through the module, but its parameters get none."""
     module.requires_grad_(False)
     try:
         yield
@@ -237,14 +244,14 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def load_module(module: nn.Module, tensors: dict[str, Tensor], prefix: str = "", *, assign: bool = False) -> None:
-    """Loads the tensors under `prefix` into a module, whole and of the module's own shapes and dtypes.
+    """Loads the tensors under `prefix` into a module; names, shapes and dtypes must be the module's.
 
     Raises:
-        CheckpointError: names what is missing, unknown or of another shape.
+        CheckpointError: names the tensor that is missing, unknown or of another shape or dtype.
     """
-    given = _under(tensors, prefix)
-    _check_fits(module, given, prefix)
-    module.load_state_dict(given, assign=assign)
+    state = _under(tensors, prefix)
+    _check_fits(module, state, prefix)
+    module.load_state_dict(state, assign=assign)
 
 
 def _load_optimizer(name: str, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -258,23 +265,23 @@ def _load_optimizer(name: str, optimizer: Optimizer, tensors: dict[str, Tensor])
         if moment != "step":
             if tensor.shape != parameter.shape:
                 raise CheckpointError(f"the checkpoint's optimizer.{name}.{key} does not fit the model")
-            # a fused optimizer walks memory, so the moments need the parameter's strides
+            # a fused optimizer goes through memory linearly, so the moments need the parameter's strides
             tensor = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
         state.setdefault(int(index), {})[moment] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _check_fits(module: nn.Module, given: dict[str, Tensor], prefix: str) -> None:
-    wanted = module.state_dict()
-    for name in [*wanted, *given]:
-        if name not in given:
+def _check_fits(module: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
+    expected = module.state_dict()
+    for name in [*expected, *state]:
+        if name not in state:
             raise CheckpointError(f"the checkpoint is of another architecture: it has no {prefix}{name}")
-        if name not in wanted:
+        if name not in expected:
             raise CheckpointError(f"the checkpoint is of another architecture: the model has no {prefix}{name}")
-        if (given[name].shape, given[name].dtype) != (wanted[name].shape, wanted[name].dtype):
+        if (state[name].shape, state[name].dtype) != (expected[name].shape, expected[name].dtype):
             raise CheckpointError(
-                f"the checkpoint is of another architecture: {prefix}{name} is {_describe(given[name])} there and "
-                f"{_describe(wanted[name])} in the model"
+                f"the checkpoint is of another architecture: {prefix}{name} is {_describe(state[name])} in it and "
+                f"{_describe(expected[name])} in the model"
             )
 
 

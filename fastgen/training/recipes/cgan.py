@@ -10,28 +10,25 @@ from fastgen.training.recipes.gan import DCGANRecipe
 
 
 class CGANRecipe(DCGANRecipe):
-    """Both networks are given each real image's label (Mirza and Osindero 2014, arXiv:1411.1784)."""
+    """Both networks see the label of each real image (Mirza and Osindero 2014, arXiv:1411.1784)."""
 
     model_name = "cgan"
     config: CGANTraining
 
     def make_model_options(self) -> dict[str, Any]:
-        data, config = self.one_set(), self.config
+        data = self.single_dataset()
         if data.labels is None or data.classes is None:
-            raise DataError(f"cgan learns from labelled images, and {config.data} has no labels: use a folder a class")
-        return super().make_model_options() | {
-            "classes": len(data.classes),
-            "embedding": config.embedding,
-            "generator_norm": config.generator_norm,
-            "condition": config.condition,
-        }
+            raise DataError(
+                f"cgan learns from labelled images, but {self.config.data} has no labels: use one folder per class"
+            )
+        return super().make_model_options() | {"classes": len(data.classes)}
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        return self.one_set().classes
+        return self.single_dataset().classes
 
     def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
-        assert batch.labels is not None  # make_model_options asked for them
+        assert batch.labels is not None  # make_model_options checked that there are labels
         return (batch.labels,)
 
     def sample_conditions(self, model: Any, n: int) -> tuple[Tensor, ...]:

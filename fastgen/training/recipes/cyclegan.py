@@ -23,24 +23,11 @@ class CycleGANRecipe(Recipe):
     config: CycleGANTraining
 
     def make_model_options(self) -> dict[str, Any]:
-        config = self.config
         if not isinstance(self.data, DomainPair):
             raise DataError(
-                f"cyclegan learns from two domains, and {config.data} is one: use a folder with trainA and trainB"
+                f"cyclegan learns from two domains, but {self.config.data} is one: use a folder with trainA and trainB"
             )
-        names = (
-            "image_size",
-            "generator",
-            "ngf",
-            "ndf",
-            "blocks",
-            "unet_depth",
-            "discriminator_layers",
-            "norm",
-            "dropout",
-        )
-        channels = {"channels_a": self.data.a.channels, "channels_b": self.data.b.channels}
-        return channels | {name: getattr(config, name) for name in names}
+        return self.shared_options(channels_a=self.data.a.channels, channels_b=self.data.b.channels)
 
     def make_extra(self) -> nn.Module:
         size = self.config.image_size
@@ -73,7 +60,9 @@ class CycleGANRecipe(Recipe):
             (model.discriminator_b, b, fake_b, pool["b"]),
         ):
             seen = shown(fake.detach().float(), self.noise)
-            with self.autocast():  # apart, as the generators' step has it: batch norm would tell them from each other
+            with (
+                self.autocast()
+            ):  # separately, as in the generators' step: in one batch, batch norm would tell them apart
                 real_logits, fake_logits = discriminator(real).float(), discriminator(seen).float()
             d_loss = d_loss + discriminator_loss(real_logits, fake_logits)
         self.update("discriminators", d_loss)
@@ -86,7 +75,7 @@ class CycleGANRecipe(Recipe):
                 generator(source.batch(indices).to(self.device).images)
 
     def sample(self, n: int, seed: int) -> Tensor:
-        """In fours: an image of a, as of b, an image of b, as of a; those that the data begins with, spread out."""
+        """Groups of four, evenly spread over the data: an image of a, its translation, one of b, its translation."""
         columns = []
         for source, direction in ((self.data.a, "a_to_b"), (self.data.b, "b_to_a")):
             each = -(-n // 4)
@@ -98,7 +87,7 @@ class CycleGANRecipe(Recipe):
 
 
 class ImagePool(nn.Module):
-    """The last images generated, of which half of what the discriminator sees is drawn (Shrivastava et al. 2017,
+    """Earlier generated images; half of what the discriminator sees is drawn from them (Shrivastava et al. 2017,
     arXiv:1612.07828, section 2.3).
     """
 
@@ -111,13 +100,13 @@ class ImagePool(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     def forward(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Each image, or with a chance of one half one from the pool, whose place it takes once the pool is full."""
+        """Each image, or with probability 0.5, once the pool is full, one from the pool, which the image replaces."""
         size, shown = len(self.images), images.clone()
         for at, image in enumerate(images if size else ()):
             if (count := int(self.count)) < size:
                 self.images[count] = image
                 self.count += 1
             elif torch.rand((), generator=generator, dtype=torch.float32, device="cpu") < 0.5:
-                place = int(torch.randint(size, (), generator=generator, device="cpu"))
-                shown[at], self.images[place] = self.images[place].clone(), image
+                index = int(torch.randint(size, (), generator=generator, device="cpu"))
+                shown[at], self.images[index] = self.images[index].clone(), image
         return shown

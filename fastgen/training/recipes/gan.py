@@ -12,28 +12,28 @@ from fastgen.training.augment import augment
 from fastgen.training.config import DCGANTraining, GANTraining, MLPGANTraining
 from fastgen.training.recipes.base import Recipe, frozen
 
-_CALIBRATION = 4096  # images that the statistics of batch norms are estimated from
+_CALIBRATION = 4096  # images from which the statistics of batch norms are estimated
 
 
 class GANRecipe(Recipe):
-    """`d_steps` updates of the discriminator, then one of the generator, on the images that it was shown last.
+    """`d_steps` updates of the discriminator, then one of the generator, on the last images that the discriminator saw.
 
-    The penalties want a discriminator without batch norm, which would mix the gradients of a batch's images.
+    The penalties need a discriminator without batch norm, which would mix the gradients of a batch's images.
     """
 
     parts: ClassVar = {"generator": ("generator",), "discriminator": ("discriminator",)}
     config: GANTraining
 
     def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What generator and discriminator are given besides noise and images, each (N, ...)."""
+        """The encoded conditions of generator and discriminator, each (N, ...)."""
         return ()
 
     def sample_conditions(self, model: Any, n: int) -> tuple[Tensor, ...]:
-        """The same, for n samples."""
+        """Encoded conditions for n samples."""
         return ()
 
     def logits(self, real: Tensor, fake: Tensor, batch: Batch, conditions: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """The discriminator's logits for what is to count as real and as generated."""
+        """The discriminator's logits for the images that count as real and those that count as generated."""
         both = [torch.cat([condition, condition]) for condition in conditions]
         real_logits, fake_logits = self.judge(torch.cat([real, fake]), *both).chunk(2)
         return real_logits, fake_logits
@@ -67,7 +67,7 @@ class GANRecipe(Recipe):
     def _penalty(
         self, step: int, real: Tensor, fake: Tensor, conditions: tuple[Tensor, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the settings add to the discriminator's loss, and each of it before its weight."""
+        """The weighted sum of the penalties that the settings ask for, and each penalty without its weight."""
         config, report = self.config, {}
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         if config.r1_gamma and step % config.r1_every == 0:
@@ -103,29 +103,14 @@ class MLPGANRecipe(GANRecipe):
     config: MLPGANTraining
 
     def make_model_options(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "image_size": config.image_size,
-            "channels": self.one_set().channels,
-            "nz": config.nz,
-            "width": config.width,
-            "generator_norm": config.generator_norm,
-        }
+        return self.shared_options(channels=self.single_dataset().channels)
 
 
 class DCGANRecipe(GANRecipe):
-    """Radford et al. 2015, arXiv:1511.06434; the loss and the penalties are the settings'."""
+    """Radford et al. 2015, arXiv:1511.06434; loss and penalties as the settings say."""
 
     model_name = "dcgan"
     config: DCGANTraining
 
     def make_model_options(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "image_size": config.image_size,
-            "channels": self.one_set().channels,
-            "nz": config.nz,
-            "ngf": config.ngf,
-            "ndf": config.ndf,
-            "discriminator_norm": "none",
-        }
+        return self.shared_options(channels=self.single_dataset().channels, discriminator_norm="none")

@@ -11,8 +11,8 @@ from fastgen.training.recipes.gan import DCGANRecipe
 
 
 class Text2ImageRecipe(DCGANRecipe):
-    """A real image with another's caption counts as generated (matching-aware: Reed et al. 2016, arXiv:1605.05396,
-    section 4.2). The text encoder learns with the discriminator.
+    """A real image with another image's caption counts as generated (matching-aware: Reed et al. 2016,
+    arXiv:1605.05396, section 4.2). The text encoder learns with the discriminator.
     """
 
     model_name = "text2image"
@@ -21,26 +21,20 @@ class Text2ImageRecipe(DCGANRecipe):
     config: Text2ImageTraining
 
     def make_model_options(self) -> dict[str, Any]:
-        data, config = self.one_set(), self.config
+        data = self.single_dataset()
         if data.captions is None:
             raise DataError(
-                f"text2image learns from images with captions, and {config.data} has none: "
+                f"text2image learns from images with captions, but {self.config.data} has none: "
                 "use a folder with metadata.jsonl"
             )
-        return super().make_model_options() | {
-            "vocabulary": make_vocabulary(data.captions),
-            "text_encoder": config.text_encoder,
-            "text_width": config.text_width,
-            "text_layers": config.text_layers,
-            "condition": config.condition,
-        }
+        return super().make_model_options() | {"vocabulary": make_vocabulary(data.captions)}
 
     def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
         return (self.model.text_encoder(batch.captions),)
 
     def logits(self, real: Tensor, fake: Tensor, batch: Batch, conditions: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         discriminator, (condition,) = self.model.discriminator, conditions
-        assert batch.captions is not None  # make_model_options asked for them
+        assert batch.captions is not None  # make_model_options checked that there are captions
         kinds = batch.captions if batch.labels is None else batch.labels.tolist()
         others = [at for at, kind in enumerate(kinds) if kind != kinds[at - 1]]
         wrong = torch.tensor(others, dtype=torch.int64, device=self.device)

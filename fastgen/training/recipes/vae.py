@@ -10,8 +10,8 @@ from fastgen.training.recipes.base import Recipe
 
 
 class VAERecipe(Recipe):
-    """The evidence lower bound, with a weight on its KL term (Kingma and Welling 2014, arXiv:1312.6114; Higgins et al.
-    2017) that grows at first (Bowman et al. 2016, arXiv:1511.06349).
+    """The evidence lower bound (Kingma and Welling 2014, arXiv:1312.6114), with a weight on its KL term (Higgins et al.
+    2017) that is warmed up (Bowman et al. 2016, arXiv:1511.06349).
     """
 
     parts: ClassVar = {"model": ("",)}
@@ -21,15 +21,11 @@ class VAERecipe(Recipe):
     def make_model_options(self) -> dict[str, Any]:
         config = self.config
         self.model_name = "vae" if config.architecture == "conv" else "vae_mlp"
-        options: dict[str, Any] = {
-            "image_size": config.image_size,
-            "channels": self.one_set().channels,
-            "nz": config.nz,
-            "likelihood": config.likelihood,
-        }
+        channels = self.single_dataset().channels
         if config.architecture == "mlp":
-            return options | {"width": 25 * config.width}
-        return options | {"widths": [config.width * 2**level for level in range(config.halvings)]}
+            return self.shared_options(channels=channels, width=25 * config.width)
+        widths = [config.width * 2**level for level in range(config.halvings)]
+        return self.shared_options(channels=channels, widths=widths)
 
     def step(self, step: int) -> dict[str, Tensor]:
         config, model = self.config, self.model
@@ -48,17 +44,19 @@ class VAERecipe(Recipe):
     @torch.no_grad()
     def finish_average(self) -> None:
         super().finish_average()
-        errors = [losses.l2_loss(self.ema.model(images, noise)[0], images) for images, noise in self._some()]
+        errors = [
+            losses.l2_loss(self.ema.model(images, noise)[0], images) for images, noise in self._calibration_batches()
+        ]
         self.ema.model.fit_log_std(torch.stack(errors).mean())
 
     def calibrate(self, model: Any) -> None:
-        for images, noise in self._some():
+        for images, noise in self._calibration_batches():
             model(images, noise)
 
-    def _some(self) -> Iterator[tuple[Tensor, torch.Generator]]:
-        """Images of the data, spread out, and a source of noise: always the same."""
+    def _calibration_batches(self) -> Iterator[tuple[Tensor, torch.Generator]]:
+        """Batches of images, evenly spread over the data, and a generator of noise: the same every time."""
         count = min(2048, len(self.data))
-        count -= count > 1 and count % 256 == 1  # batch norm cannot take a last batch of one
+        count -= count > 1 and count % 256 == 1  # batch norm cannot take a batch of one image
         noise = torch.Generator(self.device).manual_seed(self.config.seed)
         for indices in (torch.arange(count, device="cpu") * len(self.data) // count).split(256):
             yield self.data.batch(indices).to(self.device).images, noise

@@ -1,0 +1,49 @@
+"""What is here: the implementations of each op, and the native code."""
+
+from __future__ import annotations
+
+from fastgen.cli._networks import Device, Dtype, networks
+
+
+def info(
+    explain: str = "",
+    batch: int = 64,
+    dtype: Dtype = "fp32",
+    channels_last: bool = True,
+    device: Device = "auto",
+    training: bool = True,
+) -> None:
+    """Show which implementations of each op can run here, and why the others cannot; or what computes a model's layers.
+
+    Args:
+        explain: Name of a system or model (`dcgan`, `vae`, ...), at its usual size, or a run folder that `fastgen
+            train`
+            left: print, layer by layer, what computes it and why. The other options belong to this one.
+        batch: Images per call.
+        dtype: Precision, under autocast but for fp32.
+        channels_last: Images and weights in channels_last order, as `fastgen train` has them.
+        device: Where it is to run; auto takes a GPU if there is one.
+        training: In training mode, with the gradients of each layer's input and weight.
+    """
+    if not explain:
+        from fastgen import ops
+
+        print(ops.info())
+        return
+    import fastgen
+
+    parts, autocast = networks(explain, batch, dtype, channels_last, device)
+    for i, (title, network, inputs) in enumerate(parts):
+        with autocast():
+            print(f"{chr(10) * (i > 0)}{title}\n{fastgen.explain(network, *inputs, training=training)}")
+
+
+def build() -> None:
+    """Compile the native code now instead of at first use."""
+    from fastgen._build import cuda, native, runtime
+    from fastgen.ops import _tiers
+
+    print(f"native ops: {native.build(verbose=True)}")
+    print(f"plans: {runtime.load(build=True).__file__}")
+    obstacle = _tiers.nvcc.why_absent("cuda", None) or cuda.obstacle()
+    print(f"CUDA kernels: {obstacle or cuda.build(verbose=True)}")

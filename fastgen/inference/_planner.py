@@ -1,0 +1,154 @@
+"""What of a model becomes plans: the whole model, or the largest parts of it that plans can compute."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.errors import FastgenError
+from fastgen.inference._analysis import is_sequential
+from fastgen.inference._backends import Part
+from fastgen.inference._call import PlannedModule
+from fastgen.inference._compare import changes
+from fastgen.inference._lower import lower
+from fastgen.inference._readers import UnsupportedError, first_line
+from fastgen.inference._sandbox import Inputs, clone, copy_inputs
+from fastgen.runtime import Plan
+from fastgen.runtime._file import encode
+from fastgen.runtime._steps import Precision
+
+TORCHSCRIPT = "it is a TorchScript module, whose calls cannot be seen"
+_WORTH = nn.Conv2d | nn.ConvTranspose2d | nn.Linear  # without one of these, calling a plan costs more than it saves
+
+
+class Planner:
+    """Makes plans of a model, which is not changed: a copy runs."""
+
+    def __init__(self, model: nn.Module, example: Inputs, precision: Precision):
+        self.model, self.example, self.precision = clone(model), example, precision
+        self.changing = changes(self.model, example)
+        self.parts: list[Part] = []
+        self.replacements: list[tuple[str, nn.Module]] = []  # names of modules, and what takes their places
+        self.seen: set[nn.Module] = set()
+        self.inputs: dict[nn.Module, Inputs | None] = {}
+
+    def plan_model(self) -> Plan:
+        """The plan of the whole model. Raises UnsupportedError and FastgenError."""
+        return self._make_plan(self.model, self.example)
+
+    def plan_parts(self, reason: str) -> None:
+        """Makes the plans of parts; `reason` says why there is no plan of the whole model."""
+        self.inputs = _inputs_of_modules(self.model, self.example)
+        self._descend(self.model, "", reason)
+
+    def replace_parts(self, model: nn.Module) -> nn.Module:
+        """The model, a copy of the planner's, with the plans in the places of their modules."""
+        for name, module in self.replacements:
+            parent, _, last = name.rpartition(".")
+            model.get_submodule(parent)._modules[last] = module
+        return model
+
+    def _make_plan(self, module: nn.Module, inputs: Inputs) -> Plan:
+        for part in module.modules():
+            if isinstance(part, torch.jit.ScriptModule):
+                raise UnsupportedError(TORCHSCRIPT)
+            if part in self.changing:
+                raise UnsupportedError(f"{self.changing[part]} changes with every call, also in evaluation mode")
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+                raise UnsupportedError(f"plans take dense weights on the CPU, not {tensor.layout} on {tensor.device}")
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                raise UnsupportedError(f"plans compute float32, not {tensor.dtype}")
+        try:
+            steps = lower(module, *inputs)
+        except UnsupportedError:
+            raise
+        except Exception as error:  # the model's own code, which runs otherwise, may fail while it is recorded
+            raise UnsupportedError(f"it cannot be recorded: {type(error).__name__}: {first_line(error)}") from error
+        if module is not self.model and not _is_worth_it(module):
+            raise UnsupportedError("a plan of it alone would gain nothing")
+        threads = torch.get_num_threads()
+        plan = Plan(encode(steps, precision=self.precision), threads=threads)
+        for n in plan.batches_to_tune:
+            plan.tune(n)
+        return Plan(plan.to_bytes(), threads=threads)  # without the memory that the measurement took
+
+    def _plan_run(self, modules: list[nn.Module]) -> Plan:
+        """The plan of modules that are called in turn."""
+        if isinstance(modules[0], torch.jit.ScriptModule):
+            raise UnsupportedError(TORCHSCRIPT)
+        inputs = self.inputs[modules[0]]
+        if inputs is None:
+            raise UnsupportedError("it is called with arguments other than tensors, or with several shapes")
+        return self._make_plan(modules[0] if len(modules) == 1 else nn.Sequential(*modules), inputs)
+
+    def _plan_runs(self, children: list[tuple[str, nn.Module]], prefix: str) -> None:
+        """Makes a plan of each longest run of these (name, module), which are called in turn."""
+        names, modules = [f"{prefix}{name}" for name, _ in children], [module for _, module in children]
+        at = 0
+        while at < len(modules):
+            reason, end = "", len(modules)
+            for end in range(len(modules), at, -1):
+                try:
+                    plan = self._plan_run(modules[at:end])
+                except (UnsupportedError, FastgenError) as error:
+                    reason = str(error)  # in the end the reason of the module alone
+                else:
+                    self.replacements.append((names[at], PlannedModule(plan)))
+                    self.replacements += [(name, nn.Identity()) for name in names[at + 1 : end]]
+                    self.parts.append(Part(names[at] + (f" to {names[end - 1]}" if end > at + 1 else ""), "plan"))
+                    break
+            else:
+                self._descend(modules[at], names[at], reason)
+            at = end
+
+    def _descend(self, module: nn.Module, name: str, reason: str) -> None:
+        """PyTorch runs the module itself, and plans the parts of it that they can."""
+        if module in self.seen:
+            return
+        self.seen.add(module)
+        is_called, prefix = self._is_called(module), f"{name}." if name else ""
+        has_parts = _is_worth_it(module) and not isinstance(module, torch.jit.ScriptModule)
+        if has_parts and is_called and is_sequential(module):
+            return self._plan_runs(list(module._modules.items()), prefix)  # type: ignore[arg-type]
+        if is_called:
+            self.parts.append(Part(name, "PyTorch", reason))
+        for child_name, child in module._modules.items() if has_parts else ():
+            if child is None:
+                continue
+            if self._is_called(child):
+                self._plan_runs([(child_name, child)], prefix)
+            else:  # modules in it may be called
+                self._descend(child, f"{prefix}{child_name}", "")
+
+    def _is_called(self, module: nn.Module) -> bool:
+        # A ScriptModule takes no hooks that would see its calls.
+        return module in self.inputs or isinstance(module, torch.jit.ScriptModule)
+
+
+def _is_worth_it(module: nn.Module) -> bool:
+    return any(isinstance(part, _WORTH) for part in module.modules())
+
+
+def _inputs_of_modules(model: nn.Module, example: Inputs) -> dict[nn.Module, Inputs | None]:
+    """The inputs of each module that is called; None: some are no tensors, or their shapes differ between calls."""
+    found: dict[nn.Module, Inputs | None] = {}
+
+    def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        are_tensors = bool(args) and not kwargs and all(isinstance(x, Tensor) for x in args)
+        inputs = tuple(x.clone() for x in args) if are_tensors else None
+        before = found.get(module, inputs)
+        same = inputs is not None and before is not None and [x.shape for x in inputs] == [x.shape for x in before]
+        found[module] = inputs if same else None
+
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    hooks = [module.register_forward_pre_hook(see, prepend=True, with_kwargs=True) for module in modules]
+    try:
+        with torch.no_grad():
+            model(*copy_inputs(example))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return cast(dict[nn.Module, Inputs | None], found)

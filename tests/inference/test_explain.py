@@ -1,0 +1,80 @@
+"""fastgen.explain: the answer is what runs, and each reason is the rule's that decided."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastgen
+from fastgen import ops
+from fastgen.ops import _memo, _processor
+from tests.cases import OWN, PROCESSORS
+
+pytestmark = pytest.mark.skipif(OWN != "cpp", reason="another's kernels run in the C++ kernels' place")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Sequential(nn.ConvTranspose2d(64, 64, 4, 2, 1), nn.BatchNorm2d(64), nn.ReLU())
+        self.wide = nn.Sequential(nn.Conv2d(64, 64, 5, padding=2), nn.GroupNorm(4, 64), nn.SiLU())
+        self.small = nn.Sequential(nn.Conv2d(64, 3, 1), nn.Tanh())
+        self.norm = nn.Sequential(nn.InstanceNorm2d(3), nn.ReLU())
+        self.alone = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x):
+        return self.alone(self.norm(self.small(self.wide(self.up(x)))))
+
+
+def test_each_layer(monkeypatch):
+    """By the rules for AVX-512, and in the order of the calls."""
+    monkeypatch.setattr(_processor, "here", lambda: PROCESSORS["avx512"])
+    _memo.forget()
+    model, x = Net(), torch.randn(8, 64, 16, 16)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    found = fastgen.explain(model, x)
+    torch.testing.assert_close(model.state_dict(), state)
+    forward = {row.layer: row.choice for row in found.rows if row.what == "forward"}
+    assert {layer: choice.implementation for layer, choice in forward.items()} == {
+        "up.0 + up.1 + up.2": "cpp",
+        "wide.0 + wide.1 + wide.2": "unfused",
+        "small.0 + small.1": "modules",
+        "norm.0 + norm.1": "cpp",
+        "alone": "modules",
+    }
+    assert "rule 'transposed, 4x4, stride 2'" in forward["up.0 + up.1 + up.2"].reason
+    assert "rule 'direct'" in forward["wide.0 + wide.1 + wide.2"].reason
+    assert "too small" in forward["small.0 + small.1"].reason
+    gradients = {(row.layer[:4], row.what): row.choice.implementation for row in found.rows if row.what != "forward"}
+    # The model's input needs no gradient.
+    assert gradients == {
+        ("up.0", "weight_grad"): "cpp",
+        ("wide", "input_grad"): "torch",
+        ("wide", "weight_grad"): "torch",
+    }
+    lines = str(found).splitlines()
+    assert lines[0].split() == ["layer", "pass", "computed", "by", "because"] and len(lines) == 1 + len(found.rows)
+    _memo.forget()
+
+
+def test_it_says_what_runs():
+    """The implementations that it names are counted by a training step."""
+    model, x = Net(), torch.randn(8, 64, 16, 16)
+    named = {row.choice.implementation for row in fastgen.explain(model, x).rows if row.what == "forward"}
+    before = ops.implementations_used()
+    fastgen.fuse(model)(x)
+    ran = {
+        implementation
+        for op, counts in ops.implementations_used().items()
+        for implementation, count in counts.items()
+        if count > before.get(op, {}).get(implementation, 0)
+    }
+    assert ran == named
+
+
+def test_what_is_asked_for():
+    with fastgen.use_impl("reference"):
+        found = fastgen.explain(Net().eval(), torch.randn(1, 64, 16, 16), training=False)
+    choices = {row.choice[::2] for row in found.rows if row.layer != "alone"}
+    assert choices == {("reference", "reference is asked for")}
+    with pytest.raises(TypeError, match="model must be a"):
+        fastgen.explain(3, torch.zeros(1))
