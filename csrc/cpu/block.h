@@ -27,8 +27,8 @@ inline void activate_grad_block(const A* grad, const A* z, A* out, int64_t count
   for (int64_t i = 0; i < count; ++i) out[i] = activate_grad<act>(grad[i], z[i], slope);
 }
 
-// body(std::integral_constant<Activation, act>): a loop of its own for each activation. The loop belongs in a function
-// that takes pointers: over what a lambda captures GCC 12 may leave it scalar.
+// Calls body(std::integral_constant<Activation, act>), so that each activation has a loop of its own. The loop belongs
+// in a function that takes pointers: GCC 12 may leave a loop over what a lambda captures scalar.
 template <class F>
 inline void with_activation(Activation act, const F& body) {
   switch (act) {
@@ -53,44 +53,44 @@ inline void activate_grad_block(Activation act, const A* grad, const A* z, A* ou
   with_activation(act, [&](auto known) { activate_grad_block<known.value>(grad, z, out, count, slope); });
 }
 
-// The affine map of the normalisation: z = (x - center) * scale + shift, a coefficient a (row of stats,) channel;
-// `repeat` times one after another, for blocks of several pixels.
+// The affine map of the normalisation: z = (x - center) * scale + shift, one coefficient per (row of statistics and)
+// channel, `repeat` times one after another for blocks of several pixels.
 template <class A>
 struct Affine {
   Buffer<A> center, rstd, scale;
   Buffer<A> shift;  // (repeat, c)
 
-  explicit Affine(const Epilogue& op, int64_t repeat = 1)
-      : center(scratch<A>(op.rows_of_stats() * repeat * op.c)),
-        rstd(scratch<A>(op.rows_of_stats() * repeat * op.c)),
-        scale(scratch<A>(op.rows_of_stats() * repeat * op.c)),
-        shift(scratch<A>(repeat * op.c)) {
-    const A* weight = static_cast<const A*>(op.norm_weight);
-    const int64_t period = repeat * op.c;
-    for (int64_t row = 0; row < op.rows_of_stats(); ++row)
+  explicit Affine(const Epilogue& epilogue, int64_t repeat = 1)
+      : center(scratch<A>(epilogue.rows_of_stats() * repeat * epilogue.c)),
+        rstd(scratch<A>(epilogue.rows_of_stats() * repeat * epilogue.c)),
+        scale(scratch<A>(epilogue.rows_of_stats() * repeat * epilogue.c)),
+        shift(scratch<A>(repeat * epilogue.c)) {
+    const A* weight = static_cast<const A*>(epilogue.norm_weight);
+    const int64_t period = repeat * epilogue.c;
+    for (int64_t row = 0; row < epilogue.rows_of_stats(); ++row)
       for (int64_t i = 0; i < period; ++i) {
-        const int64_t k = row * period + i, channel = i % op.c, index = op.stats_index(row, channel);
-        if (i >= op.c) {
-          center[k] = center[k - op.c];
-          rstd[k] = rstd[k - op.c];
-          scale[k] = scale[k - op.c];
+        const int64_t k = row * period + i, channel = i % epilogue.c, index = epilogue.stats_index(row, channel);
+        if (i >= epilogue.c) {
+          center[k] = center[k - epilogue.c];
+          rstd[k] = rstd[k - epilogue.c];
+          scale[k] = scale[k - epilogue.c];
           continue;
         }
-        center[k] = static_cast<const A*>(op.mean)[index];
-        rstd[k] = A(1) / std::sqrt(static_cast<const A*>(op.var)[index] + static_cast<A>(op.eps));
+        center[k] = static_cast<const A*>(epilogue.mean)[index];
+        rstd[k] = A(1) / std::sqrt(static_cast<const A*>(epilogue.var)[index] + static_cast<A>(epilogue.eps));
         scale[k] = weight ? rstd[k] * weight[channel] : rstd[k];
       }
-    for (int64_t i = 0; i < period; ++i) shift[i] = op.norm_bias ? static_cast<const A*>(op.norm_bias)[i % op.c] : A(0);
+    for (int64_t i = 0; i < period; ++i)
+      shift[i] = epilogue.norm_bias ? static_cast<const A*>(epilogue.norm_bias)[i % epilogue.c] : A(0);
   }
 };
 
-// Moments of `count` values from their deviations from a rounded mean: what the mean lacks is in the sum of the
-// deviations.
+// Moments of `count` values from their deviations from a rounded mean; the sum of the deviations corrects the mean.
 inline Moments<double> moments_about(double mean, double sum, double squares, int64_t count) {
   return {static_cast<double>(count), mean + sum / count, std::max(0.0, squares - sum * sum / count)};
 }
 
-// Moments of `rows` rows of `c` channels, a channel a column, merged into out (c); blocks of rows in two passes. Short
+// Merges the moments of `rows` rows of `c` channels, one per column, into out (c); blocks of rows in two passes. Short
 // runs are summed in the accumulation type, and those sums in double.
 template <class T>
 void column_moments(const T* x, int64_t rows, int64_t c, Moments<double>* out) {

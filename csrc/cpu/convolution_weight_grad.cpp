@@ -5,11 +5,10 @@
 #include "cpu/isa.h"
 
 #include "cpu/store.h"
-#include "cpu/block.h"
 #include "cpu/tile.h"
 #include "cpu/pack.h"
-#include "cpu/winograd.h"
-#include "cpu/implicit_gemm.h"
+#include "cpu/axis.h"
+#include "cpu/winograd_transform.h"
 #include "cpu/weight_gradient.h"
 
 namespace fastgen::cpu::FASTGEN_ISA {
@@ -20,7 +19,7 @@ struct WinogradSize {
 };
 
 template <class T>
-void weight_grad(const Geometry& conv, const Epilogue& op, const void* grad_, const void* x_, void* out,
+void weight_grad(const Geometry& conv, const Epilogue& output, const void* grad_, const void* x_, void* out,
                  const ParallelFor& parallel) {
   using A = Acc<T>;
   const int64_t* const s = conv.weight_strides;
@@ -28,20 +27,16 @@ void weight_grad(const Geometry& conv, const Epilogue& op, const void* grad_, co
   if constexpr (std::is_same_v<A, float>) {
     const auto winograd = [&](auto tile) {
       constexpr int m = decltype(tile)::m, r = decltype(tile)::r;
-      const auto axis = [&](int64_t in, int64_t size, int64_t kernel, int i) {
-        return conv.transposed ? WinogradAxis::transposed(in, size, kernel, conv.stride[i], conv.padding[i])
-                               : WinogradAxis::conv(in, size, kernel, conv.stride[i], conv.padding[i], conv.reflect);
-      };
-      const auto x = pixels_first<Stored<T>>(static_cast<const T*>(x_), op.n, conv.ic, conv.ih * conv.iw,
+      const auto x = pixels_first<Stored<T>>(static_cast<const T*>(x_), output.n, conv.ic, conv.ih * conv.iw,
                                              conv.x_channels_last, parallel);
-      const auto grad =
-          pixels_first<Stored<T>>(static_cast<const T*>(grad_), op.n, op.c, op.s, op.channels_last, parallel);
+      const auto grad = pixels_first<Stored<T>>(static_cast<const T*>(grad_), output.n, output.c, output.s,
+                                                output.channels_last, parallel);
       WinogradWeightGradient<A, m, r, 2>{
-          op.n, conv.ic, conv.ih, conv.iw, op.c, axis(conv.ih, conv.oh, conv.kh, 0), axis(conv.iw, conv.ow, conv.kw, 1)}
+          output.n, conv.ic, conv.ih, conv.iw, output.c, winograd_axis_of(conv, 0), winograd_axis_of(conv, 1)}
           .run(x.get(), grad.get(), static_cast<T*>(out),
                {s[conv.transposed ? 0 : 1], s[conv.transposed ? 1 : 0], s[2], s[3]}, parallel);
     };
-    switch (choose(conv, op, 4)) {
+    switch (choose_for_weight_grad(conv, output)) {
       case Algorithm::winograd_4x2: return winograd(WinogradSize<4, 2>{});
       case Algorithm::winograd_4x3: return winograd(WinogradSize<4, 3>{});
       default: break;
@@ -49,10 +44,11 @@ void weight_grad(const Geometry& conv, const Epilogue& op, const void* grad_, co
   }
 
   const auto x =
-      pixels_first<A>(static_cast<const T*>(x_), op.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, parallel);
-  const auto grad = pixels_first<A>(static_cast<const T*>(grad_), op.n, op.c, op.s, op.channels_last, parallel);
-  DirectWeightGradient<A> direct{op.n,    conv.ih, conv.iw, conv.ic, conv.oh, conv.ow,     op.c,
-                                 conv.kh, conv.kw, {},      {},      {},      conv.groups, conv.reflect};
+      pixels_first<A>(static_cast<const T*>(x_), output.n, conv.ic, conv.ih * conv.iw, conv.x_channels_last, parallel);
+  const auto grad =
+      pixels_first<A>(static_cast<const T*>(grad_), output.n, output.c, output.s, output.channels_last, parallel);
+  DirectWeightGradient<A> direct{output.n, conv.ih, conv.iw, conv.ic, conv.oh, conv.ow,     output.c,
+                                 conv.kh,  conv.kw, {},      {},      {},      conv.groups, conv.reflect};
   if (conv.transposed) {
     std::swap(direct.bh, direct.sh);
     std::swap(direct.bw, direct.sw);
@@ -65,9 +61,9 @@ void weight_grad(const Geometry& conv, const Epilogue& op, const void* grad_, co
              {s[1], s[0], s[2], s[3]}, parallel);
 }
 
-inline void convolution_weight_grad(const Geometry& conv, const Epilogue& op, const void* grad, const void* x,
+inline void convolution_weight_grad(const Geometry& conv, const Epilogue& output, const void* grad, const void* x,
                                     void* out, const ParallelFor& parallel) {
-  FASTGEN_FOR_DTYPE(op.dtype, weight_grad, conv, op, grad, x, out, parallel)
+  FASTGEN_FOR_DTYPE(output.dtype, weight_grad, conv, output, grad, x, out, parallel)
 }
 
 }  // namespace fastgen::cpu::FASTGEN_ISA
@@ -75,9 +71,9 @@ inline void convolution_weight_grad(const Geometry& conv, const Epilogue& op, co
 #ifdef FASTGEN_ONCE
 namespace fastgen::cpu {
 
-void convolution_weight_grad(const Geometry& conv, const Epilogue& op, const void* grad, const void* x, void* out,
+void convolution_weight_grad(const Geometry& conv, const Epilogue& output, const void* grad, const void* x, void* out,
                              const ParallelFor& parallel) {
-  FASTGEN_DISPATCH(convolution_weight_grad, conv, op, grad, x, out, parallel)
+  FASTGEN_DISPATCH(convolution_weight_grad, conv, output, grad, x, out, parallel)
 }
 
 }  // namespace fastgen::cpu

@@ -1,4 +1,4 @@
-// Normals of shared/philox.h, a vector of counters at a time. Included once per instruction set (see isa.h).
+// The normals of shared/philox.h, a vector of counters at a time. Included once per instruction set (see isa.h).
 namespace fastgen::cpu::FASTGEN_ISA {
 
 // A word of each counter in the low half of its lane; what the high half holds does not matter.

@@ -1,22 +1,23 @@
-// y = act((x - mean) / sqrt(var + eps) * weight + bias + residual) over (n, c, s), or (n, s, c) when channels_last.
+// y = activation((x - mean) / sqrt(var + eps) * norm_weight + norm_bias + residual) over (n, c, s), or (n, s, c) when
+// channels_last.
 #pragma once
 
-#include "cpu/common.h"
+#include "cpu/kernel.h"
 #include "shared/welford.h"
 
 namespace fastgen::cpu {
 
 // mean and (biased) var of x.
-void norm_act_moments(const Epilogue& op, const void* x, void* mean, void* var, const ParallelFor& parallel);
+void norm_act_moments(const Epilogue& epilogue, const void* x, void* mean, void* var, const ParallelFor& parallel);
 
 // The same from moments of parts, (n, chunks, c).
-void merge_moments(const Epilogue& op, const std::vector<Moments<double>>& parts, int64_t chunks, void* mean,
+void merge_moments(const Epilogue& epilogue, const std::vector<Moments<double>>& parts, int64_t chunks, void* mean,
                    void* var);
 
 // x == out is allowed.
-void norm_act_apply(const Epilogue& op, const void* x, void* out, const ParallelFor& parallel);
+void norm_act_apply(const Epilogue& epilogue, const void* x, void* out, const ParallelFor& parallel);
 
-void norm_act_backward(const Epilogue& op, const void* grad_out, const void* x, const NormActGrads& grads,
+void norm_act_backward(const Epilogue& epilogue, const void* grad_out, const void* x, const NormActGrads& grads,
                        const ParallelFor& parallel);
 
 }  // namespace fastgen::cpu

@@ -2,9 +2,9 @@
 // tile.h.
 namespace fastgen::cpu::FASTGEN_ISA {
 
-// Values of a and b (its first has the number `size`).
+// The values of a and b by number; b's first has the number `size`.
 template <class V, int... i>
-inline __attribute__((always_inline)) V shuffled(V a, V b, std::integer_sequence<int, i...>) {
+inline __attribute__((always_inline)) V shuffle(V a, V b, std::integer_sequence<int, i...>) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, i...);
 #else
@@ -14,13 +14,13 @@ inline __attribute__((always_inline)) V shuffled(V a, V b, std::integer_sequence
 #endif
 }
 
-// Two vectors' values in turns, from the first one's value `from` on.
+// The values of two vectors interleaved, from number `from` on.
 template <class V, int size, int from, int... i>
-inline __attribute__((always_inline)) V in_turns(V a, V b, std::integer_sequence<int, i...>) {
-  return shuffled(a, b, std::integer_sequence<int, (from + i / 2 + i % 2 * size)...>());
+inline __attribute__((always_inline)) V interleaved(V a, V b, std::integer_sequence<int, i...>) {
+  return shuffle(a, b, std::integer_sequence<int, (from + i / 2 + i % 2 * size)...>());
 }
 
-// to[i][j] = from[j][i], both a vector's size.
+// to[i][j] = from[j][i], for as many i and j as a vector has values.
 template <class A>
 inline void transpose(const A* from, int64_t from_step, A* to, int64_t to_step) {
   using V = typename Vector<A>::type;
@@ -33,8 +33,8 @@ inline void transpose(const A* from, int64_t from_step, A* to, int64_t to_step) 
   for (int round = 1; round < size; round *= 2) {  // each rotates the bits of (i, j) by one
 #pragma GCC unroll 8
     for (int i = 0; i < size / 2; ++i) {
-      next[2 * i] = in_turns<V, size, 0>(row[i], row[i + size / 2], all);
-      next[2 * i + 1] = in_turns<V, size, size / 2>(row[i], row[i + size / 2], all);
+      next[2 * i] = interleaved<V, size, 0>(row[i], row[i + size / 2], all);
+      next[2 * i + 1] = interleaved<V, size, size / 2>(row[i], row[i + size / 2], all);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < size; ++i) row[i] = next[i];
@@ -44,7 +44,7 @@ inline void transpose(const A* from, int64_t from_step, A* to, int64_t to_step) 
 }
 
 // to (size, width): the weights of one tap, of `depth` input channels in_step apart and `valid` output channels
-// out_step apart, zeros beyond. Channels that lie together are read together. pairs: of bfloat16, those of input
+// out_step apart, zeros beyond. Channels next to each other are read together. pairs: bfloat16 weights of input
 // channels 2 i and 2 i + 1 in one float.
 template <bool pairs = false, class T>
 void copy_taps(const T* from, int64_t in_step, int64_t out_step, int64_t depth, int64_t valid, int64_t size,
@@ -87,7 +87,7 @@ struct Pixels {
   const S* get() const { return x; }
 };
 
-// x (n, c, s) of any order as (n, s, c) of the type S: itself where it is that already.
+// x (n, c, s) in either memory order as (n, s, c) of the type S: x itself where it is that already.
 template <class S, class T>
 Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channels_last, const ParallelFor& parallel) {
   if constexpr (std::is_same_v<T, S>)
@@ -121,7 +121,7 @@ Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channel
   return {out, std::move(copy)};
 }
 
-// x (rows, columns, c) with `edge` columns more at either end, zeros or x mirrored.
+// x (rows, columns, c) with `edge` more columns at either end: zeros, or x mirrored.
 template <class S>
 Buffer<S> with_edges(const S* x, int64_t rows, int64_t columns, int64_t c, int64_t edge, bool reflect,
                      const ParallelFor& parallel) {
@@ -154,7 +154,7 @@ inline WeightStrides weight_strides(const Geometry& conv) {
 }
 
 // The weights as (group, block, tap, ic / groups, width), zero where a block is wider than the group's channels. pairs:
-// of bfloat16, those of channels 2 i and 2 i + 1 in one float.
+// bfloat16 weights of channels 2 i and 2 i + 1 in one float.
 template <bool pairs = false, class T>
 Buffer<Acc<T>> pack_weights(const Geometry& conv, int64_t width, const T* weight, const ParallelFor& parallel) {
   constexpr int64_t together = pairs ? 2 : 1, most = 16;

@@ -6,33 +6,28 @@
 #define FASTGEN_FILE "cpu/packed_convolution.cpp"
 #include "cpu/isa.h"
 
-#include "cpu/store.h"
-#include "cpu/block.h"
-#include "cpu/tile.h"
-#include "cpu/pack.h"
-#include "cpu/winograd.h"
-#include "cpu/implicit_gemm.h"
+#include "cpu/execute.h"
 
 namespace fastgen::cpu::FASTGEN_ISA {
 
-constexpr int64_t kAnyNumber = std::numeric_limits<int64_t>::max();  // of pixels
+constexpr int64_t kAnyPixels = std::numeric_limits<int64_t>::max();  // how many the weights are packed for
 
 template <int vectors>
 class PackedFloat : public PackedConvolution {
  public:
   PackedFloat(const Geometry& conv, Algorithm algorithm, const float* weight, const ParallelFor& parallel)
-      : conv(conv), packed(pack<float, vectors>(conv, algorithm, kAnyNumber, weight, parallel)) {}
+      : conv(conv), packed(pack<float, vectors>(conv, algorithm, kAnyPixels, weight, parallel)) {}
 
-  void run(const Epilogue& op, const void* x, void* out, const ParallelFor& parallel) const override {
-    if (op.dtype == DType::bfloat16) run_as<BFloat16>(op, x, out, parallel);
-    else run_as<float>(op, x, out, parallel);
+  void run(const Epilogue& epilogue, const void* x, void* out, const ParallelFor& parallel) const override {
+    if (epilogue.dtype == DType::bfloat16) run_as<BFloat16>(epilogue, x, out, parallel);
+    else run_as<float>(epilogue, x, out, parallel);
   }
 
  private:
   template <class T>
-  void run_as(const Epilogue& op, const void* x, void* out, const ParallelFor& parallel) const {
-    const auto pixels = packed.pixels(conv, op.n, static_cast<const T*>(x), true, parallel);
-    run_packed<T, vectors>(packed, conv, op, pixels.get(), nullptr, static_cast<T*>(out), parallel);
+  void run_as(const Epilogue& epilogue, const void* x, void* out, const ParallelFor& parallel) const {
+    const auto pixels = packed.pixels(conv, epilogue.n, static_cast<const T*>(x), true, parallel);
+    run_packed(packed, conv, epilogue, pixels.get(), static_cast<T*>(nullptr), static_cast<T*>(out), parallel);
   }
 
   const Geometry conv;
@@ -40,8 +35,8 @@ class PackedFloat : public PackedConvolution {
 };
 
 #if FASTGEN_HAS_DOT
-// The weights (a, b, kh, kw), those of channels 2 i and 2 i + 1 along `axis` (0 or 1) rounded and put into one float.
-inline std::vector<float> paired(const float* weight, const int64_t* size, int axis) {
+// The weights (a, b, kh, kw) rounded, those of channels 2 i and 2 i + 1 along `axis` (0 or 1) put into one float.
+inline std::vector<float> in_pairs(const float* weight, const int64_t* size, int axis) {
   const int64_t inner = (axis ? 1 : size[1]) * size[2] * size[3], pairs = size[axis] / 2, outer = axis ? size[0] : 1;
   std::vector<float> result(static_cast<size_t>(outer * pairs * inner));
   for (int64_t pair = 0; pair < outer * pairs; ++pair)
@@ -61,13 +56,14 @@ class PackedBFloat16 : public PackedConvolution {
       : conv(with_paired_channels(conv)) {
     const int64_t size[4] = {conv.transposed ? conv.ic : conv.oc, (conv.transposed ? conv.oc : conv.ic) / conv.groups,
                              conv.kh, conv.kw};
-    const auto pairs = paired(weight, size, conv.transposed ? 0 : 1);
-    packed = pack<float, vectors>(this->conv, algorithm, kAnyNumber, pairs.data(), parallel);
+    const auto pairs = in_pairs(weight, size, conv.transposed ? 0 : 1);
+    packed = pack<float, vectors>(this->conv, algorithm, kAnyPixels, pairs.data(), parallel);
   }
 
-  void run(const Epilogue& op, const void* x, void* out, const ParallelFor& parallel) const override {
-    const auto pixels = packed.pixels(conv, op.n, static_cast<const float*>(x), true, parallel);
-    run_packed<BFloat16, vectors, true>(packed, conv, op, pixels.get(), nullptr, static_cast<BFloat16*>(out), parallel);
+  void run(const Epilogue& epilogue, const void* x, void* out, const ParallelFor& parallel) const override {
+    const auto pixels = packed.pixels(conv, epilogue.n, static_cast<const float*>(x), true, parallel);
+    run_packed<true>(packed, conv, epilogue, pixels.get(), static_cast<BFloat16*>(nullptr), static_cast<BFloat16*>(out),
+                     parallel);
   }
 
  private:
@@ -92,9 +88,9 @@ std::unique_ptr<PackedConvolution> make(bool narrow, const Geometry& conv, Algor
 inline std::unique_ptr<PackedConvolution> pack_convolution(const Geometry& conv, Algorithm algorithm,
                                                            const float* weight, const ParallelFor& parallel) {
 #if FASTGEN_HAS_DOT
-  if (algorithm == Algorithm::direct_bf16 || algorithm == Algorithm::rows_bf16) {
-    const Algorithm same = algorithm == Algorithm::direct_bf16 ? Algorithm::direct : Algorithm::rows;
-    return make<PackedBFloat16>(is_narrow<float>(conv, same), conv, same, weight, parallel);
+  if (is_bf16_dot(algorithm)) {
+    algorithm = without_bf16_dot(algorithm);
+    return make<PackedBFloat16>(is_narrow<float>(conv, algorithm), conv, algorithm, weight, parallel);
   }
 #endif
   return make<PackedFloat>(is_narrow<float>(conv, algorithm), conv, algorithm, weight, parallel);

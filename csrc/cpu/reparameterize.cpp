@@ -1,10 +1,6 @@
 #include "cpu/reparameterize.h"
 #include "shared/philox.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #undef FASTGEN_FILE
 #define FASTGEN_FILE "cpu/reparameterize.cpp"
 #include "cpu/isa.h"
@@ -14,27 +10,26 @@
 
 namespace fastgen::cpu::FASTGEN_ISA {
 
-constexpr int64_t kElements = 512;  // that stay in the first-level cache
-constexpr int64_t kUnit =
-    16 * kElements;  // that one task computes; does not depend on the thread count, and so neither do sums
+constexpr int64_t kElements = 512;         // that stay in the first-level cache
+constexpr int64_t kUnit = 16 * kElements;  // of one task, whatever the thread count; so sums do not depend on it
 
 // A key's rows as tasks: whole short rows, or pieces of a long one. Each piece, or short row, has a sum of its own.
 struct Units {
-  int64_t rows, size, pieces, rows_a_unit, units;
+  int64_t rows, size, pieces, rows_per_unit, units;
 
   explicit Units(const Reparameterize& op)
       : rows(op.rows),
         size(op.size),
         pieces(std::max<int64_t>(1, ceil_div(size, kUnit))),
-        rows_a_unit(std::max<int64_t>(1, kUnit / std::max<int64_t>(1, size))),
-        units(pieces > 1 ? rows * pieces : ceil_div(rows, rows_a_unit)) {}
+        rows_per_unit(std::max<int64_t>(1, kUnit / std::max<int64_t>(1, size))),
+        units(pieces > 1 ? rows * pieces : ceil_div(rows, rows_per_unit)) {}
 
   // body(begin, count) for each block of a unit's elements
   template <class Body>
   void for_each_block(int64_t unit, const Body& body) const {
-    const int64_t begin = pieces > 1 ? unit / pieces * size + unit % pieces * kUnit : unit * rows_a_unit * size;
+    const int64_t begin = pieces > 1 ? unit / pieces * size + unit % pieces * kUnit : unit * rows_per_unit * size;
     const int64_t end = pieces > 1 ? std::min(begin + kUnit, (unit / pieces + 1) * size)
-                                   : std::min(rows, (unit + 1) * rows_a_unit) * size;
+                                   : std::min(rows, (unit + 1) * rows_per_unit) * size;
     for (int64_t at = begin; at < end; at += kElements) body(at, std::min(kElements, end - at));
   }
 
@@ -81,7 +76,7 @@ inline void load_periodic(const T* p, int64_t period, int64_t at, int64_t count,
 template <class A>
 struct Divergence {
   const A *shift, *slope, *log_ratio;  // of the standard normal as prior: mu, mu, logvar
-  A ratio[kElements], own[3][kElements];
+  A ratio[kElements], with_prior[3][kElements];
 
   // at: of the block within all keys
   template <class T>
@@ -93,18 +88,18 @@ struct Divergence {
       for (int64_t i = 0; i < count; ++i) ratio[i] = q.sd[i] * q.sd[i];
       return;
     }
-    load_periodic(mean, op.mean_period, at, count, own[0]);
-    load_periodic(prior_logvar, op.logvar_period, at, count, own[1]);
+    load_periodic(mean, op.mean_period, at, count, with_prior[0]);
+    load_periodic(prior_logvar, op.logvar_period, at, count, with_prior[1]);
     for (int64_t i = 0; i < count; ++i) {
-      const A prior = own[1][i];
-      own[0][i] = q.mu[i] - own[0][i];
-      own[1][i] = own[0][i] * exp_(-prior);
-      own[2][i] = q.logvar[i] - prior;
-      ratio[i] = exp_(own[2][i]);
+      const A prior = with_prior[1][i];
+      with_prior[0][i] = q.mu[i] - with_prior[0][i];
+      with_prior[1][i] = with_prior[0][i] * exp_(-prior);
+      with_prior[2][i] = q.logvar[i] - prior;
+      ratio[i] = exp_(with_prior[2][i]);
     }
-    shift = own[0];
-    slope = own[1];
-    log_ratio = own[2];
+    shift = with_prior[0];
+    slope = with_prior[1];
+    log_ratio = with_prior[2];
   }
 
   void value(A least, A* out, int64_t count) const {
@@ -138,8 +133,8 @@ struct Divergence {
   }
 };
 
-// The lines of the block after this one, fetched while its noise is computed. (Those that are written are not worth
-// it.)
+// Fetches the cache lines of the next block while this one's noise is computed. (It does not pay for lines that are
+// written.)
 template <class T>
 inline void prefetch_next(const T* p) {
   for (int64_t i = kElements; i < 2 * kElements; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
@@ -161,7 +156,7 @@ inline void accumulate_block(const T* grad, const Acc<T>* eps, Acc<T>* sum, Acc<
   }
 }
 
-// No gradient to what logvar_range clamped.
+// No gradient where logvar_range clamped.
 template <class T>
 inline void zero_outside(const T* logvar, Acc<T> low, Acc<T> high, Acc<T>* grad, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
@@ -191,7 +186,7 @@ inline Acc<T> sample_and_diverge(const T* mu, const T* logvar, const Acc<T>* eps
   return sum;
 }
 
-// Its gradients, where free_bits mask none; grad_kl is the row's.
+// Its gradients where free_bits masks none of them; grad_kl is the row's.
 template <bool with_kl, class T>
 inline void differentiate(const T* mu, const T* logvar, const Acc<T>* eps, const T* grad_z, Acc<T> grad_kl, Acc<T> low,
                           Acc<T> high, Acc<T>* for_mu, Acc<T>* for_logvar, int64_t count) {
@@ -255,13 +250,13 @@ void forward(const Reparameterize& op, const ReparameterizeTensors& given, void*
       units.for_each_block(unit, [&](int64_t at, int64_t count) {
         if (plain) {
           const A* eps = normals(op.key[2 * k], op.key[2 * k + 1], at, count, buffer);
-          A* const drawn = place(z + at, nats, streams);
+          A* const drawn = staging(z + at, nats, streams);
           units.for_each_row(at, count, [&](int64_t row, int64_t from, int64_t to) {
             const int64_t j = at + from;
             sum_of(row) +=
                 sample_and_diverge(mu + j, logvar + j, eps + from, low, high, least, drawn + from, to - from);
           });
-          settle(z + at, drawn, count, streams);
+          flush(z + at, drawn, count, streams);
           return;
         }
         q.load_block(op, mu + at, logvar + at, count);
@@ -317,7 +312,7 @@ void backward(const Reparameterize& op, const void* grad_z_, const void* grad_kl
           prefetch_next(grad_z + at);
           const A* eps = normals(op.key[2 * k], op.key[2 * k + 1], at, count, buffer);
           T *const to_mu = static_cast<T*>(grads.mu) + to, *const to_logvar = static_cast<T*>(grads.logvar) + to;
-          A *const of_mu = place(to_mu, sum, streams), *const of_logvar = place(to_logvar, along, streams);
+          A *const of_mu = staging(to_mu, sum, streams), *const of_logvar = staging(to_logvar, along, streams);
           units.for_each_row(at, count, [&](int64_t row, int64_t from, int64_t end_of_row) {
             const int64_t j = at + from;
             const A of_kl = grad_kl ? static_cast<A>(op.beta) * grad_kl[k * op.rows + row] : A(0);
@@ -325,8 +320,8 @@ void backward(const Reparameterize& op, const void* grad_z_, const void* grad_kl
                                                                          of_kl, low, high, of_mu + from,
                                                                          of_logvar + from, end_of_row - from);
           });
-          settle(to_mu, of_mu, count, streams);
-          settle(to_logvar, of_logvar, count, streams);
+          flush(to_mu, of_mu, count, streams);
+          flush(to_logvar, of_logvar, count, streams);
           return;
         }
         q.load_block(op, mu + at, logvar + at, count);

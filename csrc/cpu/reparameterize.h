@@ -1,7 +1,7 @@
 // z = mu + exp(logvar / 2) * noise, the Kullback-Leibler divergence of each row, and their gradients.
 #pragma once
 
-#include "cpu/common.h"
+#include "cpu/kernel.h"
 
 namespace fastgen::cpu {
 

@@ -10,31 +10,32 @@
 
 namespace fastgen::cpu::FASTGEN_ISA {
 
-constexpr int64_t kPartElements = 1 << 15, kPartRows = 64,
-                  kMostParts = 16;  // of a weight; none depends on the thread count
+// Of the chunks of a weight (SpectralMatrix has the words). Results do not depend on the thread count, as these do not.
+constexpr int64_t kChunkElements = 1 << 15, kChunkLines = 64, kMostChunks = 16;
 constexpr int64_t kRows = 4;
 
-inline int64_t part_count(const SpectralMatrix& m) {
-  return std::max<int64_t>(1, std::min({kMostParts, m.lines(),
-                                        std::max(ceil_div(m.size(), kPartElements), ceil_div(m.lines(), kPartRows))}));
+inline int64_t chunk_count(const SpectralMatrix& m) {
+  return std::max<int64_t>(
+      1, std::min(
+             {kMostChunks, m.lines(), std::max(ceil_div(m.size(), kChunkElements), ceil_div(m.lines(), kChunkLines))}));
 }
 
-// A range of a weight's outer index, which one thread works on.
-struct Part {
+// Some consecutive lines of a weight, which one thread works on.
+struct Chunk {
   int64_t matrix, index, begin, end;
 };
 
-inline std::vector<Part> parts_of(const std::vector<SpectralMatrix>& matrices) {
-  std::vector<Part> parts;
+inline std::vector<Chunk> chunks_of(const std::vector<SpectralMatrix>& matrices) {
+  std::vector<Chunk> chunks;
   for (int64_t k = 0; k < static_cast<int64_t>(matrices.size()); ++k) {
-    const int64_t count = part_count(matrices[k]), step = ceil_div(matrices[k].lines(), count);
+    const int64_t count = chunk_count(matrices[k]), step = ceil_div(matrices[k].lines(), count);
     for (int64_t i = 0; i < count; ++i)
-      parts.push_back({k, i, std::min(i * step, matrices[k].lines()), std::min((i + 1) * step, matrices[k].lines())});
+      chunks.push_back({k, i, std::min(i * step, matrices[k].lines()), std::min((i + 1) * step, matrices[k].lines())});
   }
-  return parts;
+  return chunks;
 }
 
-// body(i) for each i < count, the next free one on whichever thread is free: parts differ in size.
+// Calls body(i) for each i < count; a thread that is free takes the next one, as chunks differ in size.
 template <class Body>
 void for_each(int64_t count, const ParallelFor& parallel, const Body& body) {
   std::atomic<int64_t> next{0};
@@ -43,7 +44,7 @@ void for_each(int64_t count, const ParallelFor& parallel, const Body& body) {
   });
 }
 
-// body(b) with b as a constant where it is that of a usual kernel, so that loops over it unroll.
+// Calls body(b) with b as a constant where it is that of a usual kernel, so that loops over it unroll.
 template <class Body>
 inline void with_width(int64_t b, const Body& body) {
   switch (b) {
@@ -88,7 +89,7 @@ inline void rows_times_u(const T* w, int64_t b, const Acc<T>* u, Acc<T>* t) {
 template <class T>
 inline void block_times_v(const T* w, int64_t d, int64_t b, const Acc<T>* v, Acc<T>* y, Acc<T>* columns) {
   if (b == 1) return rows_times_u<1>(w, d, v, y);
-  with_width(b, [&](auto width) {  // columns (d, b): the sums over q come at the end
+  with_width(b, [&](auto width) {  // columns (rows, inner): the sums over q come at the end
     for (int64_t i = 0; i < d; ++i)
       for (int64_t q = 0; q < width; ++q) columns[i * width + q] += load(w + i * width + q) * v[q];
   });
@@ -104,25 +105,25 @@ inline void block_times_u(const T* w, int64_t d, int64_t b, const Acc<T>* u, Acc
   });
 }
 
-// The vector whose elements are sums over all parts: (d) from W v if a > 1, (b) from W^T u if a == 1.
+// The elements of the summed product: W v if outer > 1, W^T u if outer == 1 (whose `inner` is then a row's size).
 inline int64_t summed_size(const SpectralMatrix& m) { return m.outer == 1 ? m.inner : m.rows; }
 
-// A part's share of the summed product. `both`: with the product of the other side, computed just before from the same
-// elements and not normalized.
+// A chunk's share of the summed product. `both`: with the line product, computed just before from the same elements and
+// not normalized.
 template <class T>
-void sum_part(const SpectralMatrix& m, const Part& part, bool both, Acc<T>* sum) {
+void sum_chunk(const SpectralMatrix& m, const Chunk& chunk, bool both, Acc<T>* sum) {
   using A = Acc<T>;
   const T* w = static_cast<const T*>(m.weight);
   A *u = static_cast<A*>(m.u), *v = static_cast<A*>(m.v);
   std::fill_n(sum, summed_size(m), A(0));
   if (m.outer == 1) {
     // v is read while u is written: the new v is what is summed.
-    int64_t i = part.begin;
-    for (; i + kRows <= part.end; i += kRows) {
+    int64_t i = chunk.begin;
+    for (; i + kRows <= chunk.end; i += kRows) {
       if (both) rows_times_v<kRows>(w + i * m.inner, m.inner, v, u + i);
       rows_times_u<kRows>(w + i * m.inner, m.inner, u + i, sum);
     }
-    for (; i < part.end; ++i) {
+    for (; i < chunk.end; ++i) {
       if (both) rows_times_v<1>(w + i * m.inner, m.inner, v, u + i);
       rows_times_u<1>(w + i * m.inner, m.inner, u + i, sum);
     }
@@ -130,7 +131,7 @@ void sum_part(const SpectralMatrix& m, const Part& part, bool both, Acc<T>* sum)
   }
   const auto columns = scratch<A>(m.rows * m.inner);
   std::fill_n(columns.get(), m.rows * m.inner, A(0));
-  for (int64_t p = part.begin; p < part.end; ++p) {
+  for (int64_t p = chunk.begin; p < chunk.end; ++p) {
     const T* block = w + p * m.rows * m.inner;
     if (both) block_times_u(block, m.rows, m.inner, u, v + p * m.inner);
     block_times_v(block, m.rows, m.inner, v + p * m.inner, sum, columns.get());
@@ -140,18 +141,18 @@ void sum_part(const SpectralMatrix& m, const Part& part, bool both, Acc<T>* sum)
       for (int64_t q = 0; q < m.inner; ++q) sum[i] += columns[i * m.inner + q];
 }
 
-// A part of the product that is not summed over parts: W v if a == 1, W^T u if a > 1.
+// A chunk of the line product: W v if outer == 1, W^T u if outer > 1.
 template <class T>
-void direct_part(const SpectralMatrix& m, const Part& part, Acc<T>* out) {
+void line_chunk(const SpectralMatrix& m, const Chunk& chunk, Acc<T>* out) {
   using A = Acc<T>;
   const T* w = static_cast<const T*>(m.weight);
   const A *u = static_cast<const A*>(m.u), *v = static_cast<const A*>(m.v);
   if (m.outer == 1) {
-    int64_t i = part.begin;
-    for (; i + kRows <= part.end; i += kRows) rows_times_v<kRows>(w + i * m.inner, m.inner, v, out + i);
-    for (; i < part.end; ++i) rows_times_v<1>(w + i * m.inner, m.inner, v, out + i);
+    int64_t i = chunk.begin;
+    for (; i + kRows <= chunk.end; i += kRows) rows_times_v<kRows>(w + i * m.inner, m.inner, v, out + i);
+    for (; i < chunk.end; ++i) rows_times_v<1>(w + i * m.inner, m.inner, v, out + i);
   } else {
-    for (int64_t p = part.begin; p < part.end; ++p)
+    for (int64_t p = chunk.begin; p < chunk.end; ++p)
       block_times_u(w + p * m.rows * m.inner, m.rows, m.inner, u, out + p * m.inner);
   }
 }
@@ -175,23 +176,23 @@ double dot(const A* x, const A* y, int64_t size) {
   return sum;
 }
 
-// What the parts of one weight leave: their sums (parts, summed_size), or sums of gradients.
+// What the chunks of one weight leave: their shares of the summed product, (chunks, summed_size).
 template <class T>
 struct Scratch {
   Buffer<Acc<T>> sums, product;  // product: the second of an iteration, before it is normalized
 };
 
 template <class T>
-void add_parts(const SpectralMatrix& m, const Acc<T>* sums, Acc<T>* out) {
-  const int64_t size = summed_size(m), parts = part_count(m);
+void add_chunks(const SpectralMatrix& m, const Acc<T>* sums, Acc<T>* out) {
+  const int64_t size = summed_size(m), chunks = chunk_count(m);
   std::copy_n(sums, size, out);
-  for (int64_t part = 1; part < parts; ++part)
-    for (int64_t i = 0; i < size; ++i) out[i] += sums[part * size + i];
+  for (int64_t chunk = 1; chunk < chunks; ++chunk)
+    for (int64_t i = 0; i < size; ++i) out[i] += sums[chunk * size + i];
 }
 
 constexpr int64_t kBlock = 1024;  // that stays in the first-level cache
 
-// body(at, size) for the blocks of a range
+// Calls body(at, size) for the blocks of a range.
 template <class Body>
 inline void in_blocks(int64_t begin, int64_t end, const Body& body) {
   for (int64_t at = begin; at < end; at += kBlock) body(at, std::min(kBlock, end - at));
@@ -202,30 +203,30 @@ template <class T>
 void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first,
                    const ParallelFor& parallel) {
   using A = Acc<T>;
-  const std::vector<Part> parts = parts_of(matrices);
-  const int64_t count = static_cast<int64_t>(matrices.size()), part_total = static_cast<int64_t>(parts.size());
+  const std::vector<Chunk> chunks = chunks_of(matrices);
+  const int64_t count = static_cast<int64_t>(matrices.size()), chunk_total = static_cast<int64_t>(chunks.size());
   std::vector<Scratch<T>> of(matrices.size());
   for (int64_t k = 0; k < count; ++k) {
-    of[k].sums = scratch<A>(part_count(matrices[k]) * summed_size(matrices[k]));
+    of[k].sums = scratch<A>(chunk_count(matrices[k]) * summed_size(matrices[k]));
     of[k].product = scratch<A>(std::max(matrices[k].rows, matrices[k].columns()));
     std::copy_n(static_cast<const A*>(matrices[k].given_u), matrices[k].rows, static_cast<A*>(matrices[k].u));
     std::copy_n(static_cast<const A*>(matrices[k].given_v), matrices[k].columns(), static_cast<A*>(matrices[k].v));
   }
-  const auto sum_at = [&](const Part& part) {
-    return of[part.matrix].sums.get() + part.index * summed_size(matrices[part.matrix]);
+  const auto sum_at = [&](const Chunk& chunk) {
+    return of[chunk.matrix].sums.get() + chunk.index * summed_size(matrices[chunk.matrix]);
   };
 
   for (int64_t step = 0; step < iterations; ++step) {
     const bool last = step == iterations - 1;
-    // One pass over a weight gives both products where the first is not summed over parts; else the first sums, and the
-    // second needs another pass.
+    // One pass over a weight gives both products where the first is the line product; else the first pass gives the
+    // summed product alone, and the line product needs another pass.
     const auto one_pass = [&](const SpectralMatrix& m) { return (m.outer == 1) != v_first; };
     const auto finish = [&](const SpectralMatrix& m, A* second, int64_t size, A* product) {
       normalize(second, size, eps);
       if (last) *static_cast<A*>(m.sigma) = static_cast<A>(dot(product, second, size));
     };
-    for_each(part_total, parallel, [&](int64_t i) {
-      sum_part<T>(matrices[parts[i].matrix], parts[i], one_pass(matrices[parts[i].matrix]), sum_at(parts[i]));
+    for_each(chunk_total, parallel, [&](int64_t i) {
+      sum_chunk<T>(matrices[chunks[i].matrix], chunks[i], one_pass(matrices[chunks[i].matrix]), sum_at(chunks[i]));
     });
     for_each(count, parallel, [&](int64_t k) {
       const SpectralMatrix& m = matrices[k];
@@ -234,21 +235,21 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
       A* second = v_first ? u : v;
       const int64_t first_size = v_first ? m.columns() : m.rows, second_size = v_first ? m.rows : m.columns();
       if (!one_pass(m)) {
-        add_parts<T>(m, of[k].sums.get(), first);
+        add_chunks<T>(m, of[k].sums.get(), first);
         normalize(first, first_size, eps);
         return;
       }
       const double divisor = normalize(first, first_size, eps);
       A* product = of[k].product.get();
-      add_parts<T>(m, of[k].sums.get(), product);
+      add_chunks<T>(m, of[k].sums.get(), product);
       for (int64_t i = 0; i < second_size; ++i) product[i] = static_cast<A>(product[i] / divisor);
       std::copy_n(product, second_size, second);
       finish(m, second, second_size, product);
     });
     if (std::all_of(matrices.begin(), matrices.end(), one_pass)) continue;
-    for_each(part_total, parallel, [&](int64_t i) {
-      const SpectralMatrix& m = matrices[parts[i].matrix];
-      if (!one_pass(m)) direct_part<T>(m, parts[i], of[parts[i].matrix].product.get());
+    for_each(chunk_total, parallel, [&](int64_t i) {
+      const SpectralMatrix& m = matrices[chunks[i].matrix];
+      if (!one_pass(m)) line_chunk<T>(m, chunks[i], of[chunks[i].matrix].product.get());
     });
     for_each(count, parallel, [&](int64_t k) {
       const SpectralMatrix& m = matrices[k];
@@ -259,9 +260,9 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
       finish(m, second, size, of[k].product.get());
     });
   }
-  if (iterations == 0) {  // sigma = u^T W v, from W v or W^T u as the layout has it
-    for_each(part_total, parallel, [&](int64_t i) {
-      direct_part<T>(matrices[parts[i].matrix], parts[i], of[parts[i].matrix].product.get());
+  if (iterations == 0) {  // sigma = u^T W v, from the line product
+    for_each(chunk_total, parallel, [&](int64_t i) {
+      line_chunk<T>(matrices[chunks[i].matrix], chunks[i], of[chunks[i].matrix].product.get());
     });
     for (int64_t k = 0; k < count; ++k) {
       const SpectralMatrix& m = matrices[k];
@@ -272,18 +273,18 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
   }
   const bool divides =
       std::any_of(matrices.begin(), matrices.end(), [](const SpectralMatrix& m) { return m.out != nullptr; });
-  for_each(divides ? part_total : 0, parallel, [&](int64_t reversed) {  // what was read last is still in the cache
-    const int64_t i = part_total - 1 - reversed;
-    const SpectralMatrix& m = matrices[parts[i].matrix];
+  for_each(divides ? chunk_total : 0, parallel, [&](int64_t reversed) {  // what was read last is still in the cache
+    const int64_t i = chunk_total - 1 - reversed;
+    const SpectralMatrix& m = matrices[chunks[i].matrix];
     const T* w = static_cast<const T*>(m.weight);
     T* out = static_cast<T*>(m.out);
     const A factor = static_cast<A>(1.0 / *static_cast<const A*>(m.sigma));
     const bool streams = leaves_cache(2 * m.size() * int64_t(sizeof(T)));
-    in_blocks(parts[i].begin * m.line_size(), parts[i].end * m.line_size(), [&](int64_t at, int64_t size) {
+    in_blocks(chunks[i].begin * m.line_size(), chunks[i].end * m.line_size(), [&](int64_t at, int64_t size) {
       A buffer[kBlock];
-      A* const block = place(out + at, buffer, streams);
+      A* const block = staging(out + at, buffer, streams);
       for (int64_t j = 0; j < size; ++j) block[j] = load(w + at + j) * factor;
-      settle(out + at, block, size, streams);
+      flush(out + at, block, size, streams);
     });
     finish_streams(streams);
   });
@@ -294,14 +295,14 @@ template <class T>
 void backward_all(const std::vector<SpectralMatrix>& matrices, const std::vector<SpectralMatrixGrad>& grads,
                   const ParallelFor& parallel) {
   using A = Acc<T>;
-  const std::vector<Part> parts = parts_of(matrices);
-  std::vector<double> sums(parts.size()), along(matrices.size());
-  for_each(static_cast<int64_t>(parts.size()), parallel, [&](int64_t i) {
-    const SpectralMatrix& m = matrices[parts[i].matrix];
-    const T *w = static_cast<const T*>(m.weight), *g = static_cast<const T*>(grads[parts[i].matrix].grad_out);
+  const std::vector<Chunk> chunks = chunks_of(matrices);
+  std::vector<double> sums(chunks.size()), along(matrices.size());
+  for_each(static_cast<int64_t>(chunks.size()), parallel, [&](int64_t i) {
+    const SpectralMatrix& m = matrices[chunks[i].matrix];
+    const T *w = static_cast<const T*>(m.weight), *g = static_cast<const T*>(grads[chunks[i].matrix].grad_out);
     double total = 0;  // of sums of up to 4096 elements
-    const int64_t end = parts[i].end * m.line_size();
-    for (int64_t at = parts[i].begin * m.line_size(); at < end; at += 4096) {
+    const int64_t end = chunks[i].end * m.line_size();
+    for (int64_t at = chunks[i].begin * m.line_size(); at < end; at += 4096) {
       A sum = 0;
       const int64_t stop = std::min(at + 4096, end);
 #pragma omp simd reduction(+ : sum)
@@ -310,30 +311,30 @@ void backward_all(const std::vector<SpectralMatrix>& matrices, const std::vector
     }
     sums[i] = total;
   });
-  for (size_t i = 0; i < parts.size(); ++i) along[parts[i].matrix] += sums[i];
-  for_each(static_cast<int64_t>(parts.size()), parallel, [&](int64_t reversed) {
-    const int64_t i = static_cast<int64_t>(parts.size()) - 1 - reversed;
-    const SpectralMatrix& m = matrices[parts[i].matrix];
-    const SpectralMatrixGrad& grad = grads[parts[i].matrix];
+  for (size_t i = 0; i < chunks.size(); ++i) along[chunks[i].matrix] += sums[i];
+  for_each(static_cast<int64_t>(chunks.size()), parallel, [&](int64_t reversed) {
+    const int64_t i = static_cast<int64_t>(chunks.size()) - 1 - reversed;
+    const SpectralMatrix& m = matrices[chunks[i].matrix];
+    const SpectralMatrixGrad& grad = grads[chunks[i].matrix];
     const T* g = static_cast<const T*>(grad.grad_out);
     T* out = static_cast<T*>(grad.grad_weight);
     const A *u = static_cast<const A*>(m.given_u), *v = static_cast<const A*>(m.given_v);
     const double sigma = *static_cast<const A*>(m.sigma);
     const A scale = static_cast<A>(1 / sigma);
-    const A slope = static_cast<A>(*static_cast<const A*>(grad.grad_sigma) - along[parts[i].matrix] / (sigma * sigma));
+    const A slope = static_cast<A>(*static_cast<const A*>(grad.grad_sigma) - along[chunks[i].matrix] / (sigma * sigma));
     const bool streams = leaves_cache(3 * m.size() * int64_t(sizeof(T)));
     const auto long_row = [&](int64_t at, int64_t width, A factor, const A* vector) {
       in_blocks(0, width, [&](int64_t first, int64_t size) {
         A buffer[kBlock];
-        A* const block = place(out + at + first, buffer, streams);
+        A* const block = staging(out + at + first, buffer, streams);
         for (int64_t q = 0; q < size; ++q) block[q] = load(g + at + first + q) * scale + factor * vector[first + q];
-        settle(out + at + first, block, size, streams);
+        flush(out + at + first, block, size, streams);
       });
     };
     const auto row = [&](int64_t at, auto width, A factor, const A* vector) {
       for (int64_t q = 0; q < width; ++q) store(out + at + q, load(g + at + q) * scale + factor * vector[q]);
     };
-    for (int64_t k = parts[i].begin; k < parts[i].end; ++k) {
+    for (int64_t k = chunks[i].begin; k < chunks[i].end; ++k) {
       if (m.outer == 1) {
         long_row(k * m.inner, m.inner, slope * u[k], v);
       } else if (m.inner == 1) {
@@ -348,7 +349,7 @@ void backward_all(const std::vector<SpectralMatrix>& matrices, const std::vector
   });
 }
 
-// body(begin, end) for the weights a few at a time, so that a second pass over them finds them in the cache.
+// Calls body(begin, end) for a few weights at a time, so that a second pass over them finds them in the cache.
 template <class Body>
 void few_at_a_time(const std::vector<SpectralMatrix>& matrices, const Body& body) {
   constexpr int64_t most = (12 << 20) / sizeof(float);  // elements

@@ -2,7 +2,7 @@
 // gradient.
 #pragma once
 
-#include "cpu/common.h"
+#include "cpu/kernel.h"
 
 namespace fastgen::cpu {
 

@@ -1,23 +1,27 @@
-// How a block gets from where it is computed into a tensor: past the caches if it leaves them before anybody reads it.
+// How a block gets from where it is computed into a tensor: past the caches if it would leave them before it is read.
 // Included once per instruction set (see isa.h).
 namespace fastgen::cpu::FASTGEN_ISA {
+
+// Whether what a call reads and writes, `bytes` of it, leaves the last-level cache before it is used again: half of a
+// common cache.
+inline bool leaves_cache(int64_t bytes) { return bytes > (16 << 20); }
 
 template <class T>
 inline void store_block(T* p, const Acc<T>* in, int64_t count) {
   for (int64_t i = 0; i < count; ++i) store(p + i, in[i]);
 }
 
-// Where a block is computed: in the tensor that it goes to if that has the type and is not streamed, else in a buffer.
+// Where to compute a block: in the tensor itself if it has the accumulation type and is not streamed, else in a buffer.
 template <class T>
-inline Acc<T>* place(T* p, Acc<T>* buffer, bool streams = false) {
+inline Acc<T>* staging(T* p, Acc<T>* buffer, bool streams = false) {
   if constexpr (std::is_same_v<T, Acc<T>>)
     if (!streams) return p;
   return buffer;
 }
 
-// Moves a block that was computed in its place to the tensor: past the caches if `streams`.
+// Moves a block from where `staging` had it computed to the tensor: past the caches if `streams`.
 template <class T>
-inline void settle(T* p, const Acc<T>* in, int64_t count, [[maybe_unused]] bool streams = false) {
+inline void flush(T* p, const Acc<T>* in, int64_t count, [[maybe_unused]] bool streams = false) {
   if (static_cast<const void*>(p) == in) return;
   int64_t i = 0;
 #if defined(__x86_64__) && FASTGEN_VECTOR_BYTES >= 32
@@ -37,7 +41,7 @@ inline void settle(T* p, const Acc<T>* in, int64_t count, [[maybe_unused]] bool 
   store_block(p + i, in + i, count - i);
 }
 
-// After a task's streams, so that the thread that waits for it sees them.
+// Called after a task's streamed stores, so that the thread that waits for the task sees them.
 inline void finish_streams([[maybe_unused]] bool streams) {
 #if defined(__x86_64__)
   if (streams) _mm_sfence();

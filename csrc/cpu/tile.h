@@ -84,7 +84,7 @@ __attribute__((target("avx512bf16"))) void dot_tile(const float* const* x, const
 }
 #endif
 
-// dot: of pairs of bfloat16.
+// dot: the tiles of pairs of bfloat16.
 template <class A, int vectors, bool dot, int blocks, int... below>
 constexpr auto tiles(std::integer_sequence<int, below...>) {
 #if FASTGEN_HAS_DOT

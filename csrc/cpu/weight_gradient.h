@@ -1,6 +1,6 @@
 // Gradients of convolution weights: by Winograd's method, and direct for any convolution. Included once per instruction
-// set (see isa.h), after winograd.h. Everything is computed in the accumulation type A. The pixels are summed in chunks
-// that do not depend on the thread count, and the chunks are merged in order, so neither does the result.
+// set (see isa.h), after winograd_transform.h. Everything is computed in the accumulation type A. The pixels are summed
+// in chunks that do not depend on the thread count and are merged in order, so the result does not depend on it either.
 namespace fastgen::cpu::FASTGEN_ISA {
 
 // How a sum over pixels, the columns of the lines of some images, steps through its two factors.
@@ -81,8 +81,8 @@ struct GradStrides {
   int64_t in, out, kh, kw;
 };
 
-// out (ic, oc, kh, kw) = parts, each by its strides: row by row where both have the same channels next to each other,
-// else through blocks that are written in the order of out.
+// out (ic, oc, kh, kw) = parts, each with its own strides: row by row where both have the same channels next to each
+// other, else through blocks that are written in the order of out.
 template <class A, class T>
 void store_weights(const A* parts, const GradStrides& from, int64_t ic, int64_t oc, int64_t kh, int64_t kw, T* out,
                    const GradStrides& to, const ParallelFor& parallel) {
@@ -149,7 +149,7 @@ struct WinogradWeightGradient {
     const bool turned = strides.in == 1;  // the vectors run along the channels of x, as the gradient's memory does
     const int64_t row_channels = turned ? oc : ic, channels = turned ? ic : oc,
                   step = ceil_div(channels, width) * width;
-    // Slabs of channels: a tile is transformed once a slab of the other factor, so large ones; with one phase, small
+    // Slabs of channels: a tile is transformed once per slab of the other factor, so large ones; with one phase, small
     // ones for more items.
     const int64_t slab = phases > 1 ? 128 : 64, row_slab = std::min(slab, ceil_div(row_channels, size) * size),
                   vector_slab = std::min(slab, step);
@@ -173,8 +173,8 @@ struct WinogradWeightGradient {
       std::fill_n(zeros.get(), std::max(ic, oc), S{});
       const S* from[points];
       A* to[points];
-      // `count` channels of a tile from `first` on: the point i at `at + i * point_step`, a vector of channels each
-      // vector_step.
+      // `count` channels of a tile from `first` on: the point i at `at + i * point_step`, a vector of channels every
+      // vector_step values.
       const auto transform = [&](bool input, int64_t phase, int64_t tile, int64_t first, int64_t count, A* at,
                                  int64_t point_step, int64_t vector_step) {
         const int64_t row_phase = phase / columns.phases(), column_phase = phase % columns.phases(),
@@ -188,7 +188,7 @@ struct WinogradWeightGradient {
               from[i * n + j] =
                   row < 0 || column < 0 ? zeros.get() : x + ((image * ih + row) * iw + column) * ic + first;
             }
-          return sandwich_channels<A, m, r, &Minimal<m, r>::input>(from, count, edge.get(), to, vector_step);
+          return transform_channels<A, m, r, &WinogradMatrices<m, r>::input>(from, count, edge.get(), to, vector_step);
         }
         for (int i = 0; i < m; ++i)
           for (int j = 0; j < m; ++j) {
@@ -198,9 +198,9 @@ struct WinogradWeightGradient {
                                   ? grad + ((image * rows.out + row) * columns.out + column) * oc + first
                                   : zeros.get();
           }
-        sandwich_channels<A, m, r, &Minimal<m, r>::output_gradient>(from, count, edge.get(), to, vector_step);
+        transform_channels<A, m, r, &WinogradMatrices<m, r>::output_gradient>(from, count, edge.get(), to, vector_step);
       };
-      int64_t held = -1;  // the rows' factor that v is, of all tiles at once
+      int64_t held = -1;  // which factor of the rows v is, for all tiles at once
       for (int64_t item = begin; item < end; ++item) {
         const int64_t of_rows = item / vector_slabs, phase = of_rows / row_slabs % phases, chunk = item / slabs;
         const int64_t first_row = of_rows % row_slabs * row_slab, first_channel = item % vector_slabs * vector_slab;
@@ -232,7 +232,7 @@ struct WinogradWeightGradient {
             tap_sums[tap] = i < 0 || j < 0 ? spare.get() : at + first_channel + i * to_strides.kh + j * to_strides.kw;
           }
           for (int64_t k = 0; k < some; k += size)
-            sandwich<A, m, r, &Minimal<m, r>::weight_gradient>(products, k, tap_sums, k);
+            transform_tile<A, m, r, &WinogradMatrices<m, r>::weight_gradient>(products, k, tap_sums, k);
         }
       }
     });
@@ -242,13 +242,13 @@ struct WinogradWeightGradient {
   }
 };
 
-// The same for any convolution: the sum over pixels of a `small` tensor, of the convolution's output (or the transposed
-// one's input), and the `big` one's pixels small * stride + k * dilation - padding.
+// The direct gradient, for any convolution: the sum over the pixels of the `small` tensor, which is the convolution's
+// output (the input when transposed), times the pixels small * stride + k * dilation - padding of the `big` one.
 template <class A>
 struct DirectWeightGradient {
   static constexpr int64_t width = 2 * Vector<A>::size;
-  // Of the big tensor, a strip: at most so many bytes of some rows of an image, or of some images. It also has at most
-  // 256 pixels of the small one, which bounds the rounding errors of one sum.
+  // Bytes of a strip, some rows of an image of the big tensor, or of some images, at most. A strip also meets at most
+  // 256 pixels of the small tensor, which bounds the rounding errors of one sum.
   static constexpr int64_t kStrip = 128 << 10;
   static constexpr int64_t kSlab = 2 * kPixels;  // channels of it
 
@@ -266,7 +266,7 @@ struct DirectWeightGradient {
         std::min(kStrip / (pitch * stride[0] * static_cast<int64_t>(sizeof(A))), ceil_div(256, sw));  // lines of small
     const int64_t lines = std::clamp<int64_t>(fit, 1, sh), at_once = std::clamp<int64_t>(fit / sh, 1, images);
     const int64_t height = (lines - 1) * stride[0] + (kh - 1) * dilation[0] + 1;
-    const int64_t strips_an_image = ceil_div(sh, lines), strips = ceil_div(images, at_once) * strips_an_image;
+    const int64_t strips_per_image = ceil_div(sh, lines), strips = ceil_div(images, at_once) * strips_per_image;
     // With columns next to each other one product does the kernel's whole row. Its vectors run over the factor that
     // fills them better.
     const int64_t run = dilation[1] == 1 ? kw * b : b, s_step = ceil_div(s, width) * width,
@@ -288,7 +288,7 @@ struct DirectWeightGradient {
         const int64_t group = slab / slabs, channel = group * whole + slab % slabs * b,
                       channels = std::min(b, (group + 1) * whole - channel);
         for (int64_t at = strips * chunk / chunks; at < strips * (chunk + 1) / chunks; ++at) {
-          const int64_t image = at / strips_an_image * at_once, first = at % strips_an_image * lines;
+          const int64_t image = at / strips_per_image * at_once, first = at % strips_per_image * lines;
           const int64_t some = std::min(at_once, images - image), count = std::min(lines, sh - first),
                         pixels = some * count * sw;
           gather(big, image, some, first * stride[0] - padding[0], height, pitch, channel, channels, b, strip.get());
@@ -353,12 +353,12 @@ struct DirectWeightGradient {
     }
   }
 
-  // `channels` of the pixels, an_image of them next to each other: (group, pixel, vector), filled up with zeros to
-  // whole blocks.
-  void pack(const A* small, int64_t pixels, int64_t an_image, int64_t channels, A* packed) const {
+  // `channels` of the pixels, pixels_per_image of them next to each other: (group, pixel, vector), filled up with zeros
+  // to whole blocks.
+  void pack(const A* small, int64_t pixels, int64_t pixels_per_image, int64_t channels, A* packed) const {
     constexpr int64_t size = Vector<A>::size;
     for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-      const A* from = small + (pixel / an_image * sh * sw + pixel % an_image) * sc;
+      const A* from = small + (pixel / pixels_per_image * sh * sw + pixel % pixels_per_image) * sc;
       for (int64_t k = 0; k < ceil_div(channels, width) * width; k += size) {
         A* const to = packed + (k * pixels + pixel * size);
         const int64_t valid = std::clamp<int64_t>(channels - k, 0, size);

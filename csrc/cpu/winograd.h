@@ -1,178 +1,8 @@
-// Winograd convolutions: m outputs of r taps from m + r - 1 multiplications an axis instead of m * r (Lavin and Gray,
-// 2015). A convolution whose kernel is r times its stride is, or is the sum of, r-tap convolutions of stride 1, a phase
-// of the stride each; a smaller kernel lacks taps of some phases, and their products at some points. Included once per
-// instruction set (see isa.h), after tile.h. Everything is computed in the accumulation type A.
+// Convolutions by Winograd's algorithm. A convolution whose kernel is r times its stride is, or is the sum of, r-tap
+// convolutions of stride 1, one per phase of the stride; a smaller kernel lacks taps of some phases, and their products
+// at some points. Included once per instruction set (see isa.h), after axis.h, epilogue.h and winograd_transform.h.
+// Everything is computed in the accumulation type A.
 namespace fastgen::cpu::FASTGEN_ISA {
-
-// y = output [(weight g) * (input d)] from the points 0, 1, -1, 1/2, -2 and infinity (Toom and Cook): their
-// rounding errors are smaller than those of 0, 1, -1, 2, -2.
-template <int m, int r>
-struct Minimal {
-  static constexpr int n = m + r - 1;
-  double input[n][n] = {}, weight[n][r] = {}, output[m][n] = {};
-  double weight_gradient[r][n] = {}, output_gradient[n][m] = {};  // transposes of weight and output
-
-  constexpr Minimal() {
-    constexpr double at[] = {0, 1, -1, 0.5, -2};
-    for (int j = 0; j < n; ++j) {
-      double scale = 1;
-      input[j][0] = 1;
-      for (int l = 0, degree = 0; l < n - 1; ++l) {  // the product of (x - at[l]) over the other points
-        if (l == j) continue;
-        for (int k = ++degree; k >= 0; --k) input[j][k] = (k ? input[j][k - 1] : 0) - at[l] * input[j][k];
-        if (j < n - 1) scale *= at[j] - at[l];
-      }
-      double power = 1;
-      for (int k = 0; k < n; ++k) {
-        const double value = j < n - 1 ? power : 0;
-        if (k < r) weight[j][k] = j < n - 1 ? value / scale : k == r - 1;
-        if (k < m) output[k][j] = j < n - 1 ? value : k == m - 1;
-        if (j < n - 1) power *= at[j];
-      }
-    }
-    for (int j = 0; j < n; ++j) {
-      for (int k = 0; k < r; ++k) weight_gradient[k][j] = weight[j][k];
-      for (int k = 0; k < m; ++k) output_gradient[j][k] = output[k][j];
-    }
-  }
-};
-template <int m, int r>
-constexpr Minimal<m, r> kMinimal{};
-
-// What transforms read and convert on the way: bfloat16 as it is, the other types in the accumulation type.
-template <class T>
-using Stored = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, Acc<T>>;
-
-template <class A>
-inline __attribute__((always_inline)) typename Vector<A>::type load_vector(const A* p) {
-  return *reinterpret_cast<const typename Vector<A>::type*>(p);
-}
-template <class A>
-inline __attribute__((always_inline)) Vector<float>::type load_vector(const BFloat16* p) {
-  typedef uint16_t Half __attribute__((vector_size(FASTGEN_VECTOR_BYTES / 2), aligned(2), may_alias));
-  typedef uint32_t Bits __attribute__((vector_size(FASTGEN_VECTOR_BYTES)));
-  return reinterpret_cast<Vector<float>::type>(__builtin_convertvector(*reinterpret_cast<const Half*>(p), Bits) << 16);
-}
-
-// to[i][j] = (matrix d matrix^T)[i][j], d[i][j] = from[i][j], one vector of channels each. The matrix, a member of
-// Minimal<m, r>, is a template argument: its zeros and ones cost nothing.
-template <class A, int m, int r, auto member, class S>
-inline __attribute__((always_inline)) void sandwich(const S* const* from, int64_t from_offset, A* const* to,
-                                                    int64_t to_offset) {
-  using V = typename Vector<A>::type;
-  constexpr auto& matrix = kMinimal<m, r>.*member;
-  constexpr int rows = std::extent_v<std::remove_reference_t<decltype(matrix)>, 0>,
-                columns = std::extent_v<std::remove_reference_t<decltype(matrix)>, 1>;
-  V half[columns][rows];
-#pragma GCC unroll 8
-  for (int j = 0; j < columns; ++j) {
-    V d[columns];
-#pragma GCC unroll 8
-    for (int k = 0; k < columns; ++k) d[k] = load_vector<A>(from[k * columns + j] + from_offset);
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) {
-      V sum = {};
-      bool started = false;
-#pragma GCC unroll 8
-      for (int k = 0; k < columns; ++k) {
-        if (matrix[i][k] == 0) continue;
-        sum = started ? sum + d[k] * A(matrix[i][k]) : d[k] * A(matrix[i][k]);
-        started = true;
-      }
-      half[j][i] = sum;
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < rows; ++j) {
-      V sum = {};
-      bool started = false;
-#pragma GCC unroll 8
-      for (int k = 0; k < columns; ++k) {
-        if (matrix[j][k] == 0) continue;
-        sum = started ? sum + half[k][i] * A(matrix[j][k]) : half[k][i] * A(matrix[j][k]);
-        started = true;
-      }
-      *reinterpret_cast<V*>(to[i * rows + j] + to_offset) = sum;
-    }
-}
-
-// The same for all channels: a vector of them each `step` of the output; the last one is filled up with zeros.
-template <class A, int m, int r, auto member, class S>
-void sandwich_channels(const S** from, int64_t channels, S* edge, A* const* to, int64_t step) {
-  constexpr int columns = std::extent_v<std::remove_reference_t<decltype(kMinimal<m, r>.*member)>, 1>;
-  constexpr int64_t size = Vector<A>::size;
-  int64_t channel = 0;
-  for (; channel + size <= channels; channel += size)
-    sandwich<A, m, r, member>(from, channel, to, channel / size * step);
-  if (channel == channels) return;
-  std::fill_n(edge, columns * columns * size, S{});
-  for (int i = 0; i < columns * columns; ++i) {
-    std::copy(from[i] + channel, from[i] + channels, edge + i * size);
-    from[i] = edge + i * size;
-  }
-  sandwich<A, m, r, member>(from, 0, to, channel / size * step);
-}
-
-// One axis: output o = t * out_step + phase of position t, or the sum over phases of the input; tap u of position t
-// reads source[phase][t + u], -1 outside, with the kernel's tap[phase][u], -1 beyond the kernel.
-struct WinogradAxis {
-  int64_t kernel, out, in_step, out_step;
-  std::vector<std::vector<int64_t>> source, tap;
-
-  int64_t phases() const { return in_step * out_step; }
-  int64_t positions() const { return ceil_div(out, out_step); }
-  // Whether a phase's transformed weights are not all zero at point i of n: the first one is tap 0 itself, the last one
-  // the last tap.
-  bool has(int64_t phase, int64_t i, int64_t n) const {
-    return (i > 0 || tap[phase].front() >= 0) && (i < n - 1 || tap[phase].back() >= 0);
-  }
-
-  // Whether all phases read the same of the input.
-  bool reads_the_same() const {
-    return std::all_of(source.begin(), source.end(), [&](const auto& phase) { return phase == source.front(); });
-  }
-
-  // i = o * stride + k - padding.
-  static WinogradAxis conv(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding, bool reflect) {
-    WinogradAxis axis{kernel, out, stride, 1, {}, {}};
-    for (int64_t phase = 0; phase < stride; ++phase) {
-      const int64_t r = ceil_div(kernel, stride);
-      axis.add(in, r, stride, phase - padding, reflect);
-      for (int64_t u = 0; u < r; ++u) axis.add_tap(phase + stride * u);
-    }
-    return axis;
-  }
-
-  // o + padding = i * stride + k. With stride 1, the data gradient of conv.
-  static WinogradAxis transposed(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding) {
-    WinogradAxis axis{kernel, out, 1, stride, {}, {}};
-    const int64_t r = ceil_div(kernel, stride), latest = (stride - 1 + padding) / stride;
-    for (int64_t phase = 0; phase < stride; ++phase) {
-      const int64_t from = (phase + padding) / stride, k = (phase + padding) % stride;
-      const bool late =
-          from < latest && k + stride * (r - 1) >= kernel;  // lacks the first tap: it reads what the last phase does
-      axis.add(in, r, 1, from + late - (r - 1), false);
-      for (int64_t u = late; u < r + late; ++u) axis.add_tap(u < r ? k + stride * (r - 1 - u) : kernel);
-    }
-    return axis;
-  }
-
- private:
-  void add_tap(int64_t k) { tap.back().push_back(k < kernel ? k : -1); }
-
-  void add(int64_t in, int64_t r, int64_t step, int64_t offset, bool reflect) {
-    source.emplace_back();
-    tap.emplace_back();
-    for (int64_t t = 0; t < positions() + 8 + r; ++t) {  // 8: the last tile may reach beyond the output
-      int64_t i = t * step + offset;
-      if (reflect && i < 0) i = -i;
-      if (reflect && i >= in) i = 2 * (in - 1) - i;
-      source.back().push_back(i < 0 || i >= in ? -1 : i);
-    }
-  }
-};
 
 // out[row][width] (+)= sum over depth i of v[i / size][row][i % size] * u[i][width], for `height` rows that stay in
 // registers.
@@ -198,14 +28,10 @@ void product(const A* v, int64_t step, const A* u, int64_t groups, A* out, bool 
 #pragma GCC unroll 4
     for (int k = 0; k < vectors; ++k) {
       V* const to = reinterpret_cast<V*>(out + p * width + k * size);
-      *to = accumulate ? *to + sum[p][k] : sum[p][k];  // parts of the depth are summed apart: smaller rounding errors
+      *to = accumulate ? *to + sum[p][k]
+                       : sum[p][k];  // parts of the depth have sums of their own: smaller rounding errors
     }
 }
-
-// All pixels of some rows of some images of the output.
-struct Band {
-  int64_t first_image, last_image, first_row, last_row;
-};
 
 // A convolution of (n, ih, iw, ic) pixels, by tiles of m x m outputs, in blocks of `vectors` vectors of output
 // channels.
@@ -213,15 +39,15 @@ template <class A, int m, int r, int vectors>
 struct Winograd {
   static constexpr int n = m + r - 1, points = n * n;
   static constexpr int64_t size = Vector<A>::size, width = vectors * size;
-  // What lies in the second-level cache at a time: bytes of transformed input, and vectors of depth of transformed
+  // What is kept in the second-level cache at a time: bytes of transformed input, and vectors of depth of transformed
   // weights.
   static constexpr int64_t kBudget = 192 << 10;
   static constexpr int64_t kGroups = 128 / size;
 
   int64_t ic, ih, iw, oc;
   WinogradAxis rows, columns;
-  // The packed weights are the taps, transformed for each band: transformed ones are n * n / (r * r) times as large.
-  // Else they are packed transformed, for weights that are used often and stay in the cache.
+  // The packed weights are the taps, which each band transforms: transformed weights are n * n / (r * r) times as
+  // large. Else the weights are packed transformed: those that are used often and stay in the cache.
   bool expand;
 
   int64_t blocks() const { return ceil_div(oc, width); }
@@ -229,17 +55,18 @@ struct Winograd {
   int64_t outputs() const { return rows.out_step * columns.out_step; }  // phases of the output
   int64_t groups() const { return sums() * ceil_div(ic, size); }        // vectors of depth
   int64_t across() const { return ceil_div(columns.positions(), m); }   // tiles
-  // Of the output's phase and the input's, one is always 0.
+  // One of the output's phase and the input's is always 0.
   int64_t row_phase(int64_t phase, int64_t sum) const {
     return std::max(phase / columns.out_step, sum / columns.in_step);
   }
   int64_t column_phase(int64_t phase, int64_t sum) const {
     return std::max(phase % columns.out_step, sum % columns.in_step);
   }
-  int64_t tiles_an_image(int64_t first_row, int64_t last_row) const {
+  int64_t tiles_per_image(int64_t first_row, int64_t last_row) const {
     return ceil_div(last_row - first_row, rows.out_step * m) * across();
   }
-  // The budget's tiles; half as many again are taken at once too, so that these few do not read all weights alone.
+  // The tiles within the budget. Up to half as many again are still taken at once, as the rest alone would read all
+  // weights again.
   int64_t chunk() const {
     return std::clamp<int64_t>(kBudget / (points * groups() * size * sizeof(A)) / kPixels, 1, 8) * kPixels;
   }
@@ -251,7 +78,7 @@ struct Winograd {
   int64_t transform_size(int64_t tiles) const { return points * point_step(tiles); }
   int64_t edge_size() const { return ic + points * size; }
   int64_t scratch_size(int64_t tiles) const {
-    const int64_t at_once = expand ? tiles : std::min(tiles, most_tiles());  // of any band with so many or fewer
+    const int64_t at_once = expand ? tiles : std::min(tiles, most_tiles());  // of any band with at most `tiles`
     return transform_size(at_once) + points * (at_once * width + (expand ? weight_step(kGroups) : 0)) + width +
            edge_size();
   }
@@ -307,24 +134,27 @@ struct Winograd {
     A* to[points];
     for (int tap = 0; tap < r * r; ++tap) from[tap] = raw + tap * weight_step(count);
     for (int point = 0; point < points; ++point) to[point] = u + point * weight_step(count);
-    for (int64_t i = 0; i < count * size * width; i += size) sandwich<A, m, r, &Minimal<m, r>::weight>(from, i, to, i);
+    for (int64_t i = 0; i < count * size * width; i += size)
+      transform_tile<A, m, r, &WinogradMatrices<m, r>::weight>(from, i, to, i);
   }
 
-  // The band (block, image, row, column, width); its first row a multiple of out_step * m. memory: scratch_size(tiles
-  // of the band). Several blocks at once share the input's transforms. transformed: those of all its tiles, or null.
+  // Computes the band (block, image, row, column, width), whose first row is a multiple of out_step * m. The blocks
+  // share the input's transforms. transformed: the transforms of all its tiles, or null. memory: scratch_size(tiles of
+  // the band).
   template <class S>
   void multiply(const S* x, const A* transformed, const A* packed, int64_t first_block, int64_t last_block,
                 const Band& band, A* out, A* memory) const {
-    const int64_t per_image = tiles_an_image(band.first_row, band.last_row),
+    const int64_t per_image = tiles_per_image(band.first_row, band.last_row),
                   tiles = (band.last_image - band.first_image) * per_image, at_once = tiles_at_once(tiles),
-                  pixels_an_image = (band.last_row - band.first_row) * columns.out,
-                  pixels = (band.last_image - band.first_image) * pixels_an_image;
+                  pixels_per_image = (band.last_row - band.first_row) * columns.out,
+                  pixels = (band.last_image - band.first_image) * pixels_per_image;
     A* const products = memory + transform_size(at_once);
     A* const spare = products + points * at_once * width;
     A* const edge = spare + width;
     A* const u = edge + edge_size();
     const int64_t chunks = ceil_div(tiles, at_once);
-    const bool same = rows.reads_the_same() && columns.reads_the_same();  // all phases share the input's transforms
+    const bool same =
+        rows.phases_read_the_same() && columns.phases_read_the_same();  // they share the input's transforms
     for (int64_t item = 0; item < outputs() * chunks; ++item) {
       const int64_t phase = same ? item % outputs() : item / chunks,
                     first = (same ? item / outputs() : item % chunks) * at_once;
@@ -343,17 +173,17 @@ struct Winograd {
         for (int64_t t = 0; t < count; ++t)
           transform_output(products + t * width, count * width, phase, band, (first + t) % per_image / across() * m,
                            (first + t) % across() * m, spare,
-                           out + ((block - first_block) * pixels + (first + t) / per_image * pixels_an_image) * width);
+                           out + ((block - first_block) * pixels + (first + t) / per_image * pixels_per_image) * width);
       }
     }
   }
 
-  // Of the band's `count` tiles from `first` on those from `begin` to `end`: (point, group of channels, tile, size).
-  // memory: edge_size.
+  // Transforms, of the band's `count` tiles from `first` on, those from `begin` to `end`: (point, group of channels,
+  // tile, size). memory: edge_size.
   template <class S>
   void transform_tiles(const S* x, int64_t phase, const Band& band, int64_t first, int64_t count, int64_t begin,
                        int64_t end, A* memory, A* v) const {
-    const int64_t per_image = tiles_an_image(band.first_row, band.last_row);
+    const int64_t per_image = tiles_per_image(band.first_row, band.last_row);
     S* const zeros = reinterpret_cast<S*>(memory);
     S* const edge = zeros + ic;
     std::fill_n(zeros, ic, S{});
@@ -371,13 +201,13 @@ struct Winograd {
             from[i * n + j] = y < 0 || at < 0 ? zeros : image + (y * iw + at) * ic;
             to[i * n + j] = v + (i * n + j) * point_step(count) + (sum * ceil_div(ic, size) * count + t) * size;
           }
-        sandwich_channels<A, m, r, &Minimal<m, r>::input>(from, ic, edge, to, count * size);
+        transform_channels<A, m, r, &WinogradMatrices<m, r>::input>(from, ic, edge, to, count * size);
       }
     }
   }
 
-  // One point's products over the `depth` vectors from `first`, but those whose weights are zero. Of the input's phases
-  // none lacks the first one's.
+  // One point's products over the `depth` vectors from `first` on, except those whose weights are zero. Every phase of
+  // the input has the points that the first phase has.
   void multiply_point(const A* v, int64_t tiles, int64_t phase, int point, const A* u, int64_t first, int64_t depth,
                       A* out) const {
     const int64_t rest = ceil_div(ic, size), last = first + depth;
@@ -407,8 +237,8 @@ struct Winograd {
     for (; t < tiles; ++t) product<A, vectors, 1>(v + t * size, tiles * size, u, depth, out + t * width, accumulate);
   }
 
-  // The pixels, of one block of channels, of the tile `down` positions below the band's first row; those outside the
-  // band go to `spare`.
+  // Writes the pixels, in one block of channels, of the tile `down` positions below the band's first row; pixels
+  // outside the band go to `spare`.
   void transform_output(const A* products, int64_t step, int64_t phase, const Band& band, int64_t down, int64_t left,
                         A* spare, A* out) const {
     const A* from[points];
@@ -421,8 +251,57 @@ struct Winograd {
         to[i * m + j] =
             y < band.last_row - band.first_row && x < columns.out ? out + (y * columns.out + x) * width : spare;
       }
-    for (int64_t k = 0; k < width; k += size) sandwich<A, m, r, &Minimal<m, r>::output>(from, k, to, k);
+    for (int64_t k = 0; k < width; k += size) transform_tile<A, m, r, &WinogradMatrices<m, r>::output>(from, k, to, k);
   }
 };
+
+// Bands outside, blocks inside, so that the blocks of a band share its transformed input.
+template <bool dot, class T, int vectors, int m, int r>
+void run(Output<T, vectors>& output, const Winograd<float, m, r, vectors>& winograd, const float* x,
+         const float* packed, const ParallelFor& parallel) {
+  using A = float;
+  constexpr int64_t width = Output<T, vectors>::width;
+  const Geometry& conv = output.conv;
+  const Epilogue& epilogue = output.epilogue;
+  const int64_t unit = m * winograd.rows.out_step, pixels_per_band = winograd.expand ? 8192 : 48 * unit * unit;
+  int64_t units = std::max<int64_t>(1, pixels_per_band / (conv.ow * unit)),
+          several = std::clamp<int64_t>(pixels_per_band / epilogue.s, 1, epilogue.n);
+  if (!winograd.expand) {
+    // Bands of units of an image, or of several images, such that threads finish together; at least 16 tiles each.
+    const auto limit = [](int64_t& size, int64_t fair, int64_t tiles) {
+      size = std::min(size, std::max(fair, ceil_div(16, tiles)));
+    };
+    limit(units, ceil_div(epilogue.n * ceil_div(conv.oh, unit), 8 * parallel.threads), winograd.across());
+    const int64_t images_per_thread = ceil_div(ceil_div(epilogue.n, several), parallel.threads);
+    limit(several, ceil_div(epilogue.n, images_per_thread * parallel.threads), winograd.tiles_per_image(0, conv.oh));
+  }
+  output.set_band(several, units * unit);
+  const int64_t bands = ceil_div(epilogue.n, output.images) * output.bands_per_image(),
+                tiles = output.images * winograd.tiles_per_image(0, output.band_rows);
+  const int64_t items = parallel.threads > 1 ? 2 * parallel.threads : 1;  // at least, if there are enough blocks
+  const int64_t together = ceil_div(output.blocks(), ceil_div(items, bands)),
+                parts_per_band = ceil_div(output.blocks(), together);
+  const int64_t band_size = ceil_div(output.images * output.band_rows * conv.ow * width, 16) * 16;
+  // A band alone has all its tiles at once: threads share the work of transforming them.
+  const bool shared = bands == 1 && winograd.expand && winograd.outputs() == 1;
+  const auto transformed = shared ? scratch<A>(winograd.transform_size(tiles)) : nullptr;
+  if (shared)
+    parallel(tiles, [&](int64_t begin, int64_t end) {
+      A* const memory = thread_scratch<A>(winograd.edge_size());
+      winograd.transform_tiles(x, 0, Band{0, epilogue.n, 0, conv.oh}, 0, tiles, begin, end, memory, transformed.get());
+    });
+  parallel(bands * parts_per_band, [&](int64_t begin, int64_t end) {
+    A* const memory = thread_scratch<A>(together * band_size + winograd.scratch_size(tiles));
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first_block = item % parts_per_band * together,
+                    last_block = std::min(output.blocks(), first_block + together);
+      const Band band = output.band_at(item / parts_per_band);
+      winograd.multiply(x, transformed.get(), packed, first_block, last_block, band, memory,
+                        memory + together * band_size);
+      A* z = memory;
+      for (int64_t block = first_block; block < last_block; ++block) z = output.finish_band(block, band, z);
+    }
+  });
+}
 
 }  // namespace fastgen::cpu::FASTGEN_ISA

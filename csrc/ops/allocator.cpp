@@ -1,7 +1,7 @@
 // An allocator for PyTorch's tensors on the CPU that keeps what is freed: fresh pages cost more than what a layer
 // computes in them, and the C library's heap, which could keep them too, grows with each aligned block that does not
-// fit between its neighbours. The one file that uses PyTorch's C++ classes, which are no stable ABI: it does nothing in
-// another version than it was built with.
+// fit between its neighbours. This is the only file that uses PyTorch's C++ classes, which are no stable ABI: it does
+// nothing in another version than the one it was built with.
 #undef TORCH_TARGET_VERSION
 #include "ops/allocator.h"
 
@@ -19,48 +19,48 @@
 namespace fastgen {
 namespace {
 
-class Keeping final : public c10::Allocator {
+class CachingAllocator final : public c10::Allocator {
  public:
-  static Keeping& instance() {
-    static Keeping* const one = new Keeping;  // outlives the last tensor
+  static CachingAllocator& instance() {
+    static CachingAllocator* const one = new CachingAllocator;  // outlives the last tensor
     return *one;
   }
 
   c10::DataPtr allocate(size_t size) override {
-    if (size < kLeast) return usual->allocate(size);
-    const size_t whole = (size + kPage - 1) / kPage * kPage;
-    void* memory = take(whole);
+    if (size < kMinCached) return usual->allocate(size);
+    const size_t rounded = (size + kPage - 1) / kPage * kPage;
+    void* memory = reuse(rounded);
     if (!memory) {
-      memory = fresh(whole);
+      memory = fresh(rounded);
       const std::lock_guard<std::mutex> guard(lock);
-      add(memory, whole);
+      add(memory, rounded);
     }
     c10::profiledCPUMemoryReporter().New(memory, size);
-    return {memory, memory, &give, c10::Device(c10::DeviceType::CPU)};
+    return {memory, memory, &release, c10::Device(c10::DeviceType::CPU)};
   }
 
-  c10::DeleterFnPtr raw_deleter() const override { return &give; }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t size) const override { default_copy_data(to, from, size); }
 
   c10::Allocator* const usual = c10::GetDefaultCPUAllocator();
   std::mutex lock;
 
  private:
-  static constexpr size_t kLeast = 64 << 10, kPage = 4 << 10, kLargePage = 2 << 20;
+  static constexpr size_t kMinCached = 64 << 10, kPage = 4 << 10, kLargePage = 2 << 20;
 
-  // A kept block of this size, or up to a half larger; null where there is none.
-  void* take(size_t size) {
+  // A cached block of this size, or up to a half larger; null where there is none.
+  void* reuse(size_t size) {
     const std::lock_guard<std::mutex> guard(lock);
-    const auto found = kept.lower_bound(size);
-    if (found != kept.end() && found->first <= size + size / 2) {
+    const auto found = cached.lower_bound(size);
+    if (found != cached.end() && found->first <= size + size / 2) {
       void* const memory = found->second;
-      const size_t has = found->first;
-      kept.erase(found);
-      kept_bytes -= has;
-      add(memory, has);
+      const size_t actual = found->first;
+      cached.erase(found);
+      cached_bytes -= actual;
+      add(memory, actual);
       return memory;
     }
-    if (used_bytes + kept_bytes + size > 2 * std::max(most_used, used_bytes + size)) drop();
+    if (used_bytes + cached_bytes + size > 2 * std::max(most_used, used_bytes + size)) drop();
     return nullptr;
   }
 
@@ -71,9 +71,9 @@ class Keeping final : public c10::Allocator {
   }
 
   void drop() {
-    for (const auto& block : kept) std::free(block.second);
-    kept.clear();
-    kept_bytes = 0;
+    for (const auto& block : cached) std::free(block.second);
+    cached.clear();
+    cached_bytes = 0;
   }
 
   void* fresh(size_t size) {
@@ -95,16 +95,16 @@ class Keeping final : public c10::Allocator {
     return memory;
   }
 
-  // Also what the usual allocator gave: PyTorch asks the present one to free what an earlier one allocated.
-  static void give(void* memory) {
-    Keeping& self = instance();
+  // Frees what the usual allocator returned too: PyTorch asks the present one to free what an earlier one allocated.
+  static void release(void* memory) {
+    CachingAllocator& self = instance();
     {
       const std::lock_guard<std::mutex> guard(self.lock);
       const auto found = self.used.find(memory);
       if (found != self.used.end()) {
         c10::profiledCPUMemoryReporter().Delete(memory);  // before another thread can take it
-        self.kept.emplace(found->second, memory);
-        self.kept_bytes += found->second;
+        self.cached.emplace(found->second, memory);
+        self.cached_bytes += found->second;
         self.used_bytes -= found->second;
         self.used.erase(found);
         return;
@@ -114,8 +114,8 @@ class Keeping final : public c10::Allocator {
   }
 
   std::unordered_map<void*, size_t> used;
-  std::multimap<size_t, void*> kept;
-  size_t used_bytes = 0, kept_bytes = 0, most_used = 0;
+  std::multimap<size_t, void*> cached;
+  size_t used_bytes = 0, cached_bytes = 0, most_used = 0;
 };
 
 }  // namespace
@@ -123,11 +123,11 @@ class Keeping final : public c10::Allocator {
 bool keep_freed_memory(int64_t major, int64_t minor) {
   if (major != TORCH_VERSION_MAJOR || minor != TORCH_VERSION_MINOR) return false;
   static const bool once = [] {
-    Keeping& one = Keeping::instance();
+    CachingAllocator& allocator = CachingAllocator::instance();
     // A forked child must not find the lock held by a thread that it does not have.
-    pthread_atfork([] { Keeping::instance().lock.lock(); }, [] { Keeping::instance().lock.unlock(); },
-                   [] { Keeping::instance().lock.unlock(); });
-    c10::SetCPUAllocator(&one, 1);
+    pthread_atfork([] { CachingAllocator::instance().lock.lock(); }, [] { CachingAllocator::instance().lock.unlock(); },
+                   [] { CachingAllocator::instance().lock.unlock(); });
+    c10::SetCPUAllocator(&allocator, 1);
     return true;
   }();
   return once;

@@ -86,6 +86,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_norm_act(
 }
 
 #if !defined(FASTGEN_CUDA)
+// The number of the cpu::Algorithm that computes such a convolution, or the gradient of its weight, best; whatever
+// instructions the processor has, and whatever the environment asks for.
+int64_t algorithm(int64_t n, int64_t in_channels, int64_t in_height, int64_t in_width, int64_t out_channels,
+                  int64_t out_height, int64_t out_width, int64_t kernel_height, int64_t kernel_width,
+                  std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                  int64_t groups, bool transposed, ScalarType dtype, bool batch_stats, bool weight_gradient) {
+  Geometry conv{};
+  conv.ic = in_channels;
+  conv.ih = in_height;
+  conv.iw = in_width;
+  conv.oc = out_channels;
+  conv.oh = out_height;
+  conv.ow = out_width;
+  conv.kh = kernel_height;
+  conv.kw = kernel_width;
+  std::copy_n(stride.begin(), 2, conv.stride);
+  std::copy_n(padding.begin(), 2, conv.padding);
+  std::copy_n(dilation.begin(), 2, conv.dilation);
+  conv.groups = groups;
+  conv.transposed = transposed;
+  Epilogue epilogue{};
+  epilogue.dtype = dtype_of(dtype);
+  epilogue.n = n;
+  epilogue.batch_stats = batch_stats;
+  const auto use = cpu::UseWinograd::where_fastest;
+  return static_cast<int64_t>(weight_gradient ? cpu::choose_for_weight_grad(conv, epilogue, use)
+                                              : cpu::choose(conv, epilogue, use));
+}
+
 Tensor convolution_weight_grad(Tensor grad, Tensor x, Tensor weight, std::vector<int64_t> stride,
                                std::vector<int64_t> padding, std::vector<int64_t> output_padding, int64_t groups,
                                std::vector<int64_t> dilation, bool reflect) {

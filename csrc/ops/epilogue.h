@@ -1,7 +1,7 @@
 // What every op ends with: norm, residual, activation.
 #pragma once
 
-#include "ops/common.h"
+#include "ops/execution.h"
 
 namespace fastgen {
 namespace {

@@ -1,7 +1,7 @@
 // The sampler, its noise alone, and its gradients.
 #pragma once
 
-#include "ops/common.h"
+#include "ops/execution.h"
 
 namespace fastgen {
 namespace {

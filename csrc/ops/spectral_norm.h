@@ -1,7 +1,7 @@
 // Spectral normalization of a list of weights, and its gradient.
 #pragma once
 
-#include "ops/common.h"
+#include "ops/execution.h"
 
 namespace fastgen {
 namespace {

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/common.h"
+#include "cpu/kernel.h"
 #include "plan/format.h"
 
 namespace fastgen::plan {

@@ -4,7 +4,8 @@
 
 #include <mutex>
 
-#include "cpu/common.h"
+#include "cpu/parallel.h"
+#include "shared/problems.h"
 
 namespace fastgen::plan {
 

@@ -14,8 +14,7 @@ from fastgen.ops._memo import dynamo_constant
 
 # Whether this processor has an instruction for pairs of bfloat16 that fastgen's kernels may use.
 torch.library.define("fastgen::multiplies_bf16", "() -> bool")
-
-# The algorithm that the C++ kernels use: an index of ALGORITHMS (csrc/cpu/convolution.h: cpu::Algorithm, choose).
+# The algorithm that the C++ kernels use: an index of ALGORITHMS (csrc/cpu/algorithm.h: cpu::Algorithm, choose).
 torch.library.define(
     "fastgen::algorithm",
     "(int n, int in_channels, int in_height, int in_width, int out_channels, int out_height, int out_width, "

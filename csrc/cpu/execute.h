@@ -1,0 +1,93 @@
+// A convolution with packed weights: which algorithm runs, what it reads, and the passes over the output. Included once
+// per instruction set (see isa.h); it includes the headers of the algorithms.
+#include "cpu/store.h"
+#include "cpu/block.h"
+#include "cpu/tile.h"
+#include "cpu/pack.h"
+#include "cpu/axis.h"
+#include "cpu/epilogue.h"
+#include "cpu/direct.h"
+#include "cpu/rows.h"
+#include "cpu/winograd_transform.h"
+#include "cpu/winograd.h"
+
+namespace fastgen::cpu::FASTGEN_ISA {
+
+// A convolution made ready for any number of images: how it is computed, and its weights packed for that.
+template <class A, int vectors>
+struct Packed {
+  using Fast = std::variant<Direct, Rows, Winograd<float, 4, 2, vectors>, Winograd<float, 4, 3, vectors>>;
+  std::conditional_t<std::is_same_v<A, float>, Fast, std::variant<Direct, Rows>> how;
+  Buffer<A> weights;
+
+  // x as `how` reads it.
+  template <class T>
+  Pixels<A> pixels(const Geometry& conv, int64_t n, const T* x, bool channels_last, const ParallelFor& parallel) const {
+    auto plain = pixels_first<A>(x, n, conv.ic, conv.ih * conv.iw, channels_last, parallel);
+    const Direct* const direct = std::get_if<Direct>(&how);
+    if (!direct || direct->joined == 1) return plain;
+    auto copy = with_edges(plain.get(), n * conv.ih, conv.iw, conv.ic, direct->edge, conv.reflect, parallel);
+    return {copy.get(), std::move(copy)};
+  }
+};
+
+// pixels: of the output, for which the packed weights will be used.
+template <class T, int vectors>
+Packed<Acc<T>, vectors> pack(const Geometry& conv, Algorithm algorithm, int64_t pixels, const T* weight,
+                             const ParallelFor& parallel) {
+  using A = Acc<T>;
+  constexpr int64_t width = vectors * Vector<A>::size;
+  if constexpr (std::is_same_v<A, float>) {
+    const auto winograd = [&](auto plan) {
+      const WeightStrides s = weight_strides(conv);
+      const int64_t strides[4] = {s.depth, s.channel, s.row, s.column};
+      auto weights = scratch<A>(plan.packed_size());
+      plan.pack(weight, strides, weights.get(), parallel);
+      return Packed<A, vectors>{std::move(plan), std::move(weights)};
+    };
+    const bool expand = transforms_in_bands(conv, pixels);
+    if (algorithm == Algorithm::winograd_4x2)
+      return winograd(Winograd<A, 4, 2, vectors>{conv.ic, conv.ih, conv.iw, conv.oc, winograd_axis_of(conv, 0),
+                                                 winograd_axis_of(conv, 1), expand});
+    if (algorithm == Algorithm::winograd_4x3)
+      return winograd(Winograd<A, 4, 3, vectors>{conv.ic, conv.ih, conv.iw, conv.oc, winograd_axis_of(conv, 0),
+                                                 winograd_axis_of(conv, 1), expand});
+  }
+  if (algorithm == Algorithm::rows)
+    return {Rows(axis_of(conv, 0), axis_of(conv, 1), conv.oc), pack_rows(conv, width, weight)};
+  return {direct(conv), pack_weights(conv, width, weight, parallel)};
+}
+
+// Whether one vector is wide enough for the output channels (of `rows`: for those of a row of taps).
+template <class A>
+bool is_narrow(const Geometry& conv, Algorithm algorithm) {
+  const int64_t columns = algorithm == Algorithm::rows ? conv.kw * conv.oc : conv.oc / conv.groups;
+  return columns <= Vector<A>::size;
+}
+
+// x: Packed::pixels. With statistics of the output, they come with the convolution, and the rest of the epilogue is a
+// pass over its output.
+template <bool dot = false, class T, int vectors>
+void run_packed(const Packed<Acc<T>, vectors>& packed, const Geometry& conv, const Epilogue& epilogue, const Acc<T>* x,
+                T* pre, T* out, const ParallelFor& parallel) {
+  using A = Acc<T>;
+  const bool later = epilogue.normalize && epilogue.batch_stats;
+  T* const sum = later && !pre ? out : pre;
+  std::vector<Moments<double>> parts;
+  const auto affine = epilogue.normalize && !later ? std::make_unique<Affine<A>>(epilogue) : nullptr;
+  Output<T, vectors> output{conv,
+                            epilogue,
+                            static_cast<const A*>(epilogue.bias),
+                            affine.get(),
+                            later ? nullptr : static_cast<const T*>(epilogue.residual),
+                            sum,
+                            later ? nullptr : out,
+                            later ? &parts : nullptr};
+  std::visit([&](const auto& algorithm) { run<dot>(output, algorithm, x, packed.weights.get(), parallel); },
+             packed.how);
+  if (!later) return;
+  merge_moments(epilogue, parts, output.bands_per_image(), epilogue.mean, epilogue.var);
+  norm_act_apply(epilogue, sum, out, parallel);
+}
+
+}  // namespace fastgen::cpu::FASTGEN_ISA
