@@ -1,7 +1,7 @@
 """The architectures: one per file, each with a frozen config, created by name with `create_model`."""
 
+from fastgen.models._base import evaluating
 from fastgen.models._capabilities import Capabilities, Condition, capabilities
-from fastgen.models._common import evaluating
 from fastgen.models.cgan import CGAN, CGANConfig
 from fastgen.models.checkpoints import load_checkpoint
 from fastgen.models.cyclegan import CycleGAN, CycleGANConfig

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import UsageError
+from fastgen.models._base import Adversarial, check_count, check_each, check_images, check_noise, normal_init
 from fastgen.models._capabilities import Capabilities, Condition
-from fastgen.models._common import Adversarial, check_count, check_each, check_images, check_noise, normal_init
 from fastgen.models.dcgan import DCGANConfig, discriminator_head, discriminator_layers, generator_layers
 from fastgen.models.registry import register_model
 from fastgen.nn import ConditionalBatchNorm2d, Sequential

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import UsageError
+from fastgen.models._base import check_images, evaluating, normal_init, random_images
 from fastgen.models._capabilities import Capabilities
-from fastgen.models._common import check_images, evaluating, normal_init, random_images
 from fastgen.models.patchgan import PatchGAN
 from fastgen.models.registry import register_model
 from fastgen.models.resnet_generator import ResnetGenerator

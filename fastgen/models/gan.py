@@ -3,7 +3,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fastgen.models._common import Adversarial, check_images, check_noise
+from fastgen.models._base import Adversarial, check_images, check_noise
 from fastgen.models.registry import register_model
 from fastgen.nn import Sequential
 from fastgen.options import check_options

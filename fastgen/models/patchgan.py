@@ -1,6 +1,6 @@
 from torch import Tensor, nn
 
-from fastgen.models._common import norm_layer, numbered
+from fastgen.models._base import norm_layer, numbered
 
 
 class PatchGAN(nn.Module):

@@ -3,7 +3,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastgen.errors import UsageError
-from fastgen.models._common import norm_layer, numbered
+from fastgen.models._base import norm_layer, numbered
 
 
 class ResnetGenerator(nn.Module):

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import UsageError
-from fastgen.models._capabilities import Capabilities, Condition
-from fastgen.models._common import (
+from fastgen.models._base import (
     Adversarial,
     check_count,
     check_each,
@@ -19,6 +18,7 @@ from fastgen.models._common import (
     evaluating,
     normal_init,
 )
+from fastgen.models._capabilities import Capabilities, Condition
 from fastgen.models.dcgan import DCGANConfig, discriminator_head, discriminator_layers, generator_layers
 from fastgen.models.registry import register_model
 from fastgen.models.text_encoder import HuggingFaceTextEncoder, TransformerTextEncoder

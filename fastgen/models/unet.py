@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import UsageError
-from fastgen.models._common import norm_layer
+from fastgen.models._base import norm_layer
 from fastgen.nn import Sequential
 
 

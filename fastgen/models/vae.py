@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fastgen import losses
 from fastgen.errors import UsageError
+from fastgen.models._base import Generative, check_images, check_noise, random_images
 from fastgen.models._capabilities import Capabilities
-from fastgen.models._common import Generative, check_images, check_noise, random_images
 from fastgen.models.registry import register_model
 from fastgen.nn import Reparameterize, Sequential
 from fastgen.options import MAX_SIZE, check_options

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fastgen.models._common import check_images, check_noise
+from fastgen.models._base import check_images, check_noise
 from fastgen.models.registry import register_model
 from fastgen.models.vae import GaussianVAE
 from fastgen.options import check_options

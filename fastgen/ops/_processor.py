@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastgen._build import native
 from fastgen.ops._geometry import Geometry
@@ -48,18 +50,13 @@ def here() -> Processor:
 
 @functools.cache
 def _found() -> Processor:
-    tracing = torch._C._get_tracing_state()
-    # torch.jit.trace records every operator, and knows none that returns a bool.
-    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-    try:
+    with _untraced():
         return Processor(
             torch.backends.cpu.get_cpu_capability(),
             torch.ops.mkldnn._is_mkldnn_bf16_supported(),
             torch.ops.mkldnn._is_mkldnn_fp16_supported(),
             native.load() is None and torch.ops.fastgen.multiplies_bf16(),
         )
-    finally:
-        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 
 def algorithm(
@@ -72,12 +69,18 @@ def algorithm(
     _, out_channels, out_height, out_width = geometry.sizes(x, weight)
     sizes = (n, channels, height, width, out_channels, out_height, out_width, *weight[2:])
     arguments = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups, geometry.transposed)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("fastgen::algorithm", "CompositeExplicitAutograd"):
-        wide = min(channels, out_channels) >= 16 and dtype != torch.float64  # TEMPORARY
-        plain = geometry.groups == 1 and geometry.dilation == (1, 1) and wide
-        if geometry.stride == (2, 2) and plain and tuple(weight[2:]) == (4, 4) and n * out_height * out_width >= 1024:
-            return "winograd_4x2"
-        if geometry.stride == (1, 1) and plain and tuple(weight[2:]) == (3, 3) and out_height >= 8:
-            return "winograd_4x3" if n * out_height * out_width >= 256 else "direct"
-        return "direct"
-    return ALGORITHMS[torch.ops.fastgen.algorithm(*sizes, *arguments, dtype, False, weight_gradient)]
+    with _untraced():
+        return ALGORITHMS[torch.ops.fastgen.algorithm(*sizes, *arguments, dtype, False, weight_gradient)]
+
+
+@contextlib.contextmanager
+def _untraced() -> Iterator[None]:
+    """Hides calls of operators from torch.jit.trace, which records each and knows none that returns no tensor, and from
+    modes such as FakeTensorMode."""
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]

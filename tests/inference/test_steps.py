@@ -12,7 +12,7 @@ import fastgen
 from fastgen.errors import FastgenError, UsageError
 from fastgen.runtime import Plan
 from tests.inference.networks import SNGANGenerator, VanillaVAE
-from tests.inference.parity import prepared, relative_error
+from tests.inference.parity import FEW_LAYERS, NETWORK, prepared, relative_error
 
 
 class Call(nn.Module):
@@ -119,9 +119,9 @@ def test_layers_alone_pass_non_finite_values_on_as_pytorch_does(name):
     model = nn.Sequential(LAYERS[name]).eval()
     x = torch.randn(4, 8, 10, 6)
     engine = fastgen.Engine(model, x, impl="cpp")
-    torch.testing.assert_close(engine(x), model(x).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(engine(x), model(x).detach(), **FEW_LAYERS)
     x[1, 2, 3, 4], x[2, 5, 0, 0], x[2, 6, 7, 1], x[3, 1, 9, 5] = float("nan"), float("inf"), -float("inf"), float("inf")
-    torch.testing.assert_close(engine(x), model(x).detach(), rtol=1e-4, atol=1e-4, equal_nan=True)
+    torch.testing.assert_close(engine(x), model(x).detach(), **NETWORK, equal_nan=True)
 
 
 def test_wide_and_narrow_values(tmp_path):
@@ -234,7 +234,7 @@ def test_wrong_labels_and_inputs_are_named(tmp_path):
     engine.save(tmp_path / "a.fgplan")
     plan = Plan.load(tmp_path / "a.fgplan")
     assert [given.classes for given in plan.inputs] == [None, 7, 4]
-    torch.testing.assert_close(engine(z, labels.int(), other), model(z, labels, other).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(engine(z, labels.int(), other), model(z, labels, other).detach(), **NETWORK)
     for wrong, error, words in (
         ((z,), TypeError, "takes 3 inputs, got 1"),
         (

@@ -1,8 +1,9 @@
 import pytest
 
 from fastgen._build import native
-from fastgen.ops import _choices, _processor
-from tests.cases import PROCESSORS
+from fastgen.ops import _choices, _policy, _processor
+from fastgen.ops._question import Choice
+from tests.cases import OWN, PROCESSORS
 
 
 @pytest.fixture
@@ -16,3 +17,9 @@ def folder(tmp_path, monkeypatch):
     _choices.forget()
     yield tmp_path
     _choices.forget()
+
+
+@pytest.fixture
+def own_kernels(monkeypatch):
+    """The backward of a convolution runs fastgen's kernels even where they do not win."""
+    monkeypatch.setattr(_policy, "_fastest", lambda *_: Choice(OWN))

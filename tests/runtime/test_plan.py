@@ -22,6 +22,10 @@ from fastgen.runtime._steps import (
 )
 from tests.runtime.plans import several, shapes, small
 
+SUMS = {"rtol": 1e-5, "atol": 1e-6}  # of a few float32 products, in another order
+# A plan by another instruction set: values up to about 4; in bfloat16 a few of them are rounded the other way.
+OTHER_CODE = {Precision.float32: 1e-5, Precision.bfloat16: 0.05}
+
 
 def test_it_computes_what_numpy_does():
     weight = np.random.default_rng(0).standard_normal((5, 3, 1, 1)).astype(np.float32)
@@ -40,7 +44,7 @@ def test_it_computes_what_numpy_does():
     ]
     data = encode(steps)
     z = np.random.default_rng(1).standard_normal((7, 3)).astype(np.float32)
-    np.testing.assert_allclose(Plan(data)(z), np.maximum(z @ weight[:, :, 0, 0].T + bias, 0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(Plan(data)(z), np.maximum(z @ weight[:, :, 0, 0].T + bias, 0), **SUMS)
 
 
 def test_several_inputs_and_outputs():
@@ -53,7 +57,7 @@ def test_several_inputs_and_outputs():
     assert shapes(whole) == [(9, 16), (9, 2, 8, 8), (9,)]
     table = np.random.default_rng(0).random((5, 16), np.float32)
     np.testing.assert_array_equal(whole[0], table[labels])
-    np.testing.assert_allclose(whole[2], whole[1][:, 0].mean((1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(whole[2], whole[1][:, 0].mean((1, 2)), **SUMS)
     for threads in (1, None):
         again = Plan(several(), threads=threads)
         for i in range(9):
@@ -84,9 +88,7 @@ def test_batches_and_thread_counts_give_the_same_images():
     whole = Plan(data)(z)
     assert whole.shape == (37, 4, 4, 4) and np.isfinite(whole).all()
     np.testing.assert_array_equal(Plan(data, threads=1)(z), whole)
-    np.testing.assert_allclose(
-        np.concatenate([Plan(data)(z[i : i + 5]) for i in range(0, 37, 5)]), whole, rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(np.concatenate([Plan(data)(z[i : i + 5]) for i in range(0, 37, 5)]), whole, **SUMS)
     np.testing.assert_array_equal(Plan(data)(z[:, :, 0, 0]), whole)
     np.testing.assert_array_equal(Plan(data)(np.asfortranarray(z)), whole)
     assert Plan(data)(z[:0]).shape == (0, 4, 4, 4)
@@ -135,7 +137,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     try:
         with open(path, "wb") as file:
             file.write(small())
-        subprocess.run([sys.executable, "-c", code, path], check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", code, path], check=True, timeout=600)
     finally:
         os.unlink(path)
 
@@ -179,7 +181,7 @@ except FastgenError as error:
 """
     environment = {**os.environ, "FASTGEN_BUILD": "0", "FASTGEN_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], check=True, timeout=60, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code, tmp_path], check=True, timeout=600, env=environment, capture_output=True, text=True
     )
     assert done.stdout == "building is turned off (FASTGEN_BUILD=0)\n"
 
@@ -195,7 +197,7 @@ import fastgen.runtime
 out = fastgen.runtime.Plan.load(sys.argv[1])(np.ones((2, 3, 1, 1), np.float32))
 assert out.shape == (2, 4, 4, 4) and np.isfinite(out).all()
 """
-    subprocess.run([sys.executable, "-c", code, tmp_path / "a.fgplan"], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.fgplan"], check=True, timeout=600)
 
 
 @pytest.mark.parametrize("isa", ("avx512", "avx2", "baseline"))
@@ -213,7 +215,9 @@ z, y = np.load(sys.argv[1] + "/z.npy"), np.load(sys.argv[1] + "/y.npy")
 plan = Plan.load(sys.argv[1] + "/a.fgplan")
 assert plan.threads == int(sys.argv[2])
 for _ in range(20):
-    np.testing.assert_allclose(plan(z), y, rtol=0, atol=0.05 if plan.precision == "bf16" else 1e-5)
+    np.testing.assert_allclose(plan(z), y, rtol=0, atol=float(sys.argv[3]))
 """
     environment = {**os.environ, "FASTGEN_CPU_ISA": isa, "FASTGEN_THREADS": threads}
-    subprocess.run([sys.executable, "-c", code, tmp_path, threads], check=True, timeout=60, env=environment)
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path, threads, str(OTHER_CODE[precision])], check=True, env=environment
+    )

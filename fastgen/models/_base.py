@@ -1,4 +1,4 @@
-"""What the models have in common."""
+"""The base classes of the models, and what they check and build alike."""
 
 from __future__ import annotations
 
