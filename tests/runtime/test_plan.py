@@ -214,8 +214,9 @@ from fastgen.runtime import Plan
 z, y = np.load(sys.argv[1] + "/z.npy"), np.load(sys.argv[1] + "/y.npy")
 plan = Plan.load(sys.argv[1] + "/a.fgplan")
 assert plan.threads == int(sys.argv[2])
+near = float(sys.argv[3])
 for _ in range(20):
-    np.testing.assert_allclose(plan(z), y, rtol=0, atol=float(sys.argv[3]))
+    np.testing.assert_allclose(plan(z), y, rtol=0, atol=near)
 """
     environment = {**os.environ, "FASTGEN_CPU_ISA": isa, "FASTGEN_THREADS": threads}
     subprocess.run(
