@@ -1,9 +1,7 @@
-"""The activations and their derivatives, with the names and the order of csrc/shared/activation.h."""
+"""The activations and their derivatives, by the names of fastgen/ops/_activations.py."""
 
 import triton
 import triton.language as tl
-
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid", "silu")
 
 
 @triton.jit

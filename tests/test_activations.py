@@ -1,12 +1,14 @@
-"""The activations have the same names and the same order everywhere: their positions are codes in files and kernels."""
+"""The activations have the same names everywhere and, where their positions are codes, the same order."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from fastgen.ops import _tiers
+from fastgen.ops import norm_act
 from fastgen.ops._activations import ACTIVATIONS
+from fastgen.runtime import _steps as steps
+from tests.cases import SMALL
 
 ROOT = Path(__file__).parents[1]
 
@@ -14,16 +16,23 @@ ROOT = Path(__file__).parents[1]
 def native() -> list[str]:
     """The enumerators of csrc/shared/activation.h."""
     text = (ROOT / "csrc/shared/activation.h").read_text()
-    return re.findall(r"\w+", re.search(r"enum class Activation \{([^}]*)\}", text)[1])
+    return ["identity", *re.findall(r"X\((\w+)\)", re.search(r"#define FASTGEN_ACTIVATIONS\(X\)(.*)", text)[1])]
 
 
-def test_native_code_has_the_same_activations():
-    assert native() == list(ACTIVATIONS)
+def test_native_code_and_plans_have_the_same_activations():
+    assert native() == [each.name for each in steps.Activation] == list(ACTIVATIONS)
 
 
-def test_triton_has_the_same_activations():
-    pytest.importorskip("triton", reason="triton is not installed")
-    assert tuple(ACTIVATIONS) == _tiers.triton.kernels("_activations").ACTIVATIONS
+def test_every_activation_has_a_case():
+    assert {case.options.get("activation") for case in SMALL} >= set(ACTIVATIONS)
+
+
+def test_documents_name_every_activation():
+    names = list(ACTIVATIONS)
+    assert ", ".join(f"`{name}`" for name in names) in (ROOT / "docs/ops.md").read_text()
+    codes = ", ".join(f"{code} {name}" for code, name in enumerate(names))
+    assert f"| activation | {codes} |" in (ROOT / "docs/plan-format.md").read_text()
+    assert set(re.findall(r'"(\w+)"', re.search(r"activation: ([^:]*)", norm_act.__doc__)[1])) == set(names)
 
 
 @pytest.mark.parametrize("name", list(ACTIVATIONS)[1:])
@@ -32,7 +41,6 @@ def test_triton_has_the_same_activations():
     (
         ("csrc/shared/activation.h", ("activate", "activate_grad")),
         ("kernels/_activations.py", ("activate", "activate_grad")),
-        ("csrc/cuda/activation.cuh", ("with_activation",)),
     ),
 )
 def test_every_activation_has_a_branch(file, functions, name):

@@ -32,12 +32,8 @@ inline void activate_grad_block(const A* grad, const A* z, A* out, int64_t count
 template <class F>
 inline void with_activation(Activation act, const F& body) {
   switch (act) {
-    case Activation::identity: return body(std::integral_constant<Activation, Activation::identity>());
-    case Activation::relu: return body(std::integral_constant<Activation, Activation::relu>());
-    case Activation::leaky_relu: return body(std::integral_constant<Activation, Activation::leaky_relu>());
-    case Activation::tanh: return body(std::integral_constant<Activation, Activation::tanh>());
-    case Activation::sigmoid: return body(std::integral_constant<Activation, Activation::sigmoid>());
-    case Activation::silu: return body(std::integral_constant<Activation, Activation::silu>());
+    FASTGEN_ACTIVATION_CASE(identity)
+    FASTGEN_ACTIVATIONS(FASTGEN_ACTIVATION_CASE)
   }
 }
 

@@ -3,22 +3,16 @@
 
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 #include "shared/activation.h"
 
 namespace fastgen::cuda {
 
-// run(the activation as a constant)
-template <class Run>
-__device__ auto with_activation(Activation activation, const Run& run) {
+// body(the activation as a constant)
+template <class Body>
+__device__ auto with_activation(Activation activation, const Body& body) {
   switch (activation) {
-    case Activation::relu: return run(std::integral_constant<Activation, Activation::relu>{});
-    case Activation::leaky_relu: return run(std::integral_constant<Activation, Activation::leaky_relu>{});
-    case Activation::tanh: return run(std::integral_constant<Activation, Activation::tanh>{});
-    case Activation::sigmoid: return run(std::integral_constant<Activation, Activation::sigmoid>{});
-    case Activation::silu: return run(std::integral_constant<Activation, Activation::silu>{});
-    default: return run(std::integral_constant<Activation, Activation::identity>{});
+    FASTGEN_ACTIVATIONS(FASTGEN_ACTIVATION_CASE)
+    default: return body(std::integral_constant<Activation, Activation::identity>());
   }
 }
 

@@ -34,13 +34,10 @@ using OptionalTensor = std::optional<Tensor>;
 [[maybe_unused]] DType dtype_of(const Tensor& x) { return dtype_of(x.scalar_type()); }
 
 [[maybe_unused]] Activation activation_of(const std::string& name) {
-  if (name == "identity") return Activation::identity;
-  if (name == "relu") return Activation::relu;
-  if (name == "leaky_relu" || name == "leaky_relu_") return Activation::leaky_relu;
-  if (name == "tanh") return Activation::tanh;
-  if (name == "sigmoid") return Activation::sigmoid;
-  STD_TORCH_CHECK(name == "silu", "fastgen: unknown activation ", name);
-  return Activation::silu;
+  for (int i = 0; i < kActivations; ++i)
+    if (name == kActivationNames[i]) return static_cast<Activation>(i);
+  STD_TORCH_CHECK(name == "leaky_relu_", "fastgen: unknown activation ", name);
+  return Activation::leaky_relu;
 }
 
 // The same rule as in fastgen/ops/_layout.py.

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define FASTGEN_HD __host__ __device__ __forceinline__
@@ -13,7 +14,21 @@
 
 namespace fastgen {
 
-enum class Activation { identity, relu, leaky_relu, tanh, sigmoid, silu };
+// All besides identity, which comes first. Their positions are codes in the files of plans: a new one goes to the end.
+#define FASTGEN_ACTIVATIONS(X) X(relu) X(leaky_relu) X(tanh) X(sigmoid) X(silu)
+
+#define FASTGEN_ENUMERATOR(name) , name
+enum class Activation { identity FASTGEN_ACTIVATIONS(FASTGEN_ENUMERATOR) };
+#undef FASTGEN_ENUMERATOR
+
+#define FASTGEN_STRING(name) , #name
+inline constexpr const char* kActivationNames[] = {"identity" FASTGEN_ACTIVATIONS(FASTGEN_STRING)};
+#undef FASTGEN_STRING
+constexpr int kActivations = sizeof(kActivationNames) / sizeof(kActivationNames[0]);
+
+// A case of a switch: it returns body(the activation as a constant).
+#define FASTGEN_ACTIVATION_CASE(name) \
+  case Activation::name: return body(std::integral_constant<Activation, Activation::name>());
 
 FASTGEN_HD float float_of_bits(int32_t bits) {
   float value;

@@ -67,10 +67,11 @@ def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
 
 
 def _activations() -> dict[Any, Callable]:
-    """The readers of all functions and methods that have the name of an activation, in place or not."""
+    """The readers of all functions and methods that have the name of an activation, in place or not. An activation with
+    parameters of its own needs a reader that looks at them."""
 
     def reader(activation: Activation) -> Callable:
-        return lambda input, *_, **__: ("activation", (input,), {"activation": activation})
+        return lambda input, inplace=False: ("activation", (input,), {"activation": activation})
 
     plain = [each for each in Activation if each not in (Activation.identity, Activation.leaky_relu)]
     owners = [(owner, each) for owner in (F, torch, Tensor) for each in plain]

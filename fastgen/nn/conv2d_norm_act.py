@@ -19,7 +19,7 @@ class Conv2dNormAct(Sequential):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in nn.Conv2d.
         norm: "batch", "instance", "group" (with num_groups) or None.
-        activation: "relu", "leaky_relu", "tanh", "sigmoid", "silu", or None.
+        activation: "relu" or another of fastgen.ops.norm_act, or None.
         affine, track_running_stats: None stands for the norm layer's own default.
         memory_efficient: compute the convolution again in the backward pass instead of keeping its output.
 

@@ -18,7 +18,7 @@ class ConvTranspose2dNormAct(Sequential):
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation: as in
             nn.ConvTranspose2d.
         norm: "batch", "instance", "group" (with num_groups) or None.
-        activation: "relu", "leaky_relu", "tanh", "sigmoid", "silu", or None.
+        activation: "relu" or another of fastgen.ops.norm_act, or None.
         affine, track_running_stats: None stands for the norm layer's own default.
         memory_efficient: compute the convolution again in the backward pass instead of keeping its output.
 

@@ -12,7 +12,7 @@ class NormAct(Sequential):
     Args:
         num_features: channels C of the input (N, C, H, W).
         norm: "batch" or "instance".
-        activation: "relu", "leaky_relu", "tanh", "sigmoid", "silu", or None.
+        activation: "relu" or another of fastgen.ops.norm_act, or None.
         affine, track_running_stats: None stands for the norm layer's own default.
 
     The other arguments are those of BatchNorm2d, InstanceNorm2d and LeakyReLU. See fastgen.ops.norm_act.

@@ -1,5 +1,5 @@
-"""The activations: one row each. csrc/shared/activation.h and kernels/_activations.py have the same names in the same
-order (tests/test_activations.py)."""
+"""The activations: one row each. csrc/shared/activation.h and fastgen/runtime/_steps.py have the same names in the same
+order, kernels/_activations.py a branch for each (tests/test_activations.py)."""
 
 from __future__ import annotations
 

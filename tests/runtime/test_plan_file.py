@@ -13,7 +13,7 @@ import pytest
 from fastgen.runtime import Plan, PlanError
 from fastgen.runtime import _steps as steps_module
 from fastgen.runtime._file import HEADER, READ, RECORD, encode
-from fastgen.runtime._steps import Activation, Input, Norm, Output, Precision, Read, Step
+from fastgen.runtime._steps import Input, Norm, Output, Precision, Read, Step
 from tests.runtime.plans import PLANS, given, records, sealed, several, shapes, small
 
 ROOT = Path(__file__).parents[2]
@@ -91,15 +91,13 @@ def test_the_measured_error_is_kept():
 
 
 def test_the_enumerations_are_those_of_cpp():
-    """And the activations those of the ops."""
-    from fastgen.ops._activations import ACTIVATIONS
+    """Those of activations are compared in tests/test_activations.py."""
 
     def names(header: str, name: str) -> list[str]:
         found = re.search(rf"enum class {name}\b[^{{]*{{([^}}]*)}}", (ROOT / "csrc" / header).read_text())
         assert found, name
         return re.findall(r"\w+", found[1])
 
-    assert [each.name for each in Activation] == names("shared/activation.h", "Activation") == list(ACTIVATIONS)
     assert [each.name for each in Norm] == names("plan/epilogue.h", "Norm")
     assert [each.name for each in Precision] == names("plan/format.h", "Precision")
 
