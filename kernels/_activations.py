@@ -1,4 +1,4 @@
-"""The activations and their derivatives, with the names and the order of csrc/shared/activation.h."""
+"""The activations and their derivatives, with the same names and order as in csrc/shared/activation.h."""
 
 import triton
 import triton.language as tl

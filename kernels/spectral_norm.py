@@ -2,16 +2,16 @@
 
 A weight is a matrix W with rows along its `dim` and columns along the rest. One pass over W computes t = W v, the line
 product, for some of its lines (the rows) and, while they are in the cache, their part of s = W^T t, the summed product;
-then the parts are added. With u = t / |t|, v = s / |s| and W^T u = s / |t|, sigma = u^T W v = (s / |t|) . v needs no
-further pass; a last pass writes them and weight / sigma. With v_first the lines are the columns, and u and v change
+the parts are added afterwards. With u = t / |t|, v = s / |s| and W^T u = s / |t|, sigma = u^T W v = (s / |t|) . v needs
+no further pass; a last pass writes them and weight / sigma. With v_first the lines are the columns, and u and v change
 roles.
 
-The programs of all three steps are one launch. Each program draws a ticket; a step has lower tickets than the next
-one. It then waits for the programs of its weight whose results it reads. Those drew their tickets earlier, so they run
-or have ended, in whatever order a GPU starts programs: there is no deadlock.
+All three steps are one launch. Each program draws a ticket; earlier steps have lower tickets. The program then waits
+for those programs of its weight whose results it reads. They drew their tickets earlier, so they are running or have
+ended, in whatever order the GPU starts programs: there is no deadlock.
 
-Sums are float32, in a fixed order. A table on the device, made once per set of shapes, says which part of which weight
-a ticket stands for; the tensors' addresses are arguments.
+Sums are float32, in a fixed order. A table on the device, created once per set of shapes, maps each ticket to a part of
+a weight; the tensors' addresses are arguments.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ def field(table, weight, FIELD: tl.constexpr):
 
 @triton.jit
 def part_of(table, blocks, ticket, WIDE: tl.constexpr):
-    """The ticket's weight, the ticket's number for that weight; rows, inner and columns of the matrix, and spread.
+    """The ticket's weight, its index among the tickets of that weight, and rows, inner, columns and spread of the
+    matrix.
 
     Element (r, m) is at m / inner * rows * inner + r * inner + m % inner, where m counts columns in memory order: m is
-    column m % spread * (columns / spread) + m / spread of the matrix. WIDE: what is computed from them has 64 bits.
+    column m % spread * (columns / spread) + m / spread of the matrix. WIDE: they have 64 bits, and so has everything
+    computed from them.
     """
     at = blocks + 2 * ticket
     weight, number = tl.load(at), tl.load(at + 1)
@@ -60,20 +62,20 @@ def part_of(table, blocks, ticket, WIDE: tl.constexpr):
 
 @triton.jit
 def arrive(counter):
-    tl.debug_barrier()  # the stores of all threads come first
+    tl.debug_barrier()  # after the stores of all threads
     tl.atomic_add(counter, 1, sem="release")
 
 
 @triton.jit
 def wait(counter, count):
-    """Waits until so many programs have arrived. Read their results by load_shared."""
+    """Waits until `count` programs have arrived. Read their results with load_shared."""
     while tl.atomic_add(counter, 0, sem="acquire") < count:
         pass
 
 
 @triton.jit
 def load_shared(pointer, mask, other):
-    """Loads what another program stored: not from the multiprocessor's own cache."""
+    """Loads what another program stored, bypassing the multiprocessor's L1 cache."""
     return tl.load(pointer, mask, other, cache_modifier=".cg")
 
 
@@ -206,8 +208,8 @@ def iterate(
     LAST: tl.constexpr, DIVIDE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The ticket's part of one of the three steps. counters: tickets drawn; then, per weight, how many programs of the
-    first step have arrived, and of the second. Not ITERATE: sigma of the given u and v."""
+    """The ticket's part of one of the three steps. counters: the tickets drawn, then the programs that have arrived per
+    weight in the first step, then in the second. Without ITERATE: sigma of the u and v that were passed."""
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
     arrived = counters + 1
     if ticket < line_count:
@@ -227,7 +229,7 @@ def iterate(
 
 @triton.jit
 def grad_dots(grads, weights, table, blocks, dots, COUNT: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr):
-    """Parts of grad . weight."""
+    """Partial sums of grad . weight."""
     index, number, rows, _, columns, _ = part_of(table, blocks, tl.program_id(0), WIDE)
     at = number * CHUNK + tl.arange(0, CHUNK)
     inside = at < rows * columns
