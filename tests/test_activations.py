@@ -1,4 +1,4 @@
-"""The activations have the same names and the same order everywhere: their positions are codes in files and kernels."""
+"""The activations have the same names and order everywhere, because files and kernels store their positions."""
 
 import re
 from pathlib import Path

@@ -14,7 +14,7 @@ from tests.inference.parity import NETWORK
 
 
 class Call(nn.Module):
-    """Computes function(self, *inputs), with these submodules."""
+    """A module that computes function(self, *inputs) with these submodules."""
 
     def __init__(self, function, **modules):
         super().__init__()
@@ -196,8 +196,8 @@ def test_a_batch_is_still_needed():
             fastgen.Engine(nn.Linear(3, 3), given)
 
 
-def test_what_recording_alone_makes_fail_is_a_reason():
-    """The model's own code runs, and raises while it is recorded."""
+def test_a_failure_only_while_recording_is_a_reason():
+    """The model's own code works, but raises while it is recorded."""
 
     def forward(m, x):
         if torch._C._len_torch_function_stack():
@@ -207,7 +207,7 @@ def test_what_recording_alone_makes_fail_is_a_reason():
     model, x = Call(forward, conv=conv()).eval(), torch.randn(1, 3, 8, 8)
     engine = fastgen.Engine(model, x)
     assert parts(engine) == {"": "it cannot be recorded: KeyError: 'a mode'", "conv": "plan"}
-    with pytest.raises(ZeroDivisionError):  # an error that the model raises anyway is raised
+    with pytest.raises(ZeroDivisionError):  # an error that the model also raises without recording is raised
         fastgen.Engine(Call(lambda m, x: 1 / 0).eval(), x)
 
 

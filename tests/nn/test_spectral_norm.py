@@ -1,4 +1,4 @@
-"""fastgen.nn.spectral_norm beside both of PyTorch's, and all weights of a model at once."""
+"""fastgen.nn.spectral_norm compared with both of PyTorch's, and for all weights of a model at once."""
 
 import copy
 import itertools
@@ -69,14 +69,14 @@ def test_as_the_parametrization(kind, options):
     assert parametrize.remove_parametrizations(ours, "weight") is ours and type(ours) is type(make())
 
 
-ITERATED = units(torch.float32, 2**14, 2**10)  # what 30 iterations leave of the other singular vectors
+ITERATED = units(torch.float32, 2**14, 2**10)  # 30 iterations leave this much of the other singular vectors
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_loads_the_older_form(kind):
-    """weight_orig, weight_u and weight_v, also within a model, and without weight_v as very old files have it."""
+def test_loads_the_older_state_dict(kind):
+    """weight_orig, weight_u and weight_v, also within a model, and without weight_v as in very old files."""
     make, shape = LAYERS[kind]
-    torch.manual_seed(0)  # one of 120 weights has singular values too near each other for 30 iterations
+    torch.manual_seed(0)  # with other seeds singular values may be too close for 30 iterations (one weight in 120)
     old = nn.ModuleDict({"layer": nn.utils.spectral_norm(make().double())})
     for _ in range(30):
         old["layer"](data(shape))
@@ -127,7 +127,7 @@ def discriminator(norm=fastgen.nn.spectral_norm):
 
 
 def same_step(model, group, x, y, separate):
-    """A step of a hinge-like loss; with a group one iteration, else the same by hand."""
+    """A training step with a hinge-like loss and one power iteration: by the group, or else by hand."""
     model.zero_grad()
     losses = model(x).mean(), -model(y).mean()
     for loss in losses if separate else (sum(losses),):
@@ -137,7 +137,8 @@ def same_step(model, group, x, y, separate):
 @pytest.mark.parametrize("separate", (False, True))
 @pytest.mark.parametrize("norm", (fastgen.nn.spectral_norm, parametrizations.spectral_norm))
 def test_group(separate, norm):
-    """One iteration a step for all weights; gradients as with the weights computed one by one, in one graph or two."""
+    """One iteration per step for all weights; the gradients equal those of weights computed one by one, in one graph or
+    two."""
     model, single = discriminator(norm), discriminator()
     before = list(model.state_dict())
     group = fastgen.nn.SpectralNormGroup(model)
@@ -168,7 +169,7 @@ def test_group(separate, norm):
 
 
 def test_group_gradient_penalty():
-    """Second derivatives, as R1 takes them, go through sigma."""
+    """Second derivatives, as in R1, go through sigma."""
     found = []
     for grouped in (True, False):
         model = discriminator().double()
@@ -204,7 +205,7 @@ def test_group_copies_casts_and_loads():
 
 
 def test_group_sees_vectors_and_swapped_parameters():
-    """u and v that were loaded or written to, and parameters of functional_call, whose memory is soon another's."""
+    """u and v that were loaded or overwritten, and parameters of functional_call, whose memory is soon reused."""
     model = discriminator().eval()
     single, x = copy.deepcopy(model), torch.randn(2, 3, 8, 8)
     fastgen.nn.SpectralNormGroup(model)
@@ -230,13 +231,13 @@ def test_group_sees_vectors_and_swapped_parameters():
         torch.testing.assert_close(made.eval()(x), discriminator().eval()(x))
 
 
-FIRST_VECTORS = units(torch.float32, 1024, 16)  # the first vectors are float32's, the rest is float64
+FIRST_VECTORS = units(torch.float32, 1024, 16)  # the first vectors have float32 precision, the rest is float64
 
 
 @pytest.mark.parametrize("training", (True, False))
 @pytest.mark.parametrize("grouped", (False, True))
 def test_functional_transforms(grouped, training):
-    """Gradients, those of each sample and forward ones; vectors move as PyTorch's do."""
+    """Gradients, per-sample gradients and forward-mode derivatives; the vectors are updated as PyTorch's are."""
     x, found = torch.randn(3, 3, 8, 8, dtype=torch.float64), []
     for norm in (fastgen.nn.spectral_norm, parametrizations.spectral_norm):
         model = discriminator(norm).double().train(training)
@@ -250,7 +251,7 @@ def test_functional_transforms(grouped, training):
         found.append([grad(loss)(parameters, x), *(value.clone() for value in model.buffers())])
         each = vmap(grad(lambda parameters, image, loss=loss: loss(parameters, image[None])), (None, 0))
         found[-1] += [each(parameters, x), *(value.clone() for value in model.buffers())]
-        model.eval()  # in training PyTorch's has none
+        model.eval()  # PyTorch's has none in training
         found[-1] += [jvp(lambda parameters, loss=loss: loss(parameters, x), (parameters,), (parameters,))]
     torch.testing.assert_close(*found, **FIRST_VECTORS)
 
@@ -280,7 +281,7 @@ def penalized(model, group, x):
 @pytest.mark.parametrize("activation", (None, nn.ReLU(), nn.LeakyReLU(0.2, inplace=True)), ids=str)
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_sigma_in_the_epilogue(kind, activation, grouped, monkeypatch):
-    """A fused run divides what its kernel sums, of which the parametrization's own quotient is the oracle; up to second
+    """A fused run divides its kernel's sums by sigma. The oracle is the parametrization's own quotient, up to second
     derivatives."""
     torch.manual_seed(0)
     norm = fastgen.nn.spectral_norm(CONVOLUTIONS[kind]().double())
@@ -300,8 +301,8 @@ def test_sigma_in_the_epilogue(kind, activation, grouped, monkeypatch):
 SUMMED = units(torch.float32, 1024, 1024)  # a thousand products, divided by sigma before or after they are summed
 
 
-def test_the_quotient_is_not_written(monkeypatch):
-    """By auto too, where the fused kernel wins; and whoever asks for the weight gets it."""
+def test_the_divided_weight_is_not_written(monkeypatch):
+    """Not with auto either, where the fused kernel is faster; yet the weight is computed when it is read."""
     torch.manual_seed(0)
     layer = fastgen.nn.spectral_norm(nn.Conv2d(64, 128, 4, 2, 1))
     model, x = fastgen.nn.Sequential(layer, nn.ReLU()), torch.randn(16, 64, 16, 16)
@@ -316,7 +317,7 @@ def test_the_quotient_is_not_written(monkeypatch):
     torch.testing.assert_close(y, F.relu(F.conv2d(x, layer.weight, layer.bias, 2, 1)), **SUMMED)
     group.update()
     assert asked == [False, True]
-    layer.register_forward_hook(lambda *_: None)  # now its own forward runs, on weight
+    layer.register_forward_hook(lambda *_: None)  # now the module's own forward runs, with its weight
     model(x)
     assert asked == [False, True]
 
@@ -359,7 +360,7 @@ os._exit(0)  # gloo's threads may abort an interpreter that ends in the usual wa
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 @pytest.mark.parametrize("grouped", ("0", "1"))
-def test_ranks_hold_the_same_vectors(tmp_path, grouped):
+def test_all_ranks_have_the_same_vectors(tmp_path, grouped):
     """DistributedDataParallel, the discriminator called twice in one graph, another thread count on each rank."""
     run_ranks(DISTRIBUTED, 2, tmp_path / "store", grouped)
 

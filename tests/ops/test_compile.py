@@ -26,8 +26,8 @@ def recorded_calls(case: OpCase, dtype: torch.dtype, channels_last: bool):
     return calls
 
 
-# A graph with symbolic sizes takes nine tenths of the time: one for each op and norm. test_compile has one of fixed
-# sizes for every case.
+# Graphs with symbolic sizes take nine tenths of the time, so there is one per op and norm. test_compile has one with
+# fixed sizes per case.
 SYMBOLIC = list({(case.op, case.options.get("norm", "batch")): case for case in SMALL}.values())
 
 

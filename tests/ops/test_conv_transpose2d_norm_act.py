@@ -1,4 +1,4 @@
-"""Against PyTorch's own samples, and what the op says of arguments that do not fit."""
+"""Parity on PyTorch's own sample inputs, and the errors for wrong arguments."""
 
 import pytest
 import torch

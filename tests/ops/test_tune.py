@@ -1,4 +1,4 @@
-"""fastgen.tune, whose clock is replaced here."""
+"""fastgen.tune with a fake clock."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,10 +22,10 @@ pytestmark = pytest.mark.usefixtures("folder", "fused_when_small")
 
 
 def clock(**milliseconds):
-    """In the place of tuning.milliseconds: what a call is to have taken, by its name."""
+    """Replaces tuning.milliseconds: sets the time of each call by its name."""
 
     def time_of(call, scratch):
-        candidate = call.args[-1]  # the choice of a kernel of fastgen's
+        candidate = call.args[-1]  # the choice, for a kernel of fastgen
         return milliseconds[str(candidate) if isinstance(candidate, Choice) else "torch"]
 
     return time_of
@@ -66,7 +66,7 @@ def test_tune_without_gradients(monkeypatch):
 
 
 def test_every_candidate_computes_the_same():
-    """What is measured is what is asked for."""
+    """All candidates that tune measures give the same results."""
     for case in (FASTGENS, TORCHS, BY_NAME["conv2d_norm_act-cyclegan-first"]):
         for question in asked(case):
             found = []
@@ -86,11 +86,11 @@ def test_the_rules_choice_stays_unless_another_is_clearly_faster():
     assert fastest("cpp", cpp=1.04, torch=1.0) == "torch"
     assert fastest("torch", torch=2.0, triton=1.01, triton_64=1.0, cuda=1.5) == "triton"
     assert fastest("triton", torch=2.0, triton=1.1, triton_64=1.0) == "triton 64"
-    # The median says so, the best round does not.
+    # Faster by the median, but not in the best round.
     assert tuning.fastest({"cpp": [1.0, 8.0, 8.0], "torch": [1.0, 1.0, 1.0]}, "cpp") == "cpp"
 
 
-def test_the_time_ends(monkeypatch):
+def test_tuning_stops_when_the_time_is_up(monkeypatch):
     monkeypatch.setattr(tuning, "milliseconds", clock(cpp=1.0, torch=2.0))
     report = fastgen.tune(tiny().generator, torch.randn(3, 8), seconds=1e-9)
     assert report.tuned == () and len(report.left_out) == 12 and report.files == ()
@@ -105,7 +105,7 @@ def test_a_candidate_that_fails_is_left_out(monkeypatch, caplog):
     assert "tune: cpp cannot compute weight_grad conv_transpose2d" in caplog.text
 
 
-def test_triton_is_tried_with_its_tiles(monkeypatch):
+def test_triton_tiles_are_tried(monkeypatch):
     """Where it is near the fastest."""
     monkeypatch.setattr(_policy, "auto_tier", lambda *_: "triton")
     monkeypatch.setattr(_candidates, "names", lambda question: ["torch", "triton"])
@@ -152,8 +152,8 @@ def test_the_gpus_benchmark_tunes_its_layers(monkeypatch, folder, capsys):
     assert str(file) in capsys.readouterr().out
 
 
-def test_what_memory_does_not_suffice_for_is_left_out(monkeypatch, caplog):
-    """The other questions are answered."""
+def test_measurements_that_run_out_of_memory_are_left_out(monkeypatch, caplog):
+    """The other measurements are still made."""
     operands = _candidates._operands
 
     def too_large(question):
@@ -170,7 +170,7 @@ def test_what_memory_does_not_suffice_for_is_left_out(monkeypatch, caplog):
 
 
 def test_a_gpus_time_is_taken_on_the_stream_of_the_call(monkeypatch):
-    """Of the tensors' GPU, which need not be the current one."""
+    """On the tensors' GPU, which need not be the current one."""
     said = []
 
     def event(enable_timing):
