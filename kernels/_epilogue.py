@@ -35,10 +35,10 @@ class Epilogue(NamedTuple):
     @classmethod
     def of(cls, *arguments: Any, bias: Tensor | None = None) -> Epilogue:
         """From the arguments of an op, in the order of its schema."""
-        given = cls(*arguments, bias=bias)
-        vectors = {name: None if (t := getattr(given, name)) is None else t.contiguous() for name in _VECTORS}
-        activation = "leaky_relu" if given.activation == "leaky_relu_" else given.activation
-        return given._replace(activation=activation, **vectors)
+        epilogue = cls(*arguments, bias=bias)
+        vectors = {name: None if (t := getattr(epilogue, name)) is None else t.contiguous() for name in _VECTORS}
+        activation = "leaky_relu" if epilogue.activation == "leaky_relu_" else epilogue.activation
+        return epilogue._replace(activation=activation, **vectors)
 
     @property
     def batch_stats(self) -> bool:

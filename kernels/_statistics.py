@@ -112,8 +112,8 @@ def split(lines: Lines, like: Tensor, tile: tuple[int, int]) -> tuple[int, int]:
     """(splits, chunk): the number of programs that share a line so that the chip is full, and the values per
     program."""
     groups = triton.cdiv(lines.lines, tile[0])
-    wanted = min(MOST_SPLITS, triton.cdiv(4 * multiprocessors(like), groups), triton.cdiv(lines.length, tile[1]))
-    chunk = triton.cdiv(triton.cdiv(lines.length, max(1, wanted)), tile[1]) * tile[1]
+    splits = min(MOST_SPLITS, triton.cdiv(4 * multiprocessors(like), groups), triton.cdiv(lines.length, tile[1]))
+    chunk = triton.cdiv(triton.cdiv(lines.length, max(1, splits)), tile[1]) * tile[1]
     return triton.cdiv(lines.length, chunk), chunk
 
 

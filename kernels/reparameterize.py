@@ -246,7 +246,7 @@ def backward(
     )
     grad_z = None if grad_z is None else in_order(grad_z, ordered)
     grads = [
-        torch.empty_like(mu) if given else mu.new_empty(0) for given in (True, True, *(prior_mean is not None,) * 2)
+        torch.empty_like(mu) if needed else mu.new_empty(0) for needed in (True, True, *(prior_mean is not None,) * 2)
     ]
     if mu.numel() == 0:
         return tuple(grads)

@@ -223,8 +223,7 @@ def iterate(
         arrive(arrived + COUNT + index)
     else:
         finish(weights, outs, us, vs, new_us, new_vs, sigmas, table, elements, ticket - line_count - sum_count, arrived,
-        t, s,
-               t_norms, s_norms, eps, COUNT, TRANSPOSED, ITERATE, LAST, DIVIDE, WIDE, CHUNK)  # fmt: skip
+               t, s, t_norms, s_norms, eps, COUNT, TRANSPOSED, ITERATE, LAST, DIVIDE, WIDE, CHUNK)  # fmt: skip
 
 
 @triton.jit
@@ -268,16 +267,18 @@ def _groups(weights: Sequence[Tensor]) -> list[list[int]]:
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, weight in enumerate(weights):
         by_dtype.setdefault(weight.dtype, []).append(i)
-    return [of[i : i + MOST_WEIGHTS] for of in by_dtype.values() for i in range(0, len(of), MOST_WEIGHTS)]
+    return [
+        indices[i : i + MOST_WEIGHTS] for indices in by_dtype.values() for i in range(0, len(indices), MOST_WEIGHTS)
+    ]
 
 
 def forward(weights, us, vs, dims, n_power_iterations, eps, v_first, divide):
     """The op fastgen::spectral_norm."""
     outs, sigmas, new_us, new_vs = ([None] * len(weights) for _ in range(4))
-    for of in _groups(weights):
-        results = _forward([weights[i] for i in of], [us[i] for i in of], [vs[i] for i in of], [dims[i] for i in of],
-                           n_power_iterations, eps, v_first, divide)  # fmt: skip
-        for i, *result in zip(of, *results, strict=True):
+    for indices in _groups(weights):
+        lists = ([list_[i] for i in indices] for list_ in (weights, us, vs, dims))
+        results = _forward(*lists, n_power_iterations, eps, v_first, divide)
+        for i, *result in zip(indices, *results, strict=True):
             outs[i], sigmas[i], new_us[i], new_vs[i] = result
     return outs, sigmas, new_us, new_vs
 
@@ -322,9 +323,9 @@ def _forward(weights, us, vs, dims, n_power_iterations, eps, v_first, divide):
 def backward(grad_outs, grad_sigmas, weights, sigmas, us, vs, dims):
     """The op fastgen::spectral_norm_backward."""
     grads: list = [None] * len(weights)
-    for of in _groups(weights):
-        lists = ([list_[i] for i in of] for list_ in (grad_outs, grad_sigmas, weights, sigmas, us, vs, dims))
-        for i, grad in zip(of, _backward(*lists), strict=True):
+    for indices in _groups(weights):
+        lists = ([list_[i] for i in indices] for list_ in (grad_outs, grad_sigmas, weights, sigmas, us, vs, dims))
+        for i, grad in zip(indices, _backward(*lists), strict=True):
             grads[i] = grad
     return grads
 

@@ -306,8 +306,8 @@ def test_cuda_kernels_that_cannot_be_built(env, cxx, with_cuda, tmp_path):
 
 
 def test_the_first_error_of_nvcc():
-    said = "FAILED: a.cuda.o\nnvcc fatal   : Unsupported gpu architecture 'compute_70'\nninja: build stopped."
-    assert toolchain.first_error(said) == "nvcc fatal   : Unsupported gpu architecture 'compute_70'"
+    output = "FAILED: a.cuda.o\nnvcc fatal   : Unsupported gpu architecture 'compute_70'\nninja: build stopped."
+    assert toolchain.first_error(output) == "nvcc fatal   : Unsupported gpu architecture 'compute_70'"
 
 
 def test_nvcc_that_cannot_be_executed(tmp_path):

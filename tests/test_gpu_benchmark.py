@@ -35,8 +35,8 @@ def test_rows_of_networks(monkeypatch):
     document = gpu_session.started(Path("none"), {"date": "today"})
     gpu_session.add_rows(document, networks(clock, "cpu", 2))
     assert len(document["rows"]) == 7 and all(row["correct"] for row in document["rows"])
-    said = gpu_session.table(document | {"tiers": {}})
-    assert "| DCGAN-64 training step | 2 | bfloat16 | step | fastgen auto | 1.500 |" in said
+    lines = gpu_session.table(document | {"tiers": {}})
+    assert "| DCGAN-64 training step | 2 | bfloat16 | step | fastgen auto | 1.500 |" in lines
 
 
 ROW = {"case": "a layer", "batch": 1, "dtype": "torch.bfloat16", "what": "forward", "peer": "eager"}
@@ -106,7 +106,7 @@ def test_parity_names_what_differs(monkeypatch):
     small = gpu_parity.CASES.index(next(case for case in gpu_parity.SMALL if case.op == "norm_act"))
     sampler = gpu_parity.CASES.index(gpu_parity.SPECTRAL[0])
     assert gpu_parity.wrong_of(small, "cpu") == gpu_parity.wrong_of(sampler, "cpu") == []
-    monkeypatch.setattr(gpu_parity, "error", lambda ours, theirs: 1.0)
+    monkeypatch.setattr(gpu_parity, "error", lambda actual, expected: 1.0)
     monkeypatch.setattr(gpu_parity.OpCase, "allowed", lambda *_: 0.5)
     assert any(gpu_parity.CASES[small].id in line and "bfloat16" in line for line in gpu_parity.wrong_of(small, "cpu"))
     assert gpu_parity.wrong_of(sampler, "cpu") == [f"cpp: {gpu_parity.CASES[sampler].id}: differs"]

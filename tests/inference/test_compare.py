@@ -250,9 +250,9 @@ def test_a_forward_that_depends_on_the_batch_size(name):
     engine = fastgen.Engine(model, x)
     assert [part.runs for part in engine.parts] == ["PyTorch", "plan"][: 1 if name == "raises" else 2]
     for n in (1, 3, 5, 9, 40):
-        given = torch.randn(n, 3, 8, 8)
+        inputs = torch.randn(n, 3, 8, 8)
         if name != "raises" or n < 4:
-            torch.testing.assert_close(engine(given), model(given).detach(), **NETWORK)
+            torch.testing.assert_close(engine(inputs), model(inputs).detach(), **NETWORK)
 
 
 LOOKS_AT_NOTHING_ELSE = {
@@ -274,8 +274,8 @@ def test_a_forward_that_reads_the_batch_size_without_effect(name):
             return
         engine = fastgen.Engine(model, x, impl="cpp")
         for n in (1, 5, 40):
-            given = torch.randn(n, 3, 8, 8)
-            torch.testing.assert_close(engine(given), model(given), **NETWORK)
+            inputs = torch.randn(n, 3, 8, 8)
+            torch.testing.assert_close(engine(inputs), model(inputs), **NETWORK)
 
 
 def test_a_module_that_refuses_some_batch_sizes():

@@ -171,12 +171,12 @@ def test_inputs_that_no_plan_takes_run_in_parts(name):
         return m.conv(x) + m.time(t[:, None])[:, :, None, None]
 
     model, x = Call(forward, conv=conv(), time=nn.Linear(1, 8)).eval(), torch.randn(2, 3, 8, 8)
-    for given in ((x, other), (other, x)):
-        ordered = model if given[0] is x else Call(lambda m, t, x: m.model(x, t), model=model).eval()
-        engine = fastgen.Engine(ordered, given)
+    for inputs in ((x, other), (other, x)):
+        ordered = model if inputs[0] is x else Call(lambda m, t, x: m.model(x, t), model=model).eval()
+        engine = fastgen.Engine(ordered, inputs)
         planned = [part.runs for part in engine.parts if part.name.endswith(("conv", "time"))]
         assert planned == ([] if other.is_sparse else ["plan", "plan"])
-        assert_same(engine, ordered, *given)
+        assert_same(engine, ordered, *inputs)
     with pytest.raises(FastgenError, match=words):
         fastgen.Engine(model, (x, other), impl="cpp")
 
@@ -191,9 +191,9 @@ def test_a_first_input_that_no_plan_takes(dtype):
 
 
 def test_a_batch_is_still_needed():
-    for given in (torch.rand(3), torch.tensor(3.0), (torch.rand(2, 3), torch.tensor(3.0)), torch.rand(0, 3)):
+    for inputs in (torch.rand(3), torch.tensor(3.0), (torch.rand(2, 3), torch.tensor(3.0)), torch.rand(0, 3)):
         with pytest.raises(UsageError, match="at least one"):
-            fastgen.Engine(nn.Linear(3, 3), given)
+            fastgen.Engine(nn.Linear(3, 3), inputs)
 
 
 def test_a_failure_only_while_recording_is_a_reason():

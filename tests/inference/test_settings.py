@@ -137,13 +137,13 @@ def test_models_and_examples_made_in_inference_mode():
 
 def test_layouts_and_views(made):
     _, engine, x, expected = made
-    for given in (
+    for inputs in (
         x.to(memory_format=torch.channels_last),
         x.clone().requires_grad_(),
         torch._neg_view(-x),
         x.as_subclass(nn.Parameter),
     ):
-        assert torch.allclose(engine(given), expected, **FEW_LAYERS) and not engine(given).requires_grad
+        assert torch.allclose(engine(inputs), expected, **FEW_LAYERS) and not engine(inputs).requires_grad
 
 
 @pytest.mark.parametrize("copied", (copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), "torch.save"))

@@ -220,10 +220,10 @@ def test_networks_of_this_package_and_of_others(tmp_path):
     for options in ({}, {"generator_norm": "conditional", "condition": "concatenation"}):
         small = {"image_size": 32, "ngf": 8, "ndf": 8, "nz": 7, **options}
         cgan = prepared(lambda: fastgen.create_model("cgan", **small))  # noqa: B023
-        given = [(torch.randn(n, 7), torch.randint(10, (n,))) for n in (1, 3)]
-        assert_engine(cgan.generator, given[0], given[1:], tmp_path)
-        given = [(torch.rand(n, 3, 32, 32), torch.randint(10, (n,))) for n in (1, 3)]
-        assert_engine(cgan.discriminator, given[0], given[1:], tmp_path)
+        inputs = [(torch.randn(n, 7), torch.randint(10, (n,))) for n in (1, 3)]
+        assert_engine(cgan.generator, inputs[0], inputs[1:], tmp_path)
+        inputs = [(torch.rand(n, 3, 32, 32), torch.randint(10, (n,))) for n in (1, 3)]
+        assert_engine(cgan.discriminator, inputs[0], inputs[1:], tmp_path)
     assert_engine(prepared(SNGANGenerator), torch.randn(1, 5), [torch.randn(4, 5)], tmp_path)
 
 

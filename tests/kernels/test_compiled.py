@@ -223,10 +223,10 @@ def norm_act_launches(dtype, channels_last, norm, activation):
 def sampler_launches(dtype, batch, length, samples, prior):
     mu = meta(batch, length, dtype=dtype)
     key, kl, z = meta(2, dtype=torch.int64), vector(batch), meta(samples, batch, length, dtype=dtype) if samples else mu
-    given, options = (mu, mu) if prior else (None, None), (-1.0, 1.0, 0.1, 0.5)
+    prior_arguments, options = (mu, mu) if prior else (None, None), (-1.0, 1.0, 0.1, 0.5)
     with _launch.recorded() as launches:
-        kernels("reparameterize").forward(mu, mu, key, *given, samples, True, *options)
-        kernels("reparameterize").backward(z, kl, mu, mu, key, *given, samples, *options)
+        kernels("reparameterize").forward(mu, mu, key, *prior_arguments, samples, True, *options)
+        kernels("reparameterize").backward(z, kl, mu, mu, key, *prior_arguments, samples, *options)
     return launches
 
 
@@ -295,7 +295,7 @@ def test_every_tile_can_be_picked():
 
 def test_a_measured_tile_is_picked_if_it_is_of_the_kind():
     for kind, tiles in _tiles.TILES.items():
-        ours = _tiles.choose_tile(kind, 10**6, 128, 1, 132)
+        default = _tiles.choose_tile(kind, 10**6, 128, 1, 132)
         assert [_tiles.choose_tile(kind, 10**6, 128, 1, 132, str(tile)) for tile in tiles] == list(tiles)
         for other in ("", "7x7x7x1x1", "128x128x32x8x9"):
-            assert _tiles.choose_tile(kind, 10**6, 128, 1, 132, other) == ours
+            assert _tiles.choose_tile(kind, 10**6, 128, 1, 132, other) == default

@@ -84,14 +84,14 @@ def test_vae_states_go_both_ways(tmp_path):
     torch.save(original.state_dict(), tmp_path / "net.pth")
     loaded = fastgen.load_checkpoint(tmp_path / "net.pth")
     assert loaded.log_std == 0 and "log_std" not in loaded.state_dict()
-    ours = fastgen.create_model("vae", image_size=16, nz=5, widths=(4, 6, 8))
-    ours.log_std.fill_(-2)
-    assert ours.state_dict()["log_std"] == -2
-    ours.load_state_dict(original.state_dict())
-    ours.load_state_dict(loaded.state_dict())
-    assert ours.log_std == -2
+    network = fastgen.create_model("vae", image_size=16, nz=5, widths=(4, 6, 8))
+    network.log_std.fill_(-2)
+    assert network.state_dict()["log_std"] == -2
+    network.load_state_dict(original.state_dict())
+    network.load_state_dict(loaded.state_dict())
+    assert network.log_std == -2
     images = torch.rand(2, 3, 16, 16)
-    torch.testing.assert_close(ours.eval().encode(images), loaded.encode(images))
+    torch.testing.assert_close(network.eval().encode(images), loaded.encode(images))
 
 
 def test_wrapped_prefixed_sorted_and_with_old_statistics(tmp_path):

@@ -123,11 +123,11 @@ def test_unet_without_in_place_activations_equals_the_public_one():
     for outer, inner in ((8, 16), (4, 8), (2, 4)):
         block = networks.UnetBlock(outer, inner, block)
     original = networks.UnetBlock(3, 2, block, outermost=True)
-    ours = fastgen.models.UnetGenerator(3, 3, 2, 5)
-    ours.model.load_state_dict(original.state_dict())
+    network = fastgen.models.UnetGenerator(3, 3, 2, 5)
+    network.model.load_state_dict(original.state_dict())
     images = torch.randn(2, 3, 64, 32)
     for mode in (True, False):
-        torch.testing.assert_close(ours.train(mode)(images), original.train(mode)(images), **FLOAT32)
+        torch.testing.assert_close(network.train(mode)(images), original.train(mode)(images), **FLOAT32)
 
 
 def test_cyclegan_translates_any_size_both_ways():

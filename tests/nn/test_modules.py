@@ -34,10 +34,10 @@ def test_is_the_sequential_of_its_children(cls, norm, memory_efficient):
     x = torch.randn(3, 4, 8, 8)
     for one in (module, plain):
         one(x).square().sum().backward()
-    for mine, theirs in zip(module.state_dict().values(), plain.state_dict().values(), strict=True):
-        torch.testing.assert_close(mine, theirs)
-    for mine, theirs in zip(module.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, **GRADIENTS)
+    for actual, expected in zip(module.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(actual, expected)
+    for actual, expected in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, **GRADIENTS)
     again = pickle.loads(pickle.dumps(copy.deepcopy(module))).eval()
     torch.testing.assert_close(again(x), plain.eval()(x))
 
@@ -79,8 +79,8 @@ def test_fuse_memory_efficient_changes_no_bit():
         out = fused(x)
         out.square().mean().backward()
         found.append([out, *(p.grad for p in fused.parameters()), *fused.buffers()])
-    for mine, theirs in zip(*found, strict=True):
-        assert torch.equal(mine, theirs)
+    for economical, plain in zip(*found, strict=True):
+        assert torch.equal(economical, plain)
 
 
 def calls(op: str) -> tuple[int, int]:
@@ -105,10 +105,12 @@ def test_pytorch_computes_small_convolutions(kind):
     for one in (fused, plain):
         one(x).square().sum().backward()
     assert calls(op) == (plainly + 1, own)
-    for mine, theirs in zip(fused.state_dict().values(), plain.state_dict().values(), strict=True):
-        torch.testing.assert_close(mine, theirs)
-    for mine, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=CANCELLING * theirs.grad.abs().max().item())
+    for actual, expected in zip(fused.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(actual, expected)
+    for actual, expected in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(
+            actual.grad, expected.grad, rtol=0, atol=CANCELLING * expected.grad.abs().max().item()
+        )
 
     with fastgen.use_impl("cpp"):
         fused(x)

@@ -123,16 +123,16 @@ def test_hooks_of_all_modules_are_called(register):
     plain, found = Model(), []
     for model in (plain, fastgen.fuse(plain)):
         seen = []
-        handle = register(lambda module, given, *_, seen=seen: seen.append((type(module).__name__, given[0])))
+        handle = register(lambda module, inputs, *_, seen=seen: seen.append((type(module).__name__, inputs[0])))
         try:
             model(IMAGES.clone().requires_grad_()).square().sum().backward()
         finally:
             handle.remove()
         found.append(seen)
     assert len(found[0]) == 8
-    for (name, theirs), (called, mine) in zip(*found, strict=True):
+    for (name, expected), (called, actual) in zip(*found, strict=True):
         assert called == name
-        torch.testing.assert_close(mine, theirs, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(actual, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
 class Sampler(nn.Module):

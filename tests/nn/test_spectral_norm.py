@@ -29,9 +29,9 @@ LAYERS = {
 }
 
 
-def pair(make, ours=fastgen.nn.spectral_norm, theirs=parametrizations.spectral_norm, **options):
+def pair(make, wrap=fastgen.nn.spectral_norm, wrap_reference=parametrizations.spectral_norm, **options):
     made = []
-    for norm in (ours, theirs):
+    for norm in (wrap, wrap_reference):
         torch.manual_seed(0)
         made.append(norm(make().double(), **options))
     return made
@@ -51,22 +51,22 @@ def vectors(layer, name="weight"):
 def test_as_the_parametrization(kind, options):
     """The same weights, outputs, gradients, vectors and state_dict from the same seed, in training and eval."""
     make, shape = LAYERS[kind]
-    ours, theirs = pair(make, **options)
+    module, reference = pair(make, **options)
     x = data(shape)
     for training in (True, True, False):
-        for layer in (ours, theirs):
+        for layer in (module, reference):
             layer.train(training).zero_grad()
             (
                 layer(x) - layer(x * 2 if x.is_floating_point() else x)
             ).square().sum().backward()  # two accesses, one graph
-        torch.testing.assert_close(ours.weight, theirs.weight)
-        torch.testing.assert_close(vectors(ours), vectors(theirs))
-        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(module.weight, reference.weight)
+        torch.testing.assert_close(vectors(module), vectors(reference))
+        for a, b in zip(module.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    ours.load_state_dict(theirs.state_dict())
-    theirs.load_state_dict(ours.state_dict())
-    assert parametrize.remove_parametrizations(ours, "weight") is ours and type(ours) is type(make())
+    assert list(module.state_dict()) == list(reference.state_dict())
+    module.load_state_dict(reference.state_dict())
+    reference.load_state_dict(module.state_dict())
+    assert parametrize.remove_parametrizations(module, "weight") is module and type(module) is type(make())
 
 
 ITERATED = units(torch.float32, 2**14, 2**10)  # 30 iterations leave this much of the other singular vectors
@@ -92,11 +92,11 @@ def test_loads_the_older_state_dict(kind):
 
 
 def test_vector_and_other_names():
-    ours, theirs = pair(lambda: nn.LSTM(3, 4), name="weight_hh_l0")
-    torch.testing.assert_close(ours.weight_hh_l0, theirs.weight_hh_l0)
-    ours, theirs = pair(lambda: nn.LayerNorm(6))
-    torch.testing.assert_close(ours.weight, theirs.weight)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
+    module, reference = pair(lambda: nn.LSTM(3, 4), name="weight_hh_l0")
+    torch.testing.assert_close(module.weight_hh_l0, reference.weight_hh_l0)
+    module, reference = pair(lambda: nn.LayerNorm(6))
+    torch.testing.assert_close(module.weight, reference.weight)
+    assert list(module.state_dict()) == list(reference.state_dict())
     with pytest.raises(ValueError, match="name must be"):
         fastgen.nn.spectral_norm(nn.Linear(2, 2), "wheight")
     with pytest.raises(ValueError, match="n_power_iterations"):
@@ -291,11 +291,11 @@ def test_sigma_in_the_epilogue(kind, activation, grouped, monkeypatch):
     convolution = _spectral_convolution.convolution
     monkeypatch.setattr(_spectral_convolution, "convolution", lambda *inputs: seen.append(1) or convolution(*inputs))
     with fastgen.ops.use_impl("cpp"):
-        ours = penalized(copy.deepcopy(model), grouped, x)
+        actual = penalized(copy.deepcopy(model), grouped, x)
     assert len(seen) == 3
-    theirs = penalized(nn.Sequential(*model), grouped, x)
+    expected = penalized(nn.Sequential(*model), grouped, x)
     assert len(seen) == 3
-    torch.testing.assert_close(ours, theirs, **FLOAT64)
+    torch.testing.assert_close(actual, expected, **FLOAT64)
 
 
 SUMMED = units(torch.float32, 1024, 1024)  # a thousand products, divided by sigma before or after they are summed

@@ -93,5 +93,5 @@ def test_kernels_use_the_algorithm(n, channels, size, kernel, stride, monkeypatc
     by_size = outputs()
     monkeypatch.setenv("FASTGEN_WINOGRAD", "0")
     runs_winograd = [not torch.equal(*pair) for pair in zip(by_size, outputs(), strict=True)]
-    said = [algorithm(n, (channels, 16), size, kernel, stride, weight_gradient=grad) for grad in (False, True)]
-    assert runs_winograd == [found in (WINOGRAD_4X2, WINOGRAD_4X3) for found in said]
+    algorithms = [algorithm(n, (channels, 16), size, kernel, stride, weight_gradient=grad) for grad in (False, True)]
+    assert runs_winograd == [found in (WINOGRAD_4X2, WINOGRAD_4X3) for found in algorithms]

@@ -29,17 +29,17 @@ def check_parity(case: OpCase, dtype: torch.dtype, channels_last: bool, winograd
     upstream = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     upstream *= z.abs() > (64 if winograd else 16) * UNIT_ROUNDOFF[dtype] * z.abs().amax()
     exact = observe(case, exact_inputs, upstream, "reference")
-    theirs = observe(case, tensors, upstream, "reference")
-    ours = observe(case, tensors, upstream, OWN)
+    reference = observe(case, tensors, upstream, "reference")
+    actual = observe(case, tensors, upstream, OWN)
     for name in exact:
         if name == "grad of bias" and case.batch_stats:
             continue  # mathematically zero: all three results are only rounding
-        assert ours[name].dtype == theirs[name].dtype
-        allowed = case.allowed(error(theirs[name], exact[name]), dtype, name, winograd)
-        assert error(ours[name], exact[name]) <= allowed, name
+        assert actual[name].dtype == reference[name].dtype
+        allowed = case.allowed(error(reference[name], exact[name]), dtype, name, winograd)
+        assert error(actual[name], exact[name]) <= allowed, name
     if z.dim() == 4 and channels_last and not z.is_contiguous():
-        assert ours["out"].is_contiguous(memory_format=torch.channels_last)
-        assert theirs["out"].is_contiguous(memory_format=torch.channels_last)
+        assert actual["out"].is_contiguous(memory_format=torch.channels_last)
+        assert reference["out"].is_contiguous(memory_format=torch.channels_last)
 
 
 @by_id(SMALL)

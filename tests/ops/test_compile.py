@@ -81,5 +81,5 @@ def test_compile_with_inductor(case):
         for call, t in zip((compiled, lambda t: case.call(t, impl="reference").sin()), copies, strict=True):
             call(t).sum().backward()
         for name in tensors:
-            mine, theirs = (t[name].grad if t[name].requires_grad else t[name] for t in copies)
-            torch.testing.assert_close(mine, theirs, **FLOAT32)
+            actual, expected = (t[name].grad if t[name].requires_grad else t[name] for t in copies)
+            torch.testing.assert_close(actual, expected, **FLOAT32)

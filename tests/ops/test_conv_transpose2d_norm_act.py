@@ -33,8 +33,8 @@ def test_pytorchs_samples(sample, activation, impl):
     torch.testing.assert_close(found, expected)
     upstream = torch.randn_like(expected)
     pairs = (torch.autograd.grad(out, leaves, upstream, allow_unused=True) for out in (found, expected))
-    for mine, theirs in zip(*pairs, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    for actual, reference in zip(*pairs, strict=True):
+        torch.testing.assert_close(actual, reference)
 
 
 @pytest.mark.parametrize(

@@ -61,10 +61,10 @@ def test_parity(name, last, dtype, poisoned, launched):
     """The values agree with float64, and the memory order is the weight's."""
     geometry, grad, x, weight = operands(name, dtype, last)
     exact = aten_gradients(geometry, grad.double(), x.double(), weight.double(), (False, True))[1]
-    theirs = aten_gradients(geometry, grad, x, weight, (False, True))[1]
+    reference = aten_gradients(geometry, grad, x, weight, (False, True))[1]
     found = weight_grad(geometry, grad, x, weight)
     assert found.dtype == dtype and found.stride() == weight.stride()
-    assert error(found, exact) <= max(2 * error(theirs, exact), 4 * UNIT_ROUNDOFF[dtype])
+    assert error(found, exact) <= max(2 * error(reference, exact), 4 * UNIT_ROUNDOFF[dtype])
     if _tiers.INTERPRETED:
         assert launched == ["correlate", *["add"] * (name == "parts")]
 
@@ -107,8 +107,8 @@ def test_its_own_gradients(name):
         else:
             out = weight_grad(geometry, *factors, weight)
         found.append(torch.autograd.grad(out, factors, direction.to(dtype)))
-    for exact, ours in zip(*found, strict=True):
-        assert error(ours, exact) < 16 * UNIT_ROUNDOFF[torch.float32]
+    for exact, actual in zip(*found, strict=True):
+        assert error(actual, exact) < 16 * UNIT_ROUNDOFF[torch.float32]
 
 
 @pytest.mark.skipif(not _tiers.INTERPRETED, reason="TRITON_INTERPRET=1 lets Triton's kernels run here")

@@ -45,12 +45,12 @@ def test_pytorchs_samples(sample, activation, impl):
         return torch.nn.functional.leaky_relu(norm) if activation == "leaky_relu" else torch.nn.functional.silu(norm)
 
     expected = run(composed)
-    for mine, theirs in zip(
+    for actual, reference in zip(
         run(lambda o: norm_act(sample.input, norm="batch", activation=activation, impl=impl, **o)),
         expected,
         strict=True,
     ):
-        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(actual, reference)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def check_parity(case, dtype):
     """At most twice the reference's error in the same precision, against float64 with the same float32 noise."""
     tensors = case.tensors(dtype)
     tensors["logvar"] = tensors["logvar"].clamp(-2, 2)
-    theirs, ours = (observe(case, tensors, None, impl) for impl in IMPLEMENTATIONS)
+    reference, actual = (observe(case, tensors, None, impl) for impl in IMPLEMENTATIONS)
     doubles = {name: t.double() for name, t in tensors.items()}
     with pytest.MonkeyPatch.context() as patch:
         if dtype != torch.float64:
@@ -39,8 +39,8 @@ def check_parity(case, dtype):
             )
         exact = observe(case, doubles, None, "reference")
     for name in exact:
-        assert ours[name].dtype == theirs[name].dtype
-        assert error(ours[name], exact[name]) <= case.allowed(error(theirs[name], exact[name]), dtype, name), name
+        assert actual[name].dtype == reference[name].dtype
+        assert error(actual[name], exact[name]) <= case.allowed(error(reference[name], exact[name]), dtype, name), name
 
 
 @by_id(SAMPLER)
@@ -201,8 +201,8 @@ def test_sizes_that_leave_the_caches():
         generator = torch.Generator().manual_seed(3)
         outputs = ops.reparameterize_kl(mu, logvar, generator=generator, impl=impl)
         results[impl] = *outputs, *torch.autograd.grad(outputs, (mu, logvar), upstream)
-    for ours, theirs in zip(results[OWN], results["reference"], strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for actual, expected in zip(results[OWN], results["reference"], strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_thread_count_does_not_matter():

@@ -152,16 +152,16 @@ def test_narrow_images_in_bfloat16(kind, impl, poisoned):
     for _ in range(2):
         tensors = [torch.randn(size).bfloat16().requires_grad_() for size in (shape, weight.shape)]
         exact = [t.detach().double().requires_grad_() for t in tensors]
-        y, true = (
+        y, exact_y = (
             op(*inputs, **options, norm="none", activation="identity", impl=impl if inputs is tensors else "reference")
             for inputs in (tensors, exact)
         )
-        upstream = torch.randn(true.shape).bfloat16()
+        upstream = torch.randn(exact_y.shape).bfloat16()
         found = torch.autograd.grad(y, tensors, upstream)
-        expected = torch.autograd.grad(true, exact, upstream.double())
-        for mine, right in zip((y, *found), (true, *expected), strict=True):
-            scale = right.abs().max().clamp_min(1e-6)
-            assert (mine.double() - right).abs().max() <= 0.02 * scale
+        expected = torch.autograd.grad(exact_y, exact, upstream.double())
+        for value, exact_value in zip((y, *found), (exact_y, *expected), strict=True):
+            scale = exact_value.abs().max().clamp_min(1e-6)
+            assert (value.double() - exact_value).abs().max() <= 0.02 * scale
 
 
 FOUND = """

@@ -149,5 +149,5 @@ def test_defaults_of_the_process_decide_nothing(impl):
     with torch.device("meta"):
         on_meta = everything(impl)
     for other in (in_float64, on_meta):
-        for mine, theirs in zip(expected, other, strict=True):
-            assert theirs.dtype == mine.dtype and torch.equal(mine, theirs)
+        for expected_value, other_value in zip(expected, other, strict=True):
+            assert other_value.dtype == expected_value.dtype and torch.equal(expected_value, other_value)

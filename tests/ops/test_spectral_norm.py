@@ -32,15 +32,15 @@ def check_parity(case, dtype, channels_last):
     """At most twice the reference's error in the same precision."""
     tensors = inputs(case, dtype, channels_last)
     exact = observe(case, {name: t.double() for name, t in tensors.items()}, None, "reference")
-    theirs, ours = (observe(case, tensors, None, impl) for impl in IMPLEMENTATIONS)
+    reference, actual = (observe(case, tensors, None, impl) for impl in IMPLEMENTATIONS)
     for name in exact:
-        assert ours[name].dtype == theirs[name].dtype
-        assert error(ours[name], exact[name]) <= case.allowed(error(theirs[name], exact[name]), dtype, name), name
+        assert actual[name].dtype == reference[name].dtype
+        assert error(actual[name], exact[name]) <= case.allowed(error(reference[name], exact[name]), dtype, name), name
     for name in ("out", "grad of weight"):
-        assert ours[name].stride() == tensors["weight"].stride()
+        assert actual[name].stride() == tensors["weight"].stride()
     quotient, *others = ops.spectral_norm(*tensors.values(), **case.options, divide=False, impl=OWN)
     assert quotient.numel() == 0
-    assert all(torch.equal(ours[name], other) for name, other in zip(("sigma", "u", "v"), others, strict=True))
+    assert all(torch.equal(actual[name], other) for name, other in zip(("sigma", "u", "v"), others, strict=True))
 
 
 @by_id(SPECTRAL)
@@ -228,8 +228,8 @@ def test_weights_that_leave_the_caches(shape, dim):
     for impl in IMPLEMENTATIONS:
         out, sigma, *_ = ops.spectral_norm(weight, u, v, dim=dim, impl=impl)
         results[impl] = out, *torch.autograd.grad((out, sigma), weight, (weight.detach().sin(), torch.ones_like(sigma)))
-    for ours, theirs in zip(results["cpp"], results["reference"], strict=True):
-        torch.testing.assert_close(ours, theirs, **FLOAT32)
+    for actual, expected in zip(results["cpp"], results["reference"], strict=True):
+        torch.testing.assert_close(actual, expected, **FLOAT32)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -39,12 +39,12 @@ def tiny(**options) -> nn.Module:
 def test_tune(faster, monkeypatch, folder):
     times = {"cpp": 2.0, "torch": 2.0} | {faster: 1.0}
     monkeypatch.setattr(tuning, "milliseconds", clock(**times))
-    model, z, said = tiny().generator, torch.randn(3, 8), []
+    model, z, lines = tiny().generator, torch.randn(3, 8), []
     state, random = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
-    report = fastgen.tune(model, z, progress=said.append)
+    report = fastgen.tune(model, z, progress=lines.append)
     torch.testing.assert_close(model.state_dict(), state)
     assert torch.equal(torch.get_rng_state(), random) and model.training and z.grad is None
-    assert len(report.tuned) == len(said) == 12 and not report.left_out  # four layers
+    assert len(report.tuned) == len(lines) == 12 and not report.left_out  # four layers
     assert {row.chosen for row in report.tuned} == {faster}
     assert all(row.milliseconds == times for row in report.tuned)
     (file,) = report.files
@@ -171,15 +171,15 @@ def test_measurements_that_run_out_of_memory_are_left_out(monkeypatch, caplog):
 
 def test_a_gpus_time_is_taken_on_the_stream_of_the_call(monkeypatch):
     """On the tensors' GPU, which need not be the current one."""
-    said = []
+    events = []
 
     def event(enable_timing):
         return SimpleNamespace(
-            record=lambda stream=None: said.append(stream), synchronize=lambda: None, elapsed_time=lambda other: 1.5
+            record=lambda stream=None: events.append(stream), synchronize=lambda: None, elapsed_time=lambda other: 1.5
         )
 
     monkeypatch.setattr(torch.cuda, "Event", event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"the stream of {device}")
     scratch = SimpleNamespace(zero_=lambda: None, is_cuda=True, device="cuda:1")
-    assert tuning.milliseconds(lambda: said.append("call"), scratch) == 1.5
-    assert said == ["the stream of cuda:1", "call", "the stream of cuda:1"]
+    assert tuning.milliseconds(lambda: events.append("call"), scratch) == 1.5
+    assert events == ["the stream of cuda:1", "call", "the stream of cuda:1"]

@@ -93,8 +93,7 @@ PLANS = {"small": small, "several": several}
 def given(plan: Plan, n: int) -> list[np.ndarray]:
     """Inputs for a plan: ones, and labels of class 0."""
     return [
-        np.ones((n, *wanted.shape), np.float32) if wanted.classes is None else np.zeros(n, np.int64)
-        for wanted in plan.inputs
+        np.ones((n, *end.shape), np.float32) if end.classes is None else np.zeros(n, np.int64) for end in plan.inputs
     ]
 
 

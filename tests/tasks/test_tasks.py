@@ -293,8 +293,8 @@ def test_classes_and_defaults(vae, images):
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
-    for mine, its in zip(found, expected, strict=True):
-        assert mine.dtype == its.dtype and torch.equal(mine, its)
+    for actual, expected_value in zip(found, expected, strict=True):
+        assert actual.dtype == expected_value.dtype and torch.equal(actual, expected_value)
 
 
 def test_a_model_in_training_is_used_as_in_evaluation():
