@@ -1,8 +1,9 @@
 // Dispatcher registrations of the native kernels, on the libtorch stable ABI. Schemas, fake kernels and gradients:
 // fastgen/ops.
 //
-// The C++ kernels become fastgen::<op> for the CPU. Compiled with FASTGEN_CUDA, the same file makes the CUDA kernels
-// fastgen_cuda::<op> for the dispatch key that it names: fastgen/ops/_dispatch.py chooses between them and Triton's.
+// The C++ kernels become fastgen::<op> for the CPU. Compiled with FASTGEN_CUDA, the same file registers the CUDA
+// kernels as fastgen_cuda::<op> for the dispatch key that it names; fastgen/ops/_dispatch.py chooses between them and
+// Triton's.
 #if !defined(FASTGEN_CUDA)
 #include "ops/allocator.h"
 #endif

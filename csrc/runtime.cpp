@@ -17,14 +17,14 @@ py::tuple shape(const fastgen::plan::End& end) {
   return py::make_tuple(end.shape.c, end.shape.h, end.shape.w);
 }
 
-// Pairs of the shape of an image and, for labels, how many there are.
+// Pairs of an image's shape and, for labels, their number.
 py::list ends(const std::vector<fastgen::plan::End>& ends) {
   py::list found;
   for (const auto& end : ends) found.append(py::make_tuple(shape(end), end.label_count));
   return found;
 }
 
-// fastgen.runtime has checked the arrays.
+// fastgen.runtime has already checked the arrays.
 void run(const Plan& plan, int64_t n, const std::vector<uintptr_t>& in, const std::vector<uintptr_t>& out) {
   const py::gil_scoped_release release;
   std::vector<const void*> from;

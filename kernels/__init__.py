@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, one file an op. Importing one needs triton and no driver."""
+"""Triton kernels and their launchers, one file per op. Importing one needs triton and no driver."""

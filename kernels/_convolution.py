@@ -1,8 +1,9 @@
 """Convolution, strided or transposed, with its epilogue: an implicit matrix product on tensor cores.
 
-Rows are output pixels, columns output channels, the sum runs over taps and input channels. The pixels of a transposed
-convolution that share (pixel + padding) mod stride, an output phase, share their taps: each phase is a product of its
-own, and nothing is multiplied by the zeros between the pixels of its input. A strided convolution has one phase.
+Rows are output pixels, columns are output channels, and the sum runs over taps and input channels. In a transposed
+convolution, output pixels with the same (pixel + padding) mod stride (an output phase) use the same taps: each phase is
+a separate product, so nothing is multiplied by the zeros between the pixels of the input. A strided convolution has one
+phase.
 
 The kernel adds the bias. Then it either normalizes with given statistics and activates, or stores partial statistics of
 the batch, one part per tile, from the float32 sums, and leaves the rest to kernels/_epilogue.py. A product of few tiles
@@ -38,7 +39,7 @@ def convolve(
 ):  # fmt: skip
     """A tile of one phase and group: ROWS output pixels by COLUMNS output channels, DEPTH of the sum at a time.
 
-    channels, out_channels: per group. TH, TW: from one tap of a phase to the next. FLAT: taps and channels are one
+    channels, out_channels: per group. TH, TW: the distance between taps of a phase. FLAT: taps and channels are one
     dimension, for few channels.
     """
     column_tiles = tl.cdiv(out_channels, COLUMNS)
@@ -57,7 +58,8 @@ def convolve(
     valid = (sample < samples) & (rows * columns > 0)
     in_columns = column < out_channels
 
-    # Input pixels: one further per output pixel of a phase, or one stride; and a fixed step from tap to tap.
+    # The input pixel advances by one (transposed) or by the stride per output pixel of a phase, and by a fixed step per
+    # tap.
     y = origin_h + (i if TRANSPOSED else i * SH)
     z = origin_w + (j if TRANSPOSED else j * SW)
     STEP_H: tl.constexpr = -(TH * DH // SH) if TRANSPOSED else DH
@@ -113,7 +115,7 @@ def convolve(
         out += tl.program_id(2).to(tl.int64) * split_size
     elif not NORM:
         total += per_channel(bias, channel, in_columns, 0.0)[None, :]
-    if means is not None:  # partial statistics of what is stored
+    if means is not None:  # partial statistics of the stored values
         count = tl.sum(valid.to(tl.float32), 0)
         center = tl.sum(tl.where(inside, total, 0.0), 0) / tl.maximum(count, 1.0)
         deviation = tl.where(inside, total - center[None, :], 0.0)
@@ -150,7 +152,7 @@ def divide(
     kind, chip = _tiles.kind_of(x, channels_last, channels), multiprocessors(x)
     tile = _tiles.choose_tile(kind, rows, out_channels, products, chip, measured)
     if tile.columns == 128 and fused:
-        tile = _tiles.TILES[kind][1]  # registers: 128 columns leave no room for the epilogue's own values (sm_100)
+        tile = _tiles.TILES[kind][1]  # 128 columns leave too few registers for the epilogue (sm_100)
     flat = _tiles.is_gathered(channels_last, channels) and channels < tile.depth
     row_tiles, column_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(out_channels, tile.columns)
     taps = geometry.per_phase(weight.shape[2:])
@@ -163,8 +165,8 @@ def multiply(
     x: Tensor, weight: Tensor, out: Tensor, epilogue: Epilogue, geometry: Geometry, division: Division,
     parts: Parts | None,
 ) -> Tensor:  # fmt: skip
-    """Launches the product, into `out` or, if it is split, into float32 tensors; returns where. parts: for the partial
-    statistics."""
+    """Launches the product into `out` or, if it is split, into float32 tensors; returns the tensor written. parts:
+    receives the partial statistics."""
     tile, flat, row_tiles, column_tiles, steps, splits = division
     target = out if splits == 1 else x.new_empty((splits, out.numel()), dtype=torch.float32)
     (_, _, height, width), (samples, _, out_height, out_width) = x.shape, out.shape
@@ -189,17 +191,17 @@ def multiply(
 def forward(
     x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: Geometry, save: bool, tile: str = ""
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output, the convolution before the epilogue if `save`, and mean and var of batch statistics; what is not
-    wanted has no values. tile: the str() of the fastest tile, if known."""
+    """The output, the convolution before the epilogue if `save`, and mean and var of batch statistics; a result that is
+    not needed is an empty tensor. tile: the str() of the fastest tile, if known."""
     channels_last = is_channels_last(x) or is_channels_last(weight)
-    x, weight = in_order(x, channels_last), in_order(weight, True)  # contiguous weights are packed: channels together
+    x, weight = in_order(x, channels_last), in_order(weight, True)  # the weight is read with its channels contiguous
     layout = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty(geometry.output_shape(x, weight), dtype=x.dtype, device=x.device, memory_format=layout)
     nothing = x.new_empty(0)
     if out.numel() == 0:
         return out, torch.empty_like(out) if save else nothing, *epilogue.empty_stats(out)
     epilogue = epilogue.residual_like(out)
-    fused = not save and not epilogue.batch_stats and epilogue.residual is None  # for more, registers are short
+    fused = not save and not epilogue.batch_stats and epilogue.residual is None  # more would need too many registers
     division = divide(x, weight, out, geometry, channels_last, fused, tile)
     if fused and division.splits == 1:
         multiply(x, weight, out, epilogue, geometry, division, None)

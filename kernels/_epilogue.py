@@ -1,4 +1,4 @@
-"""What follows a convolution, or is norm_act itself: norm, residual and activation, in one pass."""
+"""The epilogue of a convolution, or norm_act itself: norm, residual and activation in one pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 class Epilogue(NamedTuple):
     """activation((z + bias - mean) / sqrt(var + eps) * norm_weight + norm_bias + residual); its defaults do nothing.
 
-    mean and var None, with a norm: the statistics of z.
+    With a norm, mean and var None mean the statistics of z.
     """
 
     norm_weight: Tensor | None = None
@@ -35,33 +35,33 @@ class Epilogue(NamedTuple):
     @classmethod
     def of(cls, *arguments: Any, bias: Tensor | None = None) -> Epilogue:
         """From the arguments of an op, in the order of its schema."""
-        given = cls(*arguments, bias=bias)
-        vectors = {name: None if (t := getattr(given, name)) is None else t.contiguous() for name in _VECTORS}
-        activation = "leaky_relu" if given.activation == "leaky_relu_" else given.activation
-        return given._replace(activation=activation, **vectors)
+        epilogue = cls(*arguments, bias=bias)
+        vectors = {name: None if (t := getattr(epilogue, name)) is None else t.contiguous() for name in _VECTORS}
+        activation = "leaky_relu" if epilogue.activation == "leaky_relu_" else epilogue.activation
+        return epilogue._replace(activation=activation, **vectors)
 
     @property
     def batch_stats(self) -> bool:
         return self.norm != "none" and self.mean is None
 
     def residual_like(self, x: Tensor) -> Epilogue:
-        """With the residual in the memory order of x."""
+        """This epilogue with the residual in the memory order of x."""
         return self if self.residual is None else self._replace(residual=in_order(self.residual, is_channels_last(x)))
 
     def stats_shape(self, x: Tensor) -> tuple[int, ...]:
-        """Of the statistics of x: (c,), or of groups of channels per sample (n, groups)."""
+        """The shape of the statistics of x: (c,), or (n, groups) for groups of channels per sample."""
         n, c = x.shape[:2]
         return (c,) if self.norm == "batch" else (n, self.num_groups if self.norm == "group" else c)
 
     def empty_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """mean and var of an empty x: NaN, as in PyTorch; without values where they are given."""
+        """mean and var of an empty x: NaN, as in PyTorch; empty tensors if they are arguments."""
         if not self.batch_stats:
             return new_pair(x, 0)
         nan = x.new_full(self.stats_shape(x), float("nan"), dtype=torch.float32)
         return nan, nan.clone()
 
     def arguments(self) -> dict[str, Any]:
-        """Those that every kernel of an epilogue takes."""
+        """The arguments of every kernel with an epilogue."""
         return {name: getattr(self, name) for name in _ARGUMENTS} | {"ACTIVATION": self.activation}
 
 
@@ -87,7 +87,7 @@ def tile_of(
 
 @triton.jit
 def per_channel(pointer, channel, valid, default: tl.constexpr):
-    """A vector's values per channel; the default where there is no vector."""
+    """A vector's values per channel, or the default if there is no vector."""
     if pointer is None:
         values = tl.full(channel.shape, default, tl.float32)
     else:
@@ -102,9 +102,10 @@ def apply(
     inner_step, stat_lines, splits, SUM: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
     WHOLE: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr, VALUES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of x. With partial statistics (means, m2s, counts) their merge is stored in new_mean and new_var.
+    """The epilogue of x. Partial statistics (means, m2s, counts), if any, are merged and stored in new_mean and
+    new_var.
 
-    SUM: z is the sum of `summands` tensors, `summand_step` from one to the next, plus a bias per channel.
+    SUM: z is the sum of `summands` tensors, `summand_step` apart, plus a bias per channel.
     """
     line, valid, at, inside, is_first = tile_of(
         lines, per_sample, outer_line, inner_line, length, inner, outer_step, inner_step, WHOLE, WIDE, LINES, VALUES
@@ -119,7 +120,7 @@ def apply(
         z += per_channel(bias, channel, valid, 0.0)[:, None]
     if NORM:
         if means is not None:
-            stats = line // group  # the line's statistics, which `group` channels share
+            stats = line // group  # index of the line's statistics, which `group` channels share
             center, variance = merge_moments(means, m2s, counts, stats, valid, stat_lines, splits, SPLITS)
             first = valid & is_first & (line % group == 0)
             tl.store(new_mean + stats, center, first)
@@ -139,9 +140,9 @@ def apply(
 def normalize(
     x: Tensor, epilogue: Epilogue, parts: Parts | None = None, summands: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The epilogue of x, and mean and var; `parts`: x's statistics, unless mean and var are given.
+    """The epilogue of x, and mean and var. parts: the partial statistics of x, unless mean and var are known.
 
-    summands: tensors (splits, *) in the memory order of x, which stand for x: their sum plus the bias.
+    summands: tensors (splits, *) in the memory order of x whose sum, plus the bias, replaces x.
     """
     out = torch.empty_like(x)
     norm, c = epilogue.norm, x.shape[1]

@@ -19,8 +19,8 @@ class Geometry(NamedTuple):
     dilation: Sequence[int]
     groups: int
     transposed: bool = False
-    output_padding: Sequence[int] = (0, 0)  # of a transposed one
-    reflect: bool = False  # the padding mirrors x instead of being zero; of a strided one
+    output_padding: Sequence[int] = (0, 0)  # of a transposed convolution
+    reflect: bool = False  # the padding mirrors x instead of being zero; not if transposed
 
     def output_shape(self, x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
         kernel = weight.shape[2:]
@@ -41,16 +41,16 @@ class Geometry(NamedTuple):
         return math.prod(self.stride) if self.transposed else 1
 
     def per_phase(self, sizes: Sequence[int]) -> int:
-        """How many of the output pixels, or of the taps, of these (height, width) the largest phase has."""
+        """The number of output pixels, or of taps, of these (height, width) in the largest phase."""
         steps = self.stride if self.transposed else (1, 1)
         return math.prod(triton.cdiv(size, step) for size, step in zip(sizes, steps, strict=True))
 
     def tap_steps(self) -> list[int]:
-        """From one tap of a phase to the next."""
+        """The distance between taps of a phase."""
         return [s // math.gcd(s, d) if self.transposed else 1 for s, d in zip(self.stride, self.dilation, strict=True)]
 
     def arguments(self, weight: Tensor) -> dict[str, int | bool]:
-        """Those of the kernels, for a weight (*, *, KH, KW)."""
+        """The kernels' arguments, for a weight (*, *, KH, KW)."""
         (kh, kw), (sh, sw), (ph, pw), (dh, dw) = weight.shape[2:], self.stride, self.padding, self.dilation
         sizes = {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw, "DH": dh, "DW": dw}
         return sizes | {"REFLECT": self.reflect}
@@ -61,8 +61,9 @@ def phase(
     q, size, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     TAP_STEP: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """A phase along one dimension: its first output pixel, how many of `size` it has, the input pixel that its first
-    tap reads for the first of them, its first tap, and how many taps it has, which are TAP_STEP apart."""
+    """A phase along one dimension: its first output pixel, its number of output pixels (of `size`), the input pixel
+    that its first tap reads for the first output pixel, its first tap, and its number of taps, which are TAP_STEP
+    apart."""
     if not TRANSPOSED:
         return q, size, q - PADDING, q, q + KERNEL
     first = (q + (STRIDE - PADDING % STRIDE) % STRIDE) % STRIDE  # first + PADDING = q mod STRIDE

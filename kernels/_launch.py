@@ -1,4 +1,4 @@
-"""The launch of a kernel, and what a launcher asks about tensors and the chip."""
+"""The launch of a kernel, and properties of tensors and the chip that launchers need."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST = (2**31 - 1, 65535, 65535)  # programs that CUDA launches along each dime
 
 @contextlib.contextmanager
 def recorded():
-    """Within the context launches are appended to the list that it yields, and not run; tensors may be on "meta"."""
+    """A context in which launches are not run but appended to the list that it yields; tensors may be on "meta"."""
     global _recorder
     launches: list[Launch] = []
     before, _recorder = _recorder, launches.append
@@ -56,7 +56,7 @@ def launch(
 
 
 def multiprocessors(like: Tensor) -> int:
-    """How many programs run at a time: the GPU's multiprocessors, or those of an H200 where there is no GPU."""
+    """The number of the GPU's multiprocessors, or of an H200's if there is no GPU."""
     return torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 132
 
 
@@ -66,7 +66,8 @@ def power_of_2(n: int) -> int:
 
 
 def wide(*tensors: Tensor | None) -> bool:
-    """Whether an index into one of the tensors needs 64 bits. The margin is for what a masked tile reaches beyond."""
+    """Whether an index into one of the tensors needs 64 bits. The margin covers masked indices of a tile beyond the
+    tensor's end."""
     return any(t is not None and t.numel() >= 2**31 - 2**20 for t in tensors)
 
 
@@ -82,5 +83,5 @@ def new_pair(like: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def program_id(WIDE: tl.constexpr):
-    """The program's number; with WIDE, all that is computed from it has 64 bits."""
+    """The program's index; with WIDE it has 64 bits, and so has everything computed from it."""
     return tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)

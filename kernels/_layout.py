@@ -1,4 +1,4 @@
-"""Memory order: a tensor's two layouts, and its values as lines, which share something and are reduced together."""
+"""Memory order: a tensor's two layouts, and its values as lines that are reduced together."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Lines(NamedTuple):
         return {**self._asdict(), "WHOLE": self.inner == self.length}
 
     def tile(self, values: int = 2048) -> tuple[int, int]:
-        """(lines, values per line) of a tile of that many values, the long side along memory."""
+        """(lines, values per line) of a tile of this many values, with the long side along contiguous memory."""
         if self.inner_line == 1 and self.inner_step != 1:
             along = min(power_of_2(self.lines), 64)
             return along, min(power_of_2(self.length), values // along)
@@ -48,13 +48,13 @@ class Lines(NamedTuple):
 
 
 def one_line(x: Tensor) -> Lines:
-    """All of x as one line, for what treats each value alone."""
+    """All of x as one line, for elementwise kernels."""
     return Lines(1, 1, 0, 0, x.numel(), x.numel(), 0, 1)
 
 
 def channel_lines(x: Tensor, channels_last: bool, per_sample: bool, groups: int | None = None) -> Lines:
-    """The lines of x (n, c, *): the values of a channel, or of one of `groups` of neighbouring channels; per sample,
-    or of all samples."""
+    """The lines of x (n, c, *): the values of a channel, or of one of `groups` groups of adjacent channels; per sample
+    or over all samples."""
     n, c = x.shape[:2]
     s = x.numel() // max(1, n * c)
     groups = c if groups is None else groups
@@ -72,13 +72,13 @@ def channel_lines(x: Tensor, channels_last: bool, per_sample: bool, groups: int 
 
 @triton.jit
 def line_base(line, per_sample, outer_line, inner_line):
-    """Where each line of Lines starts."""
+    """The position of each line's first value."""
     return line // per_sample * outer_line + line % per_sample * inner_line
 
 
 @triton.jit
 def line_step(k, inner, outer_step, inner_step, WHOLE: tl.constexpr):
-    """How far each value of a line is from the line's start."""
+    """The distance of each value of a line from the line's first one."""
     if WHOLE:
         return k * inner_step
     return k // inner * outer_step + k % inner * inner_step

@@ -1,4 +1,4 @@
-"""The table that tells each program of spectral norm's kernels its weight and its part of it."""
+"""The table in which each program of the spectral norm kernels finds its weight and its part of that weight."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _permanent(tables: Sequence[list], device: torch.device) -> list[Tensor]:
     """int32 tensors of the tables, which outlive any CUDA graph.
 
     A thread that warms up or records a CUDA graph allocates from the graph's memory, which must not be kept
-    (torch.compile checks): so another thread makes them.
+    (torch.compile checks that), so another thread creates them.
     """
     with ThreadPoolExecutor(1) as thread:
         return list(thread.map(lambda table: torch.tensor(table, dtype=torch.int32, device=device), tables))

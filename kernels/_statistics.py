@@ -15,7 +15,7 @@ from fastgen.kernels._launch import launch, multiprocessors, new_pair, program_i
 from fastgen.kernels._layout import Lines, channel_lines, is_channels_last, line_base, line_step
 from torch import Tensor
 
-MOST_SPLITS = 64  # of a line's values among programs; every program of the second pass merges them all
+MOST_SPLITS = 64  # per line; every program of the second pass merges them all
 
 
 @triton.jit
@@ -35,7 +35,8 @@ def merge_moments(means, m2s, counts, line, valid, lines, splits, SPLITS: tl.con
 
 @triton.jit
 def part_of(lines, length, chunk, splits, WIDE: tl.constexpr, LINES: tl.constexpr):
-    """The program's part of its lines: its number, the lines and which of them exist, its first value and its end."""
+    """The program's part of its lines: the part's index, the lines, the mask of existing lines, the first value and the
+    end."""
     program = program_id(WIDE)
     part = program % splits
     line = program // splits * LINES + tl.arange(0, LINES)
@@ -76,7 +77,7 @@ def merge(
     means, m2s, counts, new_means, new_m2s, new_counts, lines, parts, chunk, splits, LINES: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Makes one part of every `chunk` parts. A part may count no values."""
+    """Makes one part of every `chunk` parts. A part may be empty."""
     merged_part, line, valid, start, stop = part_of(lines, parts, chunk, splits, False, LINES)
     count = tl.zeros((PARTS, 1), tl.float32)
     mean = tl.zeros((PARTS, LINES), tl.float32)
@@ -108,11 +109,11 @@ def merge_sums(parts, line, valid, lines, splits, SPLITS: tl.constexpr):
 
 
 def split(lines: Lines, like: Tensor, tile: tuple[int, int]) -> tuple[int, int]:
-    """(splits, chunk): how many programs share a line's values so that the chip is full, and how many values each of
-    them takes."""
+    """(splits, chunk): the number of programs that share a line so that the chip is full, and the values per
+    program."""
     groups = triton.cdiv(lines.lines, tile[0])
-    wanted = min(MOST_SPLITS, triton.cdiv(4 * multiprocessors(like), groups), triton.cdiv(lines.length, tile[1]))
-    chunk = triton.cdiv(triton.cdiv(lines.length, max(1, wanted)), tile[1]) * tile[1]
+    splits = min(MOST_SPLITS, triton.cdiv(4 * multiprocessors(like), groups), triton.cdiv(lines.length, tile[1]))
+    chunk = triton.cdiv(triton.cdiv(lines.length, max(1, splits)), tile[1]) * tile[1]
     return triton.cdiv(lines.length, chunk), chunk
 
 
@@ -144,7 +145,7 @@ class Parts(NamedTuple):
 
 
 def statistics(x: Tensor, shape: Sequence[int]) -> Parts:
-    """Those of x (n, c, *); shape: (c,), or of groups of channels per sample (n, groups)."""
+    """The partial statistics of x (n, c, *). shape: (c,), or (n, groups) for groups of channels per sample."""
     lines = channel_lines(x, is_channels_last(x), len(shape) == 2, shape[-1])
     tile = lines.tile()
     splits, chunk = split(lines, x, tile)

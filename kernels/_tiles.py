@@ -22,7 +22,7 @@ class Tile(NamedTuple):
         return "x".join(map(str, self))
 
 
-# All tiles, larger ones first, made for registers and shared memory only; fastgen.tune measures them. "gathered":
+# All tiles, larger ones first, designed only for registers and shared memory; fastgen.tune measures them. "gathered":
 # tensor cores, with loads of one value at a time (channels apart in memory, or not a multiple of 16 of them).
 TILES = {
     "16 bits": (
@@ -47,14 +47,14 @@ TILES = {
 
 
 def precision_of(x: Tensor) -> str:
-    """float32 is multiplied as torch.backends.cudnn says for convolutions."""
+    """float32 uses the precision that torch.backends.cudnn sets for convolutions."""
     if x.dtype != torch.float32:
         return "16 bits"
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 def kind_of(x: Tensor, channels_last: bool, channels: int) -> str:
-    """The kind of TILES for an input with so many channels per group."""
+    """The kind of TILES for an input with this many channels per group."""
     precision = precision_of(x)
     return "gathered" if precision != "ieee" and is_gathered(channels_last, channels) else precision
 
@@ -64,8 +64,8 @@ def is_gathered(channels_last: bool, channels: int) -> bool:
 
 
 def choose_tile(kind: str, rows: int, columns: int, products: int, programs: int, measured: str = "") -> Tile:
-    """The tile for `products` products of this size on a chip that runs so many programs at a time: the one that was
-    measured to be fastest, given by its str(), if it is of this kind; else the largest that fills the chip."""
+    """The tile for `products` products of this size on a chip with this many multiprocessors: the one measured to be
+    fastest (its str()) if it is of this kind, else the largest that fills the chip."""
     tiles = TILES[kind]
     for tile in tiles:
         if str(tile) == measured:
@@ -82,6 +82,6 @@ def choose_tile(kind: str, rows: int, columns: int, products: int, programs: int
     return fitting[-1]
 
 
-def splits_of(programs: int, steps: int, wanted: int, most: int = 32) -> int:
-    """Into how many parts the sum is split: as many as fill the chip, of at least 4 steps each."""
-    return max(1, min(wanted // max(1, programs), steps // 4, most))
+def splits_of(programs: int, steps: int, target: int, most: int = 32) -> int:
+    """The number of parts of the sum: enough to fill the chip, with at least 4 steps each."""
+    return max(1, min(target // max(1, programs), steps // 4, most))

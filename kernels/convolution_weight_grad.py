@@ -3,11 +3,10 @@ pixels.
 
 There are two images: x and the gradient of the output. The inner one (x of a transposed convolution, the gradient of a
 strided one) is read at each of its pixels (i, j), the outer one at (i, j) * stride - padding + tap * dilation. Rows are
-channels of the inner image, columns are taps and channels of the outer one, in which order both kinds of weight have
-their dimensions.
+channels of the inner image, columns are taps and channels of the outer one; both kinds of weight have their dimensions
+in this order.
 
-There are few tiles and long sums, so the sums are split (split-K) into float32 tensors, which are added in a fixed
-order.
+Tiles are few and sums are long, so the sums are split (split-K) into float32 tensors, which are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from fastgen.kernels._statistics import merge_sums
 from torch import Tensor
 
 MOST_SPLITS = 128
-FEW = 64  # fewer channels are flattened with the taps, where loads are of one value at a time anyway
+FEW = 64  # fewer channels are flattened with the taps if loads are of single values anyway
 
 
 @triton.jit
@@ -110,7 +109,7 @@ def operands(grad: Tensor, x: Tensor, transposed: bool) -> tuple[Tensor, Tensor]
 
 
 def kind_of(inner: Tensor, outer: Tensor, groups: int) -> str:
-    """The kind of _tiles.TILES for the product: loads of several values are along the channels of both images."""
+    """The kind of _tiles.TILES for the product; vector loads need contiguous channels in both images."""
     adjacent = inner.stride(1) == outer.stride(1) == 1
     rows, channels = inner.shape[1] // groups, outer.shape[1] // groups
     return _tiles.kind_of(inner, adjacent and rows % 16 == 0, channels)

@@ -18,7 +18,7 @@ from torch import Tensor
 def backward_z(
     grad_out, x, residual, at, inside, center, rstd, gain, shift, slope, NORM: tl.constexpr, ACTIVATION: tl.constexpr
 ):
-    """The gradient before the activation, and the normalized x."""
+    """The gradient of the activation's input, and the normalized x."""
     grad = tl.load(grad_out + at, inside, 0.0).to(tl.float32)
     normalized = tl.load(x + at, inside, 0.0).to(tl.float32)
     z = normalized
@@ -36,7 +36,7 @@ def backward_sums(
     per_sample, outer_line, inner_line, length, inner, outer_step, inner_step, chunk, splits, PER_SAMPLE: tl.constexpr,
     ACTIVATION: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums (splits, lines) of g and of g * normalized x, where g is the gradient before the activation."""
+    """Partial sums (splits, lines) of g and of g * normalized x, where g is the gradient of the activation's input."""
     part, line, valid, start, stop = part_of(lines, length, chunk, splits, WIDE, LINES)
     channel = line % channels
     stats = line // group if PER_SAMPLE else channel
@@ -145,7 +145,7 @@ def backward(
         sums, dots = new_pair(x, splits, lines.lines)
         grid = (triton.cdiv(lines.lines, tile[0]) * splits,)
         launch(backward_sums, grid, x, sums=sums, dots=dots, chunk=chunk, splits=splits, **shared)
-        if group > 1:  # small tensors: the sums over the channels of a group, and over the samples
+        if group > 1:  # small tensors: sums over the channels of a group, or over the samples
             grad_bias, grad_weight = sums.sum(0), dots.sum(0)
             gain = 1.0 if weight is None else weight.float()
             sums, dots = (

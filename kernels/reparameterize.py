@@ -1,8 +1,8 @@
 """z = mu + exp(logvar / 2) * noise, the divergence from the prior, and their gradients; the noise is drawn in
 registers.
 
-docs/random.md says which noise a key stands for. The key stays on the device, so that each replay of a CUDA graph,
-which draws a new key, draws new noise.
+docs/random.md defines the noise of a key. The key stays on the device: each replay of a CUDA graph draws a new key, and
+so new noise.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def words(key, counter):
 def noise(key, start, column, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr):
     """Normals (ROWS, 4 * COUNTERS) of the elements start (ROWS, 1) + column (1, 4 * COUNTERS).
 
-    ALIGNED: every row starts at a counter's first element, so that each counter is drawn once. Else it is drawn for
-    each of its elements.
+    ALIGNED: every row starts at a counter's first element, so that each counter is drawn once. Else each counter is
+    drawn once per element.
     """
     if ALIGNED:
         first = tl.reshape(tl.min(column, 1), (1, 1))
@@ -91,10 +91,10 @@ def noise(key, start, column, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COUNTER
 
 @triton.jit
 def tile_of(rows, length, WIDE: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr):
-    """The program's batch and the number of batches, its rows, where they start (ROWS, 1), its columns
-    (1, 4 * COUNTERS), which of their elements exist, the number of its chunk of the rows, and the size of all rows."""
+    """The program's batch and the number of batches, its rows, their first elements (ROWS, 1), its columns (1, 4 *
+    COUNTERS), the mask of existing elements, the index of its chunk of the rows, and the size of all rows."""
     tiles = tl.cdiv(rows, ROWS)
-    programs = tiles * tl.cdiv(length, 4 * COUNTERS)  # of a batch
+    programs = tiles * tl.cdiv(length, 4 * COUNTERS)  # per batch
     batch = program_id(WIDE) // programs
     program = program_id(WIDE) % programs
     chunk = program // tiles
@@ -107,7 +107,7 @@ def tile_of(rows, length, WIDE: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.c
 
 @triton.jit
 def clamp(value, low, high):
-    """NaN stays NaN; None is no bound."""
+    """NaN stays NaN; None means no bound."""
     if low is not None:
         value = tl.where(value < low, low, value)
     if high is not None:
@@ -117,7 +117,7 @@ def clamp(value, low, high):
 
 @triton.jit
 def divergence(mu, logvar, prior_mean, prior_logvar, at, inside):
-    """The divergence of each element; and shift, slope and ratio, from which its gradients follow."""
+    """The divergence of each element, and the shift, slope and ratio that its gradients need."""
     shift = mu
     slope = mu
     log_ratio = logvar
@@ -195,7 +195,7 @@ def sample_backward(
 
 
 def _launch(kernel, mu: Tensor, key: Tensor, num_samples: int, by_row: bool, **arguments) -> None:
-    """by_row: something is summed over each row; else all of mu is one row."""
+    """by_row: the kernel sums over each row; else all of mu is one row."""
     batch = key.numel() // 2
     rows = mu.shape[key.dim() - 1] if by_row or num_samples > 1 else 1
     length = mu.numel() // (batch * rows)
@@ -246,7 +246,7 @@ def backward(
     )
     grad_z = None if grad_z is None else in_order(grad_z, ordered)
     grads = [
-        torch.empty_like(mu) if given else mu.new_empty(0) for given in (True, True, *(prior_mean is not None,) * 2)
+        torch.empty_like(mu) if needed else mu.new_empty(0) for needed in (True, True, *(prior_mean is not None,) * 2)
     ]
     if mu.numel() == 0:
         return tuple(grads)

@@ -2,16 +2,16 @@
 
 A weight is a matrix W with rows along its `dim` and columns along the rest. One pass over W computes t = W v, the line
 product, for some of its lines (the rows) and, while they are in the cache, their part of s = W^T t, the summed product;
-then the parts are added. With u = t / |t|, v = s / |s| and W^T u = s / |t|, sigma = u^T W v = (s / |t|) . v needs no
-further pass; a last pass writes them and weight / sigma. With v_first the lines are the columns, and u and v change
+the parts are added afterwards. With u = t / |t|, v = s / |s| and W^T u = s / |t|, sigma = u^T W v = (s / |t|) . v needs
+no further pass; a last pass writes them and weight / sigma. With v_first the lines are the columns, and u and v change
 roles.
 
-The programs of all three steps are one launch. Each program draws a ticket; a step has lower tickets than the next
-one. It then waits for the programs of its weight whose results it reads. Those drew their tickets earlier, so they run
-or have ended, in whatever order a GPU starts programs: there is no deadlock.
+All three steps are one launch. Each program draws a ticket; earlier steps have lower tickets. The program then waits
+for those programs of its weight whose results it reads. They drew their tickets earlier, so they are running or have
+ended, in whatever order the GPU starts programs: there is no deadlock.
 
-Sums are float32, in a fixed order. A table on the device, made once per set of shapes, says which part of which weight
-a ticket stands for; the tensors' addresses are arguments.
+Sums are float32, in a fixed order. A table on the device, created once per set of shapes, maps each ticket to a part of
+a weight; the tensors' addresses are arguments.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ def field(table, weight, FIELD: tl.constexpr):
 
 @triton.jit
 def part_of(table, blocks, ticket, WIDE: tl.constexpr):
-    """The ticket's weight, the ticket's number for that weight; rows, inner and columns of the matrix, and spread.
+    """The ticket's weight, its index among the tickets of that weight, and rows, inner, columns and spread of the
+    matrix.
 
     Element (r, m) is at m / inner * rows * inner + r * inner + m % inner, where m counts columns in memory order: m is
-    column m % spread * (columns / spread) + m / spread of the matrix. WIDE: what is computed from them has 64 bits.
+    column m % spread * (columns / spread) + m / spread of the matrix. WIDE: they have 64 bits, and so has everything
+    computed from them.
     """
     at = blocks + 2 * ticket
     weight, number = tl.load(at), tl.load(at + 1)
@@ -60,20 +62,20 @@ def part_of(table, blocks, ticket, WIDE: tl.constexpr):
 
 @triton.jit
 def arrive(counter):
-    tl.debug_barrier()  # the stores of all threads come first
+    tl.debug_barrier()  # after the stores of all threads
     tl.atomic_add(counter, 1, sem="release")
 
 
 @triton.jit
 def wait(counter, count):
-    """Waits until so many programs have arrived. Read their results by load_shared."""
+    """Waits until `count` programs have arrived. Read their results with load_shared."""
     while tl.atomic_add(counter, 0, sem="acquire") < count:
         pass
 
 
 @triton.jit
 def load_shared(pointer, mask, other):
-    """Loads what another program stored: not from the multiprocessor's own cache."""
+    """Loads what another program stored, bypassing the multiprocessor's L1 cache."""
     return tl.load(pointer, mask, other, cache_modifier=".cg")
 
 
@@ -206,8 +208,8 @@ def iterate(
     LAST: tl.constexpr, DIVIDE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The ticket's part of one of the three steps. counters: tickets drawn; then, per weight, how many programs of the
-    first step have arrived, and of the second. Not ITERATE: sigma of the given u and v."""
+    """The ticket's part of one of the three steps. counters: the tickets drawn, then the programs that have arrived per
+    weight in the first step, then in the second. Without ITERATE: sigma of the u and v that were passed."""
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
     arrived = counters + 1
     if ticket < line_count:
@@ -221,13 +223,12 @@ def iterate(
         arrive(arrived + COUNT + index)
     else:
         finish(weights, outs, us, vs, new_us, new_vs, sigmas, table, elements, ticket - line_count - sum_count, arrived,
-        t, s,
-               t_norms, s_norms, eps, COUNT, TRANSPOSED, ITERATE, LAST, DIVIDE, WIDE, CHUNK)  # fmt: skip
+               t, s, t_norms, s_norms, eps, COUNT, TRANSPOSED, ITERATE, LAST, DIVIDE, WIDE, CHUNK)  # fmt: skip
 
 
 @triton.jit
 def grad_dots(grads, weights, table, blocks, dots, COUNT: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr):
-    """Parts of grad . weight."""
+    """Partial sums of grad . weight."""
     index, number, rows, _, columns, _ = part_of(table, blocks, tl.program_id(0), WIDE)
     at = number * CHUNK + tl.arange(0, CHUNK)
     inside = at < rows * columns
@@ -266,16 +267,18 @@ def _groups(weights: Sequence[Tensor]) -> list[list[int]]:
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, weight in enumerate(weights):
         by_dtype.setdefault(weight.dtype, []).append(i)
-    return [of[i : i + MOST_WEIGHTS] for of in by_dtype.values() for i in range(0, len(of), MOST_WEIGHTS)]
+    return [
+        indices[i : i + MOST_WEIGHTS] for indices in by_dtype.values() for i in range(0, len(indices), MOST_WEIGHTS)
+    ]
 
 
 def forward(weights, us, vs, dims, n_power_iterations, eps, v_first, divide):
     """The op fastgen::spectral_norm."""
     outs, sigmas, new_us, new_vs = ([None] * len(weights) for _ in range(4))
-    for of in _groups(weights):
-        results = _forward([weights[i] for i in of], [us[i] for i in of], [vs[i] for i in of], [dims[i] for i in of],
-                           n_power_iterations, eps, v_first, divide)  # fmt: skip
-        for i, *result in zip(of, *results, strict=True):
+    for indices in _groups(weights):
+        lists = ([list_[i] for i in indices] for list_ in (weights, us, vs, dims))
+        results = _forward(*lists, n_power_iterations, eps, v_first, divide)
+        for i, *result in zip(indices, *results, strict=True):
             outs[i], sigmas[i], new_us[i], new_vs[i] = result
     return outs, sigmas, new_us, new_vs
 
@@ -320,9 +323,9 @@ def _forward(weights, us, vs, dims, n_power_iterations, eps, v_first, divide):
 def backward(grad_outs, grad_sigmas, weights, sigmas, us, vs, dims):
     """The op fastgen::spectral_norm_backward."""
     grads: list = [None] * len(weights)
-    for of in _groups(weights):
-        lists = ([list_[i] for i in of] for list_ in (grad_outs, grad_sigmas, weights, sigmas, us, vs, dims))
-        for i, grad in zip(of, _backward(*lists), strict=True):
+    for indices in _groups(weights):
+        lists = ([list_[i] for i in indices] for list_ in (grad_outs, grad_sigmas, weights, sigmas, us, vs, dims))
+        for i, grad in zip(indices, _backward(*lists), strict=True):
             grads[i] = grad
     return grads
 

@@ -14,8 +14,8 @@ from fastgen._build.native import CUDA_ON_CPU, INTERPRETED
 from fastgen.ops._processor import Processor
 from tests.support.tolerance import UNIT_ROUNDOFF
 
-# The implementation that the tests hold against the reference. With TRITON_INTERPRET=1, as tests/kernels runs them:
-# triton.
+# The implementation that the tests compare with the reference: triton with TRITON_INTERPRET=1, as tests/kernels sets
+# it.
 OWN = "triton" if INTERPRETED else "cuda" if CUDA_ON_CPU else "cpp"
 
 
@@ -27,10 +27,10 @@ class OpCase:
     name: str
     shapes: dict[str, tuple[int, ...]]
     options: dict[str, Any] = field(default_factory=dict)
-    bench: bool = False  # a real layer's shape: measured, and too large for gradcheck
+    bench: bool = False  # a real layer's shape: benchmarked, and too large for gradcheck
     dtypes: tuple[torch.dtype, ...] = tuple(UNIT_ROUNDOFF)
     factor: float = 2.0  # the error may be this many times that of PyTorch's own ops in the same precision,
-    floor: float = 4.0  # or this many units of roundoff where theirs happens to be smaller,
+    floor: float = 4.0  # or this many units of roundoff if theirs happens to be smaller,
     sum_floor: float = 16.0  # or this many in a parameter's gradient, a sum whose terms may cancel,
     float64_floor: float = (
         16.0  # times the floor, as there is no wider oracle: the reference's error is in the difference,
@@ -80,7 +80,7 @@ class OpCase:
         return (1, 1) if "transpose" not in self.op else (stride, stride) if isinstance(stride, int) else stride
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """Traffic of a forward pass that reads each input and writes the output once."""
+        """Bytes moved by a forward pass that reads each input and writes the output once."""
         sizes = [math.prod(shape) for shape in (*self.shapes.values(), self._output_shape())]
         return sum(sizes) * dtype.itemsize
 
@@ -89,7 +89,7 @@ class OpCase:
         return tuple(self.call(meta, impl="reference").shape)
 
     def flops(self) -> int:
-        """Multiplications and additions of the convolution, done directly; 0 for the ops without one."""
+        """Multiplications and additions of the direct convolution; 0 for ops without a convolution."""
         if "weight" not in self.shapes:
             return 0
         if "transpose" in self.op:
@@ -99,7 +99,7 @@ class OpCase:
         return 2 * n * height * width * channels * math.prod(self.shapes["weight"][1:])
 
 
-LAYER = {"norm": "batch", "activation": "leaky_relu"}  # where a row does not say otherwise
+LAYER = {"norm": "batch", "activation": "leaky_relu"}  # unless a row says otherwise
 
 
 def _norm_act(
@@ -175,7 +175,7 @@ CASES = [
     _conv("instance", (2, 4, 5, 4), (4, 6, 3, 3), bias=True, norm="instance", affine=False, running=False, stride=2,
           padding=1, output_padding=1, activation="relu"),
     _conv("instance-running", (2, 4, 5, 4), (4, 3, 3, 3), norm="instance", training=True, activation="silu"),
-    # PyTorch's own error in the gain's gradient is 8 units here for one memory order and 25 for the other.
+    # Here PyTorch's own error in the gain's gradient is 8 units for one memory order and 25 for the other.
     replace(_conv("groups", (2, 6, 4, 5), (6, 2, 3, 2), bias=True, training=True, groups=3, stride=(2, 1),
           padding=(1, 0), activation="sigmoid"), sum_floor=32.0),
     _conv("dilation", (2, 3, 5, 4), (3, 4, 2, 3), training=True, stride=2, padding=2, dilation=(2, 3),
@@ -228,7 +228,7 @@ CASES = [
 ]  # fmt: skip
 SAMPLER = [
     OpCase("reparameterize_kl", name, dict.fromkeys(("mu", "logvar", *prior), shape), options,
-           sum_floor=4.0, float64_floor=4.0)  # no gradient is a sum
+           sum_floor=4.0, float64_floor=4.0)  # no gradient is a long sum
     for name, shape, prior, options in (
         ("vae", (5, 20), (), {}),
         ("odd", (3, 7, 3), (), {"beta": 0.5}),
@@ -264,7 +264,7 @@ SPECTRAL = [
 SPECTRAL_LARGE = [
     OpCase("spectral_norm", "512x256x4x4", {"weight": (512, 256, 4, 4), "u": (512,), "v": (4096,)}, bench=True)
 ]
-_CH = 96  # BigGAN-128's discriminator: two 3x3 convolutions a block
+_CH = 96  # BigGAN-128's discriminator: two 3x3 convolutions per block
 BIGGAN_128 = [
     (out, channels, 3, 3)
     for block_in, out in (
@@ -279,14 +279,14 @@ BIGGAN_128 = [
 ]
 SMALL = [case for case in CASES if not case.bench]
 LARGE = [case for case in CASES if case.bench]
-# Measured on a GPU alone: layers of DCGAN-128 that DCGAN-64 has not, and one as large as BigGAN's.
+# Benchmarked only on a GPU: layers of DCGAN-128 that DCGAN-64 does not have, and one as large as BigGAN's.
 ON_GPU = [
     _conv("dcgan128-g1", (64, 1024, 4, 4), (1024, 512, 4, 4), **_DCGAN),
     _conv("dcgan128-last", (64, 64, 64, 64), (64, 3, 4, 4), norm="none", activation="tanh", stride=2, padding=1,
     bench=True),
     _conv("biggan-like-up", (64, 768, 16, 16), (768, 384, 4, 4), **_DCGAN),
 ]  # fmt: skip
-# Classes of processors, by name, whose rules are tested whichever is at hand.
+# Classes of processors by name; their rules are tested on any machine.
 PROCESSORS = {
     "avx2": Processor(),
     "avx512": Processor("AVX512", torch_bf16=True),

@@ -1,11 +1,11 @@
 import os
 import tempfile
 
-# A thread of torch that waits gives its core away, read when torch is loaded: else it spins where the other workers
-# compute.
+# Torch reads this when it is loaded: its waiting threads then yield their core instead of spinning on one that other
+# workers need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# What torch.compile keeps is code for the vectors of the process that made it, and is taken by processes with other
-# ones too (PyTorch 2.13), where it writes out of bounds.
+# torch.compile's cache holds code for the vector width of the process that compiled it, but serves processes with
+# another width too (PyTorch 2.13), where that code writes out of bounds.
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
     os.path.join(
@@ -22,13 +22,13 @@ from fastgen.ops import _memo, _rules
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """The same random numbers in every run, in any order of the tests."""
+    """The same random numbers in every run, whatever the order of the tests."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def poisoned():
-    """Uninitialized memory holds NaN: an output that is not written wholly shows."""
+    """Uninitialized memory holds NaN, which reveals an output that is not completely written."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
@@ -38,7 +38,7 @@ def poisoned():
 
 @pytest.fixture(autouse=True)
 def ieee():
-    """float32 is multiplied as float32 also by kernels that know TF32, where tests run such."""
+    """Kernels that support TF32 multiply float32 in full precision too."""
     if not CUDA_ON_CPU:
         yield
         return
@@ -50,7 +50,7 @@ def ieee():
 
 @pytest.fixture(autouse=True, scope="session")
 def nothing_is_measured():
-    """What the user of this machine measured decides no test, nor the processes that tests start."""
+    """The user's measured choices affect no test, and no process that a test starts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTGEN_CHOICES", "0")
         yield
@@ -58,7 +58,7 @@ def nothing_is_measured():
 
 @pytest.fixture
 def fused_when_small(monkeypatch):
-    """The layers run the fused ops for the small images of tests too, which by default PyTorch's modules compute."""
+    """The layers run the fused ops for the tests' small images too, which PyTorch's modules compute by default."""
     monkeypatch.setattr(_rules, "SMALL", 0)
     monkeypatch.setattr(_rules, "SMALL_WITH_GRADIENTS", 0)
     _memo.forget()

@@ -1,4 +1,4 @@
-"""The build, tried in a copy of the tree with a tiny op of its own, in fresh processes with a fresh cache."""
+"""The build, tested in a copy of the tree with one tiny op, in fresh processes with an empty cache."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastgen, m) { m.def("twice(Tensor x) -> Tensor"); 
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) { m.impl("twice", TORCH_BOX(&twice_of)); }
 """
 FILES = {"README.md": "", "csrc/ops.cpp": OPS, "csrc/cpu/twice.cpp": KERNEL, "csrc/shared/twice.h": HEADER}
-# A compiler that notes each source it compiles, and does what the file beside it says, if there is one.
+# A compiler that logs each source it compiles, and executes the file next to it, if there is one.
 COMPILER = """#!/bin/sh
 case "$*" in *ops.cpp*) echo ops.cpp >> "$0.log"; [ ! -f "$0.first" ] || . "$0.first" ;; esac
 exec c++ "$@"
@@ -50,7 +50,7 @@ WORKS = "[2.0, 2.0]"
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of what installs, with the tiny op in place of csrc."""
+    """A copy of the installed files, with the tiny op instead of csrc."""
     copy = tmp_path / "tree"
     shutil.copytree(ROOT / "fastgen", copy / "fastgen", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml"):
@@ -75,7 +75,7 @@ def env(tmp_path: Path, tree: Path) -> dict[str, str]:
 
 @pytest.fixture
 def cxx(tmp_path: Path, env: dict[str, str]) -> Path:
-    """The compiler of COMPILER, which env now names."""
+    """Makes env name the compiler of COMPILER."""
     script = tmp_path / "bin" / "cxx"
     script.parent.mkdir()
     script.write_text(COMPILER)
@@ -86,7 +86,7 @@ def cxx(tmp_path: Path, env: dict[str, str]) -> Path:
 
 @pytest.fixture
 def bare_python(tmp_path: Path) -> str:
-    """The interpreter of a new virtual environment with nothing in it but sight of this one's packages."""
+    """The interpreter of a new virtual environment that is empty but can see this one's packages."""
     venv.create(tmp_path / "venv", symlinks=True)
     site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
     import torch
@@ -103,7 +103,7 @@ def start(code: str, env: dict[str, str], python: str = sys.executable) -> subpr
 
 
 def run(code: str, env: dict[str, str], python: str = sys.executable) -> tuple[list[str], str]:
-    """Run code; return the lines it printed, and what it logged."""
+    """Runs code; returns the lines it printed, and what it logged."""
     process = start(code, env, python)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -148,7 +148,7 @@ def test_killed_builder_leaves_no_lock(env, cxx):
     assert not list(Path(env["FASTGEN_CACHE_DIR"]).glob("build-*"))
 
 
-def test_failed_build_is_shown_once_remembered_and_mended(env, cxx):
+def test_failed_build_is_shown_once_and_remembered_until_forced(env, cxx):
     broken = Path(f"{cxx}.first")
     broken.write_text("echo 'ops.cpp:1:2: error: no such luck'; echo 'ops.cpp:3:4: error: nor here'; exit 1\n")
     out, log = run(LOAD, env)
@@ -225,7 +225,7 @@ def test_unwritable_cache_falls_back_to_a_private_temporary_folder(env, tmp_path
     out, log = run("from fastgen._build import native; native.load(); print(native.status().path.parent)", env)
     assert out == [str(own)] and log == ""
 
-    own.chmod(0o777)  # as a folder is that somebody else laid there for us to load from
+    own.chmod(0o777)  # like a folder that another user planted for us to load from
     out, _ = run(LOAD, env)
     assert out[0].startswith(f"cannot write in {env['FASTGEN_CACHE_DIR']}: ")
 
@@ -235,7 +235,7 @@ def test_read_only_cache_serves_what_it_has(env, tmp_path):
     read_only = """import os
 access, cache = os.access, os.environ["FASTGEN_CACHE_DIR"]
 os.access = lambda path, mode: str(path) != cache and access(path, mode)
-"""  # chmod stops nobody who is root
+"""  # chmod does not stop root
     assert run(read_only + USE, env | {"TMPDIR": str(tmp_path)}) == ([WORKS, "just in time"], "")
 
 
@@ -271,7 +271,7 @@ def test_cuda_obstacle(built_with, release, reason, monkeypatch, tmp_path):
 
 @pytest.fixture
 def with_cuda(env, tree, tmp_path):
-    """The start of a program that takes PyTorch for one built with CUDA; a toolkit without nvcc's compiler."""
+    """The start of a program in which PyTorch seems built with CUDA, and whose toolkit has no compiler for nvcc."""
     (tree / "csrc" / "ops.cpp").write_text(f"{OPS}{KERNEL}")
     toolkit = tmp_path / "toolkit"
     for folder in ("bin", "lib64"):
@@ -287,7 +287,7 @@ torch.version.cuda, cpp_extension.CUDA_HOME = "13.0", "{toolkit}"
 
 
 def test_cuda_kernels_that_cannot_be_built(env, cxx, with_cuda, tmp_path):
-    """One line says why, `fastgen build` tries again, and what is built needs no toolkit."""
+    """One line says why, `fastgen build` tries again, and once built the kernels need no toolkit."""
     load = f"{with_cuda}print(cuda.load())"
     assert run(load, env | {"TORCH_CUDA_ARCH_LIST": "sm_90"})[0] == ["Unknown CUDA arch (sm_90) or GPU not supported"]
     none = run(load, {name: value for name, value in env.items() if name != "TORCH_CUDA_ARCH_LIST"})[0]
@@ -305,12 +305,12 @@ def test_cuda_kernels_that_cannot_be_built(env, cxx, with_cuda, tmp_path):
     assert out == ["just in time", "None"] and compilations(cxx) == 2
 
 
-def test_what_nvcc_says_first():
-    said = "FAILED: a.cuda.o\nnvcc fatal   : Unsupported gpu architecture 'compute_70'\nninja: build stopped."
-    assert toolchain.first_error(said) == "nvcc fatal   : Unsupported gpu architecture 'compute_70'"
+def test_the_first_error_of_nvcc():
+    output = "FAILED: a.cuda.o\nnvcc fatal   : Unsupported gpu architecture 'compute_70'\nninja: build stopped."
+    assert toolchain.first_error(output) == "nvcc fatal   : Unsupported gpu architecture 'compute_70'"
 
 
-def test_nvcc_that_is_no_program(tmp_path):
+def test_nvcc_that_cannot_be_executed(tmp_path):
     (tmp_path / "nvcc").touch(0o755)
     assert cuda.nvcc_release(tmp_path / "nvcc") is None
 
@@ -324,7 +324,7 @@ def test_environment_is_put_back(monkeypatch):
 
 
 def install(python: str, env: dict[str, str], *arguments: str) -> Path:
-    """pip install into python's environment; return the folder of the installed package."""
+    """Runs pip install in python's environment; returns the folder of the installed package."""
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--disable-pip-version-check"]
     done = subprocess.run([*pip, *arguments], env=env, cwd="/", capture_output=True, text=True)
     if "No matching distribution found for setuptools" in done.stdout + done.stderr:

@@ -1,4 +1,4 @@
-"""What the documents show runs, what they name is there, and their tables agree with the code."""
+"""The documents' examples run, the things they name exist, and their tables agree with the code."""
 
 import ast
 import functools
@@ -39,7 +39,7 @@ def commands(page: str) -> list[list[str]]:
 
 
 def first_cells(page: str) -> list[str]:
-    """What stands in backticks at the start of a table's rows."""
+    """The text in backticks in the first cell of each row of a table."""
     return [name for row in re.findall(r"^\| (`[^|]*) \|", PAGES[page], re.MULTILINE) for name in code(row)]
 
 
@@ -49,7 +49,7 @@ def code(text: str) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder to run in, with official checkpoints in it."""
+    """A working folder with official checkpoints in it."""
     monkeypatch.chdir(tmp_path)
     official = fastgen.create_model("dcgan")
     torch.save(official.generator.state_dict(), "netG_epoch_24.pth")
@@ -59,7 +59,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache folder for what is measured; the native code comes from the real one."""
+    """A cache folder for measurements; the native code comes from the real one."""
     native.load()
     runtime.load()
     monkeypatch.setenv("FASTGEN_CACHE_DIR", str(tmp_path / "cache"))
@@ -72,7 +72,7 @@ def cache(tmp_path, monkeypatch):
 def test_python_blocks_run(page, folder, cache, monkeypatch):
     if "digits" in "".join(blocks(page, "python")):
         pytest.importorskip("sklearn")
-    # Inductor, and what follows training, have tests of their own and are slow.
+    # Inductor and the steps after training are slow and have tests of their own.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr("fastgen.training.run.finish_run", lambda *arguments: None)
     for block in blocks(page, "python"):
@@ -102,7 +102,7 @@ def test_the_commands_of_the_readme_run(folder):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
 def test_commands_are_what_the_command_line_takes(page, monkeypatch):
-    """Parsed, not run."""
+    """The commands are parsed, not run."""
     parsed = []
 
     def parse_alone(function):
@@ -128,7 +128,7 @@ def test_the_readme_names_every_command_and_page():
 
 
 @pytest.mark.parametrize("page", ALL)
-def test_links_lead_somewhere(page):
+def test_links_are_not_broken(page):
     for link in re.findall(r"\]\(([^)]+)\)", ALL[page]):
         if "://" in link:
             continue
@@ -141,7 +141,7 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_files_and_targets_that_are_named_are_there(page):
+def test_named_files_and_targets_exist(page):
     named = re.findall(r"`((?:fastgen|csrc|kernels|tests|benchmarks|docs)/[\w./-]*)", PAGES[page])
     later = ("upsample_act", "fastgen/ops/choices/")  # an example; what `make gpu` writes
     assert [name for name in named if not (ROOT / name).exists() and not any(part in name for part in later)] == []
@@ -177,7 +177,7 @@ def test_the_table_of_ops_is_complete():
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/ops.md"])
-def test_every_word_of_who_computes_is_explained(page):
+def test_every_name_of_an_implementation_is_explained(page):
     words = {*ops.IMPLEMENTATIONS, "unfused", _policy.MODULES.implementation}
     (table,) = re.findall(r"^\| word \|.*\n\|---\|---\|\n((?:\|.*\n)+)", PAGES[page], re.MULTILINE)
     assert {word for row in table.splitlines() for word in code(row.split("|")[1])} == words

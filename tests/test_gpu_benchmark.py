@@ -1,5 +1,5 @@
-"""What of `make gpu` runs without a GPU: its rows of whole networks, its parity by the CPU's kernels, and how a run
-goes on."""
+"""The parts of `make gpu` that run without a GPU: rows of whole networks, parity with the CPU kernels, continuing a
+run."""
 
 import contextlib
 import json
@@ -35,8 +35,8 @@ def test_rows_of_networks(monkeypatch):
     document = gpu_session.started(Path("none"), {"date": "today"})
     gpu_session.add_rows(document, networks(clock, "cpu", 2))
     assert len(document["rows"]) == 7 and all(row["correct"] for row in document["rows"])
-    said = gpu_session.table(document | {"tiers": {}})
-    assert "| DCGAN-64 training step | 2 | bfloat16 | step | fastgen auto | 1.500 |" in said
+    lines = gpu_session.table(document | {"tiers": {}})
+    assert "| DCGAN-64 training step | 2 | bfloat16 | step | fastgen auto | 1.500 |" in lines
 
 
 ROW = {"case": "a layer", "batch": 1, "dtype": "torch.bfloat16", "what": "forward", "peer": "eager"}
@@ -49,8 +49,9 @@ def rows(ms, fails=False):
     yield ROW | {"peer": "fastgen", "ms": ms}
 
 
-def test_a_run_goes_on_where_the_last_one_ended(tmp_path):
-    """What failed or was left out for time is done next time, and no row stands twice; another commit starts anew."""
+def test_a_run_continues_where_the_last_one_ended(tmp_path):
+    """Rows that failed or were left out for lack of time are measured in the next run, no row is written twice, and
+    another commit starts over."""
     file, about = tmp_path / "gpu.json", {"commit": "a", "date": "today"}
 
     def keep(document):
@@ -76,7 +77,7 @@ def test_a_run_goes_on_where_the_last_one_ended(tmp_path):
 
 
 def test_a_stage_that_outlasts_the_time_keeps_its_rows():
-    """Though a peer's failures are caught where it is measured."""
+    """Even though a peer's failures are caught where it is measured."""
 
     def endless():
         yield ROW | {"ms": 1}
@@ -100,24 +101,24 @@ def test_a_stage_that_outlasts_the_time_keeps_its_rows():
 
 
 def test_parity_names_what_differs(monkeypatch):
-    """On the CPU, by the kernels for it: nothing differs, and what does is said."""
+    """With the CPU kernels nothing differs, and an injected difference is reported."""
     monkeypatch.setattr(gpu_parity, "tiers", lambda device: {"cpp": None, "cuda": "no GPU"})
     small = gpu_parity.CASES.index(next(case for case in gpu_parity.SMALL if case.op == "norm_act"))
     sampler = gpu_parity.CASES.index(gpu_parity.SPECTRAL[0])
     assert gpu_parity.wrong_of(small, "cpu") == gpu_parity.wrong_of(sampler, "cpu") == []
-    monkeypatch.setattr(gpu_parity, "error", lambda ours, theirs: 1.0)
+    monkeypatch.setattr(gpu_parity, "error", lambda actual, expected: 1.0)
     monkeypatch.setattr(gpu_parity.OpCase, "allowed", lambda *_: 0.5)
     assert any(gpu_parity.CASES[small].id in line and "bfloat16" in line for line in gpu_parity.wrong_of(small, "cpu"))
     assert gpu_parity.wrong_of(sampler, "cpu") == [f"cpp: {gpu_parity.CASES[sampler].id}: differs"]
 
 
-def test_what_a_machine_cannot_say_is_unknown():
+def test_unavailable_facts_of_a_machine_are_unknown():
     assert gpu_session.output_of("echo", "595.1") == "595.1"
     assert gpu_session.output_of("false") == gpu_session.output_of("no-such-program") == "unknown"
 
 
 def test_the_sanitizer(monkeypatch, tmp_path):
-    """It is found in the toolkit, its process allocates each tensor apart, and one that hangs is said."""
+    """It is found in the toolkit, its process allocates each tensor separately, and one that hangs is reported."""
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "/nowhere")
     assert gpu_parity.sanitized() == ["compute-sanitizer is not installed: not run"]
@@ -132,7 +133,7 @@ def test_the_sanitizer(monkeypatch, tmp_path):
 
 
 def test_the_smallest_cases(monkeypatch):
-    """By the CPU's kernels."""
+    """Run by the CPU kernels."""
     monkeypatch.setattr(torch.Tensor, "cuda", lambda x: x)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(
@@ -143,7 +144,7 @@ def test_the_smallest_cases(monkeypatch):
 
 
 def test_work_of_a_launch():
-    """Tiles that fit have the convolution's own products; what is read and written is counted once."""
+    """Tiles that fit exactly do the convolution's own products; each byte read or written is counted once."""
     pytest.importorskip("triton", reason="triton is not installed")
     from tests.kernels.test_compiled import convolution
 
@@ -154,7 +155,7 @@ def test_work_of_a_launch():
 
 
 def test_floors_as_launched():
-    """What is launched takes no less than the shapes say, and not many times as long."""
+    """The floor from the launches is at least the floor from the shapes, but not many times as high."""
     pytest.importorskip("triton", reason="triton is not installed")
     program = "from benchmarks import gpu_floors; gpu_floors.floors()"
     done = run_python(program, environment={"TRITON_INTERPRET": "1"})
@@ -165,7 +166,7 @@ def test_floors_as_launched():
         assert shape <= launched <= 5 * shape and both[0] <= both[1] <= 5 * both[0], line
 
 
-def test_a_case_that_dies_or_hangs_is_said(monkeypatch):
+def test_a_case_that_dies_or_hangs_is_reported(monkeypatch):
     late = float("inf")
     monkeypatch.setattr(gpu_parity, "HANGS", 0.01)
     assert gpu_parity.case_apart(0, late) == [f"{gpu_parity.CASES[0].id}: no result after 0.01 seconds"]

@@ -37,7 +37,7 @@ LAYERS: dict[str, set[str] | None] = {
 
 
 def imports(file: Path, package: str) -> Iterator[tuple[str, int, bool]]:
-    """Each module that a file imports: its dotted name, the line, and whether that happens inside a function."""
+    """Each module that a file imports: its dotted name, the line, and whether the import is inside a function."""
     nodes: list[tuple[ast.AST, bool]] = [(ast.parse(file.read_text()), False)]
     while nodes:
         node, inside = nodes.pop()
@@ -138,12 +138,12 @@ def imported_files(file: Path, package: str, modules: set[str]) -> Iterator[str]
             yield from (name if name in modules else module for name in names if module in modules)
 
 
-def test_imports_make_no_circle():
+def test_there_are_no_import_cycles():
     list(graphlib.TopologicalSorter(graph_of_imports()).static_order())  # CycleError names the modules
 
 
-def test_a_circle_is_found(tmp_path):
-    """Also one that an import within a function makes, or a relative one."""
+def test_an_import_cycle_is_found(tmp_path):
+    """Also through an import within a function, or a relative import."""
     (tmp_path / "a.py").write_text("def f():\n    from . import b\n")
     (tmp_path / "b.py").write_text("from fastgen.ops.a import f\n")
     modules = {"fastgen.ops.a", "fastgen.ops.b", "fastgen.ops"}
@@ -152,7 +152,7 @@ def test_a_circle_is_found(tmp_path):
 
 
 def test_import_loads_nothing_and_is_silent():
-    """What takes time is what is loaded: of the package its front alone, and of Python what that uses."""
+    """Import time depends on what is loaded: only the package's front and the parts of Python that it uses."""
     code = """
 import sys
 before = set(sys.modules)
@@ -168,7 +168,7 @@ print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
 
 
 def test_all_of_it_imports_no_compiler():
-    """torch._dynamo takes as long to import as torch; torch.compile brings it when it is wanted."""
+    """torch._dynamo takes as long to import as torch; torch.compile imports it when it is needed."""
     code = """
 import sys
 import fastgen.cli, fastgen.inference, fastgen.models, fastgen.nn, fastgen.ops, fastgen.training

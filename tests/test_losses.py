@@ -44,7 +44,7 @@ GRADIENTS = {
 
 
 @pytest.mark.parametrize("name", losses.GAN_LOSSES)
-def test_adversarial_gradients_are_those_by_hand(name):
+def test_adversarial_gradients_equal_hand_computed_ones(name):
     discriminator_loss, generator_loss = losses.GAN_LOSSES[name]
     real, fake = REAL.clone().requires_grad_(), FAKE.clone().requires_grad_()
     found = torch.autograd.grad(discriminator_loss(real, fake), (real, fake))
@@ -53,7 +53,7 @@ def test_adversarial_gradients_are_those_by_hand(name):
         torch.testing.assert_close(gradient * len(logits), formula(logits))
 
 
-def test_sure_discriminator_stays_finite():
+def test_confident_discriminator_gives_finite_losses():
     real, fake = torch.tensor([-1e4]), torch.tensor([1e4])
     assert losses.minimax_discriminator_loss(real, fake).item() == 2e4
     assert losses.non_saturating_generator_loss(-fake).item() == 1e4
@@ -79,7 +79,7 @@ def test_gradient_penalty_of_a_linear_discriminator():
     assert fake.grad is None
 
 
-def test_gradient_penalty_looks_between_the_images_as_the_generator_says():
+def test_gradient_penalty_draws_its_points_from_the_generator():
     seen = []
 
     def discriminator(x):

@@ -1,4 +1,4 @@
-"""The quality table; its rows take minutes and are no tests."""
+"""The quality table. Its rows take minutes, so the tests do not train them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What the source itself must keep to: files that fit in a head, tolerances with names, modules with names."""
+"""Rules for the source itself: short files, named tolerances, meaningful module names."""
 
 import ast
 import contextlib
@@ -37,8 +37,8 @@ def test_no_file_is_named_common():
 
 
 def unnamed_tolerances(source: str) -> Iterator[int]:
-    """The lines of rtol=, atol= and units() with numbers, programs in strings included, but for the definitions of
-    constants that have a comment."""
+    """The lines of rtol=, atol= and units() with numbers, including programs in strings, except definitions of
+    constants with a comment."""
     tree, lines = ast.parse(source), source.splitlines()
     constants = [
         node for node in tree.body if isinstance(node, ast.Assign) and "# " in "".join(lines[: node.lineno][-2:])
@@ -54,7 +54,7 @@ def unnamed_tolerances(source: str) -> Iterator[int]:
             pairs = zip(node.keys, node.values, strict=True) if node not in named else ()
             values = [value for key, value in pairs if getattr(key, "value", None) in ("rtol", "atol")]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "tol" in node.value:
-            with contextlib.suppress(SyntaxError):  # no program
+            with contextlib.suppress(SyntaxError):  # not a program
                 yield from (node.lineno for _ in unnamed_tolerances(node.value))
         for value in values:
             if any(isinstance(part, ast.Constant) and part.value for part in ast.walk(value)):

@@ -10,10 +10,10 @@
 
 namespace fastgen::cpu {
 
-// Winograd's algorithms have tiles of m x m outputs of r x r taps. `rows`, for few output channels: the taps of a row
-// of the kernel are output channels of one matrix product, and their sums the output. direct_bf16 and rows_bf16, for
-// bfloat16 alone, multiply pairs of channels by one instruction that not all processors have.
-// Plan files store these numbers: a new one comes last.
+// winograd_{m}x{r} computes tiles of m x m outputs from r x r taps. `rows`, for few output channels: one matrix product
+// computes the taps of a kernel row as if they were output channels, and the output is their sum. direct_bf16 and
+// rows_bf16, for bfloat16 only, multiply pairs of channels with one instruction that not all processors have. Plan
+// files store these numbers, so a new algorithm is added at the end.
 enum class Algorithm { direct, rows, winograd_4x2, winograd_4x3, direct_bf16, rows_bf16, end };
 constexpr int64_t kAlgorithms = static_cast<int64_t>(Algorithm::end);
 
@@ -48,8 +48,8 @@ inline bool can_run(Algorithm algorithm, const Geometry& conv) {
   return false;
 }
 
-// FASTGEN_WINOGRAD: "0" turns Winograd's algorithms off, "always" uses them wherever they can run, whatever it costs
-// (for tests).
+// FASTGEN_WINOGRAD: "0" turns Winograd's algorithms off, "always" uses them wherever they can run, even where they are
+// slower (for tests).
 inline bool winograd_is(const char* wanted) {
   const char* asked = getenv("FASTGEN_WINOGRAD");
   return asked && !strcmp(asked, wanted);
@@ -62,9 +62,9 @@ inline UseWinograd winograd_of_environment() {
                                  : UseWinograd::where_fastest;
 }
 
-// The algorithm to use: where each was measured to be the fastest (benchmarks/NOTES.md). least: with fewer lines than
-// that in the smaller side's images, Winograd's algorithm saves less on a 3x3 kernel of stride 2 than the tiles' edges
-// cost.
+// The algorithm that was measured to be the fastest (benchmarks/NOTES.md). least: for a 3x3 kernel with stride 2, if
+// the smaller of the two images has fewer rows than this, Winograd's algorithm saves less than incomplete tiles at the
+// edges cost.
 inline Algorithm choose(const Geometry& conv, const Epilogue& epilogue, UseWinograd use = winograd_of_environment(),
                         int64_t least = 8) {
   const bool never = epilogue.dtype == DType::float64 || use == UseWinograd::never;
@@ -79,24 +79,24 @@ inline Algorithm choose(const Geometry& conv, const Epilogue& epilogue, UseWinog
   return Algorithm::direct;
 }
 
-// The same for the gradient of the weight, whose other algorithm is direct. `output` describes the output's gradient.
+// The same for the gradient of the weight: a Winograd algorithm or direct. `output` describes the output's gradient.
 inline Algorithm choose_for_weight_grad(const Geometry& conv, const Epilogue& output,
                                         UseWinograd use = winograd_of_environment()) {
   const Algorithm algorithm = choose(conv, output, use, 4);
   return is_winograd(algorithm) ? algorithm : Algorithm::direct;
 }
 
-// Whether a convolution of bfloat16 multiplies pairs of channels by one instruction instead.
+// Whether a bfloat16 convolution multiplies pairs of channels with one instruction.
 inline bool uses_bf16_dot(const Geometry& conv, const Epilogue& epilogue) {
   return epilogue.dtype == DType::bfloat16 && can_dot_bf16() && can_run(Algorithm::direct_bf16, conv) && conv.oc > 4 &&
          !winograd_is("always");
 }
 
-// Floats of all weights in Winograd's transform.
+// The number of floats in the Winograd transform of all weights.
 inline int64_t transformed_size(const Geometry& conv) { return conv.ic * conv.oc * (conv.stride[0] == 2 ? 100 : 36); }
 
-// Whether each band of the output transforms the weights anew: where transformed weights are too large to be kept, or
-// are used for few pixels (of one call, or all that there will be), as they are then read from memory about as often as
+// Whether each band of the output transforms the weights again. It does where the transformed weights are too large to
+// keep, or are used for few pixels (of this call, or in total): they would then be read from memory about as often as
 // they are transformed.
 inline bool transforms_in_bands(const Geometry& conv, int64_t pixels) {
   return transformed_size(conv) * int64_t(sizeof(float)) > (16 << 20) || (conv.stride[0] == 1 && pixels <= 1600);

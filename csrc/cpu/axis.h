@@ -3,7 +3,7 @@ namespace fastgen::cpu::FASTGEN_ISA {
 
 // How the output positions of one axis read the input: position o, tap k -> source[o * taps + k], -1 outside. Positions
 // that the same taps reach form a class: one class per residue of the stride when transposed, and on a short axis
-// classes of their own for positions at the border, so that no tap is multiplied by zeros.
+// separate classes for positions at the border, so that no tap is multiplied by zeros.
 struct Axis {
   struct Class {
     std::vector<int64_t> taps, positions;
@@ -66,9 +66,9 @@ inline Axis axis_of(const Geometry& conv, int i) {
              : Axis::strided(in, out, kernel, conv.stride[i], conv.padding[i], conv.dilation[i], conv.reflect);
 }
 
-// The same for Winograd's algorithm. Position t and a phase give the output o = t * out_step + phase, or the output t
-// is the sum over phases of the input. Tap u of position t reads source[phase][t + u], -1 outside, and is the kernel's
-// tap[phase][u], -1 beyond the kernel.
+// The same for Winograd's algorithm. Either position t of a phase is the output o = t * out_step + phase, or the output
+// t is the sum over the phases of the input. Tap u of position t reads source[phase][t + u], -1 outside, and is the
+// kernel's tap[phase][u], -1 beyond the kernel.
 struct WinogradAxis {
   int64_t kernel, out, in_step, out_step;
   std::vector<std::vector<int64_t>> source, tap;
@@ -102,8 +102,8 @@ struct WinogradAxis {
     const int64_t r = ceil_div(kernel, stride), latest = (stride - 1 + padding) / stride;
     for (int64_t phase = 0; phase < stride; ++phase) {
       const int64_t from = (phase + padding) / stride, k = (phase + padding) % stride;
-      const bool late = from < latest &&
-                        k + stride * (r - 1) >= kernel;  // it lacks the first tap, and reads what the last phase does
+      const bool late =
+          from < latest && k + stride * (r - 1) >= kernel;  // has no first tap, and reads what the last phase reads
       axis.add(in, r, 1, from + late - (r - 1), false);
       for (int64_t u = late; u < r + late; ++u) axis.add_tap(u < r ? k + stride * (r - 1 - u) : kernel);
     }

@@ -6,12 +6,12 @@
 
 namespace fastgen::cpu {
 
-// The statistics of the output are written to epilogue.mean and .var when epilogue.batch_stats.
+// If epilogue.batch_stats, the statistics of the output are written to epilogue.mean and .var.
 void convolution_norm_act(const Geometry& conv, const Epilogue& epilogue, const ConvolutionTensors& tensors,
                           const ParallelFor& parallel);
 
-// The gradient of the weight, `out` with conv.weight_strides, from `grad`, that of the convolution, whose sizes, dtype
-// and memory order `output` gives.
+// Writes the gradient of the weight to `out`, with conv.weight_strides. `grad` is the gradient of the convolution's
+// output; `output` has its sizes, dtype and memory order.
 void convolution_weight_grad(const Geometry& conv, const Epilogue& output, const void* grad, const void* x, void* out,
                              const ParallelFor& parallel);
 
@@ -19,7 +19,7 @@ void convolution_weight_grad(const Geometry& conv, const Epilogue& output, const
 class PackedConvolution {
  public:
   virtual ~PackedConvolution() = default;
-  // x (n, ih, iw, ic) and out of epilogue.dtype, bfloat16 if the algorithm asks for it.
+  // x is (n, ih, iw, ic). x and out have epilogue.dtype, which must be bfloat16 for the algorithms that need it.
   virtual void run(const Epilogue& epilogue, const void* x, void* out, const ParallelFor& parallel) const = 0;
 };
 std::unique_ptr<PackedConvolution> pack_convolution(const Geometry& conv, Algorithm algorithm, const float* weight,

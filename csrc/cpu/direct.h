@@ -2,8 +2,8 @@
 // Included once per instruction set (see isa.h), after epilogue.h.
 namespace fastgen::cpu::FASTGEN_ISA {
 
-// joined: how many taps of a row of the kernel are read as one tap of that many times the channels, from rows that have
-// `edge` more pixels at either end; for few channels, where the tiles of one tap are too short.
+// joined: how many taps of a kernel row are read as one tap with that many times the channels, from rows with `edge`
+// more pixels at either end. For few channels, where the product over one tap is too short.
 struct Direct {
   Axis rows, columns;
   int64_t joined = 1, edge = 0;
@@ -20,11 +20,11 @@ inline Direct direct(const Geometry& conv) {
   return {axis_of(conv, 0), axis_of(conv, 1)};
 }
 
-constexpr int64_t kBandPixels = 1024;  // output pixels of a band, about
+constexpr int64_t kBandPixels = 1024;  // output pixels per band, approximately
 constexpr int64_t kItems = 8;
 
 // Computes the band's pixels of one class of rows and columns, kPixels at a time, in `count` blocks: one, or two that
-// lie band_size apart. dot: a float of x and of the weights is a pair of bfloat16, and counts as one channel.
+// are band_size apart. dot: each float of x and of the weights is a pair of bfloat16, and counts as one channel.
 template <bool dot, class T, int vectors>
 void multiply(const Output<T, vectors>& output, const Direct& direct, const Acc<T>* x, const Acc<T>* packed,
               int64_t block, int64_t count, const Band& band, const Axis::Class& row, const Axis::Class& column,
@@ -47,7 +47,7 @@ void multiply(const Output<T, vectors>& output, const Direct& direct, const Acc<
   A* to[2 * kPixels];
   int filled = 0;
   const auto run_tile = [&] {
-    // A small tile of one block leaves registers, and the units that multiply, idle.
+    // A small tile of one block leaves registers and multipliers idle.
     if (count == 2 && filled <= kPixels / 2) kTiles<A, vectors, dot, 2>[filled - 1](sources, weights, taps, depth, to);
     else
       for (int64_t k = 0; k < count; ++k)
@@ -89,13 +89,13 @@ void run(Output<T, vectors>& output, const Direct& direct, const Acc<T>* x, cons
   const Geometry& conv = output.conv;
   const Epilogue& epilogue = output.epilogue;
   output.set_band(kBandPixels / epilogue.s, kBandPixels / conv.ow);
-  // Enough work for some threads, if rows are left.
+  // Smaller bands where these would make fewer than kItems items of work.
   const int64_t others = conv.groups * output.blocks() * ceil_div(epilogue.n, output.images);
   output.set_band(output.images,
                   std::min(output.band_rows, std::max<int64_t>(4, ceil_div(conv.oh, ceil_div(kItems, others)))));
   const int64_t bands = ceil_div(epilogue.n, output.images) * output.bands_per_image(),
                 band_size = output.images * output.band_rows * conv.ow * width;
-  // Two blocks at once, if enough work is left for all threads.
+  // Two blocks at once, if that leaves enough work for all threads.
   const int64_t together = conv.groups * output.blocks() * bands >= 4 * parallel.threads ? 2 : 1;
   const int64_t parts_per_group = ceil_div(output.blocks(), together);
   const std::vector<A> zeros(static_cast<size_t>(conv.ic / conv.groups * direct.joined), A(0));

@@ -1,4 +1,4 @@
-// The element types of tensors, and the type that arithmetic on each runs in.
+// The element types of tensors, and the accumulation type of each.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ struct BFloat16 {
 };
 using Float16 = _Float16;
 
-// Reductions and arithmetic of a type run in this one.
+// The type of arithmetic and reductions over elements of type T.
 template <class T>
 struct AccumulateIn {
   using type = float;

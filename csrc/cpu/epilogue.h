@@ -1,8 +1,8 @@
-// The output of one call: how it is divided among threads, and the epilogue that is applied before it is written.
-// Included once per instruction set (see isa.h), after tile.h.
+// The output of one call: how it is divided among threads, and the epilogue applied before it is written. Included once
+// per instruction set (see isa.h), after tile.h.
 namespace fastgen::cpu::FASTGEN_ISA {
 
-// All pixels of some rows of some images of the output: the unit of work.
+// Some whole rows of some images of the output: the unit of work.
 struct Band {
   int64_t first_image, last_image, first_row, last_row;
 };
@@ -105,12 +105,12 @@ struct Output {
   static constexpr int64_t kChunk = 64;  // pixels
 
   template <class F>
-  static void each(A* z, int64_t pixels, const F& changed) {  // a constant trip count: SIMD code
+  static void each(A* z, int64_t pixels, const F& changed) {  // the constant trip count gives SIMD code
     for (int64_t pixel = 0; pixel < pixels; ++pixel)
       for (int64_t k = 0; k < width; ++k) z[pixel * width + k] = changed(z[pixel * width + k], k);
   }
 
-  // The pixels z of the block of channels at `first`, to a tensor of the output's order.
+  // Writes the pixels z of the block of channels at `first` to a tensor in the output's memory order.
   void put(const A* z, T* tensor, int64_t image, int64_t pixel, int64_t pixels, int64_t first, int64_t valid) const {
     if (!epilogue.channels_last) {
       for (int64_t channel = 0; channel < valid; ++channel)
@@ -122,7 +122,7 @@ struct Output {
       T* const to = tensor + at(image, first, pixel + i);
       if (valid < width) store_block(to, z + i * width, valid);
       else if constexpr (std::is_same_v<T, A>)
-        memcpy(to, z + i * width, width * sizeof(A));  // of a constant size: a few moves
+        memcpy(to, z + i * width, width * sizeof(A));  // a constant size compiles to a few moves
       else store_block(to, z + i * width, width);
     }
   }

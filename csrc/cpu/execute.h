@@ -13,14 +13,14 @@
 
 namespace fastgen::cpu::FASTGEN_ISA {
 
-// A convolution made ready for any number of images: how it is computed, and its weights packed for that.
+// A convolution prepared for any number of images: its algorithm, and its weights packed for it.
 template <class A, int vectors>
 struct Packed {
   using Fast = std::variant<Direct, Rows, Winograd<float, 4, 2, vectors>, Winograd<float, 4, 3, vectors>>;
   std::conditional_t<std::is_same_v<A, float>, Fast, std::variant<Direct, Rows>> how;
   Buffer<A> weights;
 
-  // x as `how` reads it.
+  // x in the form that `how` reads.
   template <class T>
   Pixels<A> pixels(const Geometry& conv, int64_t n, const T* x, bool channels_last, const ParallelFor& parallel) const {
     auto plain = pixels_first<A>(x, n, conv.ic, conv.ih * conv.iw, channels_last, parallel);
@@ -31,7 +31,7 @@ struct Packed {
   }
 };
 
-// pixels: of the output, for which the packed weights will be used.
+// pixels: the number of output pixels that the packed weights will be used for.
 template <class T, int vectors>
 Packed<Acc<T>, vectors> pack(const Geometry& conv, Algorithm algorithm, int64_t pixels, const T* weight,
                              const ParallelFor& parallel) {
@@ -58,15 +58,15 @@ Packed<Acc<T>, vectors> pack(const Geometry& conv, Algorithm algorithm, int64_t 
   return {direct(conv), pack_weights(conv, width, weight, parallel)};
 }
 
-// Whether one vector is wide enough for the output channels (of `rows`: for those of a row of taps).
+// Whether one vector is wide enough for the output channels (for Rows: for those of a row of taps).
 template <class A>
 bool is_narrow(const Geometry& conv, Algorithm algorithm) {
   const int64_t columns = algorithm == Algorithm::rows ? conv.kw * conv.oc : conv.oc / conv.groups;
   return columns <= Vector<A>::size;
 }
 
-// x: Packed::pixels. With statistics of the output, they come with the convolution, and the rest of the epilogue is a
-// pass over its output.
+// x: from Packed::pixels. If the epilogue needs statistics of the output, the convolution computes them, and the rest
+// of the epilogue is a second pass over the output.
 template <bool dot = false, class T, int vectors>
 void run_packed(const Packed<Acc<T>, vectors>& packed, const Geometry& conv, const Epilogue& epilogue, const Acc<T>* x,
                 T* pre, T* out, const ParallelFor& parallel) {

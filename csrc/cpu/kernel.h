@@ -1,5 +1,5 @@
-// What every kernel is made of. It comes before isa.h, so that no standard template is instantiated for one instruction
-// set and linked into another.
+// The headers that every kernel needs. Included before isa.h, so that no standard template is instantiated for one
+// instruction set and linked into another.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,8 @@
-// The normals of shared/philox.h, a vector of counters at a time. Included once per instruction set (see isa.h).
+// The standard normals of shared/philox.h, computed for a vector of counters at a time. Included once per instruction
+// set (see isa.h).
 namespace fastgen::cpu::FASTGEN_ISA {
 
-// A word of each counter in the low half of its lane; what the high half holds does not matter.
+// One word of each counter, in the low half of its lane; the high half is ignored.
 typedef uint64_t Words __attribute__((vector_size(FASTGEN_VECTOR_BYTES)));
 constexpr int64_t kLanes = FASTGEN_VECTOR_BYTES / 8, kCounters = 2 * kLanes;
 constexpr int64_t kNoiseSlack = 4 * kCounters + 4;  // floats that normals() may write beyond `count`
@@ -46,8 +47,8 @@ inline __attribute__((always_inline)) void philox(uint64_t seed, uint64_t offset
   }
 }
 
-// Standard normals of elements [first, first + count), from `out` on, which has room for count + kNoiseSlack; returns
-// where the first one is.
+// Writes the standard normals of elements [first, first + count) to `out`, which has room for count + kNoiseSlack, and
+// returns the address of the first one.
 inline const float* normals(uint64_t seed, uint64_t offset, uint64_t first, int64_t count, float* out) {
   const uint64_t begin = first / 4;
   const int64_t blocks = static_cast<int64_t>((first + count + 3) / 4 - begin);

@@ -21,8 +21,8 @@ struct Each {
   A operator[](int64_t i) const { return values[i]; }
 };
 
-// How many pixels of few channels make one row of the loops below: a power of two that divides the pixels. Only the
-// coefficients and the sums, which are repeated as often, depend on it.
+// With few channels, this many pixels make one row of the loops below: a power of two that divides the pixels. The
+// coefficients and the sums are repeated once per pixel of the row.
 inline int64_t pixels_per_row(const Epilogue& epilogue) {
   int64_t pixels = 1;
   while (epilogue.channels_last && epilogue.s % (2 * pixels) == 0 && 2 * pixels * epilogue.c <= kBlock) pixels *= 2;
@@ -53,7 +53,7 @@ void for_each_block(const Epilogue& epilogue, int64_t begin_row, int64_t end_row
   }
 }
 
-// The same over elements alone, when nothing depends on the channel.
+// The same, but over elements only, where nothing depends on the channel.
 template <class Body>
 void for_each_element_block(const Epilogue& epilogue, const ParallelFor& parallel, const Body& body) {
   const int64_t size = epilogue.n * epilogue.c * epilogue.s;
@@ -118,8 +118,8 @@ void apply(const Epilogue& epilogue, const void* x_, void* out_, const ParallelF
   });
 }
 
-// Reductions run over chunks of the pixels, whose size in rows does not depend on the thread count; so neither does the
-// result.
+// Reductions run over chunks of pixels. Their size in rows does not depend on the thread count, so the result does not
+// either.
 inline int64_t rows_per_chunk(const Epilogue& epilogue) {
   if (!epilogue.channels_last) return 1;
   const int64_t pixels = std::max(ceil_div(32768, epilogue.c), ceil_div(epilogue.s, 128));
@@ -142,7 +142,7 @@ Moments<double> plane_moments(const T* x, int64_t size) {
 #pragma omp simd reduction(+ : total)
     for (int64_t j = 0; j < count; ++j) total += block[j];
     const A mean = total / static_cast<A>(count);
-    A sum = 0, squares = 0;  // each lane of the vector adds up at most 32 of them
+    A sum = 0, squares = 0;  // each lane of the vector adds at most 32 values
 #pragma omp simd reduction(+ : sum, squares)
     for (int64_t j = 0; j < count; ++j) {
       const A d = block[j] - mean;
@@ -188,14 +188,14 @@ void add_sums(const Acc<T>* g, const T* x, Acc<T> center, int64_t count, double&
   sum_gx += all_gx;
 }
 
-// What the statistics of x subtract from the gradient: dx = scale * g - offset - (x - mean) * slope, as Affine's
-// coefficients.
+// The gradient through the statistics of x, as coefficients like Affine's: dx = scale * g - offset - (x - mean) *
+// slope.
 template <class A>
 struct StatsGrad {
   Buffer<A> offset, slope;
 };
 
-// The sums of g and of g * (x - mean) become the gradients of weight and bias, and StatsGrad.
+// Computes the gradients of weight and bias, and StatsGrad, from the sums of g and of g * (x - mean).
 template <class A>
 StatsGrad<A> merge_sums(const Epilogue& epilogue, const Affine<A>& affine, const std::vector<double>& g,
                         const std::vector<double>& gx, int64_t chunks, A* grad_weight, A* grad_bias) {
@@ -265,7 +265,8 @@ void backward(const Epilogue& epilogue, const void* grad_out_, const void* x_, c
     activate_grad_block(epilogue.activation, view(grad_out + block.at, buffer, block.count), z, g, block.count, slope);
   };
 
-  // Pass 1: sums of g and of g * (x - mean) per (sample, chunk, channel): short runs in A, and their sums in double.
+  // Pass 1: sums of g and of g * (x - mean) per (sample, chunk, channel): short runs are summed in A, and the runs in
+  // double.
   const int64_t chunk = rows_per_chunk(epilogue), chunks = chunks_per_sample(epilogue),
                 rows = rows_per_sample(epilogue), pixels = pixels_per_row(epilogue);
   const int64_t period = pixels * epilogue.c;

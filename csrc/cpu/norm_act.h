@@ -7,10 +7,10 @@
 
 namespace fastgen::cpu {
 
-// mean and (biased) var of x.
+// Writes the mean and the (biased) variance of x.
 void norm_act_moments(const Epilogue& epilogue, const void* x, void* mean, void* var, const ParallelFor& parallel);
 
-// The same from moments of parts, (n, chunks, c).
+// The same from the moments of parts, (n, chunks, c).
 void merge_moments(const Epilogue& epilogue, const std::vector<Moments<double>>& parts, int64_t chunks, void* mean,
                    void* var);
 

@@ -2,7 +2,7 @@
 // tile.h.
 namespace fastgen::cpu::FASTGEN_ISA {
 
-// The values of a and b by number; b's first has the number `size`.
+// Picks values of a and b by index; b's first value has the index `size`.
 template <class V, int... i>
 inline __attribute__((always_inline)) V shuffle(V a, V b, std::integer_sequence<int, i...>) {
 #if defined(__clang__)
@@ -14,13 +14,13 @@ inline __attribute__((always_inline)) V shuffle(V a, V b, std::integer_sequence<
 #endif
 }
 
-// The values of two vectors interleaved, from number `from` on.
+// The interleaved values of two vectors, from index `from` on.
 template <class V, int size, int from, int... i>
 inline __attribute__((always_inline)) V interleaved(V a, V b, std::integer_sequence<int, i...>) {
   return shuffle(a, b, std::integer_sequence<int, (from + i / 2 + i % 2 * size)...>());
 }
 
-// to[i][j] = from[j][i], for as many i and j as a vector has values.
+// Transposes a square: to[i][j] = from[j][i]; a vector holds one row.
 template <class A>
 inline void transpose(const A* from, int64_t from_step, A* to, int64_t to_step) {
   using V = typename Vector<A>::type;
@@ -30,7 +30,7 @@ inline void transpose(const A* from, int64_t from_step, A* to, int64_t to_step) 
 #pragma GCC unroll 16
   for (int i = 0; i < size; ++i) row[i] = *reinterpret_cast<const V*>(from + i * from_step);
 #pragma GCC unroll 4
-  for (int round = 1; round < size; round *= 2) {  // each rotates the bits of (i, j) by one
+  for (int round = 1; round < size; round *= 2) {  // each round rotates the bits of the index (i, j) by one
 #pragma GCC unroll 8
     for (int i = 0; i < size / 2; ++i) {
       next[2 * i] = interleaved<V, size, 0>(row[i], row[i + size / 2], all);
@@ -44,8 +44,8 @@ inline void transpose(const A* from, int64_t from_step, A* to, int64_t to_step) 
 }
 
 // to (size, width): the weights of one tap, of `depth` input channels in_step apart and `valid` output channels
-// out_step apart, zeros beyond. Channels next to each other are read together. pairs: bfloat16 weights of input
-// channels 2 i and 2 i + 1 in one float.
+// out_step apart, zeros beyond. Channels that are contiguous in memory are read together. pairs: bfloat16 weights of
+// input channels 2 i and 2 i + 1 in one float.
 template <bool pairs = false, class T>
 void copy_taps(const T* from, int64_t in_step, int64_t out_step, int64_t depth, int64_t valid, int64_t size,
                int64_t width, Acc<T>* to) {
@@ -61,7 +61,7 @@ void copy_taps(const T* from, int64_t in_step, int64_t out_step, int64_t depth, 
     }
   };
   const int64_t step = (pairs ? 2 : 1) * in_step;
-  if (out_step == 1) {  // a constant: SIMD code
+  if (out_step == 1) {  // the constant step gives SIMD code
     for (int64_t i = 0; i < depth; ++i)
       for (int64_t k = 0; k < valid; ++k) to[i * width + k] = value(from + i * step + k, in_step);
   } else if (out_step <= in_step) {
@@ -87,7 +87,7 @@ struct Pixels {
   const S* get() const { return x; }
 };
 
-// x (n, c, s) in either memory order as (n, s, c) of the type S: x itself where it is that already.
+// x (n, c, s), in either memory order, as (n, s, c) of type S; no copy where x already is.
 template <class S, class T>
 Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channels_last, const ParallelFor& parallel) {
   if constexpr (std::is_same_v<T, S>)
@@ -121,7 +121,7 @@ Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channel
   return {out, std::move(copy)};
 }
 
-// x (rows, columns, c) with `edge` more columns at either end: zeros, or x mirrored.
+// x (rows, columns, c) with `edge` more columns at either end, filled with zeros or with x mirrored.
 template <class S>
 Buffer<S> with_edges(const S* x, int64_t rows, int64_t columns, int64_t c, int64_t edge, bool reflect,
                      const ParallelFor& parallel) {
@@ -142,7 +142,7 @@ Buffer<S> with_edges(const S* x, int64_t rows, int64_t columns, int64_t c, int64
   return copy;
 }
 
-// Where the weights of a group lie: from + ic * depth + oc * channel + kh * row + kw * column.
+// A weight of a group is at from + ic * depth + oc * channel + kh * row + kw * column.
 struct WeightStrides {
   int64_t group, depth, channel, row, column;
 };

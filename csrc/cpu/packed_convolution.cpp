@@ -10,7 +10,7 @@
 
 namespace fastgen::cpu::FASTGEN_ISA {
 
-constexpr int64_t kAnyPixels = std::numeric_limits<int64_t>::max();  // how many the weights are packed for
+constexpr int64_t kAnyPixels = std::numeric_limits<int64_t>::max();  // weights are packed for any number of them
 
 template <int vectors>
 class PackedFloat : public PackedConvolution {
@@ -35,7 +35,8 @@ class PackedFloat : public PackedConvolution {
 };
 
 #if FASTGEN_HAS_DOT
-// The weights (a, b, kh, kw) rounded, those of channels 2 i and 2 i + 1 along `axis` (0 or 1) put into one float.
+// The weights (a, b, kh, kw) rounded to bfloat16; one float holds those of channels 2 i and 2 i + 1 along `axis` (0 or
+// 1).
 inline std::vector<float> in_pairs(const float* weight, const int64_t* size, int axis) {
   const int64_t inner = (axis ? 1 : size[1]) * size[2] * size[3], pairs = size[axis] / 2, outer = axis ? size[0] : 1;
   std::vector<float> result(static_cast<size_t>(outer * pairs * inner));

@@ -1,4 +1,4 @@
-// The parallel-for that a caller hands to a kernel.
+// The parallel-for that a caller passes to a kernel.
 #pragma once
 
 #include <cstdint>

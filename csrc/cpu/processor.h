@@ -1,4 +1,4 @@
-// What the processor at hand can do, as far as the environment allows it.
+// Which instructions this processor has and the environment allows.
 #pragma once
 
 #include <cstdlib>
@@ -30,7 +30,7 @@ inline Isa isa() {
   return chosen;
 }
 
-// Whether this processor multiplies pairs of bfloat16 by one instruction that may be used.
+// Whether this processor has an instruction that multiplies pairs of bfloat16, and the environment allows it.
 inline bool can_dot_bf16() {
 #if defined(__x86_64__)
   return isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");

@@ -10,10 +10,10 @@
 
 namespace fastgen::cpu::FASTGEN_ISA {
 
-constexpr int64_t kElements = 512;         // that stay in the first-level cache
-constexpr int64_t kUnit = 16 * kElements;  // of one task, whatever the thread count; so sums do not depend on it
+constexpr int64_t kElements = 512;         // per block, which stays in the first-level cache
+constexpr int64_t kUnit = 16 * kElements;  // elements per task for any thread count, so that sums do not depend on it
 
-// A key's rows as tasks: whole short rows, or pieces of a long one. Each piece, or short row, has a sum of its own.
+// A key's rows as tasks: whole short rows, or pieces of a long one. Each piece, or short row, has its own sum.
 struct Units {
   int64_t rows, size, pieces, rows_per_unit, units;
 
@@ -44,7 +44,7 @@ struct Units {
   }
 };
 
-// mu, logvar as clamped, and exp(logvar / 2) of a block of elements.
+// mu, the clamped logvar and exp(logvar / 2) of a block of elements.
 template <class A>
 struct Gaussian {
   A mu[kElements], logvar[kElements], sd[kElements];
@@ -75,10 +75,10 @@ inline void load_periodic(const T* p, int64_t period, int64_t at, int64_t count,
 // divergence = (ratio - 1 - log_ratio + shift * slope) / 2, where slope = (mu - prior mean) / prior variance
 template <class A>
 struct Divergence {
-  const A *shift, *slope, *log_ratio;  // of the standard normal as prior: mu, mu, logvar
+  const A *shift, *slope, *log_ratio;  // with the standard normal as prior: mu, mu, logvar
   A ratio[kElements], with_prior[3][kElements];
 
-  // at: of the block within all keys
+  // at: the block's first element, counted over all keys
   template <class T>
   void load_block(const Reparameterize& op, const Gaussian<A>& q, const T* mean, const T* prior_logvar, int64_t at,
                   int64_t count) {
@@ -133,7 +133,7 @@ struct Divergence {
   }
 };
 
-// Fetches the cache lines of the next block while this one's noise is computed. (It does not pay for lines that are
+// Prefetches the next block while the noise of this one is computed. (Prefetching does not pay for memory that is
 // written.)
 template <class T>
 inline void prefetch_next(const T* p) {
@@ -166,7 +166,8 @@ inline void zero_outside(const T* logvar, Acc<T> low, Acc<T> high, Acc<T>* grad,
   }
 }
 
-// The most frequent case, one sample and the standard normal as prior, in one loop: z, and the sum of the divergences.
+// The most frequent case in one loop: one sample, the standard normal as prior. Computes z and the sum of the
+// divergences.
 template <class T>
 inline Acc<T> sample_and_diverge(const T* mu, const T* logvar, const Acc<T>* eps, Acc<T> low, Acc<T> high, Acc<T> least,
                                  Acc<T>* z, int64_t count) {
@@ -186,7 +187,7 @@ inline Acc<T> sample_and_diverge(const T* mu, const T* logvar, const Acc<T>* eps
   return sum;
 }
 
-// Its gradients where free_bits masks none of them; grad_kl is the row's.
+// The gradients of this case where free_bits masks none of them; grad_kl is the row's.
 template <bool with_kl, class T>
 inline void differentiate(const T* mu, const T* logvar, const Acc<T>* eps, const T* grad_z, Acc<T> grad_kl, Acc<T> low,
                           Acc<T> high, Acc<T>* for_mu, Acc<T>* for_logvar, int64_t count) {

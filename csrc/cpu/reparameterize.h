@@ -5,7 +5,7 @@
 
 namespace fastgen::cpu {
 
-// Each element's normal, (keys, samples, rows, size); float32 or float64.
+// Writes a standard normal per element, (keys, samples, rows, size), in float32 or float64.
 void noise(const Reparameterize& op, void* out, const ParallelFor& parallel);
 
 // kl: (keys, rows), or null.

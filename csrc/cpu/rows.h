@@ -1,10 +1,11 @@
-// A convolution to as few output channels as an image has: the taps of a row of the kernel are output channels of one
-// matrix product, and their sums the output. Included once per instruction set (see isa.h), after epilogue.h.
+// A convolution with few output channels, such as those of an image: one matrix product computes the taps of a kernel
+// row as if they were output channels, and the output is their sum. Included once per instruction set (see isa.h),
+// after epilogue.h.
 namespace fastgen::cpu::FASTGEN_ISA {
 
 // y[oh][ow][c] = sum over kw of t[column(ow, kw)][kw * channels + c], t = sum over kh of x[row(oh, kh)] w[kh].
 struct Rows {
-  // Output positions ow, ow + ow_step, ... that read the input's iw, iw + iw_step, ... by the tap kw.
+  // Output positions ow, ow + ow_step, ... that read the input positions iw, iw + iw_step, ... through the tap kw.
   struct Run {
     int64_t kw, ow, ow_step, iw, iw_step, count;
   };

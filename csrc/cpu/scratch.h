@@ -13,8 +13,8 @@
 
 namespace fastgen::cpu {
 
-// Keeps large blocks for the thread that frees them, at most kMaxKept bytes: the pages of a fresh block cost more than
-// what is computed in it. A block's size is stored in the cache line before it.
+// Keeps large blocks for the thread that frees them, at most kMaxKept bytes: touching the pages of a fresh block costs
+// more than the computation in it. A block's size is stored in the cache line before it.
 class BlockCache {
  public:
   static void* allocate(size_t size) {
@@ -54,7 +54,7 @@ class BlockCache {
 
   static char* fresh(size_t size) {
     if (size % kPage) return static_cast<char*>(std::aligned_alloc(kLine, size));
-    char* const memory = static_cast<char*>(std::aligned_alloc(kPage, size));  // fewer faults, fewer misses of the TLB
+    char* const memory = static_cast<char*>(std::aligned_alloc(kPage, size));  // fewer page faults and TLB misses
 #ifdef MADV_HUGEPAGE
     if (memory) madvise(memory, size, MADV_HUGEPAGE);
 #endif
@@ -64,7 +64,7 @@ class BlockCache {
   std::multimap<size_t, char*> blocks;
   size_t bytes = 0;
 
-  static BlockCache* of_this_thread() {  // null while the thread ends
+  static BlockCache* of_this_thread() {  // null during the thread's exit
     static thread_local bool ended = false;
     static thread_local struct Cache : BlockCache {
       ~Cache() {
@@ -82,7 +82,7 @@ struct Free {
 template <class T>
 using Buffer = std::unique_ptr<T[], Free>;
 
-// Scratch memory that begins at a cache line, not zeroed.
+// Scratch memory, aligned to a cache line and not zeroed.
 template <class T>
 Buffer<T> scratch(int64_t count) {
   return Buffer<T>(static_cast<T*>(BlockCache::allocate(static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T))));

@@ -10,7 +10,8 @@
 
 namespace fastgen::cpu::FASTGEN_ISA {
 
-// Of the chunks of a weight (SpectralMatrix has the words). Results do not depend on the thread count, as these do not.
+// The sizes of a weight's chunks (terms: see SpectralMatrix). They do not depend on the thread count, so results do
+// not.
 constexpr int64_t kChunkElements = 1 << 15, kChunkLines = 64, kMostChunks = 16;
 constexpr int64_t kRows = 4;
 
@@ -20,7 +21,7 @@ inline int64_t chunk_count(const SpectralMatrix& m) {
              {kMostChunks, m.lines(), std::max(ceil_div(m.size(), kChunkElements), ceil_div(m.lines(), kChunkLines))}));
 }
 
-// Some consecutive lines of a weight, which one thread works on.
+// Some consecutive lines of a weight: the work of one thread.
 struct Chunk {
   int64_t matrix, index, begin, end;
 };
@@ -35,7 +36,7 @@ inline std::vector<Chunk> chunks_of(const std::vector<SpectralMatrix>& matrices)
   return chunks;
 }
 
-// Calls body(i) for each i < count; a thread that is free takes the next one, as chunks differ in size.
+// Calls body(i) for each i < count. As chunks differ in size, a thread that is free takes the next one.
 template <class Body>
 void for_each(int64_t count, const ParallelFor& parallel, const Body& body) {
   std::atomic<int64_t> next{0};
@@ -44,7 +45,7 @@ void for_each(int64_t count, const ParallelFor& parallel, const Body& body) {
   });
 }
 
-// Calls body(b) with b as a constant where it is that of a usual kernel, so that loops over it unroll.
+// Calls body(b), with b as a compile-time constant for common kernel sizes, so that loops over it unroll.
 template <class Body>
 inline void with_width(int64_t b, const Body& body) {
   switch (b) {
@@ -89,7 +90,7 @@ inline void rows_times_u(const T* w, int64_t b, const Acc<T>* u, Acc<T>* t) {
 template <class T>
 inline void block_times_v(const T* w, int64_t d, int64_t b, const Acc<T>* v, Acc<T>* y, Acc<T>* columns) {
   if (b == 1) return rows_times_u<1>(w, d, v, y);
-  with_width(b, [&](auto width) {  // columns (rows, inner): the sums over q come at the end
+  with_width(b, [&](auto width) {  // columns (rows, inner), summed over q at the end
     for (int64_t i = 0; i < d; ++i)
       for (int64_t q = 0; q < width; ++q) columns[i * width + q] += load(w + i * width + q) * v[q];
   });
@@ -108,7 +109,7 @@ inline void block_times_u(const T* w, int64_t d, int64_t b, const Acc<T>* u, Acc
 // The elements of the summed product: W v if outer > 1, W^T u if outer == 1 (whose `inner` is then a row's size).
 inline int64_t summed_size(const SpectralMatrix& m) { return m.outer == 1 ? m.inner : m.rows; }
 
-// A chunk's share of the summed product. `both`: with the line product, computed just before from the same elements and
+// A chunk's part of the summed product. `both`: of the line product, computed just before from the same elements and
 // not normalized.
 template <class T>
 void sum_chunk(const SpectralMatrix& m, const Chunk& chunk, bool both, Acc<T>* sum) {
@@ -157,7 +158,7 @@ void line_chunk(const SpectralMatrix& m, const Chunk& chunk, Acc<T>* out) {
   }
 }
 
-// x / max(|x|, eps) in place; returns that divisor. Sums in double.
+// Divides x by max(|x|, eps) in place and returns the divisor. Sums in double.
 template <class A>
 double normalize(A* x, int64_t size, double eps) {
   double squares = 0;
@@ -176,7 +177,7 @@ double dot(const A* x, const A* y, int64_t size) {
   return sum;
 }
 
-// What the chunks of one weight leave: their shares of the summed product, (chunks, summed_size).
+// The results of one weight's chunks: their parts of the summed product, (chunks, summed_size).
 template <class T>
 struct Scratch {
   Buffer<Acc<T>> sums, product;  // product: the second of an iteration, before it is normalized
@@ -190,7 +191,7 @@ void add_chunks(const SpectralMatrix& m, const Acc<T>* sums, Acc<T>* out) {
     for (int64_t i = 0; i < size; ++i) out[i] += sums[chunk * size + i];
 }
 
-constexpr int64_t kBlock = 1024;  // that stays in the first-level cache
+constexpr int64_t kBlock = 1024;  // elements, which stay in the first-level cache
 
 // Calls body(at, size) for the blocks of a range.
 template <class Body>
@@ -218,8 +219,8 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
 
   for (int64_t step = 0; step < iterations; ++step) {
     const bool last = step == iterations - 1;
-    // One pass over a weight gives both products where the first is the line product; else the first pass gives the
-    // summed product alone, and the line product needs another pass.
+    // If the line product comes first, one pass over a weight computes both products. Else the first pass computes the
+    // summed product only, and the line product needs a second pass.
     const auto one_pass = [&](const SpectralMatrix& m) { return (m.outer == 1) != v_first; };
     const auto finish = [&](const SpectralMatrix& m, A* second, int64_t size, A* product) {
       normalize(second, size, eps);
@@ -273,21 +274,22 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
   }
   const bool divides =
       std::any_of(matrices.begin(), matrices.end(), [](const SpectralMatrix& m) { return m.out != nullptr; });
-  for_each(divides ? chunk_total : 0, parallel, [&](int64_t reversed) {  // what was read last is still in the cache
-    const int64_t i = chunk_total - 1 - reversed;
-    const SpectralMatrix& m = matrices[chunks[i].matrix];
-    const T* w = static_cast<const T*>(m.weight);
-    T* out = static_cast<T*>(m.out);
-    const A factor = static_cast<A>(1.0 / *static_cast<const A*>(m.sigma));
-    const bool streams = leaves_cache(2 * m.size() * int64_t(sizeof(T)));
-    in_blocks(chunks[i].begin * m.line_size(), chunks[i].end * m.line_size(), [&](int64_t at, int64_t size) {
-      A buffer[kBlock];
-      A* const block = staging(out + at, buffer, streams);
-      for (int64_t j = 0; j < size; ++j) block[j] = load(w + at + j) * factor;
-      flush(out + at, block, size, streams);
-    });
-    finish_streams(streams);
-  });
+  for_each(divides ? chunk_total : 0, parallel,
+           [&](int64_t reversed) {  // in reverse: the lines read last are still cached
+             const int64_t i = chunk_total - 1 - reversed;
+             const SpectralMatrix& m = matrices[chunks[i].matrix];
+             const T* w = static_cast<const T*>(m.weight);
+             T* out = static_cast<T*>(m.out);
+             const A factor = static_cast<A>(1.0 / *static_cast<const A*>(m.sigma));
+             const bool streams = leaves_cache(2 * m.size() * int64_t(sizeof(T)));
+             in_blocks(chunks[i].begin * m.line_size(), chunks[i].end * m.line_size(), [&](int64_t at, int64_t size) {
+               A buffer[kBlock];
+               A* const block = staging(out + at, buffer, streams);
+               for (int64_t j = 0; j < size; ++j) block[j] = load(w + at + j) * factor;
+               flush(out + at, block, size, streams);
+             });
+             finish_streams(streams);
+           });
 }
 
 // grad_weight = grad_out / sigma + (grad_sigma - <grad_out, weight> / sigma^2) u v^T
@@ -349,7 +351,7 @@ void backward_all(const std::vector<SpectralMatrix>& matrices, const std::vector
   });
 }
 
-// Calls body(begin, end) for a few weights at a time, so that a second pass over them finds them in the cache.
+// Calls body(begin, end) for a few weights at a time, so that they are still cached in a second pass.
 template <class Body>
 void few_at_a_time(const std::vector<SpectralMatrix>& matrices, const Body& body) {
   constexpr int64_t most = (12 << 20) / sizeof(float);  // elements

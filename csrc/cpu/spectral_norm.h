@@ -7,7 +7,7 @@
 namespace fastgen::cpu {
 
 // u and v take `iterations` steps u = W v, v = W^T u (v_first: v = W^T u, u = W v), each normalized with norms of at
-// least eps; sigma = u^T W v; out = weight / sigma, where it is wanted.
+// least eps; sigma = u^T W v; out = weight / sigma, where out is not null.
 void spectral_norm(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first,
                    const ParallelFor& parallel);
 

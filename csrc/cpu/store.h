@@ -1,9 +1,9 @@
-// How a block gets from where it is computed into a tensor: past the caches if it would leave them before it is read.
+// Stores a computed block to a tensor: past the caches (streaming stores) if it would be evicted before it is read.
 // Included once per instruction set (see isa.h).
 namespace fastgen::cpu::FASTGEN_ISA {
 
-// Whether what a call reads and writes, `bytes` of it, leaves the last-level cache before it is used again: half of a
-// common cache.
+// Whether the `bytes` that a call reads and writes are evicted from the last-level cache before they are used again.
+// The bound is half of a common cache.
 inline bool leaves_cache(int64_t bytes) { return bytes > (16 << 20); }
 
 template <class T>
@@ -19,7 +19,7 @@ inline Acc<T>* staging(T* p, Acc<T>* buffer, bool streams = false) {
   return buffer;
 }
 
-// Moves a block from where `staging` had it computed to the tensor: past the caches if `streams`.
+// Moves a block from the place that `staging` returned to the tensor: past the caches if `streams`.
 template <class T>
 inline void flush(T* p, const Acc<T>* in, int64_t count, [[maybe_unused]] bool streams = false) {
   if (static_cast<const void*>(p) == in) return;

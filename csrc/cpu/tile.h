@@ -1,4 +1,4 @@
-// The register-blocked product that convolutions are made of. Included once per instruction set (see isa.h).
+// The register-blocked matrix product of all convolutions. Included once per instruction set (see isa.h).
 namespace fastgen::cpu::FASTGEN_ISA {
 
 template <class A>
@@ -45,7 +45,7 @@ void tile(const A* const* x, const A* const* w, int64_t taps, int64_t depth, A* 
 }
 
 #if FASTGEN_HAS_DOT
-// The same with a pair of bfloat16 in the place of each float: twice the depth. For processors with AVX512-BF16.
+// The same with a pair of bfloat16 instead of each float: twice the depth. For processors with AVX512-BF16.
 template <int vectors, int height, int blocks>
 __attribute__((target("avx512bf16"))) void dot_tile(const float* const* x, const float* const* w, int64_t taps,
                                                     int64_t depth, float* const* out) {
@@ -84,7 +84,7 @@ __attribute__((target("avx512bf16"))) void dot_tile(const float* const* x, const
 }
 #endif
 
-// dot: the tiles of pairs of bfloat16.
+// dot: the tiles for pairs of bfloat16.
 template <class A, int vectors, bool dot, int blocks, int... below>
 constexpr auto tiles(std::integer_sequence<int, below...>) {
 #if FASTGEN_HAS_DOT

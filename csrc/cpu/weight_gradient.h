@@ -3,7 +3,7 @@
 // in chunks that do not depend on the thread count and are merged in order, so the result does not depend on it either.
 namespace fastgen::cpu::FASTGEN_ISA {
 
-// How a sum over pixels, the columns of the lines of some images, steps through its two factors.
+// The strides with which a sum over pixels (columns of lines of images) steps through its two factors.
 struct Steps {
   int64_t images, a_image, b_image, lines, a_line, b_line, count, a, b;
   int64_t b_vector;  // from one vector of b to the next
@@ -41,7 +41,7 @@ void outer_product(const A* a, const A* b, const Steps& step, A* out, int64_t ou
     }
 }
 
-// out[rows][columns] (+)= the same, columns filled up to a multiple of the vectors.
+// out[rows][columns] (+)= the same sum; columns are padded to a multiple of the vectors.
 template <class A, int vectors>
 void outer_products(const A* a, int64_t rows, const A* b, int64_t columns, const Steps& step, A* out, int64_t out_step,
                     bool accumulate) {
@@ -60,12 +60,12 @@ void outer_products(const A* a, int64_t rows, const A* b, int64_t columns, const
   run_rows(std::integral_constant<int, most>(), narrow);
   run_rows(std::integral_constant<int, some>(), narrow);
   run_rows(std::integral_constant<int, few>(), narrow);
-  // Few rows keep the processor busy with more vectors.
+  // With few rows, more vectors keep the processor busy.
   if constexpr (few > 2) run_rows(std::integral_constant<int, few - 1>(), std::integral_constant<int, wide>(), narrow);
   run_rows(std::integral_constant<int, 1>(), std::integral_constant<int, wide>(), narrow);
 }
 
-// parts[0] += parts[1] + ..., in order; each of `size` values.
+// parts[0] += parts[1] + ..., in order; each part has `size` values.
 template <class A>
 void sum_chunks(A* parts, int64_t chunks, int64_t size, const ParallelFor& parallel) {
   if (chunks == 1) return;
@@ -81,8 +81,8 @@ struct GradStrides {
   int64_t in, out, kh, kw;
 };
 
-// out (ic, oc, kh, kw) = parts, each with its own strides: row by row where both have the same channels next to each
-// other, else through blocks that are written in the order of out.
+// out (ic, oc, kh, kw) = parts, each with its own strides: row by row where the same channels are contiguous in both,
+// else through blocks that are written in the order of out.
 template <class A, class T>
 void store_weights(const A* parts, const GradStrides& from, int64_t ic, int64_t oc, int64_t kh, int64_t kw, T* out,
                    const GradStrides& to, const ParallelFor& parallel) {
@@ -130,8 +130,9 @@ void store_weights(const A* parts, const GradStrides& from, int64_t ic, int64_t 
   });
 }
 
-// The weight gradient of Winograd's convolution: the sum over tiles of its products' factors, the output's factor being
-// the gradient's. The channels of one factor are the rows of the products, those of the other run along their vectors.
+// The weight gradient by Winograd's algorithm: the sum over tiles of products of the transformed input and the
+// transformed gradient of the output. The channels of one factor are the rows of the products; those of the other run
+// along the vectors.
 template <class A, int m, int r, int vectors>
 struct WinogradWeightGradient {
   static constexpr int n = m + r - 1, points = n * n;
@@ -146,18 +147,18 @@ struct WinogradWeightGradient {
     const int64_t across = ceil_div(columns.positions(), m), per_image = ceil_div(rows.positions(), m) * across;
     const int64_t kh = rows.kernel, kw = columns.kernel, taps = kh * kw;
     const int64_t phases = rows.phases() * columns.phases(), tiles = images * per_image;
-    const bool turned = strides.in == 1;  // the vectors run along the channels of x, as the gradient's memory does
+    const bool turned = strides.in == 1;  // vectors run along the channels of x, which are contiguous in the gradient
     const int64_t row_channels = turned ? oc : ic, channels = turned ? ic : oc,
                   step = ceil_div(channels, width) * width;
-    // Slabs of channels: a tile is transformed once per slab of the other factor, so large ones; with one phase, small
-    // ones for more items.
+    // Slabs of channels. They are large because a tile is transformed once per slab of the other factor; with one phase
+    // they are small, for more items of work.
     const int64_t slab = phases > 1 ? 128 : 64, row_slab = std::min(slab, ceil_div(row_channels, size) * size),
                   vector_slab = std::min(slab, step);
     const int64_t row_slabs = ceil_div(row_channels, row_slab), vector_slabs = ceil_div(channels, vector_slab),
                   slabs = phases * row_slabs * vector_slabs;
     const int64_t chunks = std::clamp<int64_t>(ceil_div(tiles, 256), 1, ceil_div(32, slabs)),
                   at_once = std::min(kTiles, ceil_div(tiles, chunks));
-    // Where the taps of a row's channel go: out itself if it can take whole vectors of them.
+    // The taps of a row's channel are written to `out` directly if it can take whole vectors.
     const bool whole = std::is_same_v<T, A> && chunks == 1 && (turned || strides.out == 1) && channels % size == 0;
     auto parts = scratch<A>(whole ? 0 : chunks * taps * row_channels * step);
     const GradStrides in_parts =
@@ -165,7 +166,7 @@ struct WinogradWeightGradient {
     const GradStrides& to_strides = whole ? strides : in_parts;
     A* const sums = whole ? reinterpret_cast<A*>(out) : parts.get();
     const int64_t v_step = at_once * row_slab + size, y_step = at_once * vector_slab + size,
-                  u_step = row_slab * vector_slab + size;  // no power of two
+                  u_step = row_slab * vector_slab + size;  // not a power of two
     parallel(chunks * slabs, [&](int64_t begin, int64_t end) {
       auto v = scratch<A>(points * v_step), y = scratch<A>(points * y_step), u = scratch<A>(points * u_step),
            spare = scratch<A>(vector_slab);
@@ -173,8 +174,8 @@ struct WinogradWeightGradient {
       std::fill_n(zeros.get(), std::max(ic, oc), S{});
       const S* from[points];
       A* to[points];
-      // `count` channels of a tile from `first` on: the point i at `at + i * point_step`, a vector of channels every
-      // vector_step values.
+      // Transforms `count` channels of a tile from `first` on: point i goes to `at + i * point_step`, a vector of
+      // channels every vector_step values.
       const auto transform = [&](bool input, int64_t phase, int64_t tile, int64_t first, int64_t count, A* at,
                                  int64_t point_step, int64_t vector_step) {
         const int64_t row_phase = phase / columns.phases(), column_phase = phase % columns.phases(),
@@ -200,7 +201,7 @@ struct WinogradWeightGradient {
           }
         transform_channels<A, m, r, &WinogradMatrices<m, r>::output_gradient>(from, count, edge.get(), to, vector_step);
       };
-      int64_t held = -1;  // which factor of the rows v is, for all tiles at once
+      int64_t held = -1;  // the row factor that v holds, for all tiles at once
       for (int64_t item = begin; item < end; ++item) {
         const int64_t of_rows = item / vector_slabs, phase = of_rows / row_slabs % phases, chunk = item / slabs;
         const int64_t first_row = of_rows % row_slabs * row_slab, first_channel = item % vector_slabs * vector_slab;
@@ -247,8 +248,8 @@ struct WinogradWeightGradient {
 template <class A>
 struct DirectWeightGradient {
   static constexpr int64_t width = 2 * Vector<A>::size;
-  // Bytes of a strip, some rows of an image of the big tensor, or of some images, at most. A strip also meets at most
-  // 256 pixels of the small tensor, which bounds the rounding errors of one sum.
+  // The most bytes of a strip: some rows of one or several images of the big tensor. A strip also meets at most 256
+  // pixels of the small tensor, which bounds the rounding error of one sum.
   static constexpr int64_t kStrip = 128 << 10;
   static constexpr int64_t kSlab = 2 * kPixels;  // channels of it
 
@@ -267,8 +268,8 @@ struct DirectWeightGradient {
     const int64_t lines = std::clamp<int64_t>(fit, 1, sh), at_once = std::clamp<int64_t>(fit / sh, 1, images);
     const int64_t height = (lines - 1) * stride[0] + (kh - 1) * dilation[0] + 1;
     const int64_t strips_per_image = ceil_div(sh, lines), strips = ceil_div(images, at_once) * strips_per_image;
-    // With columns next to each other one product does the kernel's whole row. Its vectors run over the factor that
-    // fills them better.
+    // If the taps of a kernel row are contiguous columns, one product computes the whole row. Its vectors run over the
+    // factor that fills them better.
     const int64_t run = dilation[1] == 1 ? kw * b : b, s_step = ceil_div(s, width) * width,
                   run_step = ceil_div(run, width) * width;
     const bool across = run_step * s < s_step * run;
@@ -322,7 +323,8 @@ struct DirectWeightGradient {
                     out + slab % slabs * b * strides.in + slab / slabs * s * strides.out, strides, parallel);
   }
 
-  // `channels` of the pixels of some lines of some images of big, from first_line on, padded: (image, line, pitch).
+  // Copies `channels` of the pixels of some lines of some images of big, from first_line on, padded: (image, line,
+  // pitch).
   void gather(const A* big, int64_t image, int64_t count, int64_t first_line, int64_t height, int64_t pitch,
               int64_t channel, int64_t channels, int64_t b, A* strip) const {
     const auto inside = [this](int64_t i, int64_t size) {
@@ -341,7 +343,7 @@ struct DirectWeightGradient {
         A* to = strip + at * b;
         const bool there = column >= 0 && column < bw;
         if (there && channels == kSlab)
-          return void(memcpy(to, from + column * bc, kSlab * sizeof(A)));  // of a constant size: a few moves
+          return void(memcpy(to, from + column * bc, kSlab * sizeof(A)));  // a constant size compiles to a few moves
         if (there) to = std::copy_n(from + column * bc, channels, to);
         std::fill(to, strip + (at + 1) * b, A(0));
       };
@@ -353,8 +355,8 @@ struct DirectWeightGradient {
     }
   }
 
-  // `channels` of the pixels, pixels_per_image of them next to each other: (group, pixel, vector), filled up with zeros
-  // to whole blocks.
+  // Copies `channels` of the pixels, pixels_per_image of which are contiguous: (group, pixel, vector), padded with
+  // zeros to whole blocks.
   void pack(const A* small, int64_t pixels, int64_t pixels_per_image, int64_t channels, A* packed) const {
     constexpr int64_t size = Vector<A>::size;
     for (int64_t pixel = 0; pixel < pixels; ++pixel) {

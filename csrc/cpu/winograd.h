@@ -1,7 +1,7 @@
-// Convolutions by Winograd's algorithm. A convolution whose kernel is r times its stride is, or is the sum of, r-tap
-// convolutions of stride 1, one per phase of the stride; a smaller kernel lacks taps of some phases, and their products
-// at some points. Included once per instruction set (see isa.h), after axis.h, epilogue.h and winograd_transform.h.
-// Everything is computed in the accumulation type A.
+// Convolutions by Winograd's algorithm. A convolution whose kernel is r times its stride consists of r-tap convolutions
+// of stride 1, one per phase of the stride (their sum, if it is not transposed). With a smaller kernel some phases have
+// fewer taps, and need no products at some points. Included once per instruction set (see isa.h), after axis.h,
+// epilogue.h and winograd_transform.h. Everything is computed in the accumulation type A.
 namespace fastgen::cpu::FASTGEN_ISA {
 
 // out[row][width] (+)= sum over depth i of v[i / size][row][i % size] * u[i][width], for `height` rows that stay in
@@ -28,8 +28,8 @@ void product(const A* v, int64_t step, const A* u, int64_t groups, A* out, bool 
 #pragma GCC unroll 4
     for (int k = 0; k < vectors; ++k) {
       V* const to = reinterpret_cast<V*>(out + p * width + k * size);
-      *to = accumulate ? *to + sum[p][k]
-                       : sum[p][k];  // parts of the depth have sums of their own: smaller rounding errors
+      *to =
+          accumulate ? *to + sum[p][k] : sum[p][k];  // each part of the depth has its own sum: smaller rounding errors
     }
 }
 
@@ -39,15 +39,15 @@ template <class A, int m, int r, int vectors>
 struct Winograd {
   static constexpr int n = m + r - 1, points = n * n;
   static constexpr int64_t size = Vector<A>::size, width = vectors * size;
-  // What is kept in the second-level cache at a time: bytes of transformed input, and vectors of depth of transformed
-  // weights.
+  // What stays in the second-level cache: this many bytes of transformed input, and transformed weights of this many
+  // vectors of depth.
   static constexpr int64_t kBudget = 192 << 10;
   static constexpr int64_t kGroups = 128 / size;
 
   int64_t ic, ih, iw, oc;
   WinogradAxis rows, columns;
-  // The packed weights are the taps, which each band transforms: transformed weights are n * n / (r * r) times as
-  // large. Else the weights are packed transformed: those that are used often and stay in the cache.
+  // true: the packed weights are the taps, and each band transforms them; transformed weights are n * n / (r * r) times
+  // as large. false: the packed weights are transformed, for weights that are used often and stay in the cache.
   bool expand;
 
   int64_t blocks() const { return ceil_div(oc, width); }
@@ -55,7 +55,7 @@ struct Winograd {
   int64_t outputs() const { return rows.out_step * columns.out_step; }  // phases of the output
   int64_t groups() const { return sums() * ceil_div(ic, size); }        // vectors of depth
   int64_t across() const { return ceil_div(columns.positions(), m); }   // tiles
-  // One of the output's phase and the input's is always 0.
+  // Either the output's phase or the input's is always 0.
   int64_t row_phase(int64_t phase, int64_t sum) const {
     return std::max(phase / columns.out_step, sum / columns.in_step);
   }
@@ -65,14 +65,14 @@ struct Winograd {
   int64_t tiles_per_image(int64_t first_row, int64_t last_row) const {
     return ceil_div(last_row - first_row, rows.out_step * m) * across();
   }
-  // The tiles within the budget. Up to half as many again are still taken at once, as the rest alone would read all
-  // weights again.
+  // The number of tiles within the budget. Up to 1.5 times as many are still processed at once, because a small rest
+  // would read all weights again.
   int64_t chunk() const {
     return std::clamp<int64_t>(kBudget / (points * groups() * size * sizeof(A)) / kPixels, 1, 8) * kPixels;
   }
   int64_t most_tiles() const { return chunk() / 2 * 3; }
   int64_t tiles_at_once(int64_t tiles) const { return expand || tiles <= most_tiles() ? tiles : chunk(); }
-  // From point to point. + 1: at a multiple of 4 KiB all points would fall into one set of the cache.
+  // The stride between points. + 1: at a multiple of 4 KiB all points would map to the same cache set.
   static constexpr int64_t weight_step(int64_t groups) { return (groups * width + 1) * size; }
   int64_t point_step(int64_t tiles) const { return (groups() * tiles + 1) * size; }
   int64_t transform_size(int64_t tiles) const { return points * point_step(tiles); }
@@ -88,8 +88,8 @@ struct Winograd {
   }
   int64_t packed_size() const { return packed_at(outputs() * blocks(), 0); }
 
-  // packed (output phase, block, part of the depth, point or tap, depth, width), zero beyond ic and oc. stride: of an
-  // input channel, an output channel, kh, kw.
+  // packed is (output phase, block, part of the depth, point or tap, depth, width), zero beyond ic and oc. stride: the
+  // strides of an input channel, an output channel, kh and kw.
   template <class T>
   void pack(const T* weight, const int64_t* stride, A* packed, const ParallelFor& parallel) const {
     constexpr int64_t taps = r * r;
@@ -111,7 +111,7 @@ struct Winograd {
         for (int64_t tap = 0; tap < taps; ++tap)
           for (int64_t group = first; group < first + count; ++group) {
             const int64_t depth = std::min(size, ic - group % rest * size);
-            // The next tap's lines lie apart: they are fetched while this one is copied.
+            // The next tap is elsewhere in memory: prefetch it while this one is copied.
             if (const T* const next = tap + 1 < taps ? of_tap(tap + 1, group) : nullptr) {
               if (stride[0] == 1)
                 for (int64_t k = 0; k < valid; ++k) __builtin_prefetch(next + k * stride[1]);
@@ -138,9 +138,9 @@ struct Winograd {
       transform_tile<A, m, r, &WinogradMatrices<m, r>::weight>(from, i, to, i);
   }
 
-  // Computes the band (block, image, row, column, width), whose first row is a multiple of out_step * m. The blocks
-  // share the input's transforms. transformed: the transforms of all its tiles, or null. memory: scratch_size(tiles of
-  // the band).
+  // Computes the band (block, image, row, column, width), whose first row is a multiple of out_step * m. All blocks use
+  // the same transformed input. transformed: the band's transformed input, or null if it is yet to be computed. memory:
+  // scratch_size(tiles of the band).
   template <class S>
   void multiply(const S* x, const A* transformed, const A* packed, int64_t first_block, int64_t last_block,
                 const Band& band, A* out, A* memory) const {
@@ -154,7 +154,7 @@ struct Winograd {
     A* const u = edge + edge_size();
     const int64_t chunks = ceil_div(tiles, at_once);
     const bool same =
-        rows.phases_read_the_same() && columns.phases_read_the_same();  // they share the input's transforms
+        rows.phases_read_the_same() && columns.phases_read_the_same();  // they use the same transformed input
     for (int64_t item = 0; item < outputs() * chunks; ++item) {
       const int64_t phase = same ? item % outputs() : item / chunks,
                     first = (same ? item / outputs() : item % chunks) * at_once;
@@ -178,8 +178,8 @@ struct Winograd {
     }
   }
 
-  // Transforms, of the band's `count` tiles from `first` on, those from `begin` to `end`: (point, group of channels,
-  // tile, size). memory: edge_size.
+  // Of the band's `count` tiles from `first` on, transforms those in [begin, end) to (point, group of channels, tile,
+  // size). memory: edge_size.
   template <class S>
   void transform_tiles(const S* x, int64_t phase, const Band& band, int64_t first, int64_t count, int64_t begin,
                        int64_t end, A* memory, A* v) const {
@@ -206,8 +206,8 @@ struct Winograd {
     }
   }
 
-  // One point's products over the `depth` vectors from `first` on, except those whose weights are zero. Every phase of
-  // the input has the points that the first phase has.
+  // The products of one point over `depth` vectors from `first` on, except those whose weights are zero. Every phase of
+  // the input has at least the points of the first phase.
   void multiply_point(const A* v, int64_t tiles, int64_t phase, int point, const A* u, int64_t first, int64_t depth,
                       A* out) const {
     const int64_t rest = ceil_div(ic, size), last = first + depth;
@@ -237,8 +237,8 @@ struct Winograd {
     for (; t < tiles; ++t) product<A, vectors, 1>(v + t * size, tiles * size, u, depth, out + t * width, accumulate);
   }
 
-  // Writes the pixels, in one block of channels, of the tile `down` positions below the band's first row; pixels
-  // outside the band go to `spare`.
+  // Writes the pixels of one tile in one block of channels; the tile is `down` positions below the band's first row.
+  // Pixels outside the band go to `spare`.
   void transform_output(const A* products, int64_t step, int64_t phase, const Band& band, int64_t down, int64_t left,
                         A* spare, A* out) const {
     const A* from[points];
@@ -255,7 +255,7 @@ struct Winograd {
   }
 };
 
-// Bands outside, blocks inside, so that the blocks of a band share its transformed input.
+// The outer loop is over bands and the inner over blocks, so that the blocks of a band share its transformed input.
 template <bool dot, class T, int vectors, int m, int r>
 void run(Output<T, vectors>& output, const Winograd<float, m, r, vectors>& winograd, const float* x,
          const float* packed, const ParallelFor& parallel) {
@@ -267,7 +267,8 @@ void run(Output<T, vectors>& output, const Winograd<float, m, r, vectors>& winog
   int64_t units = std::max<int64_t>(1, pixels_per_band / (conv.ow * unit)),
           several = std::clamp<int64_t>(pixels_per_band / epilogue.s, 1, epilogue.n);
   if (!winograd.expand) {
-    // Bands of units of an image, or of several images, such that threads finish together; at least 16 tiles each.
+    // A band is a part of one image, or several images, of a size that lets threads finish together; it has at least 16
+    // tiles.
     const auto limit = [](int64_t& size, int64_t fair, int64_t tiles) {
       size = std::min(size, std::max(fair, ceil_div(16, tiles)));
     };
@@ -278,11 +279,12 @@ void run(Output<T, vectors>& output, const Winograd<float, m, r, vectors>& winog
   output.set_band(several, units * unit);
   const int64_t bands = ceil_div(epilogue.n, output.images) * output.bands_per_image(),
                 tiles = output.images * winograd.tiles_per_image(0, output.band_rows);
-  const int64_t items = parallel.threads > 1 ? 2 * parallel.threads : 1;  // at least, if there are enough blocks
+  const int64_t items =
+      parallel.threads > 1 ? 2 * parallel.threads : 1;  // at least this many, if there are enough blocks
   const int64_t together = ceil_div(output.blocks(), ceil_div(items, bands)),
                 parts_per_band = ceil_div(output.blocks(), together);
   const int64_t band_size = ceil_div(output.images * output.band_rows * conv.ow * width, 16) * 16;
-  // A band alone has all its tiles at once: threads share the work of transforming them.
+  // A single band has all tiles at once: threads share the work of transforming them.
   const bool shared = bands == 1 && winograd.expand && winograd.outputs() == 1;
   const auto transformed = shared ? scratch<A>(winograd.transform_size(tiles)) : nullptr;
   if (shared)

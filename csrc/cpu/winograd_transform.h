@@ -38,7 +38,8 @@ struct WinogradMatrices {
 template <int m, int r>
 constexpr WinogradMatrices<m, r> kWinograd{};
 
-// What transforms read and convert on the way: bfloat16 as it is, the other types in the accumulation type.
+// The type that transforms read: bfloat16 is converted while it is read, other types are converted to the accumulation
+// type before.
 template <class T>
 using Stored = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, Acc<T>>;
 
@@ -54,7 +55,7 @@ inline __attribute__((always_inline)) Vector<float>::type load_vector(const BFlo
 }
 
 // to[i][j] = (matrix d matrix^T)[i][j], d[i][j] = from[i][j], one vector of channels each. The matrix, a member of
-// WinogradMatrices<m, r>, is a template argument: its zeros and ones cost nothing.
+// WinogradMatrices<m, r>, is a template argument, so that its zeros and ones cost nothing.
 template <class A, int m, int r, auto member, class S>
 inline __attribute__((always_inline)) void transform_tile(const S* const* from, int64_t from_offset, A* const* to,
                                                           int64_t to_offset) {
@@ -97,7 +98,7 @@ inline __attribute__((always_inline)) void transform_tile(const S* const* from, 
     }
 }
 
-// The same for all channels: a vector of them every `step` values of the output; the last one is filled up with zeros.
+// The same for all channels: a vector of channels every `step` values of the output; the last one is padded with zeros.
 template <class A, int m, int r, auto member, class S>
 void transform_channels(const S** from, int64_t channels, S* edge, A* const* to, int64_t step) {
   constexpr int columns = std::extent_v<std::remove_reference_t<decltype(kWinograd<m, r>.*member)>, 1>;

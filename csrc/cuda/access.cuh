@@ -35,7 +35,7 @@ __device__ inline Float16 from_float<Float16>(float x) {
   return __float2half(x);
 }
 
-// `count` values in one access. Its array is indexed by constants only, once loops are unrolled, so that it stays in
+// `count` values in one access. After loops are unrolled its array is indexed by constants only, so it stays in
 // registers.
 template <class T, int count>
 struct alignas(sizeof(T) * count) Vector {
@@ -59,7 +59,7 @@ __device__ void store(T* to, const float (&from)[count]) {
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAccess == 0; }
 
-// How many values an access has: the widest one where all the addresses (aligned or null) and rows of `length` elements
+// The number of values per access: the widest access if all addresses (aligned or null) and rows of `length` elements
 // allow it, else one value.
 template <class T, class... Pointers>
 int access_of(int64_t length, Pointers... pointers) {

@@ -1,4 +1,4 @@
-// Copies a convolution's input and weight into the memory order that its kernel reads, where they have another.
+// Copies a convolution's input and weight into the memory order that its kernel reads, if theirs is another.
 #pragma once
 
 #include <algorithm>
@@ -84,7 +84,7 @@ const T* arranged_x(const Geometry& geometry, int64_t samples, int64_t padded, c
                      x, queue);
 }
 
-// A weight that already has the copy's order is not copied: that of conv2d in channels_last order, for one.
+// A weight that is already in this order is not copied, such as that of conv2d in channels_last order.
 template <class T>
 const T* arranged_weight(const Geometry& geometry, int64_t out_channels, int64_t padded, bool tf32, const void* weight,
                          const Queue& queue) {

@@ -1,20 +1,20 @@
 // A convolution, strided or transposed, with its epilogue as an implicit matrix product (Chetlur et al., cuDNN, 2014):
 // the launcher.
 //
-// Rows are output pixels, columns output channels, the sum runs over taps and input channels. The pixels of a
-// transposed convolution that share (pixel + padding) mod stride, an output phase, share their taps: each phase is a
-// product of its own, and nothing is multiplied by the zeros between the pixels of its input. A strided convolution has
-// one phase.
+// Rows are output pixels, columns are output channels, and the sum runs over taps and input channels. In a transposed
+// convolution, output pixels with the same (pixel + padding) mod stride (an output phase) use the same taps: each phase
+// is a separate product, so nothing is multiplied by the zeros between the pixels of the input. A strided convolution
+// has one phase.
 //
 // Operands move in chunks: 16 bytes of the channels of one tap. So x must be (samples, height, width, channels) and the
-// weight (output channels, taps, channels), with the channels padded by zeros to whole chunks; `arrange` copies what
-// has another order. One step of the sum takes a few chunks of each row and column of a tile. Several steps are on
-// their way to shared memory (cp.async) while one is multiplied, by tensor cores or by FMA. The tile's sums then pass
+// weight (output channels, taps, channels), with the channels padded by zeros to whole chunks; `arrange` copies tensors
+// of any other order. One step of the sum reads a few chunks of each row and column of a tile. Several steps are being
+// copied to shared memory (cp.async) while one is multiplied, by tensor cores or by FMA. The tile's sums then pass
 // through shared memory once more, so that the epilogue (bias; then partial statistics of the batch, or a norm by given
 // statistics, residual and activation) moves whole rows.
 //
-// A product of few tiles and a long sum is split along the sum into float32 tensors, which `add_splits` adds in a fixed
-// order.
+// A product of few tiles and a long sum is split along the sum (split-K) into float32 tensors, which `add_splits` adds
+// in a fixed order.
 #pragma once
 
 #include <algorithm>
@@ -25,10 +25,11 @@
 
 namespace fastgen::cuda::convolution {
 
-// How a product is divided into tiles and splits. Not measured: chosen for registers, shared memory and a full chip.
+// How a product is divided into tiles and splits. The sizes were not measured, but chosen for registers, shared memory
+// and a full chip.
 struct Division {
   int64_t row_tiles, column_tiles, blocks, steps, splits;
-  bool fills;  // the chip, or nearly
+  bool fills;  // the tiles fill the chip, or nearly
 };
 
 template <class Tile, class T>
@@ -51,7 +52,7 @@ struct Call {
   bool reflect, moments;
 };
 
-// Launches the product in these tiles, with its epilogue. Returns whether it computed the statistics, if asked to.
+// Launches the product with these tiles and its epilogue. Returns whether it computed statistics that were asked for.
 template <class Tile, class T>
 bool multiply_in(Problem<T> p, const Division& d, const Call& call) {
   const Epilogue& epilogue = call.epilogue;
@@ -117,7 +118,7 @@ void run(const Geometry& geometry, const Epilogue& epilogue, const ConvolutionTe
   constexpr int64_t values = kAccess / sizeof(T), most = (int64_t{1} << 31) - 1;
   const bool tf32 = std::is_same_v<T, float> && geometry.tf32;
   const bool later =
-      epilogue.normalize && epilogue.batch_stats;  // norm, residual and activation are then a pass over `sum`
+      epilogue.normalize && epilogue.batch_stats;  // norm, residual and activation are then a second pass, over `sum`
   T* const out = static_cast<T*>(tensors.out);
   T* const sum = later && !tensors.pre ? out : static_cast<T*>(tensors.pre);
   const int64_t padded = ceil_div(geometry.ic / geometry.groups, values) * values,

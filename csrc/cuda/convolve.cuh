@@ -1,4 +1,4 @@
-// A convolution with its epilogue as an implicit matrix product: the kernels.
+// The kernels of a convolution with its epilogue, as an implicit matrix product.
 #pragma once
 
 #include <algorithm>
@@ -13,23 +13,23 @@ constexpr int kThreads = 128;
 
 // An output pixel.
 struct Row {
-  int64_t x, out;  // the first element of its sample and group in the input, its own first element in the output
+  int64_t x, out;  // offsets: of its sample and group in the input, of the pixel in the output
   int y, z;        // the input pixel that the phase's first tap reads
 };
-constexpr int kNowhere = -(1 << 29);  // no pixel, nor is twice this
+constexpr int kNowhere = -(1 << 29);  // not a pixel, nor is twice this value
 
-// A block's tile of the product: `chunks` per row and step, `stages` steps under way, `resident` blocks per
+// A block's tile of the product: `chunks` per row and step, `stages` steps in flight, `resident` blocks per
 // multiprocessor.
 template <class Product_, int rows_, int columns_, int chunks_, int stages_, int resident_>
 struct Tile {
   using Product = Product_;
   static constexpr int rows = rows_, columns = columns_, chunks = chunks_, stages = stages_, resident = resident_;
   static constexpr int stage = (rows + columns) * chunks;
-  static constexpr int length = columns + (40 - columns % 32) % 32;  // between rows of sums: 8 mod 32
+  static constexpr int length = columns + (40 - columns % 32) % 32;  // row pitch of the sums: 8 mod 32
   static constexpr int body = std::max(stages * stage * kAccess, rows * length * int(sizeof(float)));
   static constexpr int bytes = body + rows * int(sizeof(Row)) + (4 * columns + kThreads) * int(sizeof(float));
   static_assert(rows / Product::rows * (columns / Product::columns) == kThreads / kWarp);
-  static_assert(bytes <= (99 << 10));  // of a block on sm_86, sm_89 and sm_120; others have more
+  static_assert(bytes <= (99 << 10));  // the limit per block on sm_86, sm_89 and sm_120; other chips have more
 };
 
 template <class T>
@@ -38,11 +38,11 @@ struct Problem {
   const T* weight;
   Axis height, width;
   int64_t samples, size;               // size: elements of the output
-  int groups, channels, out_channels;  // channels per group, those of x padded
+  int groups, channels, out_channels;  // channels: per group; those of x are padded
   int column_tiles, split_steps;
   bool channels_last, wide;  // of the output; wide: its channels are whole chunks on 16-byte boundaries
   TileEpilogue<T> epilogue;
-  float* splits;                // (splits, size), and then no epilogue; or null
+  float* splits;                // (splits, size), without the epilogue; or null
   float *counts, *means, *m2s;  // (parts), (parts, c), (parts, c), one part per tile of rows and phase; or null
 };
 
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
   }
   __syncthreads();
 
-  // In each step the thread copies the chunk at `position` of some rows and columns, which is number `chunk` of tap
+  // In each step the thread copies the chunk at `position` of some rows and columns. It is chunk number `chunk` of tap
   // (a, b). An image, or the weight of a group, has fewer than 2^31 chunks.
   constexpr int copiers = kThreads / chunks, rows_per_thread = Tile::rows / copiers;
   constexpr int columns_per_thread = (Tile::columns + copiers - 1) / copiers;
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
     const bool inside = a < height.taps;
     const int up = inside ? a * p.height.tap_move : kNowhere, along = b * p.width.tap_move;
 #pragma unroll
-    for (int i = 0; i < rows_per_thread; ++i) {  // unsigned: negative pixels are out of range, too
+    for (int i = 0; i < rows_per_thread; ++i) {  // unsigned, so that negative pixels are out of range too
       const unsigned h = reflect ? mirrored(y[i] + up, p.height.in) : y[i] + up;
       const unsigned w = reflect ? mirrored(z[i] + along, p.width.in) : z[i] + along;
       const unsigned at = (h * p.width.in + w) * chunks_per_pixel + chunk;
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
   }
   for (int slot = 0; step < last; ++step) {
     wait_for_copies<Tile::stages - 2>();
-    __syncthreads();  // this step has arrived, and all threads have multiplied the one before: its slot is free
+    __syncthreads();  // this step has arrived, and all threads are done with the previous one: its slot is free
     if (step + Tile::stages - 1 < last) copy_step(slot == 0 ? Tile::stages - 1 : slot - 1);
     commit_copies();
     const Chunk* const at = stages + slot * Tile::stage;
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
       return total;
     };
     const float first =
-        count ? stored(0) : 0.f;  // the mean is relative to it, so that the mean of equal values is exact
+        count ? stored(0) : 0.f;  // the mean is computed relative to it, so that the mean of equal values is exact
     const float mean = first + over_rows([&](int r) { return stored(r) - first; }) / static_cast<float>(max(count, 1));
     const float m2 = over_rows([&](int r) { return (stored(r) - mean) * (stored(r) - mean); });
     if (thread < columns) {
@@ -221,8 +221,8 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
       put(std::integral_constant<int, values>{}, i / across_values, i % across_values * values);
   } else {
     for (int i = thread; i < Tile::rows * Tile::columns; i += kThreads) {
-      // Neighbours in memory are channels, or else pixels: then a warp has 8 pixels of 4 channels, in 32 different
-      // banks.
+      // Adjacent in memory are either channels or pixels. With pixels a warp has 8 pixels of 4 channels, in 32
+      // different banks.
       const int r = p.channels_last ? i / Tile::columns : i % 8 + i / 32 % (Tile::rows / 8) * 8;
       const int column = p.channels_last ? i % Tile::columns : i / 8 % 4 + i / (4 * Tile::rows) * 4;
       put(std::integral_constant<int, 1>{}, r, column);
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
   }
 }
 
-// Adds the splits one after another, and runs the epilogue. `inner`: neighbouring elements of one channel. Grid: one
+// Adds the splits in order and applies the epilogue. `inner`: elements of one channel that are adjacent. Grid: one
 // thread per access of `count` elements.
 constexpr int kAdders = 256;
 

@@ -1,4 +1,4 @@
-// What follows a convolution's sums, and what computes it for neighbouring elements.
+// The epilogue of a convolution's sums, and its computation for adjacent elements.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -6,7 +6,7 @@
 
 namespace fastgen::cuda::convolution {
 
-// The sum plus bias goes to `pre`; normalized, with the residual and the activation, to `out`. Either may be null.
+// Writes the sum plus bias to `pre`, and the same after norm, residual and activation to `out`. Either may be null.
 template <class T>
 struct TileEpilogue {
   const float *bias, *mean, *var, *weight, *shift;  // (c), each or null
@@ -16,13 +16,13 @@ struct TileEpilogue {
   T *pre, *out;
 };
 
-// (z + bias - center) * gain + shift, of `count` neighbouring elements.
+// (z + bias - center) * gain + shift for `count` adjacent elements.
 template <int count>
 struct Affine {
   float bias[count], center[count], gain[count], shift[count];
 };
 
-// `step`: from one element's channel to the next one's, 0 or 1.
+// `step`: the distance from one element's channel to the next one's, 0 or 1.
 template <int count, class T>
 __device__ Affine<count> affine_of(const TileEpilogue<T>& e, int64_t channel, int step) {
   Affine<count> affine;

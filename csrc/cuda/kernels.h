@@ -1,6 +1,6 @@
-// The CUDA tier: kernels' launchers over raw pointers and a stream. Problems are those of shared/problems.h, for
-// float32, bfloat16 and float16; parameters, statistics and the divergence are float32. This header needs neither torch
-// nor CUDA.
+// The CUDA tier: launchers of the kernels, over raw pointers and a stream. Their arguments are the structs of
+// shared/problems.h, for float32, bfloat16 and float16; parameters, statistics and the divergence are float32. This
+// header needs neither torch nor CUDA.
 #pragma once
 
 #include <functional>
@@ -10,18 +10,18 @@
 
 namespace fastgen::cuda {
 
-// Where launches go, and what a launcher may ask for.
+// The stream of the launches, and what a launcher needs of the device.
 struct Queue {
   void* stream;                                 // a cudaStream_t
   int multiprocessors;                          // of the device
   std::function<void*(int64_t bytes)> scratch;  // device memory, 256-byte aligned, valid for the launches of this call
 };
 
-// Of the current device: whether this library has code for it, and the number of its multiprocessors.
+// For the current device: whether this library has code for it, and the number of its multiprocessors.
 bool has_code();
 int multiprocessors();
 
-// mean and (biased) var of x.
+// Writes the mean and the (biased) variance of x.
 void norm_act_moments(const Epilogue& op, const void* x, void* mean, void* var, const Queue& queue);
 
 // x == out is allowed.
@@ -33,7 +33,7 @@ void norm_act_backward(const Epilogue& op, const void* grad_out, const void* x, 
 void convolution_norm_act(const Geometry& geometry, const Epilogue& epilogue, const ConvolutionTensors& tensors,
                           const Queue& queue);
 
-// The noise of each element, (keys, samples, rows, size), float32; the keys are on the device.
+// Writes a standard normal per element, (keys, samples, rows, size), in float32; the keys are on the device.
 void noise(const Reparameterize& op, void* out, const Queue& queue);
 
 // kl: (keys, rows), or null.

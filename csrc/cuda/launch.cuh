@@ -1,8 +1,8 @@
 // The launch of a kernel, and its shared memory.
 //
-// Whatever is not C++ is here and in matrix.cuh, so that a host compiler can build and run the kernels (tests/cuda):
-// shared memory is always dynamic, every lane of a warp takes part in a warp's operation, and a kernel is launched by
-// `launch`.
+// All code that is not standard C++ is here and in matrix.cuh, so that a host compiler can build and run the kernels
+// (tests/cuda): shared memory is always dynamic, every lane of a warp takes part in a warp's operation, and a kernel is
+// launched by `launch`.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,7 +25,7 @@ __device__ T* shared_memory() {
 #endif
 }
 
-// Writes into the PTX how much dynamic shared memory a kernel is launched with, for tests/cuda/compiled.py.
+// Records in the PTX how much dynamic shared memory a kernel is launched with, for tests/cuda/compiled.py.
 template <int bytes>
 __device__ void takes_shared_memory() {
 #if defined(__CUDACC__)

@@ -5,9 +5,10 @@
 
 namespace fastgen::cuda {
 
-// Copies 16 bytes from global to shared memory asynchronously; not `valid`: writes zeros and does not read the address.
-// A group of copies ends with commit_copies; wait_for_copies<n> waits until at most n of the thread's last groups are
-// under way. That covers the thread's own copies only: after a barrier they are visible to all threads of the block.
+// Copies 16 bytes from global to shared memory asynchronously. If not `valid`, it writes zeros and does not read the
+// address. A group of copies ends with commit_copies; wait_for_copies<n> waits until at most n of the thread's last
+// groups are pending. That covers the thread's own copies only: after a barrier they are visible to all threads of the
+// block.
 __device__ inline void copy_async(void* to, const void* from, bool valid) {
 #if defined(__CUDACC__)
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));

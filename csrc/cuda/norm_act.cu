@@ -1,5 +1,5 @@
 // y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual): one pass for the statistics and one to apply
-// them. Sums are float32, in an order that depends on the shape only.
+// them. Sums are float32, in an order that depends only on the shape.
 #include "cuda/norm_act.cuh"
 
 #include "cuda/activation.cuh"
@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// mean and var of each group from its partial statistics: one team per group. `shared_counts`: counts are
-// (splits * n), the same for all channels.
+// Merges the partial statistics of each group to mean and var: one team per group. `shared_counts`: counts are (splits
+// * n), the same for all channels.
 __global__ void __launch_bounds__(kThreads, 2) merge(StatGroups of, int team, bool shared_counts, const float* counts,
                                                      const float* means, const float* m2s, float* mean, float* var) {
   const int64_t group = static_cast<int64_t>(blockIdx.x) * (kThreads / team) + threadIdx.x / team;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2) merge(StatGroups of, int team, bo
   var[group] = total.m2 / total.count;
 }
 
-// The second pass: from x to y. Grid: `grid`.
+// The second pass: computes y from x. Grid: `grid`.
 template <class T, bool channels_last, int access>
 __global__ void __launch_bounds__(kThreads, 2) apply(Tiling tiling, Epilogue op, const T* x, T* out) {
   constexpr int channels = kChannels<channels_last, access>;
@@ -171,7 +171,7 @@ void norm_act_moments(const Epilogue& op, const void* x, void* mean, void* var, 
 void merge_moments(const Epilogue& op, const float* counts, const float* means, const float* m2s, int64_t parts,
                    void* mean, void* var, const Queue& queue) {
   StatGroups channels(op, static_cast<int>(parts));
-  channels.n = 1;  // a part may be of several samples
+  channels.n = 1;  // a part may cover several samples
   merge_parts(channels, true, counts, means, m2s, mean, var, queue);
 }
 

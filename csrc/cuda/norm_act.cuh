@@ -1,10 +1,10 @@
-// How the passes of norm_act over x are divided among blocks and threads, and what normalizes a thread's values.
+// How the passes of norm_act over x are divided among blocks and threads, and the normalization of a thread's values.
 //
-// A pass sees x as n samples of c channels of s pixels. The values of one channel of one sample are a line; in
-// channels_last order they are c apart. Each line is split into `splits` chunks of `chunk` accesses, so that few lines
-// fill the chip too. A block has kThreads threads: `lanes` of them side by side along memory, in kThreads / lanes rows.
-// channels_last: the lanes are accesses to neighbouring channels; else they are neighbouring accesses to one line, and
-// the block has several lines.
+// A pass treats x as n samples of c channels of s pixels. The values of one channel of one sample are a line; in
+// channels_last order they are c apart. Each line is split into `splits` chunks of `chunk` accesses, so that even few
+// lines fill the chip. A block has kThreads threads: `lanes` of them side by side along memory, in kThreads / lanes
+// rows. channels_last: the lanes access adjacent channels; else they make adjacent accesses to one line, and the block
+// has several lines.
 #pragma once
 
 #include <algorithm>
@@ -18,12 +18,12 @@ namespace fastgen::cuda::norm_act {
 
 constexpr int kThreads = 256;
 constexpr int kMostSplits = 64;
-constexpr int kWave = 4;  // blocks per multiprocessor that a pass asks for
+constexpr int kWave = 4;  // blocks per multiprocessor that a pass should have
 
 // The blocks of a pass over x: along channels (channels_last) or lines, times samples, times splits.
 struct Tiling {
   int64_t c, s;
-  int64_t lines;      // in channels_last order accesses to channels, c / access; else lines, n * c
+  int64_t lines;      // channels_last: accesses to channels, c / access; else lines, n * c
   int64_t length;     // accesses per line: s, or s / access
   int64_t chunk;      // accesses per line and block
   int splits, lanes;  // lanes: a power of 2, kThreads at most
@@ -44,7 +44,7 @@ Tiling tile(const Epilogue& op, int access, const Queue& queue) {
   while (tiling.lanes < (channels_last ? kWarp : kThreads) && tiling.lanes < wide) tiling.lanes *= 2;
   const int64_t deep = kThreads / tiling.lanes;  // threads that share a line, or lines per block
   const int64_t blocks = ceil_div(tiling.lines, channels_last ? tiling.lanes : deep) * tiling.samples;
-  const int64_t least = channels_last ? 4 * deep : 4 * tiling.lanes;  // accesses that make a block worth while
+  const int64_t least = channels_last ? 4 * deep : 4 * tiling.lanes;  // the fewest accesses for which a block pays
   const int64_t wanted =
       std::min<int64_t>({kMostSplits, ceil_div(kWave * queue.multiprocessors, blocks), ceil_div(tiling.length, least)});
   tiling.chunk = ceil_div(tiling.length, std::max<int64_t>(1, wanted));
@@ -59,11 +59,11 @@ dim3 grid(const Tiling& tiling) {
   return dim3(static_cast<unsigned>(blocks), tiling.splits);
 }
 
-// What one thread reads: `count` accesses, the first at element `at`, each `advance` after the one before.
+// What one thread reads: `count` accesses, the first at element `at`, `advance` elements apart.
 template <bool channels_last, int access>
 struct Slice {
   bool valid;
-  int lane, depth, deep;    // position in the block, which has `deep` threads along the reduced direction
+  int lane, depth, deep;    // position in the block, which has `deep` threads along the reduced dimension
   int64_t sample, channel;  // of the first value
   int64_t at, advance, count;
 
@@ -85,17 +85,17 @@ struct Slice {
   }
 };
 
-// The channels of an access: neighbouring ones in channels_last order, else one.
+// The number of channels of an access: several adjacent ones in channels_last order, else one.
 template <bool channels_last, int access>
 constexpr int kChannels = channels_last ? access : 1;
 
-// Where this block's partial result of a channel is stored for the next pass: partial results are (splits, n, c).
+// The position at which this block stores its partial result of a channel: partial results are (splits, n, c).
 __device__ inline int64_t part_at(const Tiling& tiling, int64_t samples, int64_t sample, int64_t channel) {
   return (blockIdx.y * samples + sample) * tiling.c + channel;
 }
 
-// Which partial results (splits, n, c) make up the statistics of a group: those of `channels` neighbouring channels, of
-// one sample or of all of them.
+// The partial results (splits, n, c) that make up the statistics of a group: those of `channels` adjacent channels of
+// one sample or of all samples.
 struct StatGroups {
   int64_t c, n, groups, channels;
   int splits;
@@ -112,7 +112,7 @@ struct StatGroups {
   FASTGEN_HD int64_t samples() const { return per_sample ? 1 : n; }  // that share statistics
 };
 
-// What normalizes the channels of a thread: z = (x - center) * rstd * gain + shift.
+// The normalization of a thread's channels: z = (x - center) * rstd * gain + shift.
 template <int channels>
 struct Scales {
   float center[channels], rstd[channels], gain[channels], shift[channels];
@@ -129,7 +129,8 @@ struct Scales {
   }
 };
 
-// run(channels_last, access), both as constants, for the memory order of x and the widest access to all pointers.
+// Calls run(channels_last, access), both compile-time constants, for the memory order of x and the widest access that
+// all pointers allow.
 template <class T, class Run, class... Pointers>
 void with_layout(const Epilogue& op, const Run& run, Pointers... pointers) {
   constexpr int widest = kAccess / sizeof(T);

@@ -7,7 +7,7 @@ namespace {
 
 using namespace norm_act;
 
-// g, the gradient before the activation, and the normalized x of one access.
+// g, the gradient of the activation's input, and the normalized x for one access.
 template <class T, bool channels_last, int access, int channels>
 __device__ void gradient_of_z(const Epilogue& op, const Scales<channels>& scales, const T* grad_out, const T* x,
                               const T* residual, int64_t at, float (&g)[access], float (&normalized)[access]) {
@@ -67,9 +67,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_sums(Tiling tiling, int6
   }
 }
 
-// The gradients of weight and bias, one team per channel; and, where the statistics are those of x, the means over each
-// statistics group of gain * g and of gain * g * normalized x, one team per group. The first `channels` teams have a
-// channel, the next `groups` a group.
+// The gradients of weight and bias, one team per channel. With statistics of x also the means over each statistics
+// group of gain * g and of gain * g * normalized x, one team per group. The first `channels` teams each handle a
+// channel, the next `groups` teams a group.
 __global__ void __launch_bounds__(kThreads, 2)
     merge_sums(StatGroups of, int team, int64_t channels, int64_t groups, float count, const float* weight,
                const float* sums, const float* dots, float* grad_bias, float* grad_weight, float* mean_sums,
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// The second tiling. mean_sums: null where the statistics are not those of x. Grid: `grid`.
+// The gradient of each element. mean_sums: null unless the statistics are those of x. Grid: `grid`.
 template <class T, bool channels_last, int access>
 __global__ void __launch_bounds__(kThreads, 2)
     backward_apply(Tiling tiling, Epilogue op, const T* grad_out, const T* x, const float* mean_sums,

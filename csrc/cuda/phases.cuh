@@ -1,4 +1,4 @@
-// Which input pixels and taps of a convolution, strided or transposed, meet in an output pixel.
+// Which input pixels and taps of a convolution, strided or transposed, contribute to an output pixel.
 #pragma once
 
 #include <numeric>
@@ -13,8 +13,8 @@ struct Axis {
   int in, out, kernel, stride, padding, dilation;
   bool transposed;
   int phases;
-  int in_step, out_step;   // from one output pixel of a phase to the next, in the input and in the output
-  int tap_step, tap_move;  // from one tap of a phase to the next, in taps and in the input
+  int in_step, out_step;   // distance between output pixels of a phase, in the input and in the output
+  int tap_step, tap_move;  // distance between taps of a phase, in taps and in the input
 
   int64_t most_pixels() const { return ceil_div(out, out_step); }  // of any phase
   int64_t most_taps() const { return ceil_div(kernel, tap_step); }
@@ -22,8 +22,8 @@ struct Axis {
 
 inline Axis make_axis(bool transposed, int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding,
                       int64_t dilation) {
-  // An input of one pixel meets each output pixel through one tap, whatever the stride: with this stride each output
-  // pixel is a phase.
+  // An input of one pixel contributes to each output pixel through one tap, whatever the stride. With this stride each
+  // output pixel is a phase of its own.
   if (transposed && in == 1) stride = out + 2 * padding;
   Axis axis{int(in), int(out), int(kernel), int(stride), int(padding), int(dilation), transposed};
   axis.phases = axis.out_step = transposed ? axis.stride : 1;
@@ -33,8 +33,8 @@ inline Axis make_axis(bool transposed, int64_t in, int64_t out, int64_t kernel, 
   return axis;
 }
 
-// A phase along one dimension: its first output pixel and their number, the input pixel that the first tap reads for
-// the first output pixel, the first tap and the number of taps.
+// A phase along one dimension: its first output pixel, the number of its output pixels, the input pixel that the first
+// tap reads for the first output pixel, the first tap and the number of taps.
 struct Phase {
   int first, size, origin, tap, taps;
 };

@@ -1,10 +1,11 @@
 // z = mu + exp(logvar / 2) * noise and the divergence from the prior in one pass over memory, their gradients in
 // another. The noise is drawn in registers, from the key on the device (docs/random.md). Sums are float32, in an order
-// that depends on the shape only.
+// that depends only on the shape.
 //
-// A pass sees mu as lines: rows whose divergence is summed, else all elements of a key as one line. A thread takes a
-// group of neighbouring elements of a line: one access of 16 bytes, and one or two counters of Philox. A block has
-// kThreads threads, `lanes` of them side by side along a line: short lines share a block, a long line has several.
+// A pass treats mu as lines: the rows if their divergence is summed, else one line with all elements of a key. A thread
+// processes a group of adjacent elements of a line: one access of 16 bytes, and one or two Philox counters. A block has
+// kThreads threads, `lanes` of them side by side along a line: short lines share a block, a long line has several
+// blocks.
 #include <algorithm>
 
 #include "cuda/access.cuh"
@@ -19,7 +20,7 @@ constexpr int kThreads = 256;
 constexpr int kCounter = 4;  // normals per counter
 template <class T>
 constexpr int kGroup = kAccess / sizeof(T);
-// Blocks per multiprocessor for elements of type T, by those for float.
+// Blocks per multiprocessor for elements of type T, given the number for float.
 template <class T>
 constexpr int blocks_of(int blocks_of_float) {
   return blocks_of_float * kCounter / kGroup<T>;
@@ -45,7 +46,7 @@ Tiling tile(int64_t lines, int64_t length, int64_t samples, Pointers... pointers
   return tiling;
 }
 
-// The group of a thread: `count` elements, N at most, from element `at` of all on.
+// The group of a thread: `count` elements, at most N, from element `at` of the whole tensor on.
 template <int N>
 struct Group {
   int lane, split;
@@ -95,7 +96,7 @@ __device__ void load_periodic(const T* from, int64_t period, const Group<N>& gro
   }
 }
 
-// The op's options; `lines` per key.
+// The op's options; lines: per key.
 struct Sampler {
   const int64_t* keys;
   int64_t key_count, lines, samples;
@@ -103,7 +104,7 @@ struct Sampler {
   float low, high, least;
 };
 
-// The key of a line, and where the key's elements begin among all.
+// The key of a line, and the position of the key's first element.
 struct Key {
   uint64_t seed, offset;
   int64_t index, size, begin;
@@ -125,11 +126,11 @@ __device__ void draw(const Key& key, uint64_t counter, float* out) {
   out[3] = odd.second;
 }
 
-// `plain`, here and below, is a constant for the frequent case, which then takes half the registers: every group starts
-// at a counter's first normal, there is one sample, and the prior is the standard normal.
+// `plain`, here and below, is a compile-time constant for the frequent case, which then needs half the registers: every
+// group starts at a counter's first normal, there is one sample, and the prior is the standard normal.
 
-// The normals of the key's elements from `element` on; one more counter is drawn where `element` is not a counter's
-// first.
+// The normals of the key's elements from `element` on. If `element` is not a counter's first, one more counter is
+// drawn.
 template <bool plain, int N>
 __device__ void noise_of(const Key& key, int64_t element, float (&out)[N]) {
   const uint64_t counter = static_cast<uint64_t>(element) / kCounter;
@@ -143,7 +144,7 @@ __device__ void noise_of(const Key& key, int64_t element, float (&out)[N]) {
     out[i] = skip == 0 ? all[i] : skip == 1 ? all[i + 1] : skip == 2 ? all[i + 2] : all[i + 3];
 }
 
-// mu, logvar as given and clamped, and exp(logvar / 2), of a group.
+// mu, logvar before and after clamping, and exp(logvar / 2) of a group.
 template <class T>
 struct Gaussian {
   static constexpr int N = kGroup<T>;
@@ -194,7 +195,7 @@ struct Prior {
   }
 };
 
-// The normals alone. Grid: `Tiling::grid`.
+// Writes the normals only. Grid: `Tiling::grid`.
 template <bool plain>
 __global__ void __launch_bounds__(kThreads, plain ? 6 : 2) draw_noise(Tiling tiling, Sampler op, float* out) {
   constexpr int N = kGroup<float>;
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, plain ? 6 : 2) draw_noise(Tiling til
   store_group(out + group.at, group, eps);
 }
 
-// z; and, where `sums` is not null, each block's sum of the divergences of a line, (lines, splits), times `scale`.
+// Writes z and, if `sums` is not null, each block's sum of the divergences of a line, (lines, splits), times `scale`.
 // Grid: `Tiling::grid`.
 template <class T, bool plain>
 __global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 6 : 2))
@@ -240,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 6 : 2))
   if (group.line < tiling.lines && group.lane == 0) sums[group.line * tiling.splits + group.split] = scale * sum;
 }
 
-// kl = beta * the sum of a line's parts. Grid: one team (a warp or a block) per line.
+// kl = beta * the sum of a line's partial sums. Grid: one team (a warp or a block) per line.
 __global__ void __launch_bounds__(kThreads)
     add_parts(int64_t lines, int team, int splits, float beta, const float* parts, float* kl) {
   const int64_t line = static_cast<int64_t>(blockIdx.x) * (kThreads / team) + threadIdx.x / team;
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(kThreads)
   if (line < lines && threadIdx.x % team == 0) kl[line] = beta * sum;
 }
 
-// The gradients, from those of z and of the divergence; either may be null. Grid: `Tiling::grid`.
+// The gradients, from those of z and of the divergence, either of which may be null. Grid: `Tiling::grid`.
 template <class T, bool plain>
 __global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 5 : 2))
     differentiate(Tiling tiling, Sampler op, float beta, const T* grad_z, const float* grad_kl,
@@ -260,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 5 : 2))
   if (!group.count) return;
   const Key key(op, tiling, group.line);
   const Gaussian<T> q(op, given, group);
-  float sum[N] = {}, along[N] = {};  // of grad_z and of grad_z * noise, over the samples
+  float sum[N] = {}, along[N] = {};  // sums of grad_z and of grad_z * noise over the samples
   if (grad_z) {
     const T* from = grad_z + group.at + (plain ? 0 : key.begin * (op.samples - 1));
     int64_t element = group.at - key.begin;
@@ -352,7 +353,7 @@ void differentiate_of(const Reparameterize& op, const void* grad_z, const void* 
 }  // namespace
 
 void noise(const Reparameterize& op, void* out, const Queue& queue) {
-  Reparameterize flat = op;  // here the samples are part of a key's elements
+  Reparameterize flat = op;  // the noise does not distinguish samples and rows
   flat.samples = flat.rows = 1;
   const Tiling tiling = tile<float>(op.keys, op.samples * op.rows * op.size, 1, out);
   const auto kernel = is_plain(flat, tiling, false) ? draw_noise<true> : draw_noise<false>;

@@ -1,15 +1,15 @@
 // weight / sigma for many weights by power iteration (Miyato et al., Spectral Normalization for Generative Adversarial
 // Networks, 2018): a fixed number of launches for up to kMostWeights weights, which are kernel parameters.
 //
-// The words are those of SpectralMatrix (shared/problems.h). A weight is `lines` of `line_size` elements, in which
-// `width` columns are neighbours. The `line` vector, (lines, width), is u if the lines are the matrix's rows, else v;
-// the `summed` vector, (line_size / width), is the other one. A block multiplies a chunk of lines: it completes their
+// The terms are defined at SpectralMatrix (shared/problems.h). A weight is `lines` of `line_size` elements, in which
+// `width` columns are adjacent. The `line` vector, (lines, width), is u if the lines are the matrix's rows, else v; the
+// `summed` vector, (line_size / width), is the other one. A block multiplies a chunk of lines: it completes their
 // elements of the line product, then reads the lines again from the cache for its part of the summed product; another
-// launch adds the parts. Where the line vector is the first one of a step, one pass computes both products (`fused`);
-// else the first pass computes the summed product and a second pass the line product. The second product is that of the
-// first before it is normalized: norms and sigma = second . (W first) / |first| need no further pass.
+// launch adds the parts. If the line product comes first in a step, one pass computes both products (`fused`); else the
+// first pass computes the summed product and a second pass the line product. The second product uses the first one
+// before it is normalized, so norms and sigma = second . (W first) / |first| need no further pass.
 //
-// Products are float32, norms float64, in an order that depends on the weight's shape only.
+// Products are float32, norms float64, summed in an order that depends only on the weight's shape.
 #include <algorithm>
 #include "cuda/spectral_products.cuh"
 
@@ -22,7 +22,7 @@ enum class Pass { first, second, evaluate };  // evaluate: sigma of the given ve
 
 static_assert(sizeof(Group<Weight>) + 2 * sizeof(double) <= 4096);
 
-// Grid: one block per chunk of each weight; in the second pass only of weights that are not fused.
+// Grid: one block per chunk of each weight; in the second pass only for weights that are not fused.
 template <class T>
 __global__ void __launch_bounds__(kThreads) multiply(const __grid_constant__ Group<Weight> group, Pass pass) {
   constexpr int widest = kAccess / sizeof(T);
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) multiply(const __grid_constant__ Gro
 }
 
 // The summed product from its parts. Grid: up to kMostSums blocks per weight; a block adds kWarp elements at a time,
-// each of its warps every so many parts of them.
+// with the parts divided among its warps in turn.
 __global__ void __launch_bounds__(kThreads) add_parts(const __grid_constant__ Group<Weight> group) {
   constexpr int warps = kThreads / kWarp;
   const Work work(group);
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) add_parts(const __grid_constant__ Gr
   if (threadIdx.x == 0) m.summed_sums()[work.number] = total;
 }
 
-// What the last pass divides by; the first thread computes it for the block.
+// The divisors of the last pass; the first thread computes them for the block.
 struct Divisors {
   double line, summed;
   float sigma;
@@ -122,8 +122,8 @@ __device__ void finish_block(const Weight& m, const Work& work, double eps, bool
   elements.store_all(static_cast<T*>(m.out), held);
 }
 
-// iterate: u and v from the products; else as they were. scale: sigma, and weight / sigma where it is wanted. Grid: one
-// block per kBlock elements of each weight, or of its longer vector.
+// iterate: computes u and v from the products; else copies them. scale: computes sigma and, if out is not null, weight
+// / sigma. Grid: one block per kBlock elements of each weight, or of its longer vector.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     finish(const __grid_constant__ Group<Weight> group, double eps, bool iterate, bool scale) {
@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(kThreads)
   else finish_block<T, 1>(m, work, eps, iterate, scale);
 }
 
-// Lines per block: enough to fill it and to keep the parts of the summed product few; not too many to stay in the cache
-// and to give every multiprocessor a block.
+// Lines per block: enough to fill it and to keep the parts of the summed product few, but few enough to stay in the
+// cache and to give every multiprocessor a block.
 int64_t chunk_of(const Weight& m) {
   if (m.width > 1) return std::max<int64_t>(kBatch, ceil_div(m.lines, 256));
   const int64_t small = ceil_div(4096, std::max<int64_t>(1, m.line_size)),
@@ -164,7 +164,7 @@ Weight record_of(const SpectralMatrix& m, bool v_first) {
   return record;
 }
 
-// Gives each weight its part of the scratch memory at `base`; returns the bytes of all parts.
+// Assigns each weight its part of the scratch memory at `base`; returns the bytes of all parts.
 int64_t lay_out(Group<Weight>& group, void* base) {
   int64_t bytes = 0;
   const auto allocate = [&](auto*& pointer, int64_t count) {

@@ -1,4 +1,4 @@
-// What the passes of spectral norm and of its gradient share: how the weights of a launch are divided among blocks.
+// The work division that the passes of spectral norm and of its gradient share: the weights of a launch among blocks.
 #pragma once
 
 #include <algorithm>
@@ -11,12 +11,12 @@ namespace fastgen::cuda::spectral {
 
 constexpr int kThreads = 512;
 constexpr int kMostWeights = 32;          // per launch: their records fill the 4 KB of its parameters
-constexpr int kMostSums = 512;            // of a weight, which every block of the last pass adds
+constexpr int kMostSums = 512;            // per weight; every block of the last pass adds them
 constexpr int kHeld = 8;                  // elements per thread in the passes over elements
 constexpr int kBlock = kThreads * kHeld;  // elements per block there
 constexpr int kShared = kThreads * 8 * int(sizeof(float));
 
-// Blocks of a pass that leaves a sum per block.
+// The number of blocks of a pass that writes one sum per block.
 FASTGEN_HD int64_t summing_blocks(int64_t blocks) { return blocks < 1 ? 1 : blocks > kMostSums ? kMostSums : blocks; }
 
 // The records of a launch, one per weight, and its blocks: those of record i are starts[i], ..., starts[i + 1] - 1.
@@ -35,7 +35,7 @@ struct Group {
   }
 };
 
-// The record of this block, and its number among that record's blocks.
+// The record of this block, and the block's index among that record's blocks.
 struct Work {
   int index = 0;
   int64_t number, blocks;
@@ -62,7 +62,7 @@ __device__ inline double total_of(const double* sums, int64_t count) {
   return block_total(total);
 }
 
-// Floats that belong to `access` elements of a weight, in accesses of up to 4: they are aligned to 16 bytes.
+// The floats for `access` elements of a weight, in accesses of up to 4, which are aligned to 16 bytes.
 template <int access>
 __device__ void load_floats(const float* from, float (&to)[access]) {
   constexpr int width = access < 4 ? access : 4;
@@ -107,7 +107,7 @@ struct Elements {
   }
 };
 
-// Neighbouring columns of a line.
+// The number of adjacent columns of a line.
 inline int width_of(const SpectralMatrix& m) {
   return m.outer == 1 ? 1 : static_cast<int>(std::max<int64_t>(1, m.inner));
 }

@@ -11,7 +11,7 @@ struct WeightGrad {
   const void *weight, *grad_out;
   void* out;
   const float *line_vector, *summed_vector, *sigma, *grad_sigma;
-  double* sums;  // of each block, for grad_out . weight
+  double* sums;  // one per block, for grad_out . weight
   int64_t lines, line_size;
   int width;
   bool aligned;
@@ -41,7 +41,7 @@ __device__ double dot_of(const WeightGrad& m, const Work& work) {
   return total;
 }
 
-// Parts of grad_out . weight. Grid: up to kMostSums blocks per weight.
+// Partial sums of grad_out . weight. Grid: up to kMostSums blocks per weight.
 template <class T>
 __global__ void __launch_bounds__(kThreads) dot(const __grid_constant__ Group<WeightGrad> group) {
   const Work work(group);

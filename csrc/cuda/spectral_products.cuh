@@ -1,4 +1,4 @@
-// The products of spectral norm: what a block computes of them from its chunk of lines.
+// The products of spectral norm: the part that a block computes from its chunk of lines.
 #pragma once
 
 #include "cuda/spectral_norm.cuh"
@@ -7,15 +7,15 @@ namespace fastgen::cuda::spectral {
 
 constexpr int kBatch = 4;  // lines that a team multiplies at a time
 
-// A weight in a launch: see spectral_norm.cu for the words.
+// A weight in a launch; spectral_norm.cu explains the terms.
 struct Weight {
   const void* weight;
   void* out;
-  const float *line_vector, *summed_vector;  // as they are before the step
+  const float *line_vector, *summed_vector;  // before the step
   float *new_line_vector, *new_summed_vector, *sigma;
   float* products;  // the line product and the summed product, not normalized
   float* parts;     // of the summed product: (chunks, line_size / width)
-  double* sums;     // of each block, for the squared norms or for sigma
+  double* sums;     // one per block, for the squared norms or for sigma
   int64_t lines, line_size;
   int width, chunk;  // chunk: lines per block
   int lanes_log2;    // threads that share a line
@@ -33,8 +33,8 @@ struct Weight {
   FASTGEN_HD double* summed_sums() const { return sums + chunks(); }
 };
 
-// Adds `count` values that are `stride` apart, into the first of them; in each of `planes`. This thread's value has the
-// number `index` and is at `value`. To be called after a barrier.
+// Adds `count` values that are `stride` apart into the first of them, in each of `planes`. This thread's value has the
+// index `index` and is at `value`. Call it after a barrier.
 template <int planes>
 __device__ void add_across(float* value, int index, int count, int stride) {
   for (int left = count; left > 1;) {
@@ -62,7 +62,7 @@ __device__ void store_floats(float* to, const float (&from)[access]) {
 
 // The lines of a block.
 struct Chunk {
-  int64_t number, first, count;  // its number; its first line and how many
+  int64_t number, first, count;  // its index, its first line and the number of lines
   bool evaluate;
 
   // Writes an element of the line product and returns what it adds to the block's sum.
@@ -72,7 +72,7 @@ struct Chunk {
   }
 };
 
-// The line product of the chunk, width 1: a team of threads side by side along a line multiplies kBatch lines at a
+// The line product of the chunk for width 1: a team of threads side by side along a line multiplies kBatch lines at a
 // time.
 template <class T, int access>
 __device__ double multiply_lines(const Weight& m, const Chunk& chunk, const float* summed_vector) {
@@ -120,7 +120,7 @@ __device__ double multiply_lines(const Weight& m, const Chunk& chunk, const floa
   return total;
 }
 
-// The chunk's part of the summed product, width 1: each thread adds some columns, over every so many lines.
+// The chunk's part of the summed product for width 1: each thread adds some columns over every n-th line.
 template <class T, int access>
 __device__ void add_lines(const Weight& m, const Chunk& chunk, const float* line_vector) {
   const int lanes = 1 << m.lanes_log2, lane = threadIdx.x & (lanes - 1), team = threadIdx.x >> m.lanes_log2;
@@ -128,7 +128,8 @@ __device__ void add_lines(const Weight& m, const Chunk& chunk, const float* line
   const T* const weight = static_cast<const T*>(m.weight) + chunk.first * m.line_size;
   float* const scratch = shared_memory<float>();
   float* const part = m.parts + chunk.number * m.line_size;
-  for (int64_t at = lane * access; at < m.line_size; at += lanes * access) {  // one round if there are several teams
+  for (int64_t at = lane * access; at < m.line_size;
+       at += lanes * access) {  // a single iteration if there are several teams
     float sums[access] = {};
 #pragma unroll 4
     for (int64_t line = team; line < chunk.count; line += teams) {
@@ -150,8 +151,8 @@ __device__ void add_lines(const Weight& m, const Chunk& chunk, const float* line
   }
 }
 
-// A thread's position in a line of width > 1: the block spans `span` neighbouring columns, and `deep` elements of the
-// summed vector, at a time.
+// A thread's position in a line of width > 1: the block covers `span` adjacent columns and `deep` elements of the
+// summed vector at a time.
 struct Columns {
   int span, deep, column, depth;
 

@@ -1,4 +1,5 @@
-// The product that a warp of the convolution's kernel adds in each step from shared memory, by tensor cores or FMA.
+// The product that a warp of the convolution kernel accumulates from shared memory in each step, by tensor cores or
+// FMA.
 #pragma once
 
 #include "cuda/matrix.cuh"
@@ -10,15 +11,15 @@ struct alignas(kAccess) Chunk {
   unsigned char bytes[kAccess];
 };
 
-// The position of a chunk of a row in shared memory, whose 32 banks serve 8 chunks at a time. It repeats every 8 rows,
-// 8 * chunks further on.
+// The swizzled position of a row's chunk in shared memory, whose 32 banks serve 8 chunks at a time. The pattern repeats
+// every 8 rows, 8 * chunks positions later.
 template <int chunks>
 FASTGEN_HD constexpr int swizzle(int row, int chunk) {
   return row * chunks + (chunk ^ (row / (8 / chunks) % chunks));
 }
 
-// Whether 8 threads access different banks, both when they read the same chunk of 8 neighbouring rows (ldmatrix, Fma)
-// and when they copy all chunks of one row or of two.
+// Whether 8 threads access different banks, both when they read the same chunk of 8 adjacent rows (ldmatrix, Fma) and
+// when they copy all chunks of one or two rows.
 template <int chunks>
 constexpr bool meets_all_banks() {
   for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -50,7 +51,7 @@ struct TensorCores {
 #pragma unroll
       for (int i = 0; i < high; ++i) load_matrices(of_a[i], from_a + i * 16 * chunks);
 #pragma unroll
-      for (int j = 0; j < wide; j += 2) {  // two neighbours at once; the same one twice where there is only one
+      for (int j = 0; j < wide; j += 2) {  // two adjacent ones at once; the same one twice if there is only one
         uint32_t both[4];
         load_matrices(both, from_b + j * 8 * chunks);
         of_b[j][0] = both[0];
@@ -60,7 +61,7 @@ struct TensorCores {
           of_b[j + 1][1] = both[3];
         }
       }
-      if constexpr (std::is_same_v<T, float>) {  // the weight is rounded already
+      if constexpr (std::is_same_v<T, float>) {  // the weight is already rounded
 #pragma unroll
         for (int i = 0; i < high; ++i)
 #pragma unroll
@@ -76,7 +77,8 @@ struct TensorCores {
     }
   }
 
-  // Stores the sums as rows of floats, `length` apart: 8 mod 32, so that the stores of a half warp hit different banks.
+  // Stores the sums as rows of floats, `length` apart. length is 8 mod 32, so that the stores of a half warp hit
+  // different banks.
   __device__ void put(float* to, int length) const {
     const int lane = threadIdx.x % kWarp;
     to += lane / 4 * length + lane % 4 * 2;

@@ -1,7 +1,7 @@
-// An allocator for PyTorch's tensors on the CPU that keeps what is freed: fresh pages cost more than what a layer
-// computes in them, and the C library's heap, which could keep them too, grows with each aligned block that does not
-// fit between its neighbours. This is the only file that uses PyTorch's C++ classes, which are no stable ABI: it does
-// nothing in another version than the one it was built with.
+// A caching allocator for PyTorch's CPU tensors: touching fresh pages costs more than a layer's computation, and the C
+// library's heap, which could keep freed memory too, grows with each aligned block that does not fit into a gap. This
+// is the only file that uses PyTorch's C++ classes, which have no stable ABI: under any other version than the one it
+// was built with, it does nothing.
 #undef TORCH_TARGET_VERSION
 #include "ops/allocator.h"
 
@@ -48,7 +48,7 @@ class CachingAllocator final : public c10::Allocator {
  private:
   static constexpr size_t kMinCached = 64 << 10, kPage = 4 << 10, kLargePage = 2 << 20;
 
-  // A cached block of this size, or up to a half larger; null where there is none.
+  // A cached block of this size, or up to 1.5 times as large; null if there is none.
   void* reuse(size_t size) {
     const std::lock_guard<std::mutex> guard(lock);
     const auto found = cached.lower_bound(size);
@@ -90,12 +90,13 @@ class CachingAllocator final : public c10::Allocator {
       }
     }
 #ifdef MADV_HUGEPAGE
-    if (line == kLargePage) madvise(memory, size, MADV_HUGEPAGE);  // fewer faults, fewer misses of the TLB
+    if (line == kLargePage) madvise(memory, size, MADV_HUGEPAGE);  // fewer page faults and TLB misses
 #endif
     return memory;
   }
 
-  // Frees what the usual allocator returned too: PyTorch asks the present one to free what an earlier one allocated.
+  // Also frees memory of the default allocator: PyTorch asks the current allocator to free what an earlier one
+  // allocated.
   static void release(void* memory) {
     CachingAllocator& self = instance();
     {
@@ -124,7 +125,7 @@ bool keep_freed_memory(int64_t major, int64_t minor) {
   if (major != TORCH_VERSION_MAJOR || minor != TORCH_VERSION_MINOR) return false;
   static const bool once = [] {
     CachingAllocator& allocator = CachingAllocator::instance();
-    // A forked child must not find the lock held by a thread that it does not have.
+    // A forked child must not inherit the lock held by a thread that does not exist there.
     pthread_atfork([] { CachingAllocator::instance().lock.lock(); }, [] { CachingAllocator::instance().lock.unlock(); },
                    [] { CachingAllocator::instance().lock.unlock(); });
     c10::SetCPUAllocator(&allocator, 1);

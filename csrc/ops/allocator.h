@@ -4,8 +4,8 @@
 
 namespace fastgen {
 
-// Has PyTorch's tensors of the CPU allocated by one that keeps what is freed; false in a PyTorch of another version
-// than that of this library's headers.
+// Replaces PyTorch's CPU allocator with one that caches freed memory. Returns false if PyTorch's version is not that of
+// the headers this library was compiled with.
 bool keep_freed_memory(int64_t major, int64_t minor);
 
 }  // namespace fastgen

@@ -8,8 +8,8 @@
 namespace fastgen {
 namespace {
 
-// Whether float32 may be multiplied in TF32: torch.backends.cudnn.conv.fp32_precision, as of the last call. The CPU has
-// none.
+// Whether float32 may be multiplied in TF32: torch.backends.cudnn.conv.fp32_precision as of the last call. Ignored on
+// the CPU.
 std::atomic<bool> tf32_allowed{false};
 
 [[maybe_unused]] void allow_tf32(bool allowed) { tf32_allowed = allowed; }
@@ -86,8 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_norm_act(
 }
 
 #if !defined(FASTGEN_CUDA)
-// The number of the cpu::Algorithm that computes such a convolution, or the gradient of its weight, best; whatever
-// instructions the processor has, and whatever the environment asks for.
+// The number of the fastest cpu::Algorithm for a convolution of these sizes, or for the gradient of its weight. It
+// ignores the processor's instruction set and the environment.
 int64_t algorithm(int64_t n, int64_t in_channels, int64_t in_height, int64_t in_width, int64_t out_channels,
                   int64_t out_height, int64_t out_width, int64_t kernel_height, int64_t kernel_width,
                   std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,

@@ -1,4 +1,4 @@
-// What every op ends with: norm, residual, activation.
+// The epilogue that every op ends with: norm, residual, activation.
 #pragma once
 
 #include "ops/execution.h"
@@ -15,7 +15,7 @@ struct EpilogueArguments {
   std::string activation;
   double negative_slope;
 
-  // Sizes and options for x, without pointers; batch_stats: mean and var are those of x.
+  // Sizes and options for x, without pointers. batch_stats: mean and var are the statistics of x.
   Epilogue describe(const Tensor& x, bool batch_stats, bool channels_last) const {
     Epilogue epilogue{};
     epilogue.dtype = dtype_of(x);
@@ -46,7 +46,7 @@ struct EpilogueArguments {
   }
 };
 
-// Samples whose pixels lie one after another and share their statistics are one long sample.
+// Treats samples as one long sample if their pixels are contiguous and share statistics.
 [[maybe_unused]] void join_samples(Epilogue& epilogue) {
   if (!epilogue.channels_last || epilogue.per_sample) return;
   epilogue.s *= epilogue.n;

@@ -16,7 +16,7 @@
 namespace fastgen {
 namespace {
 
-// Where a call's kernels run. It lives until the end of the expression that it is part of.
+// Where a call's kernels run. It lives until the end of the full expression that creates it.
 #if defined(FASTGEN_CUDA)
 namespace kernels = cuda;
 

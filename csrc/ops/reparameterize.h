@@ -19,7 +19,8 @@ Reparameterize describe_sampler(const Tensor& mu, const Tensor& key, int64_t num
   return op;
 }
 
-// After how many elements a tensor that is expanded along its first dimensions repeats itself; 0 if it lies otherwise.
+// The number of elements after which a tensor that is expanded along its first dimensions repeats; 0 for any other
+// memory layout.
 int64_t period_of(const Tensor& x) {
   int64_t period = 1, dim = x.dim() - 1;
   for (; dim >= 0 && (x.size(dim) == 1 || x.stride(dim) == period); --dim) period *= x.size(dim);

@@ -6,8 +6,7 @@
 namespace fastgen {
 namespace {
 
-// A weight as the matrix of its dimension `dim` against all others, in its own memory order, and the vectors in that
-// order.
+// A weight as a matrix: dimension `dim` by all others, in the weight's memory order; the vectors have the same order.
 struct SpectralWeight {
   Tensor weight, given_u, given_v;
   Tensor u, v, sigma;       // see `add_results`
@@ -32,7 +31,7 @@ struct SpectralWeight {
     matrix.given_v = given_v.const_data_ptr();
   }
 
-  // Room for what the iterations give.
+  // Allocates the results of the iterations.
   void add_results() {
     u = torch::stable::empty_like(given_u);
     v = torch::stable::empty_like(given_v);

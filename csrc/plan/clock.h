@@ -15,7 +15,7 @@ inline double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// The least time of `repeats` calls.
+// The shortest time of `repeats` calls.
 inline double least_seconds(int64_t repeats, const std::function<void()>& body) {
   double least = std::numeric_limits<double>::infinity();
   for (int64_t i = 0; i < repeats; ++i) {

@@ -1,11 +1,11 @@
-// What convolutions end with and norm_act consists of: the fields of the file, and an Epilogue of them for a run.
+// The epilogue of convolutions and of norm_act: its fields in the file, and the Epilogue of a run.
 #pragma once
 
 #include "plan/step.h"
 
 namespace fastgen::plan {
 
-// affine: by the mean and var of the file; batch, instance, group: by statistics of x
+// affine: with the file's mean and var; batch, instance, group: with statistics of x
 enum class Norm : int64_t { none, affine, batch, instance, group };
 
 struct EpilogueFields {
@@ -20,7 +20,7 @@ struct EpilogueFields {
   bool has_statistics() const { return norm != Norm::none && norm != Norm::affine; }
   void check(const Check& check, const Step& step) const;  // of a step that reads x and at most one residual
 
-  // Without its buffers.
+  // The Epilogue without its buffers.
   Epilogue describe(const Shape& shape, DType dtype, int64_t n, bool channels_last) const;
 };
 

@@ -12,7 +12,7 @@ void check(bool holds, const std::string& what) {
   if (!holds) throw std::runtime_error(what);
 }
 
-// The checksum of zlib, eight bytes at a time: table[k] moves a byte k bytes on.
+// zlib's CRC-32, eight bytes at a time: table[k] advances a byte by k bytes.
 uint32_t crc32(const char* bytes, size_t size) {
   static const auto table = [] {
     std::array<std::array<uint32_t, 256>, 8> made{};
@@ -64,7 +64,7 @@ bool has_possible_size(const Shape& shape) {
          shape.c * shape.h <= kMaxElements && shape.elements() <= kMaxElements;
 }
 
-// The name in a record, or nothing if it is none.
+// The name in a record; empty if it is not valid.
 std::string kind_of(const Record& record) {
   const char* const end = record.kind + sizeof(record.kind);
   const char* const last = std::find(record.kind, end, '\0');

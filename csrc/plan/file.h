@@ -1,4 +1,4 @@
-// Reading and checking a plan file, before memory is allocated for what it says.
+// Reads and checks a plan file before memory is allocated for its contents.
 #pragma once
 
 #include "plan/step.h"

@@ -22,11 +22,11 @@ inline const char* name(Precision precision) {
 struct Header {
   char magic[8];
   uint32_t version;
-  uint32_t checksum;  // CRC-32 of everything behind it
+  uint32_t checksum;  // CRC-32 of all bytes after it
   int64_t size;       // of the file in bytes
   int64_t steps;
   int64_t records, weights;  // bytes of each part
-  Precision precision;       // bfloat16: on a processor that multiplies it, and float32 on others
+  Precision precision;       // bfloat16: float32 on processors without bfloat16 products
   double error;              // relative L2 error that was measured when the plan was made; NaN: none was
 };
 
@@ -39,8 +39,8 @@ struct Shape {
   bool operator==(const Shape& other) const { return c == other.c && h == other.h && w == other.w; }
 };
 
-// A value that a step reads, as an image of `shape`, which may be another one of as many elements. Value i is what step
-// i computes.
+// A value that a step reads, as an image of `shape`, which may differ from the value's own shape but has as many
+// elements. Step i computes value i.
 struct Read {
   int64_t value;
   Shape shape;
@@ -58,7 +58,7 @@ struct Record {
 struct Weight {
   int64_t offset;  // in bytes from the first weight; -1: there is none
   Precision type;
-  int64_t scales;  // offset of what the stored numbers are multiplied by; -1: there is nothing
+  int64_t scales;  // offset of the factors of the stored numbers; -1: there are none
 };
 
 }  // namespace fastgen::plan

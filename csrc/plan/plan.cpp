@@ -51,7 +51,7 @@ void Plan::find_ends() {
   if (inputs_.empty() || outputs_.empty()) throw std::runtime_error("the plan has no input or no output");
 }
 
-// An input whose order is already that of the plan is not copied, nor is a value that only an output reads and that its
+// Neither an input that is already in the plan's order is copied, nor a value that only an output reads and that its
 // step can write in the caller's order.
 void Plan::place_ends() {
   const auto is_plain = [](const Shape& shape) { return shape.c == 1 || shape.pixels() == 1; };

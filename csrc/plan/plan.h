@@ -18,7 +18,8 @@ struct End {
 
 class Plan {
  public:
-  // Throws std::runtime_error unless all of the file is consistent; nothing is allocated for what it says before that.
+  // Throws std::runtime_error unless the whole file is consistent; until that is checked, nothing is allocated for its
+  // contents.
   Plan(File file, int threads);
 
   // One pointer per input and output, (n, c, h, w) of float or (n) of int64, contiguous. Several threads may call it.
@@ -26,27 +27,27 @@ class Plan {
   void run(int64_t n, const std::vector<const void*>& in, const std::vector<float*>& out) const;
 
   // Measures the algorithms of every convolution for `n` images, or as many as run at once, uses the best ones from now
-  // on and returns them, one per step (-1: none). Each is timed alone, and those with fewer bytes of packed weights
-  // than the fastest, if that might make up for it, again in the whole network, where all weights share the caches. Not
-  // while another thread runs the plan.
+  // on and returns them, one per step (-1: none). Each algorithm is timed alone. An algorithm with fewer bytes of
+  // packed weights than the fastest one, if the difference could make up for its time, is timed again in the whole
+  // network, where all weights share the caches. No other thread may run the plan meanwhile.
   std::vector<int64_t> tune(int64_t n);
 
-  // The numbers of images to tune for: few, and many if so many run at once.
+  // The batch sizes to tune for: a small one, and a large one if that many images run at once.
   std::vector<int64_t> batches_to_tune() const {
     return images_at_once() >= kFew ? std::vector<int64_t>{1, 2 * kFew} : std::vector<int64_t>{1};
   }
 
-  // Seconds that each step takes in the network for `n` images, or as many as run at once, the least of `repeats`.
+  // Seconds per step in the whole network for `n` images, or as many as run at once: the least of `repeats` runs.
   std::vector<double> profile(int64_t n, int64_t repeats) const;
 
-  // The bytes of a file of this plan, with the algorithms that it uses.
+  // This plan as the bytes of a file, with the algorithms that it uses.
   std::string file() const;
 
   const Header& header() const { return header_; }
   void set_error(double error) { header_.error = error; }
   const std::vector<End>& inputs() const { return inputs_; }
   const std::vector<End>& outputs() const { return outputs_; }
-  // On this processor; header().precision is what the file asks for.
+  // The precision on this processor; header().precision is the one that the file asks for.
   Precision runs_as() const { return dtype_ == DType::bfloat16 ? Precision::bfloat16 : Precision::float32; }
   int threads() const { return threads_; }
   int64_t images_at_once() const { return whole_batch_ ? std::numeric_limits<int64_t>::max() : images_at_once_; }
@@ -56,13 +57,14 @@ class Plan {
     cpu::Buffer<char> memory;
     int64_t size = 0;
   };
-  // Where the value of a step is in memory: in a slot of the workspace, or in an input or output of the caller.
+  // The memory of a step's value: a slot of the workspace, or an input or output of the caller.
   struct Place {
     enum { slot, input, output } where;
     size_t index;
     int64_t gives = -1;  // the input of the caller that the step gives
     bool channels_last = true;
-    bool is_computed = true;  // false: the caller's input is read as it is, or the value's own step wrote the output
+    bool is_computed =
+        true;  // false: the caller's input is read in place, or the step of the value already wrote the output
   };
 
   File file_;
@@ -92,7 +94,7 @@ class Plan {
 
   // Tuning (tune.cpp)
   std::vector<Convolution*> convolutions() const;       // of each step; null where it is none
-  void use(size_t step, int64_t algorithm, int64_t n);  // for this one and those alike
+  void use(size_t step, int64_t algorithm, int64_t n);  // for this step and all that are alike
 };
 
 }  // namespace fastgen::plan

@@ -1,4 +1,4 @@
-// A step of a plan: the base of all kinds, what each is given to check itself and to run, and the registry of kinds. A
+// A step of a plan: the base class of all kinds, the arguments of their check and run, and the registry of kinds. A
 // kind is one class in csrc/plan/steps, which holds its fields, its check and its computation.
 #pragma once
 
@@ -15,7 +15,7 @@ inline bool within(int64_t value, int64_t least, int64_t most) { return least <=
 
 enum class ValueType { image, labels, nothing };  // labels are int64 (n)
 
-// Given to Step::check. What fails throws std::runtime_error with the step's name.
+// The argument of Step::check. A failed check throws std::runtime_error with the step's name.
 class Check {
  public:
   Check(int64_t step, const std::string& kind, const Header& header)
@@ -33,7 +33,7 @@ class Check {
   const Header& header_;
 };
 
-// Given to Step::run: `n` images of each value that the step reads, float or bfloat16 in the order (n, h, w, c).
+// The argument of Step::run: `n` images of each value that the step reads, float or bfloat16 in the order (n, h, w, c).
 struct Run {
   int64_t n;
   DType dtype;
@@ -62,10 +62,10 @@ class Step {
 
   std::vector<Read> inputs;
   Shape shape;         // of the value that it computes
-  size_t fields_at{};  // where its fields are in the file
+  size_t fields_at{};  // the position of its fields in the file
 
-  // Throws unless the step stays within its memory whatever its inputs hold. The sizes of `inputs` and `shape`, and
-  // that the values exist and have so many elements, were checked before.
+  // Throws unless the step stays within its memory whatever its inputs hold. Already checked: the sizes of `inputs` and
+  // `shape`, and that the values exist with these numbers of elements.
   virtual void check(const Check& check) const = 0;
   virtual void run(const Run& run) const = 0;
 
@@ -96,7 +96,7 @@ class Typed : public Step {
   void write_fields(char* to) const override { memcpy(to, &fields, fields_size()); }
 };
 
-// The same, computed by Kind::compute<T>(run) for values of type T.
+// The same for a kind that computes values of type T in Kind::compute<T>(run).
 template <class Kind, class Fields>
 class Computed : public Typed<Kind, Fields> {
  public:
@@ -108,7 +108,7 @@ class Computed : public Typed<Kind, Fields> {
 
 using MakeStep = std::unique_ptr<Step> (*)();
 
-// A variable of this type adds a kind under the name that it has in files.
+// A variable of this type registers a kind under its name in files.
 struct Registered {
   Registered(const char* name, MakeStep make);
 };
@@ -118,7 +118,7 @@ std::unique_ptr<Step> make_step(const std::string& kind);
 
 }  // namespace fastgen::plan
 
-// Registers a class that cpu/isa.h compiles once per instruction set; stands inside #ifdef FASTGEN_ONCE.
+// Registers a class that cpu/isa.h compiles once per instruction set; must be inside #ifdef FASTGEN_ONCE.
 #define FASTGEN_REGISTER_STEP(name, Class)                                             \
   [[maybe_unused]] const Registered name##_step(#name, []() -> std::unique_ptr<Step> { \
     using cpu::Isa;                                                                    \

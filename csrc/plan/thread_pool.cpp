@@ -50,7 +50,7 @@ class Pool {
     take_pieces();
     for (int64_t spins = 0; finished.load(std::memory_order_acquire) != pieces; ++spins) {
       pause();
-      if (spins > 4096) std::this_thread::yield();  // a worker's processor does something else
+      if (spins > 4096) std::this_thread::yield();  // a worker's processor is busy elsewhere
     }
     if (error) std::rethrow_exception(error);
   }
@@ -61,8 +61,8 @@ class Pool {
     const Body* body;
   };
 
-  // Which job, how many workers may help, and how many of its pieces nobody has taken: one word, so that who comes late
-  // takes nothing of the next job unseen.
+  // The job's number, how many workers may join, and how many pieces are left, in one word: a late worker cannot take a
+  // piece of the next job by mistake.
   std::atomic<uint64_t> state{0};
   std::atomic<int64_t> finished{0};
   std::atomic<int> sleeping{0};
@@ -77,7 +77,7 @@ class Pool {
     return pieces_left(state) && worker < static_cast<int>((state & 0xffffffff) >> kPieceBits);
   }
 
-  // A piece that is taken keeps its job alive, and `job` as it is, until it is finished.
+  // A taken piece keeps its job alive and `job` unchanged until the piece is finished.
   void take_pieces() {
     uint64_t seen = state.load(std::memory_order_acquire);
     while (pieces_left(seen)) {
@@ -110,8 +110,8 @@ class Pool {
   }
 };
 
-// Pools are never destroyed, their threads detached. A child process has none of its parent's threads: it makes a pool
-// of its own.
+// Pools are never destroyed, their threads detached. A child process has none of its parent's threads, so it creates
+// its own pool.
 std::atomic<Pool*> made{nullptr};
 
 void in_child() {

@@ -12,12 +12,12 @@ namespace fastgen::plan {
 // The process's threads, as many as the processors it may use unless FASTGEN_THREADS says otherwise.
 int thread_count();
 
-// Held for a moment where threads change what they share. A fork waits for it, so that no child inherits it locked by a
-// thread that does not exist there.
+// Held briefly where threads change shared state. A fork waits for it, so that no child inherits it locked by a thread
+// that does not exist there.
 std::mutex& sharing();
 
 // Runs body(begin, end) over a partition of [0, count) on at most `threads` threads, the calling one included. Several
-// threads may call it at a time: one of them gets the pool, the others run alone. Rethrows what a body throws.
+// threads may call it at a time: one of them gets the pool, the others run alone. Rethrows an exception of a body.
 void run_parallel(int threads, int64_t count, const std::function<void(int64_t begin, int64_t end)>& body);
 
 }  // namespace fastgen::plan

@@ -5,7 +5,7 @@
 namespace fastgen::plan {
 namespace {
 
-constexpr double kFetched = 1e10;  // bytes per second of packed weights that come from memory, at least
+constexpr double kFetched = 1e10;  // least bytes per second at which packed weights are read from memory
 
 // Memory for the inputs and outputs of a network.
 struct EndBuffers {
@@ -55,7 +55,7 @@ void Plan::use(size_t step, int64_t algorithm, int64_t n) {
 std::vector<int64_t> Plan::tune(int64_t n) {
   n = std::min(n, images_at_once());
   const std::vector<Convolution*> all = convolutions();
-  std::vector<std::vector<Convolution::Timed>> alone(all.size());  // of the first of convolutions that are alike
+  std::vector<std::vector<Convolution::Timed>> alone(all.size());  // for the first of the convolutions that are alike
   for (size_t i = 0; i < all.size(); ++i) {
     const auto is_same = [&](const Convolution* other) { return other && all[i]->is_alike(*other); };
     if (!all[i] || std::any_of(all.begin(), all.begin() + i, is_same)) continue;

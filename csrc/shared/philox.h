@@ -52,14 +52,13 @@ FASTGEN_HD Normals box_muller(uint32_t w0, uint32_t w1) {
   // u = 2^e (1 + m), sqrt(1/2) <= 1 + m < sqrt(2)
   const int32_t bits = bits_of_float(v), exponent = (bits - 0x4eb504f3) & static_cast<int32_t>(0xff800000);  // 2^23 e
   const float m = float_of_bits(bits - exponent) * 4.656612873077393e-10f - 1.f;
-  const float square =
-      m * m;  // p = -2 log(1 + m) / m within 2.7e-8 of it; in pairs: short chains of dependent products
+  const float square = m * m;  // p = -2 log(1 + m) / m within 2.7e-8 of it; in pairs: shorter dependency chains
   const float low = (-6.6668373346e-1f + 5.0004148483e-1f * m) * square + (-2.f + 9.9999976158e-1f * m);
   const float high = (-2.9904532433e-1f + 2.8733691573e-1f * m) * square + (-3.9913666248e-1f + 3.3124786615e-1f * m);
   const float p = (-1.7444719374e-1f * (square * square) + high) * (square * square) + low;
   const float radius = sqrtf(p * m + static_cast<float>(exponent) * -1.6525917e-7f);  // -2 log(2) / 2^23
   const uint32_t turn =
-      w1 + 0x20000000u;  // two bits: the nearest multiple of a quarter; the others, what is left: at most pi/4
+      w1 + 0x20000000u;  // the top two bits: the nearest quarter turn; the others: the remainder, at most pi/4
   const float x = static_cast<float>(static_cast<int32_t>(turn & 0x3fffffff) - 0x20000000) * 1.4629180792671596e-9f,
               z = x * x;
   const float sine =
@@ -71,7 +70,7 @@ FASTGEN_HD Normals box_muller(uint32_t w0, uint32_t w1) {
   return {flip_sign(radius, turn + 0x40000000u) * c, flip_sign(radius, turn) * s};
 }
 
-// float64: element 2 block + i. 53 bits of a pair of words make u in (0, 1], 53 of the other the angle.
+// float64: element 2 block + i. 53 bits of one pair of words make u in (0, 1], 53 bits of the other make the angle.
 struct Normals64 {
   double first, second;
 };

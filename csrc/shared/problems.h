@@ -1,4 +1,4 @@
-// What the ops compute, as the kernels of every device are told: plain structs, raw pointers, no torch.
+// The arguments of the kernels of every device: plain structs, raw pointers, no torch.
 #pragma once
 
 #include "shared/activation.h"
@@ -9,8 +9,8 @@ enum class DType { float32, float64, bfloat16, float16 };
 
 FASTGEN_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Which elements of x and of the weight a convolution multiplies and adds up. What is done to x before (a prologue:
-// scale, shift and activation, per channel or per sample and channel) will be a struct beside this one.
+// Which elements of x and of the weight a convolution multiplies and adds up. A prologue (scale, shift and activation
+// of x, per channel or per sample and channel) will be a struct of its own.
 struct Geometry {
   int64_t ic, ih, iw, oc, oh, ow;  // x is (n, ic, ih, iw), the output (n, oc, oh, ow)
   int64_t kh, kw;
@@ -23,20 +23,20 @@ struct Geometry {
   bool tf32;             // float32 may be multiplied in TF32 (GPU)
 };
 
-// What is done to each value z of a convolution, or of a tensor that is given (norm_act), before it is written:
+// What is done to each value z of a convolution, or of an input tensor (norm_act), before it is written:
 //
 //   activation((z + bias - mean) / sqrt(var + eps) * norm_weight + norm_bias + residual)
 //
-// Noise, gain and clamp, demodulation and statistics of what is written will be fields of it.
+// Noise, gain and clamp, demodulation and statistics of the written values will be fields of this struct.
 struct Epilogue {
-  DType dtype;      // of the output and everything of its size, and of x; all other buffers have the accumulation type
-                    // (float, or double)
-  int64_t n, c, s;  // samples, channels, pixels of the output
+  DType dtype;         // of x, the output and all tensors of its size; other buffers have the accumulation type
+                       // (float, or double)
+  int64_t n, c, s;     // samples, channels, pixels of the output
   bool channels_last;  // its memory order is (n, s, c)
-  const void* bias;    // (c) or null; added by convolutions alone
+  const void* bias;    // (c) or null; only convolutions add it
 
   bool normalize;        // false: there is no norm, and its buffers are null
-  bool batch_stats;      // mean and var are statistics of z, which are written, and the gradient goes through them
+  bool batch_stats;      // mean and var are statistics of z: they are written, and the gradient flows through them
   bool per_sample;       // mean and var are (n, stats_groups), else (c)
   int64_t stats_groups;  // groups of channels that share statistics: c for batch and instance norm
   double eps;
@@ -66,15 +66,15 @@ struct ConvolutionTensors {
   void* out;
 };
 
-// mu is (keys, rows, size), z (keys, samples, rows, size), each in this order: noise elements are counted within a key
+// mu is (keys, rows, size), z is (keys, samples, rows, size), both contiguous. Noise elements are counted within a key
 // of z.
 struct Reparameterize {
-  DType dtype;  // of all but the divergence and its gradient, which have the accumulation type (float, or double)
+  DType dtype;  // of all tensors except the divergence and its gradient, which have the accumulation type
   int64_t keys, samples, rows, size;
   const int64_t* key;                  // (keys, 2): seed and offset
-  int64_t mean_period, logvar_period;  // the prior's element of element i is i % period
+  int64_t mean_period, logvar_period;  // element i uses the prior's element i % period
   double logvar_min, logvar_max;       // infinite: no bound
-  double free_bits;                    // what the divergence of an element is raised to; -infinite: nothing
+  double free_bits;                    // lower bound of an element's divergence; -infinity: none
   double beta;
 };
 
@@ -92,11 +92,11 @@ struct ReparameterizeGrads {
   void* prior_logvar;
 };
 
-// A weight as a matrix for spectral norm. In memory it is (outer, rows, inner), the matrix is (rows, outer * inner):
-// u has an element per row, v is (outer, inner). Kernels walk over `lines`, each of `line_size` elements next to each
-// other: the matrix's rows where outer == 1, else the blocks (rows, inner). A `chunk` is some consecutive lines, the
-// unit of parallel work. Of the two products W v and W^T u, the `line` product has its own elements for each line, and
-// is complete with the line; the `summed` product is added up over all chunks. Vectors have the accumulation type
+// A weight as a matrix for spectral norm. In memory it is (outer, rows, inner), the matrix is (rows, outer * inner): u
+// has an element per row, v is (outer, inner). Kernels walk over `lines`, each of `line_size` contiguous elements: the
+// matrix's rows where outer == 1, else the blocks (rows, inner). A `chunk` is some consecutive lines, the unit of
+// parallel work. Of the two products W v and W^T u, the `line` product has separate elements for each line, which are
+// complete once the line is read; the `summed` product is summed over all chunks. Vectors have the accumulation type
 // (float, or double).
 struct SpectralMatrix {
   DType dtype;  // of weight, out and their gradients
@@ -105,7 +105,7 @@ struct SpectralMatrix {
   const void *given_u, *given_v;
   void *u, *v;  // u and v after the iterations
   void* sigma;  // one value
-  void* out;    // weight / sigma, like weight; null where it is not wanted
+  void* out;    // weight / sigma, like weight; null: not computed
 
   int64_t columns() const { return outer * inner; }
   int64_t size() const { return outer * rows * inner; }

@@ -21,7 +21,7 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """trained(system) is a run folder of one step, which tests may measure and draw from, but not train."""
+    """trained(system) is the folder of a run of one step, for tests that measure and generate, but do not train."""
     root = tmp_path_factory.mktemp("runs")
 
     def folder(system):

@@ -21,7 +21,7 @@ def run(trained):
     return trained("dcgan")
 
 
-def test_train_says_where_things_are(tmp_path, capsys):
+def test_train_prints_where_its_files_are(tmp_path, capsys):
     assert main(["train", "dcgan", "--steps", "2", "--out", str(tmp_path / "a"), *TINY]) == 0
     output = capsys.readouterr().out
     assert "images/s" in output and "recognised" in output and "real images: 94" in output
@@ -122,7 +122,7 @@ def test_an_implementation_that_cannot_run_is_exit_code_1(run, monkeypatch, fail
     assert "FASTGEN_IMPL='cuda' cannot run" in fails(1, "generate", run)
 
 
-def test_no_memory_is_exit_code_1(run, monkeypatch, fails):
+def test_out_of_memory_is_exit_code_1(run, monkeypatch, fails):
     def allocate(*arguments):
         return torch.empty(2**60)
 
@@ -130,7 +130,7 @@ def test_no_memory_is_exit_code_1(run, monkeypatch, fails):
     assert "not enough memory" in fails(1, "generate", run)
     monkeypatch.setattr("fastgen.training.run.sample", lambda *arguments: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
-        main(["generate", str(run)])  # a mistake of ours, to be seen whole
+        main(["generate", str(run)])  # a bug in fastgen shows its whole traceback
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_130(tmp_path):

@@ -10,7 +10,7 @@ from fastgen.cli import main
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Two colour pictures of other sizes, and a grey one in a folder of its own."""
+    """Two colour pictures of different sizes, and a grey one in its own folder."""
     for folder, mode, names in (("colour", "RGB", "ab"), ("grey", "L", "c")):
         (tmp_path / folder).mkdir()
         for name in names:
@@ -60,7 +60,7 @@ def test_translate_takes_any_size(trained, pictures, fails):
     assert "give it images with `fastgen translate`" in fails(2, "generate", trained("cyclegan"))
 
 
-def test_generate_draws_what_is_asked_for(trained, tmp_path, fails):
+def test_generate_with_conditions_and_interpolation(trained, tmp_path, fails):
     grid, strip, animation = (tmp_path / name for name in ("a.png", "b.png", "c.gif"))
     assert run("generate", trained("cgan"), "--class", 3, "--n", 4, "--out", grid) == 0
     assert run("generate", trained("text2image"), "--text", "a handwritten seven", "--n", 4, "--out", grid) == 0

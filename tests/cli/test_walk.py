@@ -1,6 +1,6 @@
-"""Every option of every system and command, at and beyond its edges: it works, or one line says why not.
+"""Every option of every system and command, at and beyond its edges: it works, or one line says why it does not.
 
-The options are read from the settings' classes and the commands' signatures, so that a new one is walked too.
+The options are read from the settings' classes and the commands' signatures, so that new ones are covered too.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ def edges(wanted):
 
 @functools.cache
 def small(name, image_size, *, strict=False):
-    """Nine images of a data set, or of each of its domains."""
+    """Nine images of a data set, or of each domain."""
 
     def some(data):
         labels, captions = (None if values is None else values[:9] for values in (data.labels, data.captions))
@@ -71,7 +71,7 @@ def small(name, image_size, *, strict=False):
 
 @pytest.fixture(autouse=True, scope="module")
 def quick(tmp_path_factory):
-    """Small data; nothing waits for the disk; what follows training has tests of its own."""
+    """Small data and no waiting for the disk. The steps after training have their own tests."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -86,14 +86,13 @@ def quick(tmp_path_factory):
 
 
 def settings_at_edges(system):
-    """Settings that differ from tiny ones by an option's edge, with a batch of one image; those refused are left
-    out."""
+    """Tiny settings with one option at its edge and a batch of one image; refused settings are left out."""
     kind = CONFIGS[system]
     hints, own = typing.get_type_hints(kind), {*vars(kind)["__annotations__"]}
     tiny = TINY.get(system, GAN) | {"steps": 1, "batch_size": 1}
     for field in dataclasses.fields(kind):
         if system != "gan" and field.name not in own | {"batch_size"}:
-            continue  # what all systems have is walked once
+            continue  # settings of all systems are tested once
         for value in edges(hints[field.name]):
             try:
                 yield field.name, value, kind(**(tiny | {field.name: value}))
@@ -116,11 +115,11 @@ def test_training_with_settings_at_their_edges(system, tmp_path):
 
 
 def check(capsys, arguments):
-    """Runs a command, which must succeed or say in one line why not; returns the exit code."""
+    """Runs a command, which must succeed or say in one line why it cannot; returns the exit code."""
     arguments = [str(argument) for argument in arguments]
     try:
         code = main(arguments)
-    except SystemExit as exit:  # the parser's own page, for what is no value of the option's type
+    except SystemExit as exit:  # the parser's own message, for values not of the option's type
         code = exit.code
         assert code == 2, arguments
         return code
@@ -179,7 +178,7 @@ COMMANDS = {  # arguments that work; a name of `things` stands for its path
 }
 
 
-def test_every_command_is_walked():
+def test_every_command_is_covered():
     assert set(COMMANDS) == set(cli._COMMANDS)
 
 

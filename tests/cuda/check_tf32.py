@@ -1,4 +1,4 @@
-"""What test_executed.py runs besides the ops' own tests: float32 multiplied in TF32, switched on as in torch."""
+"""Run by test_executed.py in addition to the ops' own tests: float32 in TF32, switched on as in torch."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_tf32(case, channels_last):
     options |= {"norm": "none", "activation": "identity"}
     x, weight = (case.tensors(torch.float32, channels_last)[name] for name in ("x", "weight"))
     op = getattr(ops, case.op)
-    torch.backends.cudnn.conv.fp32_precision = "tf32"  # tests/conftest.py puts it back
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # tests/conftest.py restores it
     found = op(x, weight, **options, impl=OWN)
     exact = op(x.double(), weight.double(), **options, impl="reference")
     assert 1e-6 < error(found, exact) < 1e-3  # 2^-11 of each factor

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastgen._build import cuda, toolchain
 
-# With KiB of shared memory per multiprocessor; a block takes 1 KiB more than it asks for.
+# Architecture -> KiB of shared memory per multiprocessor; a block takes 1 KiB more than it asks for.
 ARCHITECTURES = {"80": 164, "90a": 228, "100": 228}
 RECORDED = Path(__file__).with_name("resources.json")
 _FLAGS = (*cuda.NVCC_FLAGS, "-Werror", "all-warnings", "-Xptxas", "-v")

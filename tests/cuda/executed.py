@@ -66,7 +66,7 @@ def _run(command: list) -> None:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a process that is to run the kernels, also for gradients."""
+    """The environment of a process that runs the kernels, also for gradients."""
     return {
         "FASTGEN_CUDA_ON_CPU": str(library()),
         "FASTGEN_IMPL": "cuda",

@@ -1,4 +1,4 @@
-"""Each .cu compiled for GPUs that need not be here: no warnings, no spills or stack, and no fewer resident blocks than
+"""Each .cu compiled for GPUs that need not be present: no warnings, spills or stack, and no fewer resident blocks than
 recorded."""
 
 import json

@@ -1,4 +1,4 @@
-"""The shim finds the faults that it is made to find, and multiplies matrices as tensor cores do."""
+"""The shim finds the faults that it is meant to find, and multiplies matrices as tensor cores do."""
 
 import subprocess
 

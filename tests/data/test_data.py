@@ -10,7 +10,7 @@ from fastgen.errors import DataError, FastgenError, UsageError
 
 
 @pytest.mark.parametrize("name", list_datasets())
-def test_bundled_data_sets_are_what_they_say(name):
+def test_bundled_data_sets_match_their_descriptions(name):
     image_size = 32
     pytest.importorskip("sklearn")
     pytest.importorskip("skimage")
@@ -75,7 +75,7 @@ def test_every_epoch_has_every_item_once(size, batch_size):
         assert epoch.sort().values.tolist() == list(range(size))
 
 
-def test_sampler_goes_on_from_its_position():
+def test_sampler_continues_from_its_position():
     first = BatchSampler(10, 4, seed=3)
     batches = [first.next() for _ in range(7)]
     for count in range(7):

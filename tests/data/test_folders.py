@@ -1,4 +1,4 @@
-"""Data sets that users bring, good and bad."""
+"""Users' own data sets, good and bad."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ def load(folder, image_size=8, **options):
 
 @pytest.fixture(params=["memory", "files"])
 def kept(request, monkeypatch):
-    """Where the pixels are: small sets stay in memory, large ones are decoded when drawn."""
+    """Where the pixels are kept: small sets stay in memory, large ones are decoded when drawn."""
     if request.param == "files":
         monkeypatch.setattr(folders, "_MAX_IN_MEMORY", 0)
     return request.param
@@ -57,7 +57,7 @@ def test_a_folder_of_images(folder, kept):
     assert batch.labels is None and batch.captions is None
 
 
-def test_a_folder_a_class_and_its_test_part(tmp_path, kept):
+def test_a_folder_per_class_and_its_test_part(tmp_path, kept):
     fill(tmp_path / "train" / "cats", COLOURS[:1])
     fill(tmp_path / "train" / "dogs", COLOURS[1:3])
     fill(tmp_path / "val" / "cats", COLOURS[:2])
@@ -114,7 +114,7 @@ def test_damaged_captions_are_named(folder, line, message):
 
 
 def png(width, height, *chunks):
-    """A PNG's header for an image of this size, with chunks of one's own."""
+    """A PNG's header for an image of this size, with the given chunks."""
     header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -139,18 +139,18 @@ def test_a_damaged_image_is_named_and_left_out(folder, kept, kind, caplog):
     data = load(folder)
     batch = data.batch(torch.arange(len(data)))
     assert f"left out: {folder / '2.png'}" in caplog.text and len(caplog.records) == 1
-    stands_in = kept == "files" and kind == "no pixels"  # all else shows in the header, before anything is drawn
+    stands_in = kept == "files" and kind == "no pixels"  # every other fault shows in the header, before drawing
     assert batch.images[:, 1].mean((1, 2)).tolist() == ([-1, -1, -1, 1] if stands_in else [-1, -1, 1])
     with pytest.raises(DataError, match=r"2\.png is"):
         load(folder, strict=True).all()
 
 
-def test_a_stand_in_brings_its_own_label_and_caption(tmp_path, monkeypatch, caplog):
+def test_a_replacement_has_its_own_label_and_caption(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(folders, "_MAX_IN_MEMORY", 0)
     fill(tmp_path / "a", COLOURS[:1])
     fill(tmp_path / "b", COLOURS[1:3])
     data = load(tmp_path)
-    (tmp_path / "a" / "1.png").unlink()  # while a model learns from them
+    (tmp_path / "a" / "1.png").unlink()  # deleted during training
     fill(tmp_path / "b", COLOURS[1:2], size=(3, 3))
     assert data.batch(torch.tensor([0, 2])).labels.tolist() == [1, 1]
     assert [record.message.split("/")[-1][:21] for record in caplog.records] == [
@@ -162,7 +162,7 @@ def test_a_stand_in_brings_its_own_label_and_caption(tmp_path, monkeypatch, capl
         data.batch(torch.tensor([0]))
 
 
-def test_folders_of_no_use_say_what_they_hold(tmp_path, monkeypatch):
+def test_unusable_folders_say_what_they_hold(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty holds no images: it holds nothing"):
         load(tmp_path / "empty")

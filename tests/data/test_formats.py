@@ -1,4 +1,4 @@
-"""What the numbers in a picture mean: black is black and white is white, or the picture is refused by name."""
+"""The meaning of the numbers in a picture: black is black and white is white, or the picture is refused by name."""
 
 import numpy as np
 import pytest
@@ -19,9 +19,8 @@ def pillow(levels, **options):
 
 
 def tiff(levels, **tags):
-    """A TIFF by hand, for tags that Pillow does not write: one strip of `levels`, with the photometric interpretation,
-    bits and sample format given.
-    """
+    """A TIFF written by hand, for tags that Pillow does not write: one strip of `levels` with this photometric
+    interpretation, bits and sample format."""
 
     def save(path):
         data = levels.astype(levels.dtype.newbyteorder("<")).tobytes()
@@ -95,7 +94,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_levels_that_may_mean_anything_are_refused(name, tmp_path):
+def test_ambiguous_levels_are_refused(name, tmp_path):
     save, message = REFUSED[name]
     save(tmp_path / name)
     with pytest.raises(UnusableImageError, match=message) as raised:
@@ -124,7 +123,7 @@ def test_colours_and_kinds_without_a_level(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["gif", "tif", "png", "webp"])
-def test_of_several_frames_the_first_is_read_and_said(ending, tmp_path, caplog):
+def test_only_the_first_of_several_frames_is_read_and_this_is_said(ending, tmp_path, caplog):
     path = tmp_path / f"a.{ending}"
     frames = [Image.new("L", (4, 4), level) for level in (255, 0)]
     frames[0].save(path, save_all=True, append_images=frames[1:])

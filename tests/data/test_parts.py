@@ -1,4 +1,4 @@
-"""The part held out means what the part to learn from means."""
+"""The held-out part has the same classes, domains and channels as the training part."""
 
 import copy
 import json
@@ -52,7 +52,7 @@ def test_domains_are_found_in_any_case_and_have_the_channels_of_training(tmp_pat
     assert (pair.a.channels, pair.b.channels) == (3, 3)
 
 
-def test_a_part_held_out_that_says_less_is_an_error(tmp_path):
+def test_a_held_out_part_with_less_information_is_an_error(tmp_path):
     fill(tmp_path / "train")
     fill(tmp_path / "test")
     (tmp_path / "train" / "metadata.jsonl").write_text(
@@ -67,7 +67,7 @@ def test_a_part_held_out_that_says_less_is_an_error(tmp_path):
         load(tmp_path, split="test")
 
 
-def test_names_that_leave_a_choice(tmp_path, caplog):
+def test_ambiguous_names(tmp_path, caplog):
     for name in ("bus", "train"):
         fill(tmp_path / name, COLOURS[:2])
     assert len(load(tmp_path)) == 2 and "only train is used for training, and bus is ignored" in caplog.text
@@ -96,7 +96,7 @@ def test_files_can_be_copied(files, copied):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_files_can_be_read_after_a_fork(files):
-    assert reds(files) == [1, -1, 1]  # its threads run
+    assert reds(files) == [1, -1, 1]  # starts its threads
     files.prefetch(torch.tensor([0]))
     child = os.fork()
     if not child:

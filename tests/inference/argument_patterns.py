@@ -1,4 +1,4 @@
-"""Ways for a forward to use its arguments; they join PATTERNS."""
+"""Ways in which a forward uses its arguments, added to PATTERNS."""
 
 from fractions import Fraction
 

@@ -1,4 +1,4 @@
-"""Kinds of layers and containers; they join PATTERNS."""
+"""Kinds of layers and containers, added to PATTERNS."""
 
 import warnings
 
@@ -187,8 +187,8 @@ def nothing_fuses():
 
 
 def iterated(model):
-    """After some iterations of the old spectral norm. With its first, random vectors sigma may be near 0, and outputs
-    in the thousands."""
+    """The module after some iterations of the old spectral norm. With its initial random vectors sigma may be near 0,
+    and outputs in the thousands."""
     with torch.no_grad():
         for _ in range(20):
             model(torch.randn(2, 3, 8, 8))

@@ -1,7 +1,7 @@
 """Two models that should compute the same, and the differences that rounding explains.
 
-A fused op or a plan sums in another order than the modules do. In float64 hardly anything of this remains, so that a
-difference is a fault: what can be compared in float64 is.
+A fused op or a plan sums in a different order than the modules. In float64 this makes almost no difference, so any
+difference is a fault: whatever can be compared in float64 is.
 """
 
 import copy
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 # Of fused models, relative to the largest entry.
 FLOAT64 = 1e-9  # thousands of roundings below any fault
-FLOAT32 = 1e-4  # about 1000 roundings: gradients of norms over few values amplify them
+FLOAT32 = 1e-4  # about 1000 roundings: norms over few values amplify them in gradients
 TOLERANCE = {torch.float64: FLOAT64, torch.float32: 2 * FLOAT32}  # of outputs, gradients and statistics of networks
 
 # Of an engine beside its model, both in float32, element by element, for values near 1.
 FEW_LAYERS = {"rtol": 1e-5, "atol": 1e-5}  # about 100 roundings
-NETWORK = {"rtol": 1e-4, "atol": 1e-5}  # more layers, which Winograd's algorithm may compute
+NETWORK = {"rtol": 1e-4, "atol": 1e-5}  # more layers, possibly computed by Winograd's algorithm
 
-# Relative L2 differences from float64 that are always allowed: what a correct network reaches by chance although
+# Relative L2 differences from float64 that are always allowed: a correct network may reach them by chance although
 # PyTorch's own error is smaller. In fp32 Winograd's algorithm over a whole network; in bf16 five roundings.
 FLOOR = {"fp32": 1e-5, "bf16": 1e-2}
 
 
 def prepared(make: Callable[[], nn.Module]) -> nn.Module:
-    """The network in evaluation mode, its parameters and statistics as after some training."""
+    """The network in evaluation mode, with parameters and statistics as after some training."""
     torch.manual_seed(0)
     model = make()
     for parameter in model.parameters():

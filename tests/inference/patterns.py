@@ -1,5 +1,5 @@
-"""Ways to write a forward, some of them traps: PATTERNS[name] is (make, names in the runs that fuse, reasons of the
-others), and CALLS[name] has other arguments to call it with."""
+"""Ways to write a forward, some of them traps: PATTERNS[name] is (make, names in the runs that fuse, reasons why the
+others do not), and CALLS[name] has further arguments to call it with."""
 
 import random
 
@@ -100,7 +100,7 @@ class ActivationAtTimes(Base):
 class InPlaceActivationOfAUsedValue(Base):
     def forward(self, x):
         h = self.b1(self.c1(x))
-        y = self.act(h)  # h is y now
+        y = self.act(h)  # y is the same tensor as h
         return self.b2(self.c2(y)) + h
 
 

@@ -1,4 +1,4 @@
-"""Engine's check accepts rounding. It refuses faults, state that changes, and code that depends on the number of
+"""Engine's check accepts rounding errors. It refuses faults, changing state, and code that depends on the number of
 images."""
 
 import copy
@@ -24,7 +24,7 @@ PRECISIONS = ("fp32", "bf16")
 
 
 class Stateful(nn.Module):
-    """A convolution, then what `step` does with the module and the output."""
+    """A convolution, then `step(module, output)`."""
 
     def __init__(self, step):
         super().__init__()
@@ -94,12 +94,12 @@ def test_a_state_that_changes_in_evaluation_mode(step, name, precision):
     assert relative_error(found, expected.double()) < FLOOR[precision]
 
 
-def test_what_is_filled_once_is_no_change():
+def test_a_buffer_that_is_filled_once_is_not_changing_state():
     model = Stateful(caches).eval()
     assert fastgen.Engine(model, torch.randn(2, 3, 8, 8), impl="cpp").plan is not None and not hasattr(model, "last")
 
     class Initialised(nn.Module):
-        """As ActNorm does, by the first input that it sees. The engine's is not the user's."""
+        """Initialises itself from its first input, as ActNorm does. The engine must not do that with its own input."""
 
         def __init__(self):
             super().__init__()
@@ -141,12 +141,12 @@ def test_spectral_norm_that_iterates_in_evaluation_mode():
         assert torch.equal(found, expected)
 
 
-FAULT = {"fp32": 1e-3, "bf16": 0.06}  # of one weight: makes about twice the difference that rounding everything makes
+FAULT = {"fp32": 1e-3, "bf16": 0.06}  # of one weight: about twice the difference that rounding everything makes
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_faults_are_told_from_rounding(precision):
-    """A weight that is a little wrong is refused, and the right one is not."""
+    """A slightly wrong weight is refused, and the right one is not."""
     torch.manual_seed(0)
     model = ResnetGenerator(8, 2).eval()
     x, size = (torch.rand(2, 3, 16, 16) * 2 - 1,), FAULT[precision]
@@ -185,8 +185,8 @@ def test_networks_in_bfloat16_pass_as_they_are_and_trained(name):
         assert engine.error < MAX_ERROR_BF16
 
 
-def test_what_rounding_makes_is_what_pytorchs_bfloat16_makes():
-    """The bound that is measured in float32, with rounded values, is near the error of real bfloat16 kernels."""
+def test_the_rounding_bound_is_near_pytorchs_bfloat16_error():
+    """The bound, measured in float32 with rounded values, is near the error of real bfloat16 kernels."""
     torch.manual_seed(0)
     model, x = ResnetGenerator(8, 4).eval(), torch.rand(3, 3, 16, 16)
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_rounding_is_to_the_nearest_even():
         torch.testing.assert_close(rounded, value.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
 
 
-def test_images_that_are_compared_are_of_the_examples_values():
+def test_compared_images_have_the_examples_values():
     x, labels = torch.randn(2, 3, 4, 5), torch.tensor([3, 1])
     for n in (1, 2, 4, 17):
         images = _compare._images(x, n)
@@ -241,7 +241,7 @@ LOOKS = {
 
 
 @pytest.mark.parametrize("name", LOOKS)
-def test_a_forward_that_does_something_else_for_other_numbers_of_images(name):
+def test_a_forward_that_depends_on_the_batch_size(name):
     model, x = OfBatch(LOOKS[name]).eval(), torch.randn(2, 3, 8, 8)
     with pytest.raises(
         FastgenError, match=r"(images than for 2|takes 2 images, and not|differs|where the module gives)"
@@ -250,9 +250,9 @@ def test_a_forward_that_does_something_else_for_other_numbers_of_images(name):
     engine = fastgen.Engine(model, x)
     assert [part.runs for part in engine.parts] == ["PyTorch", "plan"][: 1 if name == "raises" else 2]
     for n in (1, 3, 5, 9, 40):
-        given = torch.randn(n, 3, 8, 8)
+        inputs = torch.randn(n, 3, 8, 8)
         if name != "raises" or n < 4:
-            torch.testing.assert_close(engine(given), model(given).detach(), **NETWORK)
+            torch.testing.assert_close(engine(inputs), model(inputs).detach(), **NETWORK)
 
 
 LOOKS_AT_NOTHING_ELSE = {
@@ -265,7 +265,7 @@ LOOKS_AT_NOTHING_ELSE = {
 
 
 @pytest.mark.parametrize("name", LOOKS_AT_NOTHING_ELSE)
-def test_a_forward_that_asks_for_the_number_and_does_the_same(name):
+def test_a_forward_that_reads_the_batch_size_without_effect(name):
     model, x = OfBatch(LOOKS_AT_NOTHING_ELSE[name]).eval(), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         if name == "parts":  # plans do not write to views
@@ -274,12 +274,12 @@ def test_a_forward_that_asks_for_the_number_and_does_the_same(name):
             return
         engine = fastgen.Engine(model, x, impl="cpp")
         for n in (1, 5, 40):
-            given = torch.randn(n, 3, 8, 8)
-            torch.testing.assert_close(engine(given), model(given), **NETWORK)
+            inputs = torch.randn(n, 3, 8, 8)
+            torch.testing.assert_close(engine(inputs), model(inputs), **NETWORK)
 
 
-def test_a_module_that_refuses_some_numbers_of_images():
-    """Batch norm that uses the batch's statistics does not take a single vector."""
+def test_a_module_that_refuses_some_batch_sizes():
+    """Batch norm with the batch's statistics refuses a single vector."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval()
     engine = fastgen.Engine(model, torch.randn(2, 3))
     assert engine.parts[0].reason.startswith("it takes 2 images, and not 1: Expected more than 1 value")
@@ -325,7 +325,7 @@ class Noisy(nn.Module):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("noise", NOISE)
 def test_noise_is_not_frozen(noise, precision):
-    """In a plan a number that every call draws would be a constant. The other modules become plans."""
+    """In a plan, a number that is drawn at every call would become a constant. The other modules become plans."""
     model = Noisy(NOISE[noise]).eval()
     x = torch.randn(2, 3, 8, 8)
     engine = fastgen.Engine(model, x, precision=precision)

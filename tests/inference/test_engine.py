@@ -136,8 +136,8 @@ def test_bf16_on_a_processor_with_it_says_nothing(caplog):
     assert engine.parts == (fastgen.inference.Part("", "plan"),) and not caplog.records
 
 
-def test_what_the_modules_around_a_convolution_do():
-    """Modules that become part of a convolution's step, a step of their own, or stay outside of it."""
+def test_modules_around_a_convolution():
+    """Modules that become part of a convolution's step, or a step of their own, or no part of the plan."""
 
     class Odd(nn.Module):
         def __init__(self):
@@ -163,7 +163,7 @@ def test_what_the_modules_around_a_convolution_do():
 
 
 def test_algorithms_agree_on_wide_layers():
-    """Layers at which Winograd's and the row-wise algorithm run."""
+    """Layers that Winograd's and the row-wise algorithm compute."""
     model = prepared(
         lambda: nn.Sequential(
             nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 4, 2, 1), nn.ReLU(),
@@ -212,7 +212,7 @@ def test_an_error_that_was_not_measured_is_not_claimed(tmp_path):
     assert_parity(engine, model, x)
 
 
-def test_parts_that_are_not_known_run_through_pytorch_and_are_named(tmp_path):
+def test_unknown_parts_run_through_pytorch_and_are_named(tmp_path):
     model = prepared(
         lambda: nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1),
@@ -295,7 +295,7 @@ def test_layouts_and_wrong_inputs():
             engine(wrong)
 
 
-def test_non_finite_values_come_out_as_pytorch_computes_them():
+def test_non_finite_values_propagate_as_in_pytorch():
     model = prepared(DCGANGenerator)
     engine = fastgen.Engine(model, torch.randn(1, 6, 1, 1), impl="cpp")
     z = torch.randn(4, 6, 1, 1)

@@ -1,4 +1,4 @@
-"""fastgen.explain: the answer is what runs, and each reason is the rule's that decided."""
+"""fastgen.explain: its answer is what runs, and each reason is that of the deciding rule."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ class Net(nn.Module):
 
 
 def test_each_layer(monkeypatch):
-    """By the rules for AVX-512, and in the order of the calls."""
+    """The answers follow the rules for AVX-512 and are in the order of the calls."""
     monkeypatch.setattr(_processor, "here", lambda: PROCESSORS["avx512"])
     _memo.forget()
     model, x = Net(), torch.randn(8, 64, 16, 16)
@@ -57,7 +57,7 @@ def test_each_layer(monkeypatch):
 
 
 def test_it_says_what_runs():
-    """The implementations that it names are counted by a training step."""
+    """A training step runs exactly the implementations that it names."""
     model, x = Net(), torch.randn(8, 64, 16, 16)
     named = {row.choice.implementation for row in fastgen.explain(model, x).rows if row.what == "forward"}
     before = ops.implementations_used()
@@ -71,7 +71,7 @@ def test_it_says_what_runs():
     assert ran == named
 
 
-def test_what_is_asked_for():
+def test_a_requested_implementation():
     with fastgen.use_impl("reference"):
         found = fastgen.explain(Net().eval(), torch.randn(1, 64, 16, 16), training=False)
     choices = {row.choice[::2] for row in found.rows if row.layer != "alone"}

@@ -22,7 +22,7 @@ from tests.inference.patterns import VALUE, Attributes, OneActivationForTwoRuns
 
 ROUNDINGS = 1e-12  # of float64, where one layer is compared
 LAYER = 1e-5  # about 100 roundings of float32
-AUTOCAST = 0.1  # some 25 roundings to bfloat16, where the modules round between a run's layers and the op does not
+AUTOCAST = 0.1  # some 25 roundings to bfloat16: the modules round between a run's layers, the op does not
 
 pytestmark = pytest.mark.usefixtures("fused_when_small")
 
@@ -58,7 +58,7 @@ def pickled_by_protocol_0(model):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, pickled_by_protocol_0, saved_and_loaded])
-def test_copies_are_fused_and_their_own(pair, copied):
+def test_copies_are_fused_and_independent(pair, copied):
     fused, plain, x = pair
     twin = copied(fused)
     assert fastgen.fusion_report(twin) == fastgen.fusion_report(fused)
@@ -206,8 +206,8 @@ STATES = {
 @pytest.mark.parametrize(
     "name", ["Attributes", "HooksThatComputeWeights", "hooks_that_compute_weights_in_a_sequential"]
 )
-def test_what_a_process_has_set(state, name):
-    """Fusing under it changes nothing, and running under it computes what the modules do."""
+def test_process_wide_settings(state, name):
+    """Process-wide settings do not change fusing, and under them a fused model computes what the modules compute."""
     torch.manual_seed(0)
     plain, x = PATTERNS[name][0](), torch.randn(2, 4, 6, 6)
     with STATES[state]():
@@ -229,7 +229,7 @@ def test_spectral_norm_advances_once_a_forward():
     for _ in range(3):
         fused(x), plain(x)
         assert_same_state(fused, plain, ROUNDINGS)
-    for model in (fused, plain):  # registered and removed on fused modules
+    for model in (fused, plain):  # parametrizations are registered and removed on fused modules
         parametrizations.spectral_norm(model.c2)
     fused.load_state_dict(plain.state_dict())
     assert_same_calls(fused, plain, x, FLOAT64)
@@ -317,7 +317,7 @@ def test_output_size_of_a_fused_module():
     assert_close(fused.c2(x, output_size=[6, 6]), plain.b2(plain.c2(x)), LAYER, "the run")
 
 
-def test_what_cannot_be_copied_is_fused_where_it_is():
+def test_a_model_that_cannot_be_copied_is_fused_in_place():
     plain = nn.Sequential(Attributes(), nn.Conv2d(4, 4, 1), nn.Tanh())
     model = copy.deepcopy(plain)
     model[0].lock = threading.Lock()

@@ -1,5 +1,5 @@
-"""Engine on a GPU, with a recorder that needs none: it keeps the buffers, as a CUDA graph does, and runs the call
-anew."""
+"""Engine on a GPU, tested without one: a fake recorder keeps the buffers, as a CUDA graph does, and repeats the
+call."""
 
 import contextlib
 import threading
@@ -57,7 +57,7 @@ def test_the_same_as_the_module(precision):
                 found = graphs(t)
                 assert found.dtype == torch.float32
                 assert (found - exact).abs().max() / exact.abs().max() < ALLOWED[precision], name
-        assert [shape[0] for shape in recorder.shapes] == [2, 1, 4]  # each once
+        assert [shape[0] for shape in recorder.shapes] == [2, 1, 4]  # each recorded once
 
 
 def test_results_do_not_share_memory_and_threads_take_turns():
@@ -81,7 +81,7 @@ def test_results_do_not_share_memory_and_threads_take_turns():
     assert not wrong
 
 
-def test_inference_mode_is_the_callers_affair():
+def test_inference_mode_is_the_callers_choice():
     model, x = nn.Linear(3, 2).eval(), torch.randn(4, 3)
     graphs = Graphs(model, "fp32", "auto", Recorder())
     with torch.inference_mode():
@@ -89,7 +89,7 @@ def test_inference_mode_is_the_callers_affair():
     assert torch.equal(graphs(x), within)
 
 
-def test_autocast_is_the_callers_affair():
+def test_autocast_is_the_callers_choice():
     model, x = nn.Linear(30, 20).eval(), torch.randn(4, 30)
     graphs = Graphs(model, "fp32", "auto", lambda call, x: Recorded(x.clone(), call(x), lambda: None))
     with torch.autocast("cpu"):
@@ -120,7 +120,7 @@ def test_few_graphs_are_kept(monkeypatch):
 
 
 def test_a_graph_is_recorded_on_the_inputs_gpu(monkeypatch):
-    """On a stream of that GPU: PyTorch's default one is on the GPU of the process's first graph."""
+    """On a stream of that GPU, because PyTorch's default capture stream is on the GPU of the process's first graph."""
     current, made = [], []
 
     @contextlib.contextmanager
@@ -168,7 +168,7 @@ def test_precision_and_implementation_hold_while_recording():
     assert implementations_used()["norm_act"]["reference"] > before
 
 
-def test_what_an_engine_is_compared_with_is_exact():
+def test_the_reference_of_an_engines_check_is_exact():
     """PyTorch's convolutions may use TF32 on a GPU by default. The module must not, and graphs only if asked."""
     seen = []
 
@@ -192,8 +192,8 @@ def test_what_an_engine_is_compared_with_is_exact():
     assert set(seen) == {(True, "tf32"), (False, "ieee")}
 
 
-def test_a_state_that_changes_is_no_graph():
-    """A graph would not replay what Python computes."""
+def test_changing_state_prevents_a_graph():
+    """A graph does not replay what Python computes."""
 
     class Counts(nn.Linear):
         def __init__(self):
@@ -210,8 +210,8 @@ def test_a_state_that_changes_is_no_graph():
     assert backend.parts[0].reason == "calls changes with every call, also in evaluation mode"
 
 
-def test_what_no_graph_can_be_made_of_runs_through_pytorch():
-    """The model's own code may raise anything when it meets another dtype."""
+def test_models_that_cannot_be_graphs_run_through_pytorch():
+    """The model's code may raise any exception when it meets another dtype."""
 
     class Own(nn.Linear):
         def forward(self, x):

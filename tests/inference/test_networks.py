@@ -20,7 +20,7 @@ def network(request):
     make, shape, runs = NETWORKS[request.param]
     torch.manual_seed(0)
     model = make()
-    for parameter in model.parameters():  # no affine norm is the identity
+    for parameter in model.parameters():  # so that no affine norm is the identity
         nn.init.uniform_(parameter, -0.3, 0.4)
     return model, torch.rand(shape) * 2 - 1, runs
 

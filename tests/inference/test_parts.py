@@ -14,7 +14,7 @@ from tests.inference.parity import NETWORK
 
 
 class Call(nn.Module):
-    """Computes function(self, *inputs), with these submodules."""
+    """A module that computes function(self, *inputs) with these submodules."""
 
     def __init__(self, function, **modules):
         super().__init__()
@@ -171,12 +171,12 @@ def test_inputs_that_no_plan_takes_run_in_parts(name):
         return m.conv(x) + m.time(t[:, None])[:, :, None, None]
 
     model, x = Call(forward, conv=conv(), time=nn.Linear(1, 8)).eval(), torch.randn(2, 3, 8, 8)
-    for given in ((x, other), (other, x)):
-        ordered = model if given[0] is x else Call(lambda m, t, x: m.model(x, t), model=model).eval()
-        engine = fastgen.Engine(ordered, given)
+    for inputs in ((x, other), (other, x)):
+        ordered = model if inputs[0] is x else Call(lambda m, t, x: m.model(x, t), model=model).eval()
+        engine = fastgen.Engine(ordered, inputs)
         planned = [part.runs for part in engine.parts if part.name.endswith(("conv", "time"))]
         assert planned == ([] if other.is_sparse else ["plan", "plan"])
-        assert_same(engine, ordered, *given)
+        assert_same(engine, ordered, *inputs)
     with pytest.raises(FastgenError, match=words):
         fastgen.Engine(model, (x, other), impl="cpp")
 
@@ -191,13 +191,13 @@ def test_a_first_input_that_no_plan_takes(dtype):
 
 
 def test_a_batch_is_still_needed():
-    for given in (torch.rand(3), torch.tensor(3.0), (torch.rand(2, 3), torch.tensor(3.0)), torch.rand(0, 3)):
+    for inputs in (torch.rand(3), torch.tensor(3.0), (torch.rand(2, 3), torch.tensor(3.0)), torch.rand(0, 3)):
         with pytest.raises(UsageError, match="at least one"):
-            fastgen.Engine(nn.Linear(3, 3), given)
+            fastgen.Engine(nn.Linear(3, 3), inputs)
 
 
-def test_what_recording_alone_makes_fail_is_a_reason():
-    """The model's own code runs, and raises while it is recorded."""
+def test_a_failure_only_while_recording_is_a_reason():
+    """The model's own code works, but raises while it is recorded."""
 
     def forward(m, x):
         if torch._C._len_torch_function_stack():
@@ -207,7 +207,7 @@ def test_what_recording_alone_makes_fail_is_a_reason():
     model, x = Call(forward, conv=conv()).eval(), torch.randn(1, 3, 8, 8)
     engine = fastgen.Engine(model, x)
     assert parts(engine) == {"": "it cannot be recorded: KeyError: 'a mode'", "conv": "plan"}
-    with pytest.raises(ZeroDivisionError):  # an error that the model raises anyway is raised
+    with pytest.raises(ZeroDivisionError):  # an error that the model also raises without recording is raised
         fastgen.Engine(Call(lambda m, x: 1 / 0).eval(), x)
 
 

@@ -1,4 +1,4 @@
-"""An engine computes the same whatever the process has set and wherever it is called from, or says why it cannot."""
+"""An engine gives the same results under any process-wide settings and from any caller, or says why it cannot."""
 
 import contextlib
 import copy
@@ -47,7 +47,7 @@ class Holder(nn.Module):
 
 @pytest.fixture(scope="module", params=("plan", "parts", "PyTorch"))
 def made(request):
-    """(makes an engine, the engine, an input, the output)"""
+    """(function that makes an engine, an engine, an input, the output)"""
     torch.manual_seed(0)
     labelled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh())
     model = (InParts() if request.param == "parts" else labelled).eval()
@@ -99,8 +99,8 @@ def test_settings_at_creation_and_at_calls(name, made):
         np.testing.assert_allclose(y.numpy(), expected.numpy(), **FEW_LAYERS)
 
 
-def test_the_module_is_compared_as_float32_whatever_the_process_multiplies_by():
-    """Otherwise the error of the module's own bfloat16 products would make the engine refuse the plan."""
+def test_the_module_is_compared_in_full_float32_precision():
+    """Otherwise the module's own errors in bfloat16 products would make the engine refuse the plan."""
     model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
     with SETTINGS["precision of products"]():
         before = torch.backends.mkldnn.matmul.fp32_precision
@@ -137,13 +137,13 @@ def test_models_and_examples_made_in_inference_mode():
 
 def test_layouts_and_views(made):
     _, engine, x, expected = made
-    for given in (
+    for inputs in (
         x.to(memory_format=torch.channels_last),
         x.clone().requires_grad_(),
         torch._neg_view(-x),
         x.as_subclass(nn.Parameter),
     ):
-        assert torch.allclose(engine(given), expected, **FEW_LAYERS) and not engine(given).requires_grad
+        assert torch.allclose(engine(inputs), expected, **FEW_LAYERS) and not engine(inputs).requires_grad
 
 
 @pytest.mark.parametrize("copied", (copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), "torch.save"))
@@ -165,7 +165,7 @@ def test_copies(copied, made):
         assert torch.equal(other(x), engine(x)) and other.plan.to_bytes() == engine.plan.to_bytes()
 
 
-def test_a_copy_of_graphs_records_anew():
+def test_a_copy_of_graphs_records_again():
     recorder, x = Recorder(), torch.randn(2, 3)
     graphs = Graphs(nn.Linear(3, 2).eval(), "fp32", "auto", recorder)
     expected = graphs(x)
@@ -173,7 +173,7 @@ def test_a_copy_of_graphs_records_anew():
         assert torch.equal(other(x), expected) and other._record.shapes[-1] == (2, 3)
 
 
-def test_what_transforms_and_traces_is_refused(made):
+def test_transforms_and_tracing_are_refused(made):
     _, engine, x, _ = made
     if not any(part.runs == "plan" for part in engine.parts):
         pytest.skip("PyTorch runs all of it, and can")
@@ -236,7 +236,7 @@ ended.set()
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_and_spawned_processes(tmp_path):
-    """A new process unpickles the engines, and forks."""
+    """A new process unpickles the engines and forks."""
     torch.manual_seed(0)
     plan = fastgen.Engine(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh()).eval(), torch.randn(1, 3, 32, 32), impl="cpp")
     parts = fastgen.Engine(InParts().eval(), torch.randn(1, 3, 32, 32))
@@ -268,7 +268,7 @@ def test_hooks_of_all_modules_are_called(register, caplog):
     assert engine.parts[0].runs == "PyTorch" and "global hooks" in caplog.text
 
 
-def test_what_a_modules_own_hooks_compute_lies_in_the_plan():
+def test_a_modules_own_hooks_are_part_of_the_plan():
     model, x = iterated(nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.ReLU())), torch.randn(2, 3, 8, 8)
     model[1].register_forward_hook(lambda module, given, output: output * 2)
     model.eval()
@@ -276,7 +276,7 @@ def test_what_a_modules_own_hooks_compute_lies_in_the_plan():
     assert torch.allclose(engine(x), model(x), **FEW_LAYERS)
 
 
-def test_plans_copy_with_what_was_measured(tmp_path):
+def test_copies_of_plans_keep_the_measured_choices(tmp_path):
     plan = fastgen.Engine(nn.Conv2d(3, 4, 3).eval(), torch.randn(1, 3, 8, 8), impl="cpp").plan
     x = np.random.default_rng(0).standard_normal((2, 3, 8, 8), np.float32)
     (tmp_path / "a.fgplan").write_bytes(plan.to_bytes())

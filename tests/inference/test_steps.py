@@ -1,4 +1,4 @@
-"""What a plan computes besides convolutions: resizing, pooling, arithmetic, labels, several inputs and outputs."""
+"""Steps of a plan other than convolutions: resizing, pooling, arithmetic, labels, several inputs and outputs."""
 
 import copy
 
@@ -74,7 +74,7 @@ def around(layer):
 
 
 def assert_engine(model, inputs, others, tmp_path, precision="fp32"):
-    """All of the model in a plan, at several numbers of images and from a file, within the rule of parity."""
+    """The whole model runs in a plan, with several batch sizes and from a file, and satisfies assert_parity."""
     engine = fastgen.Engine(model, inputs, precision=precision, impl="cpp")
     assert [part.runs for part in engine.parts] == ["plan"]
     engine.save(tmp_path / "a.fgplan")
@@ -136,7 +136,7 @@ def test_wide_and_narrow_values(tmp_path):
 
 
 class Conditional(nn.Module):
-    """z and a label, by concatenation and by gains and biases of each class."""
+    """Takes z and a label: by concatenation, and by gains and biases per class."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +163,7 @@ def test_noise_and_labels(precision, tmp_path):
 
 
 class Discriminator(nn.Module):
-    """A label as one more channel of the image, and as its one-hot code; one number an image."""
+    """Takes a label as one more channel of the image and as a one-hot code; returns one number per image."""
 
     def __init__(self):
         super().__init__()
@@ -198,7 +198,7 @@ def test_several_outputs(tmp_path):
     assert isinstance(engine(x), tuple) and engine.plan.output_shapes == ((5,), (5,))
 
     class Mixed(nn.Module):
-        """An output that is read on, one twice, an input, a flattened one."""
+        """Outputs: a value that is also read by a layer, the same value twice, an input, and a flattened value."""
 
         def __init__(self):
             super().__init__()
@@ -220,10 +220,10 @@ def test_networks_of_this_package_and_of_others(tmp_path):
     for options in ({}, {"generator_norm": "conditional", "condition": "concatenation"}):
         small = {"image_size": 32, "ngf": 8, "ndf": 8, "nz": 7, **options}
         cgan = prepared(lambda: fastgen.create_model("cgan", **small))  # noqa: B023
-        given = [(torch.randn(n, 7), torch.randint(10, (n,))) for n in (1, 3)]
-        assert_engine(cgan.generator, given[0], given[1:], tmp_path)
-        given = [(torch.rand(n, 3, 32, 32), torch.randint(10, (n,))) for n in (1, 3)]
-        assert_engine(cgan.discriminator, given[0], given[1:], tmp_path)
+        inputs = [(torch.randn(n, 7), torch.randint(10, (n,))) for n in (1, 3)]
+        assert_engine(cgan.generator, inputs[0], inputs[1:], tmp_path)
+        inputs = [(torch.rand(n, 3, 32, 32), torch.randint(10, (n,))) for n in (1, 3)]
+        assert_engine(cgan.discriminator, inputs[0], inputs[1:], tmp_path)
     assert_engine(prepared(SNGANGenerator), torch.randn(1, 5), [torch.randn(4, 5)], tmp_path)
 
 
@@ -282,7 +282,7 @@ def test_what_a_plan_cannot_compute_is_named(function, words):
         fastgen.Engine(Call(function).eval(), torch.rand(2, 3, 8, 8), impl="cpp")
 
 
-def test_several_inputs_that_are_no_plan_run_through_pytorch():
+def test_several_inputs_without_a_plan_run_through_pytorch():
     model = Call(lambda x, labels: x + torch.special.erf(x) * labels[:, None]).eval()
     x, labels = torch.rand(2, 3), torch.tensor([1, 2])
     engine = fastgen.Engine(model, (x, labels))

@@ -1,4 +1,5 @@
-"""What fuse replaces in place: both of PyTorch's spectral norms; and the samplers that a model declares."""
+"""What fuse replaces besides runs of layers: both of PyTorch's spectral norms, and the samplers that a model
+declares."""
 
 import copy
 import pickle
@@ -15,7 +16,7 @@ from tests.inference.parity import FLOAT32, NETWORK, assert_close, assert_same_s
 
 pytestmark = pytest.mark.usefixtures("fused_when_small")
 
-# Of weights under spectral norm: sums of large terms that nearly cancel, after up to three steps of power iteration.
+# For weights under spectral norm: sums of large terms that nearly cancel, after up to three steps of power iteration.
 GRADIENT = {"rtol": 1e-3, "atol": 1e-4}
 FORMS = {"parametrization": parametrizations.spectral_norm, "hook": old_spectral_norm}
 
@@ -58,8 +59,8 @@ def test_spectral_norm_is_swapped(form, inplace):
         assert "weight" in dict(remove_spectral_norm(fused[0]).named_parameters())
 
 
-def test_the_hook_of_spectral_norm_on_what_is_fused():
-    """Files from before PyTorch 1.0, replicas of DataParallel, copies, and removal."""
+def test_the_hook_of_spectral_norm_on_fused_modules():
+    """Files from before PyTorch 1.0, replicas of DataParallel, copies and removal work."""
     plain = nn.Sequential(old_spectral_norm(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8), nn.Tanh())
     fused, x = fastgen.fuse(plain), torch.randn(2, 3, 8, 8)
     twins = copy.deepcopy((fused, plain))
@@ -109,4 +110,4 @@ def test_samplers_are_declared_not_guessed():
     torch.manual_seed(0)
     expected = model(x)
     torch.manual_seed(0)
-    assert torch.equal(fused(x), expected)  # its own noise
+    assert torch.equal(fused(x), expected)  # the same noise as without fuse

@@ -92,6 +92,6 @@ assert torch.compile(lambda x: x * math.prod((2, 3)), fullgraph=True, backend="e
 
 
 def test_fuse_does_not_break_later_graphs():
-    """torch.fx replaces the functions of `math` while it traces: torch._dynamo must not be imported then."""
+    """torch.fx replaces functions of `math` while it traces, so torch._dynamo must not be imported during a trace."""
     done = subprocess.run([sys.executable, "-c", COMPILED_LATER], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Launches compiled ahead of time for GPUs that need not be here."""
+"""Launches compiled ahead of time for GPUs that need not be present."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a kernel."""
+    """What the compiler reports about a kernel."""
 
     ptx: str
     registers: int  # per thread
@@ -56,7 +56,7 @@ def compiled(launch: Launch, capability: int) -> Compiled:
 
 
 def _kind(value: Any) -> tuple[str, Any, bool]:
-    """As a launch would: an argument's type, its value where it is compiled in, and whether it is a multiple of 16."""
+    """As in a launch: an argument's type, its value if it is compiled in, and whether it is a multiple of 16."""
     if isinstance(value, tuple):
         return tuple(_kind(v)[0] for v in value), None, True
     if isinstance(value, Tensor):

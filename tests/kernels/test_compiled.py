@@ -1,4 +1,4 @@
-"""Every configuration that auto can pick, compiled for GPUs that need not be here: nothing spills, everything fits.
+"""Every configuration that auto can pick, compiled for GPUs that need not be present: nothing spills, everything fits.
 
 The launches are those that the launchers make, recorded with tensors that have no data.
 """
@@ -34,7 +34,7 @@ def vector(channels):
 
 def convolution(n, c, size, out, kernel, dtype, *, training=True, transposed=True, channels_last=True, bias=False,
                 residual=False, activation="relu", groups=1, reflect=False, tile=""):  # fmt: skip
-    """The launches of a layer of stride 2 (1 with reflection), by a tile that was measured."""
+    """The launches of a layer with stride 2 (1 with reflection) and a measured tile."""
     x = meta(n, c, size, size, dtype=dtype, channels_last=channels_last)
     weight = (c, out // groups) if transposed else (out, c // groups)
     w = meta(*weight, kernel, kernel, dtype=dtype, channels_last=channels_last)
@@ -51,7 +51,7 @@ def convolution(n, c, size, out, kernel, dtype, *, training=True, transposed=Tru
 
 @functools.cache
 def of_tile(precision, tile, dtype, **layer):
-    """The launch of a layer for which the measured choices name this tile."""
+    """The launch of a layer whose measured choice is this tile."""
     layer = {"c": 256, "size": 8, "out": 128, "kernel": 4, "channels_last": precision != "gathered"} | layer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_tiles, "precision_of", lambda x: "tf32" if precision == "gathered" else precision)
@@ -77,7 +77,7 @@ every_tile = pytest.mark.parametrize(
 @pytest.mark.parametrize("capability", TARGETS)
 @every_tile
 def test_tiles(precision, tile, capability):
-    """Each configuration of the convolutions, with partial statistics, by the newest instruction of tensor cores."""
+    """Each configuration of the convolutions, with partial statistics, uses the newest tensor core instruction."""
     for dtype in PRECISIONS[precision]:
         launch = of_tile(precision, tile, dtype)
         assert (launch[2]["ROWS"], launch[2]["COLUMNS"], launch[2]["DEPTH"]) == tile[:3]
@@ -101,8 +101,8 @@ OTHER_LAYERS = {
 @pytest.mark.parametrize("name", OTHER_LAYERS)
 @every_tile
 def test_tiles_of_other_layers(precision, tile, name, capability):
-    """A measured choice may give any layer any tile of its kind, except 128 columns where norm and activation follow in
-    the same kernel."""
+    """A measured choice may give a layer any tile of its kind, except 128 columns if norm and activation are in the
+    same kernel."""
     if name == "few-channels" and precision not in ("gathered", "ieee"):
         return  # they are gathered
     dtype = FP32 if precision == "gathered" else PRECISIONS[precision][0]
@@ -131,9 +131,9 @@ def weight_gradient(n, rows, size, channels, dtype, *, transposed=True, channels
 @pytest.mark.parametrize("channels", (128, 3))
 @every_tile
 def test_tiles_of_weight_gradients(precision, tile, channels, capability, monkeypatch):
-    """With reflection, which takes the most registers. In memory both operands run along channels, not along the sum:
-    16-bit values are still copied 16 bytes at a time, TF32 is transposed on its way where the newest instruction reads
-    it."""
+    """With reflection, which needs the most registers. Both operands are contiguous along channels, not along the sum:
+    16-bit values are still copied 16 bytes at a time, and TF32 values are transposed on the way for the newest
+    instruction."""
     if channels == 3 and precision not in ("gathered", "ieee"):
         return  # they are gathered
     monkeypatch.setattr(_tiles, "precision_of", lambda x: "tf32" if precision == "gathered" else precision)
@@ -190,7 +190,7 @@ OTHER_CONVOLUTIONS = {
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("name", OTHER_CONVOLUTIONS)
 def test_other_convolutions(name, capability):
-    """All launches of a call, for layers of other kinds."""
+    """All launches of one call, for other kinds of layers."""
     layer = {
         "n": 64,
         "c": 64,
@@ -223,15 +223,16 @@ def norm_act_launches(dtype, channels_last, norm, activation):
 def sampler_launches(dtype, batch, length, samples, prior):
     mu = meta(batch, length, dtype=dtype)
     key, kl, z = meta(2, dtype=torch.int64), vector(batch), meta(samples, batch, length, dtype=dtype) if samples else mu
-    given, options = (mu, mu) if prior else (None, None), (-1.0, 1.0, 0.1, 0.5)
+    prior_arguments, options = (mu, mu) if prior else (None, None), (-1.0, 1.0, 0.1, 0.5)
     with _launch.recorded() as launches:
-        kernels("reparameterize").forward(mu, mu, key, *given, samples, True, *options)
-        kernels("reparameterize").backward(z, kl, mu, mu, key, *given, samples, *options)
+        kernels("reparameterize").forward(mu, mu, key, *prior_arguments, samples, True, *options)
+        kernels("reparameterize").backward(z, kl, mu, mu, key, *prior_arguments, samples, *options)
     return launches
 
 
 def test_a_batch_of_any_size_is_launched():
-    """A GPU takes 65535 programs along each dimension of a grid but the first; vmap makes such batches."""
+    """A GPU takes at most 65535 programs along each dimension of a grid but the first, and vmap makes larger
+    batches."""
     mu, key = meta(10**5, 2, 3, dtype=FP32), meta(10**5, 2, dtype=torch.int64)
     with _launch.recorded() as launches:
         kernels("reparameterize").forward(mu, mu, key, None, None, 0, True, None, None, 0.0, 1.0)
@@ -240,7 +241,7 @@ def test_a_batch_of_any_size_is_launched():
 
 
 def test_a_grid_that_no_gpu_takes():
-    """CUDA's own error would not say what is too large: here the groups of a convolution, which vmap multiplies."""
+    """CUDA's own error would not say what is too large: here a convolution's groups, which vmap multiplies."""
     with pytest.raises(ValueError, match=r"70000.*fewer images or groups.*impl='reference'"):
         convolution(1, 70_000, 4, 70_000, 4, FP32, transposed=False, groups=70_000)
 
@@ -281,7 +282,7 @@ def test_others(name, capability):
 
 
 def test_every_tile_can_be_picked():
-    """Each is picked for some layer, and only tiles of the list are."""
+    """Each tile is picked for some layer, and no others are picked."""
     picked = {
         (precision, _tiles.choose_tile(precision, rows, columns, products, 132))
         for precision in _tiles.TILES
@@ -294,7 +295,7 @@ def test_every_tile_can_be_picked():
 
 def test_a_measured_tile_is_picked_if_it_is_of_the_kind():
     for kind, tiles in _tiles.TILES.items():
-        ours = _tiles.choose_tile(kind, 10**6, 128, 1, 132)
+        default = _tiles.choose_tile(kind, 10**6, 128, 1, 132)
         assert [_tiles.choose_tile(kind, 10**6, 128, 1, 132, str(tile)) for tile in tiles] == list(tiles)
         for other in ("", "7x7x7x1x1", "128x128x32x8x9"):
-            assert _tiles.choose_tile(kind, 10**6, 128, 1, 132, other) == ours
+            assert _tiles.choose_tile(kind, 10**6, 128, 1, 132, other) == default

@@ -27,7 +27,7 @@ CHOSEN = {
 def test_against_the_reference(file):
     pytest.importorskip("triton", reason="triton is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", f"tests/ops/{file}", "-k", CHOSEN[file]]
-    # Requested by name, the kernels compute all gradients, too.
+    # A requested implementation also computes all gradients.
     environment = os.environ | {"TRITON_INTERPRET": "1", "FASTGEN_IMPL": "triton"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,5 @@
-"""The one launch of a power iteration: programs wait for programs with earlier tickets, and for all that they read."""
+"""The single launch of a power iteration: programs wait only for programs with earlier tickets, and for all whose
+results they read."""
 
 import os
 import re
@@ -17,8 +18,8 @@ SHAPES = ((96, 40, 3, 3), (1, 1), (700, 3), (5, 3000))
 
 
 @pytest.mark.parametrize("v_first", (False, True))
-def test_what_is_waited_for_is_what_arrives(v_first):
-    """The table's counts are those of a weight's programs; their order is that of the steps."""
+def test_programs_wait_for_as_many_as_arrive(v_first):
+    """The table's counts equal the numbers of a weight's programs, which are in the order of the steps."""
     matrices = tuple(_plan.matrix(torch.empty(shape), 0) for shape in SHAPES)
     plan = _plan.Plan.of(matrices, v_first, torch.device("cpu"))
     fields = plan.table.view(len(SHAPES), _plan.FIELDS.value).tolist()
@@ -29,8 +30,8 @@ def test_what_is_waited_for_is_what_arrives(v_first):
         assert lines * _plan.ROWS >= of_t and sums * _plan.WIDTH >= of_s
 
 
-def test_what_is_kept_lies_outside_of_a_graphs_memory(monkeypatch):
-    """That is the memory of the thread that records; and the plan of a graph is kept while others are made."""
+def test_plans_are_outside_of_a_graphs_memory(monkeypatch):
+    """A graph's memory belongs to the recording thread. The plan of a graph is kept while others are created."""
     made, tensor = [], torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda *a, **o: made.append(threading.get_ident()) or tensor(*a, **o))
     plans = [_plan.Plan.of(((k, 1, 1, 1),), False, torch.device("cpu")) for k in range(1, 300)]
@@ -53,7 +54,7 @@ def test_the_counters_order_memory(capability):
 
 
 @pytest.mark.parametrize("iterations", (0, 1, 3))
-def test_one_launch_an_iteration(iterations):
+def test_one_launch_per_iteration(iterations):
     weights = [torch.empty(shape, device="meta") for shape in SHAPES]
     us = [torch.empty(w.shape[0], device="meta") for w in weights]
     vs = [torch.empty(w[0].numel(), device="meta") for w in weights]

@@ -71,7 +71,7 @@ def test_too_few_or_other_images_are_refused():
 
 
 def stripes(n, seed):
-    """Images of light rows (class 0) or light columns (1), in noise."""
+    """Noisy images with light rows (class 0) or light columns (class 1)."""
     labels = torch.arange(n) % 2
     rows = torch.arange(8) % 2 * 2.0 - 1
     images = torch.stack([rows[:, None].expand(8, 8) if label == 0 else rows.expand(8, 8) for label in labels])
@@ -87,7 +87,7 @@ def trained(labelled=True):
     return train_classifier(*sets, steps=40)
 
 
-def test_a_classifier_learns_and_says_what_it_learned():
+def test_a_classifier_learns_and_reports_its_accuracy():
     torch.manual_seed(7)
     state = torch.get_rng_state()
     extractor = trained()
@@ -117,7 +117,7 @@ class StandInForInception(torch.nn.Module):
         return values if return_features else values.softmax(1)
 
 
-def test_inception_comes_from_a_file_at_hand(tmp_path, monkeypatch):
+def test_inception_is_loaded_from_a_local_file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     assert inception() is None
     (tmp_path / "checkpoints").mkdir()
@@ -169,7 +169,7 @@ def test_constant_and_huge_images_have_figures():
     assert figures.compare(constant.images)["fid"].value == 0
 
 
-def test_what_the_process_has_set_changes_no_figure():
+def test_process_wide_settings_change_no_figure():
     sets, images = [stripes(60, 0), stripes(60, 1)], [stripes(40, seed).images for seed in range(3)]
 
     def figures():
@@ -188,7 +188,7 @@ def test_what_the_process_has_set_changes_no_figure():
 
 
 def test_inception_score_of_classes_that_never_occur():
-    """exp(KL) of two classes out of three in equal shares is 2, where the third has a share of nothing."""
+    """With two of three classes in equal shares and none of the third, exp(KL) is 2."""
     logits = torch.tensor([[1e4, 0.0, -1e4], [0.0, 1e4, -1e4]]).repeat(10, 1)
     assert distribution._inception_score(logits, 1) == pytest.approx(2.0)
     assert distribution._inception_score(logits[::2], 1) == pytest.approx(1.0)

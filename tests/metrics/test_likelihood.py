@@ -13,7 +13,7 @@ LATENT, STD = 2, 0.5
 
 @pytest.fixture
 def linear():
-    """x = W z + b + noise: a VAE of which p(x) is known, and one whose posterior is too wide."""
+    """x = W z + b + noise: a VAE whose p(x) is known, and one whose posterior is too wide."""
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(6, LATENT, generator=generator), torch.randn(6, generator=generator)
     precision = torch.eye(LATENT) + weight.T @ weight / STD**2
@@ -44,7 +44,7 @@ def linear():
     )
 
 
-LOG_P = units(torch.float32, 256, 256)  # float32, a sum of terms up to fifty times as great that cancel
+LOG_P = units(torch.float32, 256, 256)  # float32: a sum of terms up to fifty times as large that cancel
 
 
 def test_the_bounds_are_exact_where_the_posterior_is(linear):
@@ -52,7 +52,7 @@ def test_the_bounds_are_exact_where_the_posterior_is(linear):
         torch.testing.assert_close(bound, linear.log_p[:20], **LOG_P)
 
 
-def test_more_samples_near_the_likelihood_from_below(linear):
+def test_more_samples_approach_the_likelihood_from_below(linear):
     images, draw = linear.images[:100], torch.Generator().manual_seed(1)
     gaps = []
     for samples in (1, 10, 1000):

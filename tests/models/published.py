@@ -1,4 +1,4 @@
-"""The networks of other projects that load_checkpoint knows, with what their options change."""
+"""The networks of other projects that load_checkpoint knows, with the options that change them."""
 
 import functools
 
@@ -47,7 +47,7 @@ def mean_of(vae):
 
 TRANSLATORS = "pytorch-cyclegan-and-pix2pix"
 NORMS = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d, "none": nn.Identity}
-# name -> (dialect, their network, how it is called, the shape of its input, how ours is called)
+# name -> (dialect, the original network, how it is called, the shape of its input, how fastgen's network is called)
 PUBLISHED = {
     "netG": ("pytorch-examples-dcgan", lambda: networks.DCGANGenerator(), nn.Module.__call__, (3, 6, 1, 1), None),
     "netD": (

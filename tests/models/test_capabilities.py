@@ -1,4 +1,4 @@
-"""Every model keeps what it declares, and commands, tasks and evaluation need nothing but the declaration."""
+"""Every model fulfils its declaration, and commands, tasks and evaluation need nothing else."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from tests.models.tiny import TINY, make
 
 
 def values_of(condition, n):
-    """Values of n images that a model can draw with."""
+    """Values of a condition with which a model can draw n images."""
     return torch.arange(n) % condition.classes if condition.classes else ["a handwritten two"] * n
 
 
@@ -27,7 +27,7 @@ def test_every_model_declares():
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_declaration_is_what_the_methods_do(name):
+def test_declarations_agree_with_the_methods(name):
     model = make(name)
     declared = model.capabilities
     assert capabilities(model) == declared
@@ -67,7 +67,7 @@ def test_a_declaration_is_what_the_methods_do(name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_example_inputs_are_of_what_a_step_runs(name):
+def test_example_inputs_are_those_of_a_training_step(name):
     model = make(name)
     examples = model.example_inputs(2)
     run = set()
@@ -82,7 +82,7 @@ def test_example_inputs_are_of_what_a_step_runs(name):
 
 
 class Tilted(nn.Module):
-    """A model with a condition that fastgen has never heard of, of which a data set says nothing."""
+    """A model with a condition that neither fastgen nor any data set knows."""
 
     config = None
 
@@ -101,7 +101,7 @@ class Tilted(nn.Module):
         return self.generate(self.latent(n, generator=generator), self.capabilities.conditions[0].encode(tilts))
 
 
-def test_a_condition_of_another_name_needs_no_other_code():
+def test_a_new_condition_needs_no_other_code():
     model = Tilted()
     for given, message in (({"label": 1}, "draws without classes"), ({"text": "a"}, "draws without captions")):
         with pytest.raises(UsageError, match=message):
@@ -116,7 +116,7 @@ def test_a_condition_of_another_name_needs_no_other_code():
 
 
 @pytest.mark.parametrize("name", ["cgan", "text2image", "vae"])
-def test_samples_for_evaluation_carry_what_they_were_drawn_with(name):
+def test_samples_for_evaluation_carry_their_conditions(name):
     model = make(name)
     classes = ("no", "one", "two")
     data = ImageDataset("data", torch.zeros(3, 1, 32, 32), torch.tensor([2, 1, 2]), classes, ["two", "one", "a two"])
@@ -133,7 +133,7 @@ def test_samples_for_evaluation_carry_what_they_were_drawn_with(name):
 
 
 class Foreign:
-    """Somebody's model, which declares nothing."""
+    """A third-party model without a declaration."""
 
     def latent(self, n, *, generator=None):
         return torch.zeros(n, 3)
@@ -142,7 +142,7 @@ class Foreign:
         return z
 
 
-def test_a_model_without_a_declaration_is_taken_for_what_its_methods_show():
+def test_a_model_without_a_declaration_is_judged_by_its_methods():
     declared = capabilities(Foreign())
     assert declared.latent_shape == (3,) and not declared.draws and not declared.encodes and not declared.directions
     assert [condition.name for condition in declared.conditions] == ["labels", "style"]

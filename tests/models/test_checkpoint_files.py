@@ -1,4 +1,4 @@
-"""What stands around a network in a file, which of several is meant, and files of no use."""
+"""What surrounds a network in a file, which of several networks is loaded, and unusable files."""
 
 import pickle
 import warnings
@@ -24,7 +24,7 @@ def averaged(state):
     return {"n_averaged": torch.tensor(3)} | wrapped(state, "module")
 
 
-# name -> what a trainer makes of the state_dict of a network with batch norm
+# name -> the form in which some trainer saves the state_dict of a network with batch norm
 FORMS = {
     "before PyTorch 0.4.1": lambda state: {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")},
     "compiled, then parallel": lambda state: wrapped(state, "module", "_orig_mod"),
@@ -117,7 +117,7 @@ def test_one_of_several_networks(tmp_path):
     assert fastgen.load_checkpoint(path, network="")(torch.zeros(1, 6)).shape == (1, 3, 64, 64)
 
 
-def test_what_trainings_own_files_hold_is_named(tmp_path):
+def test_networks_in_a_training_file_are_named(tmp_path):
     model = fastgen.create_model("dcgan", image_size=32, channels=1, nz=4, ngf=2, ndf=2)
     ema = {name: value.clone() for name, value in wrapped(model.generator.state_dict(), "ema.generator").items()}
     save_file(wrapped(model.state_dict(), "model") | ema, tmp_path / "c.safetensors")
@@ -162,7 +162,7 @@ class Thing:
 
 def script(path):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and in use
+        warnings.simplefilter("ignore")  # deprecated, but still in use
         torch.jit.trace(networks.DCGANGenerator().eval(), torch.zeros(1, 6, 1, 1)).save(str(path))
 
 
@@ -172,7 +172,7 @@ def archive(path):
 
 
 def changed(make, **tensors):
-    """A file of a network's state_dict with other tensors; None leaves one out. Dots are written as two underscores."""
+    """A file of a network's state_dict with other tensors; None removes one. Two underscores stand for a dot."""
 
     def write(path):
         state = make().state_dict() | {name.replace("__", "."): value for name, value in tensors.items()}
@@ -187,7 +187,7 @@ def zeros(*shape):
 
 NETG, VAE, MLP = networks.DCGANGenerator, networks.VanillaVAE, ExamplesVAE
 RESNET, PATCH, PIXEL = networks.ResnetGenerator, networks.PatchGAN, networks.PixelDiscriminator
-# name -> (what writes the file, what is said about it)
+# name -> (function that writes the file, the error message)
 OF_NO_USE = {
     "missing": (lambda path: None, "cannot be read: No such file"),
     "a folder": (lambda path: path.mkdir(), r"cannot be read: Is a directory; fastgen\.training\.load_model reads"),
@@ -302,7 +302,7 @@ OF_NO_USE = {
 
 
 @pytest.mark.parametrize("name", OF_NO_USE)
-def test_files_of_no_use(tmp_path, name):
+def test_unusable_files(tmp_path, name):
     write, message = OF_NO_USE[name]
     write(tmp_path / "net.pth")
     with pytest.raises(CheckpointError, match=message):

@@ -1,4 +1,4 @@
-"""Networks of other projects, rebuilt from the tables of their layers, load and compute the same."""
+"""Checkpoints of other projects' networks, rebuilt from the tables of their layers, load and give the same results."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_computes_what_the_original_does(name, tmp_path):
     expected = call_original(original, x)
     for tensor in original.state_dict().values():
         tensor.zero_()
-    original.load_state_dict(network.state_dict())  # the original loads what ours saves
+    original.load_state_dict(network.state_dict())  # the original loads what fastgen saves
     torch.testing.assert_close(call_original(original, x), expected)
     others = [other for other in DIALECTS if other != dialect]
     for other in others:
@@ -38,13 +38,12 @@ def test_computes_what_the_original_does(name, tmp_path):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("asked", [None, False, True])
 def test_dropout_of_a_unet(tmp_path, norm, asked):
-    """pix2pix trains with batch norm and dropout, CycleGAN with instance norm and without, unless they are told
-    otherwise."""
+    """By default pix2pix trains with batch norm and dropout, CycleGAN with instance norm and no dropout."""
     original = unet(NORMS[norm], dropout=norm == "batch" if asked is None else asked)
     torch.save(original.state_dict(), tmp_path / "net.pth")
     network = fastgen.load_checkpoint(tmp_path / "net.pth", dropout=asked).train()
     x, images = torch.randn(2, 3, 64, 64), []
-    for draw in (network, lambda x: call_unet(original, x)):  # as pix2pix draws, too: in training mode
+    for draw in (network, lambda x: call_unet(original, x)):  # in training mode, in which pix2pix also generates
         torch.manual_seed(0)
         images.append(draw(x))
     torch.testing.assert_close(*images, **FLOAT32)
@@ -79,20 +78,20 @@ def test_the_process_s_defaults_change_nothing(tmp_path, name):
 
 
 def test_vae_states_go_both_ways(tmp_path):
-    """`log_std`, which the original does not have, is in the state of a model that fastgen made, and of no loaded
-    one."""
+    """The state of a model that fastgen created has `log_std`; that of the original, and of a loaded model, does
+    not."""
     original = published("PyTorch-VAE")
     torch.save(original.state_dict(), tmp_path / "net.pth")
     loaded = fastgen.load_checkpoint(tmp_path / "net.pth")
     assert loaded.log_std == 0 and "log_std" not in loaded.state_dict()
-    ours = fastgen.create_model("vae", image_size=16, nz=5, widths=(4, 6, 8))
-    ours.log_std.fill_(-2)
-    assert ours.state_dict()["log_std"] == -2
-    ours.load_state_dict(original.state_dict())
-    ours.load_state_dict(loaded.state_dict())
-    assert ours.log_std == -2
+    network = fastgen.create_model("vae", image_size=16, nz=5, widths=(4, 6, 8))
+    network.log_std.fill_(-2)
+    assert network.state_dict()["log_std"] == -2
+    network.load_state_dict(original.state_dict())
+    network.load_state_dict(loaded.state_dict())
+    assert network.log_std == -2
     images = torch.rand(2, 3, 16, 16)
-    torch.testing.assert_close(ours.eval().encode(images), loaded.encode(images))
+    torch.testing.assert_close(network.eval().encode(images), loaded.encode(images))
 
 
 def test_wrapped_prefixed_sorted_and_with_old_statistics(tmp_path):
@@ -123,7 +122,7 @@ def test_wrapped_prefixed_sorted_and_with_old_statistics(tmp_path):
     torch.testing.assert_close(fastgen.load_checkpoint(tmp_path / "legacy.pth")(x), expected, **FLOAT32)
 
 
-def test_what_fastgen_trained_loads_too(tmp_path):
+def test_fastgens_own_checkpoints_load_too(tmp_path):
     model = fastgen.create_model(
         "dcgan", image_size=32, channels=1, nz=4, ngf=2, ndf=2, discriminator_norm="none"
     ).eval()

@@ -1,5 +1,4 @@
-"""A walk over the options of every model with values at their edges: each is refused by name, or makes a model that
-works."""
+"""All options of every model at their edge values: each is refused by name, or gives a model that works."""
 
 import dataclasses
 import math
@@ -34,8 +33,7 @@ EDGES = (
 
 
 def works(model):
-    """Whether training and drawing with a batch of two run and give finite numbers of the shapes that the config
-    says."""
+    """Whether training and generating with a batch of two work and give finite numbers in the shapes of the config."""
     declared = model.capabilities
     size = (declared.image_size, declared.image_size)
     if declared.directions:

@@ -1,4 +1,4 @@
-"""What holds of every model, and of each besides the DCGAN, which has a file of its own."""
+"""Properties of every model, and of each model except the DCGAN, which has its own file."""
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def test_conditional_batch_norm_is_its_formula():
     torch.testing.assert_close(norm(x, labels), expected)
 
 
-LIKELIHOOD = units(torch.float32, 64, 64)  # a sum over 64 pixels, here of logarithms, there of their formula
+LIKELIHOOD = units(torch.float32, 64, 64)  # a sum over 64 pixels, of logarithms here and of their formula there
 
 
 @pytest.mark.parametrize("name", ["vae", "vae, bernoulli", "vae_mlp"])
@@ -117,17 +117,17 @@ def test_published_sizes():
     assert count(unet.a_to_b) == 54_413_955
 
 
-def test_unet_without_in_place_activations_is_the_public_one():
+def test_unet_without_in_place_activations_equals_the_public_one():
     torch.manual_seed(0)
     block = networks.UnetBlock(16, 16)
     for outer, inner in ((8, 16), (4, 8), (2, 4)):
         block = networks.UnetBlock(outer, inner, block)
     original = networks.UnetBlock(3, 2, block, outermost=True)
-    ours = fastgen.models.UnetGenerator(3, 3, 2, 5)
-    ours.model.load_state_dict(original.state_dict())
+    network = fastgen.models.UnetGenerator(3, 3, 2, 5)
+    network.model.load_state_dict(original.state_dict())
     images = torch.randn(2, 3, 64, 32)
     for mode in (True, False):
-        torch.testing.assert_close(ours.train(mode)(images), original.train(mode)(images), **FLOAT32)
+        torch.testing.assert_close(network.train(mode)(images), original.train(mode)(images), **FLOAT32)
 
 
 def test_cyclegan_translates_any_size_both_ways():
@@ -143,7 +143,7 @@ def test_text_encoder_reads_words():
     one, two, other_case, padded = encoder(["a handwritten one", "a handwritten two", "A  Handwritten ONE", "one"])
     torch.testing.assert_close(one, other_case)
     assert not torch.allclose(one, two) and not torch.allclose(one, padded)
-    torch.testing.assert_close(encoder(["one", "a handwritten two, two"])[0], padded)  # padding is not seen
+    torch.testing.assert_close(encoder(["one", "a handwritten two, two"])[0], padded)  # padding has no effect
     assert encoder(["one " * 500]).isfinite().all()
     assert make_vocabulary(["a two, a one", "a one"]) == ("a", "one", ",", "two")
 
@@ -167,7 +167,7 @@ def test_hugging_face_text_encoder(tmp_path, kind):
     one, two = model.text_encoder(["one", "two two"])
     torch.testing.assert_close(model.text_encoder(["one"])[0], one)
     assert not torch.allclose(one, two)
-    with torch.device("meta"):  # as a run's model is made
+    with torch.device("meta"):  # as a run creates its model
         loaded = create_model("text2image", **SMALL, text_encoder=str(tmp_path), caption_width=4).eval()
     loaded.load_state_dict(model.state_dict(), assign=True)
     with defaults():
@@ -179,7 +179,7 @@ def test_hugging_face_text_encoder(tmp_path, kind):
         model.text_encoder(["one", " "])
 
 
-def test_text_encoders_that_are_not_there(tmp_path, monkeypatch):
+def test_missing_text_encoders(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(FastgenError, match=r"needs transformers: pip install 'fastgen\[text\]'"):
         HuggingFaceTextEncoder("some/encoder")

@@ -1,5 +1,5 @@
-"""What a process has set (default dtype and device, autocast, inference and deterministic mode) and what is done to a
-model (copies, pickles, other dtypes) change neither its results nor its training."""
+"""Neither process-wide settings (default dtype and device, autocast, inference and deterministic mode) nor operations
+on a model (copies, pickles, other dtypes) change its results or its training."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ from tests.support.tolerance import UNIT_ROUNDOFF
 
 
 def draw(model, n=2, seed=1):
-    """Images of every way that the model has to make them, from the same random numbers each time."""
+    """Images from each of the model's ways to generate them, with the same random numbers each time."""
     declared, weight = model.capabilities, next(model.parameters())
     if declared.directions:
         source = torch.Generator("cpu").manual_seed(seed)
@@ -35,7 +35,7 @@ def draw(model, n=2, seed=1):
 
 
 def train(model):
-    """One step of everything that the model has."""
+    """One training step of all parts of the model."""
     declared = model.capabilities
     if declared.directions:
         images = draw(model)[0].detach()
@@ -64,7 +64,7 @@ def test_default_dtype_and_device(name):
         assert len(actual) == len(expected)
     for image, reference in zip(actual, expected, strict=True):
         assert image.dtype is torch.float32 and image.device.type == "cpu"
-        torch.testing.assert_close(image, reference)  # PyTorch's Transformer takes another path where a device is set
+        torch.testing.assert_close(image, reference)  # PyTorch's Transformer takes another path if a device is set
     with defaults(device="cpu"):
         double = make(name).eval()
         images = draw(double)
@@ -110,7 +110,7 @@ def test_modes(name):
         train(model.train())
     finally:
         torch.use_deterministic_algorithms(False)
-    train(model)  # nothing that inference mode made is kept
+    train(model)  # no tensor made in inference mode is kept
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -199,6 +199,6 @@ Z, IMAGES = torch.zeros(2, 4), torch.zeros(2, 1, 32, 32)
         ("dcgan", lambda model: model(Z.bool()), r"z must be floating-point, not torch\.bool"),
     ],
 )
-def test_inputs_that_cannot_be_meant(name, act, message):
+def test_invalid_inputs(name, act, message):
     with pytest.raises(UsageError, match=message):
         act(make(name))

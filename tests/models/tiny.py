@@ -1,4 +1,4 @@
-"""A tiny one of every model."""
+"""A tiny instance of every model."""
 
 import contextlib
 
@@ -44,7 +44,7 @@ def make(name):
 
 @contextlib.contextmanager
 def defaults(dtype=torch.float64, device="meta"):
-    """What a process may have set."""
+    """A context with process-wide defaults."""
     torch.set_default_dtype(dtype)
     torch.set_default_device(device)
     try:

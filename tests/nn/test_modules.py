@@ -1,4 +1,4 @@
-"""The modules that stand for runs of PyTorch's layers."""
+"""The modules that replace runs of PyTorch's layers."""
 
 import copy
 import pickle
@@ -12,11 +12,11 @@ from fastgen import ops
 from fastgen.nn import Conv2dNormAct, ConvTranspose2dNormAct, NormAct
 from tests.support.tolerance import UNIT_ROUNDOFF, units
 
-GRADIENTS = units(torch.float32, 1024, 1024)  # up to a hundred: sums over all pixels whose terms cancel
+GRADIENTS = units(torch.float32, 1024, 1024)  # values up to 100: sums over all pixels whose terms cancel
 
 
 def layers(module: nn.Sequential) -> nn.Sequential:
-    """PyTorch's Sequential of copies of the children."""
+    """A torch.nn.Sequential of copies of the children."""
     return nn.Sequential(*(copy.deepcopy(child) for child in module))
 
 
@@ -34,10 +34,10 @@ def test_is_the_sequential_of_its_children(cls, norm, memory_efficient):
     x = torch.randn(3, 4, 8, 8)
     for one in (module, plain):
         one(x).square().sum().backward()
-    for mine, theirs in zip(module.state_dict().values(), plain.state_dict().values(), strict=True):
-        torch.testing.assert_close(mine, theirs)
-    for mine, theirs in zip(module.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, **GRADIENTS)
+    for actual, expected in zip(module.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(actual, expected)
+    for actual, expected in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, **GRADIENTS)
     again = pickle.loads(pickle.dumps(copy.deepcopy(module))).eval()
     torch.testing.assert_close(again(x), plain.eval()(x))
 
@@ -57,7 +57,7 @@ def test_norm_act():
         ({"activation": "gelu"}, "activation must be"),
     ),
 )
-def test_what_cannot_be_says_why(options, message):
+def test_impossible_arguments_are_explained(options, message):
     with pytest.raises(ValueError, match=message):
         Conv2dNormAct(4, 6, 3, **options)
 
@@ -79,22 +79,22 @@ def test_fuse_memory_efficient_changes_no_bit():
         out = fused(x)
         out.square().mean().backward()
         found.append([out, *(p.grad for p in fused.parameters()), *fused.buffers()])
-    for mine, theirs in zip(*found, strict=True):
-        assert torch.equal(mine, theirs)
+    for economical, plain in zip(*found, strict=True):
+        assert torch.equal(economical, plain)
 
 
 def calls(op: str) -> tuple[int, int]:
-    """Calls so far by PyTorch and by fastgen."""
+    """The numbers of calls so far that PyTorch and fastgen computed."""
     used = ops.implementations_used().get(op, {})
     return used.get("modules", 0), sum(used.values()) - used.get("modules", 0)
 
 
-CANCELLING = 128 * UNIT_ROUNDOFF[torch.float32]  # of the greatest: both norms' gradients are sums whose terms cancel
+CANCELLING = 128 * UNIT_ROUNDOFF[torch.float32]  # of the largest: both norms' gradients are sums that cancel
 
 
 @pytest.mark.parametrize("kind", (nn.Conv2d, nn.ConvTranspose2d))
-def test_small_convolutions_are_pytorchs(kind):
-    """They give PyTorch's bits; larger ones, and what is asked for, are the op's."""
+def test_pytorch_computes_small_convolutions(kind):
+    """They give PyTorch's bits; the op computes larger ones, and requested implementations."""
     torch.manual_seed(0)
     layer = nn.utils.parametrizations.spectral_norm(kind(4, 6, 4, 2, 1, bias=False))
     plain = nn.Sequential(layer, nn.BatchNorm2d(6, momentum=None), nn.LeakyReLU(0.2, inplace=True))
@@ -105,10 +105,12 @@ def test_small_convolutions_are_pytorchs(kind):
     for one in (fused, plain):
         one(x).square().sum().backward()
     assert calls(op) == (plainly + 1, own)
-    for mine, theirs in zip(fused.state_dict().values(), plain.state_dict().values(), strict=True):
-        torch.testing.assert_close(mine, theirs)
-    for mine, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=CANCELLING * theirs.grad.abs().max().item())
+    for actual, expected in zip(fused.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(actual, expected)
+    for actual, expected in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(
+            actual.grad, expected.grad, rtol=0, atol=CANCELLING * expected.grad.abs().max().item()
+        )
 
     with fastgen.use_impl("cpp"):
         fused(x)

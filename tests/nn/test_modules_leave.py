@@ -1,4 +1,4 @@
-"""What the modules that fuse leave to PyTorch's: what no kernel takes, hooks, ONNX."""
+"""What fused modules leave to PyTorch's modules: inputs that no kernel takes, hooks, ONNX."""
 
 import copy
 import io
@@ -16,7 +16,7 @@ from tests.support.tolerance import BFLOAT16, FLOAT32
 
 
 class Image(torch.Tensor):
-    """A subclass, as others have for what they load."""
+    """A tensor subclass, as other libraries use for images."""
 
 
 IMAGES = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -64,7 +64,7 @@ RUNS = {
 
 
 def observe(model: nn.Module, x: object) -> tuple:
-    """(kind of result or error, its values, what the model keeps)."""
+    """(type of the result or error, its values, the model's state)."""
     try:
         y = model(x)
     except Exception as error:
@@ -78,13 +78,13 @@ def observe(model: nn.Module, x: object) -> tuple:
 @pytest.mark.parametrize("fused", (True, False), ids=("fused", "by default"))
 @pytest.mark.parametrize("run", RUNS)
 def test_the_same_result_or_error(run, fused, request):
-    """Of images without a batch dimension, other numbers of channels, dtypes, layouts and devices."""
+    """For images without a batch dimension, and other numbers of channels, dtypes, layouts and devices."""
     if fused:
         request.getfixturevalue("fused_when_small")
     torch.manual_seed(0)
     plain = nn.Sequential(*RUNS[run]())
     for name, x in INPUTS.items():
-        for training in (True, False)[run == "spectral" :]:  # each access in training changes its vectors
+        for training in (True, False)[run == "spectral" :]:  # in training each access changes the vectors
             models = [copy.deepcopy(plain), fastgen.fuse(plain), Sequential(*copy.deepcopy(plain))]
             for model in models:
                 model.train(training)
@@ -106,7 +106,7 @@ REGISTER = (
 
 
 class Model(nn.Module):
-    """Runs within a Sequential, and those that a forward calls."""
+    """Runs of layers within a Sequential, and others that forward calls."""
 
     def __init__(self):
         super().__init__()
@@ -123,16 +123,16 @@ def test_hooks_of_all_modules_are_called(register):
     plain, found = Model(), []
     for model in (plain, fastgen.fuse(plain)):
         seen = []
-        handle = register(lambda module, given, *_, seen=seen: seen.append((type(module).__name__, given[0])))
+        handle = register(lambda module, inputs, *_, seen=seen: seen.append((type(module).__name__, inputs[0])))
         try:
             model(IMAGES.clone().requires_grad_()).square().sum().backward()
         finally:
             handle.remove()
         found.append(seen)
     assert len(found[0]) == 8
-    for (name, theirs), (called, mine) in zip(*found, strict=True):
+    for (name, expected), (called, actual) in zip(*found, strict=True):
         assert called == name
-        torch.testing.assert_close(mine, theirs, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(actual, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
 class Sampler(nn.Module):
@@ -141,7 +141,7 @@ class Sampler(nn.Module):
         self.sample = Reparameterize()
 
     def forward(self, x):
-        return self.sample(x, torch.full_like(x, -60.0))  # the noise is ONNX's: as little of it as can be
+        return self.sample(x, torch.full_like(x, -60.0))  # ONNX draws its own noise, so scale it to almost nothing
 
 
 def grouped() -> nn.Module:
@@ -157,7 +157,7 @@ def grouped() -> nn.Module:
 @pytest.mark.parametrize("dynamo", (False, True), ids=("torchscript", "dynamo"))
 @pytest.mark.parametrize("make", (Model, grouped, Sampler), ids=lambda make: make.__name__)
 def test_onnx(make, dynamo):
-    """By both of PyTorch's exporters as it is, for any number of images."""
+    """Both of PyTorch's exporters take the model unchanged, for any batch size."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
@@ -176,7 +176,7 @@ def test_onnx(make, dynamo):
 @pytest.mark.parametrize("impl", ("auto", "reference"))
 @pytest.mark.parametrize("dim", (torch.export.Dim.AUTO, torch.export.Dim("n", min=2, max=64)), ids=("auto", "named"))
 def test_an_exported_batch_has_the_range_of_pytorchs(dim, impl, strict):
-    """Which kernel is the fastest for how many images bounds nothing."""
+    """The choice of the fastest kernel by batch size must not restrict the range."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(64, 64, 4, 2, 1), nn.BatchNorm2d(64),
                           nn.ReLU(), nn.ConvTranspose2d(64, 3, 4, 2, 1), nn.Conv2d(3, 8, 16))  # fmt: skip

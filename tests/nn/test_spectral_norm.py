@@ -1,4 +1,4 @@
-"""fastgen.nn.spectral_norm beside both of PyTorch's, and all weights of a model at once."""
+"""fastgen.nn.spectral_norm compared with both of PyTorch's, and for all weights of a model at once."""
 
 import copy
 import itertools
@@ -29,9 +29,9 @@ LAYERS = {
 }
 
 
-def pair(make, ours=fastgen.nn.spectral_norm, theirs=parametrizations.spectral_norm, **options):
+def pair(make, wrap=fastgen.nn.spectral_norm, wrap_reference=parametrizations.spectral_norm, **options):
     made = []
-    for norm in (ours, theirs):
+    for norm in (wrap, wrap_reference):
         torch.manual_seed(0)
         made.append(norm(make().double(), **options))
     return made
@@ -51,32 +51,32 @@ def vectors(layer, name="weight"):
 def test_as_the_parametrization(kind, options):
     """The same weights, outputs, gradients, vectors and state_dict from the same seed, in training and eval."""
     make, shape = LAYERS[kind]
-    ours, theirs = pair(make, **options)
+    module, reference = pair(make, **options)
     x = data(shape)
     for training in (True, True, False):
-        for layer in (ours, theirs):
+        for layer in (module, reference):
             layer.train(training).zero_grad()
             (
                 layer(x) - layer(x * 2 if x.is_floating_point() else x)
             ).square().sum().backward()  # two accesses, one graph
-        torch.testing.assert_close(ours.weight, theirs.weight)
-        torch.testing.assert_close(vectors(ours), vectors(theirs))
-        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(module.weight, reference.weight)
+        torch.testing.assert_close(vectors(module), vectors(reference))
+        for a, b in zip(module.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    ours.load_state_dict(theirs.state_dict())
-    theirs.load_state_dict(ours.state_dict())
-    assert parametrize.remove_parametrizations(ours, "weight") is ours and type(ours) is type(make())
+    assert list(module.state_dict()) == list(reference.state_dict())
+    module.load_state_dict(reference.state_dict())
+    reference.load_state_dict(module.state_dict())
+    assert parametrize.remove_parametrizations(module, "weight") is module and type(module) is type(make())
 
 
-ITERATED = units(torch.float32, 2**14, 2**10)  # what 30 iterations leave of the other singular vectors
+ITERATED = units(torch.float32, 2**14, 2**10)  # 30 iterations leave this much of the other singular vectors
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_loads_the_older_form(kind):
-    """weight_orig, weight_u and weight_v, also within a model, and without weight_v as very old files have it."""
+def test_loads_the_older_state_dict(kind):
+    """weight_orig, weight_u and weight_v, also within a model, and without weight_v as in very old files."""
     make, shape = LAYERS[kind]
-    torch.manual_seed(0)  # one of 120 weights has singular values too near each other for 30 iterations
+    torch.manual_seed(0)  # with other seeds singular values may be too close for 30 iterations (one weight in 120)
     old = nn.ModuleDict({"layer": nn.utils.spectral_norm(make().double())})
     for _ in range(30):
         old["layer"](data(shape))
@@ -92,11 +92,11 @@ def test_loads_the_older_form(kind):
 
 
 def test_vector_and_other_names():
-    ours, theirs = pair(lambda: nn.LSTM(3, 4), name="weight_hh_l0")
-    torch.testing.assert_close(ours.weight_hh_l0, theirs.weight_hh_l0)
-    ours, theirs = pair(lambda: nn.LayerNorm(6))
-    torch.testing.assert_close(ours.weight, theirs.weight)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
+    module, reference = pair(lambda: nn.LSTM(3, 4), name="weight_hh_l0")
+    torch.testing.assert_close(module.weight_hh_l0, reference.weight_hh_l0)
+    module, reference = pair(lambda: nn.LayerNorm(6))
+    torch.testing.assert_close(module.weight, reference.weight)
+    assert list(module.state_dict()) == list(reference.state_dict())
     with pytest.raises(ValueError, match="name must be"):
         fastgen.nn.spectral_norm(nn.Linear(2, 2), "wheight")
     with pytest.raises(ValueError, match="n_power_iterations"):
@@ -127,7 +127,7 @@ def discriminator(norm=fastgen.nn.spectral_norm):
 
 
 def same_step(model, group, x, y, separate):
-    """A step of a hinge-like loss; with a group one iteration, else the same by hand."""
+    """A training step with a hinge-like loss and one power iteration: by the group, or else by hand."""
     model.zero_grad()
     losses = model(x).mean(), -model(y).mean()
     for loss in losses if separate else (sum(losses),):
@@ -137,7 +137,8 @@ def same_step(model, group, x, y, separate):
 @pytest.mark.parametrize("separate", (False, True))
 @pytest.mark.parametrize("norm", (fastgen.nn.spectral_norm, parametrizations.spectral_norm))
 def test_group(separate, norm):
-    """One iteration a step for all weights; gradients as with the weights computed one by one, in one graph or two."""
+    """One iteration per step for all weights; the gradients equal those of weights computed one by one, in one graph or
+    two."""
     model, single = discriminator(norm), discriminator()
     before = list(model.state_dict())
     group = fastgen.nn.SpectralNormGroup(model)
@@ -168,7 +169,7 @@ def test_group(separate, norm):
 
 
 def test_group_gradient_penalty():
-    """Second derivatives, as R1 takes them, go through sigma."""
+    """Second derivatives, as in R1, go through sigma."""
     found = []
     for grouped in (True, False):
         model = discriminator().double()
@@ -204,7 +205,7 @@ def test_group_copies_casts_and_loads():
 
 
 def test_group_sees_vectors_and_swapped_parameters():
-    """u and v that were loaded or written to, and parameters of functional_call, whose memory is soon another's."""
+    """u and v that were loaded or overwritten, and parameters of functional_call, whose memory is soon reused."""
     model = discriminator().eval()
     single, x = copy.deepcopy(model), torch.randn(2, 3, 8, 8)
     fastgen.nn.SpectralNormGroup(model)
@@ -230,13 +231,13 @@ def test_group_sees_vectors_and_swapped_parameters():
         torch.testing.assert_close(made.eval()(x), discriminator().eval()(x))
 
 
-FIRST_VECTORS = units(torch.float32, 1024, 16)  # the first vectors are float32's, the rest is float64
+FIRST_VECTORS = units(torch.float32, 1024, 16)  # the first vectors have float32 precision, the rest is float64
 
 
 @pytest.mark.parametrize("training", (True, False))
 @pytest.mark.parametrize("grouped", (False, True))
 def test_functional_transforms(grouped, training):
-    """Gradients, those of each sample and forward ones; vectors move as PyTorch's do."""
+    """Gradients, per-sample gradients and forward-mode derivatives; the vectors are updated as PyTorch's are."""
     x, found = torch.randn(3, 3, 8, 8, dtype=torch.float64), []
     for norm in (fastgen.nn.spectral_norm, parametrizations.spectral_norm):
         model = discriminator(norm).double().train(training)
@@ -250,7 +251,7 @@ def test_functional_transforms(grouped, training):
         found.append([grad(loss)(parameters, x), *(value.clone() for value in model.buffers())])
         each = vmap(grad(lambda parameters, image, loss=loss: loss(parameters, image[None])), (None, 0))
         found[-1] += [each(parameters, x), *(value.clone() for value in model.buffers())]
-        model.eval()  # in training PyTorch's has none
+        model.eval()  # PyTorch's has none in training
         found[-1] += [jvp(lambda parameters, loss=loss: loss(parameters, x), (parameters,), (parameters,))]
     torch.testing.assert_close(*found, **FIRST_VECTORS)
 
@@ -280,7 +281,7 @@ def penalized(model, group, x):
 @pytest.mark.parametrize("activation", (None, nn.ReLU(), nn.LeakyReLU(0.2, inplace=True)), ids=str)
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_sigma_in_the_epilogue(kind, activation, grouped, monkeypatch):
-    """A fused run divides what its kernel sums, of which the parametrization's own quotient is the oracle; up to second
+    """A fused run divides its kernel's sums by sigma. The oracle is the parametrization's own quotient, up to second
     derivatives."""
     torch.manual_seed(0)
     norm = fastgen.nn.spectral_norm(CONVOLUTIONS[kind]().double())
@@ -290,18 +291,18 @@ def test_sigma_in_the_epilogue(kind, activation, grouped, monkeypatch):
     convolution = _spectral_convolution.convolution
     monkeypatch.setattr(_spectral_convolution, "convolution", lambda *inputs: seen.append(1) or convolution(*inputs))
     with fastgen.ops.use_impl("cpp"):
-        ours = penalized(copy.deepcopy(model), grouped, x)
+        actual = penalized(copy.deepcopy(model), grouped, x)
     assert len(seen) == 3
-    theirs = penalized(nn.Sequential(*model), grouped, x)
+    expected = penalized(nn.Sequential(*model), grouped, x)
     assert len(seen) == 3
-    torch.testing.assert_close(ours, theirs, **FLOAT64)
+    torch.testing.assert_close(actual, expected, **FLOAT64)
 
 
 SUMMED = units(torch.float32, 1024, 1024)  # a thousand products, divided by sigma before or after they are summed
 
 
-def test_the_quotient_is_not_written(monkeypatch):
-    """By auto too, where the fused kernel wins; and whoever asks for the weight gets it."""
+def test_the_divided_weight_is_not_written(monkeypatch):
+    """Not with auto either, where the fused kernel is faster; yet the weight is computed when it is read."""
     torch.manual_seed(0)
     layer = fastgen.nn.spectral_norm(nn.Conv2d(64, 128, 4, 2, 1))
     model, x = fastgen.nn.Sequential(layer, nn.ReLU()), torch.randn(16, 64, 16, 16)
@@ -316,7 +317,7 @@ def test_the_quotient_is_not_written(monkeypatch):
     torch.testing.assert_close(y, F.relu(F.conv2d(x, layer.weight, layer.bias, 2, 1)), **SUMMED)
     group.update()
     assert asked == [False, True]
-    layer.register_forward_hook(lambda *_: None)  # now its own forward runs, on weight
+    layer.register_forward_hook(lambda *_: None)  # now the module's own forward runs, with its weight
     model(x)
     assert asked == [False, True]
 
@@ -359,7 +360,7 @@ os._exit(0)  # gloo's threads may abort an interpreter that ends in the usual wa
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 @pytest.mark.parametrize("grouped", ("0", "1"))
-def test_ranks_hold_the_same_vectors(tmp_path, grouped):
+def test_all_ranks_have_the_same_vectors(tmp_path, grouped):
     """DistributedDataParallel, the discriminator called twice in one graph, another thread count on each rank."""
     run_ranks(DISTRIBUTED, 2, tmp_path / "store", grouped)
 

@@ -17,7 +17,7 @@ CASES = {
     "norm": lambda: (nn.BatchNorm2d(4, affine=False), nn.SiLU()),
     "untracked": lambda: (nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()),
 }
-SAMPLES = (3, 1)  # of the ranks
+SAMPLES = (3, 1)  # per rank
 PARALLEL = """
 import os
 import sys
@@ -48,7 +48,7 @@ def steps(model, rank=None):
     xs = [x[part].requires_grad_() for x in batch]
     outs = [model(x) for x in xs]
     sum(y.pow(3).sum() for y in outs).backward()
-    if list(model.buffers()):  # else eval takes a rank's own statistics, as PyTorch's does
+    if list(model.buffers()):  # otherwise eval uses each rank's statistics, as in PyTorch
         outs.append(model.eval()(xs[0]))
     of_inputs, of_parameters = [x.grad for x in xs], [p.grad for p in model.parameters()]
     return {"outs": outs, "inputs": of_inputs, "parameters": of_parameters, "buffers": list(model.buffers())}
@@ -81,7 +81,7 @@ def alone(tmp_path):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 def test_a_group_of_one(alone):
-    """The op with a residual, in bfloat16, on no sample at all; a module does not synchronize with itself."""
+    """The op with a residual, in bfloat16 and on an empty batch; a module does not synchronize with itself."""
     x, weight, bias = torch.randn(4, 6, 5, 5), torch.rand(6), torch.randn(6)
     options = {
         "norm": "batch",

@@ -8,12 +8,12 @@ from tests.cases import OWN, PROCESSORS
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Caches and shipped files of the test's own, which are read; and one processor's rules."""
+    """Separate cache and shipped files for the test, which may read them, and the rules of one fixed processor."""
     assert native.load() is None  # from the real cache
     monkeypatch.setenv("FASTGEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(_choices, "SHIPPED", tmp_path / "shipped")
     monkeypatch.delenv("FASTGEN_CHOICES")
-    monkeypatch.setattr(_processor, "here", lambda: PROCESSORS["avx512"])  # whichever is at hand
+    monkeypatch.setattr(_processor, "here", lambda: PROCESSORS["avx512"])  # whatever the real processor is
     _choices.forget()
     yield tmp_path
     _choices.forget()
@@ -21,5 +21,5 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def own_kernels(monkeypatch):
-    """The backward of a convolution runs fastgen's kernels even where they do not win."""
+    """The backward of a convolution runs fastgen's kernels even where they are slower."""
     monkeypatch.setattr(_policy, "_fastest", lambda *_: Choice(OWN))

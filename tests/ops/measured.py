@@ -1,5 +1,4 @@
-"""What the tests of measured choices share: two convolutions that the rules answer
-differently."""
+"""Shared by the tests of measured choices: two convolutions for which the rules choose differently."""
 
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from tests.cases import SMALL
 from tests.support.observe import observe
 
 BY_NAME = {case.id: case for case in SMALL}
-# By the rules the forward pass of the first is fastgen's, that of the second PyTorch's.
+# By the rules fastgen computes the forward pass of the first, PyTorch that of the second.
 FASTGENS = replace(
     BY_NAME["conv_transpose2d_norm_act-dcgan-middle"], shapes={"x": (2, 16, 8, 8), "weight": (16, 16, 4, 4)}
 )
@@ -25,7 +24,7 @@ GEOMETRY = Geometry((2, 2), (1, 1), (0, 0), 1, (1, 1))
 
 
 def run(case, impl="auto"):
-    """What a training step computes of a case, and which implementations ran."""
+    """The results of a training step on a case, and the implementations that ran."""
     tensors, upstream = case.tensors(torch.float32), torch.ones(case._output_shape())
     before = ops.implementations_used().get(case.op, {})
     seen = observe(case, tensors, upstream, impl)

@@ -1,4 +1,4 @@
-"""What holds for every op, driven by the case table."""
+"""Properties of every op, tested on each case of the case table."""
 
 import dataclasses
 import functools
@@ -24,22 +24,22 @@ def check_parity(case: OpCase, dtype: torch.dtype, channels_last: bool, winograd
     """At most `factor` times the error of PyTorch's own ops against float64, forward and backward."""
     tensors = case.tensors(dtype, channels_last)
     exact_inputs = {name: t.double() for name, t in tensors.items()}
-    # A band around the activation's kink: rounding may put a value on either side of it, and the slope jumps.
+    # A band around the activation's kink: rounding can move a value to its other side, where the slope differs.
     z = case.call({name: t.clone() for name, t in exact_inputs.items()}, activation="identity", impl="reference")
     upstream = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     upstream *= z.abs() > (64 if winograd else 16) * UNIT_ROUNDOFF[dtype] * z.abs().amax()
     exact = observe(case, exact_inputs, upstream, "reference")
-    theirs = observe(case, tensors, upstream, "reference")
-    ours = observe(case, tensors, upstream, OWN)
+    reference = observe(case, tensors, upstream, "reference")
+    actual = observe(case, tensors, upstream, OWN)
     for name in exact:
         if name == "grad of bias" and case.batch_stats:
-            continue  # exactly zero: what is left is rounding in all three
-        assert ours[name].dtype == theirs[name].dtype
-        allowed = case.allowed(error(theirs[name], exact[name]), dtype, name, winograd)
-        assert error(ours[name], exact[name]) <= allowed, name
+            continue  # mathematically zero: all three results are only rounding
+        assert actual[name].dtype == reference[name].dtype
+        allowed = case.allowed(error(reference[name], exact[name]), dtype, name, winograd)
+        assert error(actual[name], exact[name]) <= allowed, name
     if z.dim() == 4 and channels_last and not z.is_contiguous():
-        assert ours["out"].is_contiguous(memory_format=torch.channels_last)
-        assert theirs["out"].is_contiguous(memory_format=torch.channels_last)
+        assert actual["out"].is_contiguous(memory_format=torch.channels_last)
+        assert reference["out"].is_contiguous(memory_format=torch.channels_last)
 
 
 @by_id(SMALL)
@@ -52,7 +52,7 @@ def test_parity(case, dtype, channels_last, poisoned, own_kernels):
 @by_id(LARGE)
 @pytest.mark.parametrize("winograd", (False, True), ids=("direct", "winograd"))
 def test_parity_of_real_layers(case, winograd, poisoned, own_kernels, monkeypatch):
-    """Of eight images at most: the reference is slow."""
+    """With at most eight images, because the reference is slow."""
     monkeypatch.setenv("FASTGEN_WINOGRAD", "always" if winograd else "0")
     x = case.shapes["x"]
     few = dataclasses.replace(case, shapes=case.shapes | {"x": (min(8, x[0]), *x[1:])})
@@ -62,7 +62,7 @@ def test_parity_of_real_layers(case, winograd, poisoned, own_kernels, monkeypatc
 @by_id([case for case in SMALL if case.op.startswith("conv")])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 def test_parity_of_winograd(case, dtype, poisoned, own_kernels, monkeypatch):
-    """Odd sizes, few channels, padding of all kinds, where the algorithm does not pay."""
+    """Odd sizes, few channels and all kinds of padding, where auto does not choose the algorithm."""
     monkeypatch.setenv("FASTGEN_WINOGRAD", "always")
     check_parity(case, dtype, True, winograd=True)
 
@@ -85,7 +85,8 @@ def test_gradcheck(case, impl, own_kernels):
 @by_id([case for case in SMALL if case.op.startswith("conv")])
 @pytest.mark.parametrize("grads", ("torch", "cpp"))
 def test_unfused(case, grads, monkeypatch):
-    """What auto runs where fastgen's convolution is not the fastest: PyTorch's, then fastgen's norm and activation."""
+    """PyTorch's convolution, then fastgen's norm and activation: what auto runs where fastgen's convolution is
+    slower."""
     monkeypatch.setattr(_policy, "_fastest", lambda what, *_: Choice("torch" if what == "forward" else grads))
     tensors = case.tensors(torch.float64)
     upstream = torch.randn_like(case.call({name: t.clone() for name, t in tensors.items()}, impl="reference"))
@@ -97,14 +98,14 @@ def test_unfused(case, grads, monkeypatch):
 
 @by_id(SMALL)
 def test_meta(case):
-    """Sizes without values, as torch.device("meta") gives them."""
+    """Meta tensors give the right sizes."""
     tensors = case.tensors(torch.float32)
     out = case.call({name: t.to("meta") for name, t in tensors.items()})
     assert out.device.type == "meta" and out.shape == case.call(tensors).shape
 
 
 def kept_for_backward(call, tensors: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """The call's output, and how many values it keeps beyond its inputs."""
+    """The call's output, and the number of values that it saves for backward in addition to its inputs."""
     inputs, sizes = {t.untyped_storage().data_ptr() for t in tensors.values()}, []
 
     def keep(t: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ def kept_for_backward(call, tensors: dict[str, Tensor]) -> tuple[Tensor, int]:
 @by_id([case for case in SMALL if case.op.startswith("conv")])
 @pytest.mark.parametrize("impl", ("auto", *IMPLEMENTATIONS))
 def test_memory_efficient(case, impl):
-    """The same bits, running statistics included, and nothing but the inputs is kept."""
+    """The same bits, running statistics included, and only the inputs are saved."""
     found, kept = [], []
     for memory_efficient in (False, True):
         tensors = differentiable(case.tensors(torch.float32))
@@ -136,7 +137,7 @@ def test_memory_efficient(case, impl):
 
 
 def test_without_weight_grads():
-    """The input's gradient alone, and a penalty on it that still reaches the weights."""
+    """Only the input's gradient is computed, and a penalty on it still reaches the weights."""
     found = []
     for impl in IMPLEMENTATIONS:
         x, weight = (torch.randn(s, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
@@ -152,7 +153,8 @@ def test_without_weight_grads():
 
 
 def elementary(case: OpCase, tensors: dict[str, Tensor]) -> Tensor:
-    """The op from elementary operations, exact to any order (PyTorch's batch_norm is not, beyond the second)."""
+    """The op from elementary operations, with correct derivatives of any order (PyTorch's batch_norm has them up to the
+    second)."""
     options = {"norm": "batch", "activation": "leaky_relu", "negative_slope": 0.01, "eps": 1e-5} | case.options
     x = tensors["x"]
     if "weight" in tensors:
@@ -183,7 +185,7 @@ def elementary(case: OpCase, tensors: dict[str, Tensor]) -> Tensor:
 
 @by_id(SMALL)
 def test_third_derivative(case, own_kernels):
-    """The gradient of a gradient penalty's gradient."""
+    """Third derivatives: the gradient of a gradient penalty's gradient."""
     if "output_padding" in case.options:
         pytest.skip("PyTorch has no third derivative of a transposed convolution with output_padding")
     found = []
@@ -203,7 +205,7 @@ def test_third_derivative(case, own_kernels):
 @by_id(SMALL)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_strides(case, impl):
-    """Strided, expanded and transposed inputs and incoming gradients count as their values."""
+    """Strided, expanded and transposed inputs and incoming gradients give the same results as contiguous ones."""
     plain = case.tensors(torch.float64)
     expected_upstream = torch.randn_like(case.call({n: t.clone() for n, t in plain.items()}, impl="reference"))
     expected = observe(case, plain, expected_upstream, "reference")
@@ -256,7 +258,8 @@ AUTOCAST = units(torch.bfloat16, 8, 8)  # PyTorch rounds the convolution before 
 
 @by_id([case for case in SMALL if case.op.startswith("conv")])
 def test_autocast(case):
-    """x, weight and bias in autocast's dtype, the norm's parameters as they are; gradients in each leaf's own dtype."""
+    """x, weight and bias are cast to autocast's dtype, the norm's parameters are not; each gradient has its leaf's
+    dtype."""
     found = []
     for impl in IMPLEMENTATIONS:
         tensors = differentiable(case.tensors(torch.float32))
@@ -288,7 +291,7 @@ def test_thread_count_does_not_matter(case):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_transforms(impl):
-    """torch.func differentiates the ops, a gradient's gradient too, and maps them."""
+    """torch.func differentiates the ops, also twice, and maps over them."""
     x, weight = torch.randn(2, 3, 6, 6, dtype=torch.float64), torch.randn(3, 4, 4, 4, dtype=torch.float64)
     mu, logvar = torch.randn(2, 4, 5, dtype=torch.float64)
     u, v = torch.ones(3).double(), torch.ones(64).double()

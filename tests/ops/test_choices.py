@@ -1,4 +1,4 @@
-"""Measured choices: which file decides what, and what cannot be used."""
+"""Measured choices: which file takes precedence, and which entries cannot be used."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("forward", ("cpp", "torch"))
 @pytest.mark.parametrize("backward", ("cpp", "torch"))
 def test_the_table_decides(case, forward, backward, monkeypatch):
-    """Forward and both gradients, whatever the rules say; and the results are right."""
+    """The table overrules the rules for forward and both gradients, and the results are right."""
     exact, _ = run(case, "reference")
     questions = asked(case)
     assert {q.what for q in questions} == {"forward", "input_grad", "weight_grad"}
@@ -35,13 +35,13 @@ def test_the_table_decides(case, forward, backward, monkeypatch):
     seen, ran = run(case)
     assert ran == {"cpp" if forward == "cpp" else "unfused"}
     assert ("convolution_weight_grad" in called) == (backward == "cpp")
-    # Where PyTorch does all of it, by its own gradients.
+    # If PyTorch computes everything, its own gradients run.
     assert by_aten == ([(True, True)] if (forward, backward) == ("cpp", "torch") else [])
     for name in exact:
         assert error(seen[name], exact[name].double()) < 1e-5, name
 
 
-def test_what_goes_before_the_table(monkeypatch):
+def test_what_takes_precedence_over_the_table(monkeypatch):
     keep(asked(FASTGENS), "torch")
     assert run(FASTGENS)[1] == {"unfused"}
     assert run(FASTGENS, "cpp")[1] == {"cpp"}
@@ -55,10 +55,10 @@ def test_what_goes_before_the_table(monkeypatch):
     assert run(FASTGENS)[1] == {"cpp"}
 
 
-def test_the_users_choice_goes_before_the_shipped(folder):
+def test_the_users_choices_take_precedence_over_shipped_ones(folder):
     assert forward() == "cpp"
     _choices.save(_choices.chip("cpu"), {key(): ("torch", {}), key("other"): ("cpp", {})}, folder / "shipped")
-    assert forward() == "torch"  # what was remembered is forgotten
+    assert forward() == "torch"  # memoized choices are discarded
     file = _choices.save(_choices.chip("cpu"), {key(): ("cpp", {})})
     assert file.is_relative_to(folder / "cache") and forward() == "cpp"
     file.unlink()
@@ -66,7 +66,7 @@ def test_the_users_choice_goes_before_the_shipped(folder):
     assert forward() == "torch"
 
 
-def test_what_cannot_run_here_is_not_taken():
+def test_choices_that_cannot_run_here_are_ignored():
     for implementation in ("triton 64x64x64x4x3", "cuda"):
         _choices.save(_choices.chip("cpu"), {key(): (implementation, {})})
         assert forward() == "cpp"
@@ -102,7 +102,7 @@ def test_a_file_is_readable_and_keeps_what_was_measured():
     ],
 )
 def test_a_file_that_cannot_be_used(text, says, folder, caplog):
-    """One warning that names it; the rules decide; and writing puts it aside."""
+    """One warning names it, the rules decide, and the next write moves it aside."""
     file = folder / "cache" / "choices" / f"{_choices.chip('cpu')}.json"
     file.parent.mkdir(parents=True)
     file.write_text(text)
@@ -115,7 +115,7 @@ def test_a_file_that_cannot_be_used(text, says, folder, caplog):
     assert forward() == "torch" and file.with_name(f"{file.name}.old").read_text() == text
 
 
-def test_the_chip_is_what_decides(monkeypatch):
+def test_choices_are_per_chip(monkeypatch):
     before = _choices.chip("cpu")
     assert before == before.lower() and f"{torch.get_num_threads()}-threads" in before
     monkeypatch.setenv("FASTGEN_CPU_ISA", "baseline")
@@ -131,7 +131,7 @@ for i in range(15):
 """
 
 
-def test_two_processes_write_at_once(folder):
+def test_two_processes_write_concurrently(folder):
     run_ranks(WRITER, 2)
     file = folder / "cache" / "choices" / "chip.json"
     assert set(_choices._read(file)) == {f"{writer} {i}" for writer in range(2) for i in range(15)}

@@ -26,8 +26,8 @@ def recorded_calls(case: OpCase, dtype: torch.dtype, channels_last: bool):
     return calls
 
 
-# A graph with symbolic sizes takes nine tenths of the time: one for each op and norm. test_compile has one of fixed
-# sizes for every case.
+# Graphs with symbolic sizes take nine tenths of the time, so there is one per op and norm. test_compile has one with
+# fixed sizes per case.
 SYMBOLIC = list({(case.op, case.options.get("norm", "batch")): case for case in SMALL}.values())
 
 
@@ -81,5 +81,5 @@ def test_compile_with_inductor(case):
         for call, t in zip((compiled, lambda t: case.call(t, impl="reference").sin()), copies, strict=True):
             call(t).sum().backward()
         for name in tensors:
-            mine, theirs = (t[name].grad if t[name].requires_grad else t[name] for t in copies)
-            torch.testing.assert_close(mine, theirs, **FLOAT32)
+            actual, expected = (t[name].grad if t[name].requires_grad else t[name] for t in copies)
+            torch.testing.assert_close(actual, expected, **FLOAT32)

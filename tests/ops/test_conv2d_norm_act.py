@@ -1,4 +1,4 @@
-"""Against PyTorch's own samples, and what the op says of arguments that do not fit."""
+"""Parity on PyTorch's own sample inputs, and the errors for wrong arguments."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_there_are_samples():
 @pytest.mark.parametrize("impl", ("reference", "cpp"))
 @pytest.mark.parametrize("sample", SAMPLES, ids=range(len(SAMPLES)))
 def test_pytorchs_samples(sample, impl):
-    """torch.testing's inputs of conv2d, as they are given there, and with LeakyReLU: values and gradients."""
+    """torch.testing's inputs of conv2d, unchanged and with LeakyReLU: values and gradients."""
     plain = F.conv2d(sample.input, *sample.args, **sample.kwargs)
     torch.testing.assert_close(conv2d_norm_act(sample.input, *sample.args, **sample.kwargs, impl=impl), plain)
     leaves = [t for t in (sample.input, *sample.args, sample.kwargs.get("bias")) if isinstance(t, torch.Tensor)]
@@ -32,8 +32,8 @@ def test_pytorchs_samples(sample, impl):
     torch.testing.assert_close(found, expected)
     upstream = torch.randn_like(expected)
     pairs = (torch.autograd.grad(out, leaves, upstream, allow_unused=True) for out in (found, expected))
-    for mine, theirs in zip(*pairs, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    for actual, reference in zip(*pairs, strict=True):
+        torch.testing.assert_close(actual, reference)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_bad_arguments(arguments, message, impl):
 @pytest.mark.parametrize("mode", ("zeros", "reflect"))
 @pytest.mark.parametrize("kernel", ((3, 3), (4, 2), (1, 5)))
 def test_padding_same(kernel, mode, impl):
-    """As nn.Conv2d's, which pads an even kernel's input by one more pixel at the end."""
+    """As in nn.Conv2d, an even kernel gets one more pixel of padding at the end."""
     x, weight = torch.randn(2, 3, 7, 8, dtype=torch.float64), torch.randn(4, 3, *kernel, dtype=torch.float64)
     layer = torch.nn.Conv2d(3, 4, kernel, padding="same", padding_mode=mode, dilation=(1, 2), bias=False)
     layer.weight.data = weight

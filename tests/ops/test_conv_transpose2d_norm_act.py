@@ -1,4 +1,4 @@
-"""Against PyTorch's own samples, and what the op says of arguments that do not fit."""
+"""Parity on PyTorch's own sample inputs, and the errors for wrong arguments."""
 
 import pytest
 import torch
@@ -34,8 +34,8 @@ def test_pytorchs_samples(sample, activation, impl):
     torch.testing.assert_close(found, expected)
     upstream = torch.randn_like(expected)
     pairs = (torch.autograd.grad(out, leaves, upstream, allow_unused=True) for out in (found, expected))
-    for mine, theirs in zip(*pairs, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    for actual, reference in zip(*pairs, strict=True):
+        torch.testing.assert_close(actual, reference)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""fastgen::convolution_weight_grad alone: operands in any memory order, sums in parts, and who computes it."""
+"""fastgen::convolution_weight_grad called directly: operands in any memory order, split sums, and who computes it."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fastgen.ops._geometry import Geometry
 from tests.cases import OWN
 from tests.support.tolerance import UNIT_ROUNDOFF, error
 
-assert _tiers.why_not("conv2d_norm_act", OWN, "cpu") is None  # a library that is built is loaded
+assert _tiers.why_not("conv2d_norm_act", OWN, "cpu") is None  # loads the library if it is built
 # name: geometry, shapes of x and weight
 ROWS = {
     "odd": (Geometry((2, 1), (1, 0), None, 1, (1, 1)), (2, 5, 7, 6), (7, 5, 3, 2)),
@@ -30,7 +30,7 @@ ROWS = {
 
 
 def operands(name, dtype=torch.float32, last=(False, False, False)):
-    """(geometry, grad, x, weight), each of the three in its memory order."""
+    """(geometry, grad, x, weight), with each tensor in the given memory order."""
     torch.manual_seed(0)
     geometry, *shapes = ROWS[name]
     x, weight, grad = (torch.randn(shape).to(dtype) for shape in (*shapes, geometry.sizes(*shapes)))
@@ -45,7 +45,7 @@ def weight_grad(geometry, grad, x, weight):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The names of Triton's kernels that are launched for it."""
+    """The names of the Triton kernels that the op launches."""
     names = []
     if _tiers.INTERPRETED:
         kernels = _tiers.triton.kernels("convolution_weight_grad")
@@ -58,13 +58,13 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("last", ((False, False, True), (True, False, False), (True, True, True)), ids=str)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_parity(name, last, dtype, poisoned, launched):
-    """Against float64, and in the weight's own order."""
+    """The values agree with float64, and the memory order is the weight's."""
     geometry, grad, x, weight = operands(name, dtype, last)
     exact = aten_gradients(geometry, grad.double(), x.double(), weight.double(), (False, True))[1]
-    theirs = aten_gradients(geometry, grad, x, weight, (False, True))[1]
+    reference = aten_gradients(geometry, grad, x, weight, (False, True))[1]
     found = weight_grad(geometry, grad, x, weight)
     assert found.dtype == dtype and found.stride() == weight.stride()
-    assert error(found, exact) <= max(2 * error(theirs, exact), 4 * UNIT_ROUNDOFF[dtype])
+    assert error(found, exact) <= max(2 * error(reference, exact), 4 * UNIT_ROUNDOFF[dtype])
     if _tiers.INTERPRETED:
         assert launched == ["correlate", *["add"] * (name == "parts")]
 
@@ -86,7 +86,7 @@ def test_no_images_and_strided_operands():
 
 @pytest.mark.skipif(not _tiers.INTERPRETED, reason="TRITON_INTERPRET=1 lets Triton's kernels run here")
 def test_who_computes_it(launched, monkeypatch):
-    """Triton's kernel where it is asked for, else here, by the rules, PyTorch's."""
+    """Triton's kernel if requested; else, by the rules for this case, PyTorch's."""
     monkeypatch.delenv("FASTGEN_IMPL", raising=False)
     x, weight = torch.randn(1, 3, 6, 6), torch.randn(4, 3, 3, 3).requires_grad_()
     for impl, expected in (("auto", []), ("triton", ["correlate"])):
@@ -97,7 +97,7 @@ def test_who_computes_it(launched, monkeypatch):
 
 @pytest.mark.parametrize("name", ("odd", "reflect", "groups", "transposed", "transposed-groups"))
 def test_its_own_gradients(name):
-    """It is linear in both factors; against float64."""
+    """The op is linear in both factors; its gradients are compared with float64."""
     geometry, grad, x, weight = operands(name)
     direction, found = torch.randn_like(weight), []
     for dtype in (torch.float64, torch.float32):
@@ -107,13 +107,13 @@ def test_its_own_gradients(name):
         else:
             out = weight_grad(geometry, *factors, weight)
         found.append(torch.autograd.grad(out, factors, direction.to(dtype)))
-    for exact, ours in zip(*found, strict=True):
-        assert error(ours, exact) < 16 * UNIT_ROUNDOFF[torch.float32]
+    for exact, actual in zip(*found, strict=True):
+        assert error(actual, exact) < 16 * UNIT_ROUNDOFF[torch.float32]
 
 
 @pytest.mark.skipif(not _tiers.INTERPRETED, reason="TRITON_INTERPRET=1 lets Triton's kernels run here")
 def test_an_image_with_more_elements_than_32_bits_count():
-    """Of a contiguous one whose channels lie 2^30 elements apart a few are read; the others take no memory."""
+    """The image's channels are 2^30 elements apart; only a few values are read, and the rest takes no memory."""
     width = 2**30
     try:
         x = torch.empty(1, 3, 1, width, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The choice of an implementation, and what is said when one is missing."""
+"""The choice of an implementation, and the errors when one is missing."""
 
 import importlib.util
 
@@ -78,8 +78,8 @@ def test_missing_kernel_is_an_error_when_asked_for():
     ],
     ids=lambda v: next(iter(v), "all there") if isinstance(v, dict) else str(v),
 )
-def test_why_a_tier_cannot_run(tier, found, dtype, reason, monkeypatch):
-    """Each thing that a GPU needs, by itself."""
+def test_each_reason_why_a_tier_cannot_run(tier, found, dtype, reason, monkeypatch):
+    """Each requirement of the GPU tiers, missing alone."""
     there = {
         "find_spec": True,
         "is_built": True,
@@ -129,7 +129,7 @@ def test_unknown_names(monkeypatch):
 
 
 def test_threads_that_call_first_together():
-    """The ops of the CUDA kernels are defined once: nn.DataParallel's replicas are threads."""
+    """The CUDA ops are defined once, although nn.DataParallel runs its replicas in threads."""
     code = """
 import sys, threading
 from fastgen import ops
@@ -148,7 +148,7 @@ for thread in threads: thread.join()
 
 
 def test_info_builds_nothing(monkeypatch):
-    """Nor where there is a GPU for which the CUDA kernels are not built yet."""
+    """Not even if there is a GPU for which the CUDA kernels are not built yet."""
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
@@ -190,13 +190,13 @@ assert len(said) == 1 and "FASTGEN_BUILD=0" in said[0], said
 
 
 def test_without_the_native_library(tmp_path):
-    """Auto falls back to the reference, saying so once; the registered ops themselves run their default kernels."""
+    """Auto falls back to the reference and says so once; the registered ops run their default kernels."""
     run_python(WITHOUT_NATIVE, environment={"FASTGEN_BUILD": "0", "FASTGEN_CACHE_DIR": str(tmp_path)})
 
 
 @pytest.mark.parametrize("isa", ("baseline", "avx2"))
 def test_other_instruction_sets(isa):
-    """FASTGEN_CPU_ISA lowers the instruction set; every kernel is right with each."""
+    """FASTGEN_CPU_ISA lowers the instruction set, and every kernel is right with each."""
     code = """
 import os
 from tests.ops.test_cases import SMALL, UNIT_ROUNDOFF, check_parity
@@ -219,8 +219,8 @@ for winograd in (False, True):
         ("FASTGEN_THREADS", "-3", "FASTGEN_THREADS must be a positive integer, got '-3'"),
     ],
 )
-def test_an_environment_that_has_no_meaning(name, value, says):
-    """Not ignored: not by a fused model either, which leaves to its modules what an op refuses."""
+def test_invalid_environment_variables_are_errors(name, value, says):
+    """It is an error, even in a fused model, which otherwise runs its modules where an op refuses."""
     code = """
 import torch
 from torch import nn

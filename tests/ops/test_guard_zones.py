@@ -36,7 +36,8 @@ def build(folder: str) -> str:
 
 @contextmanager
 def guard_zones():
-    """Allocates tensors between guard zones; yields a function that counts those whose zones were written to so far."""
+    """Allocates tensors between guard zones; yields a function that counts the tensors whose zones have been
+    overwritten."""
     made_from = hashlib.sha256(SOURCE.read_bytes() + repr((torch.__version__, toolchain.compiler())).encode())
     key = f"guard-zones-{made_from.hexdigest()[:16]}"
     library = next(cache.cached(f"{key}.so"), None) or toolchain.make(key, [SOURCE], build, asked=True)
@@ -71,7 +72,7 @@ def check_all() -> None:
                 assert not violations(), f"{case.id} in {dtype}, channels_last {last}, Winograd {winograd}"
 
 
-def test_a_write_outside_is_found():
+def test_an_out_of_bounds_write_is_found():
     with guard_zones() as violations:
         before = violations()
         for offset in (-1, 5):

@@ -22,7 +22,7 @@ def noise(count, seed=0, offset=0, dtype=torch.float32):
 
 
 def test_philox_known_answers():
-    """The vectors that Random123 publishes for ten rounds: the words of a counter and key of zeros, and of ones."""
+    """Random123's published vectors for ten rounds: the words for counter and key all zeros, and all ones."""
     from fastgen.ops.reparameterize import _philox
 
     assert [f"{int(w):08x}" for w in _philox(torch.tensor([0, 0]), 1)[0]] == [
@@ -33,7 +33,8 @@ def test_philox_known_answers():
     ]
 
 
-# Sine, cosine and logarithm of another library, each right to a few units; near a zero of the sine those of 2 pi count.
+# Another library's sine, cosine and logarithm are right to a few units in the last place; near a zero of the sine, to a
+# few units of 2 pi.
 NOISE = {
     torch.float32: units(torch.float32, 16, 32),
     torch.float64: units(torch.float64, 64, 64),
@@ -59,8 +60,7 @@ def test_noise_alone_is_drawn_by_the_cuda_kernel(monkeypatch):
 
 
 def kolmogorov_smirnov(x):
-    """The probability that draws of the normal distribution lie at least this far from it (Marsaglia's asymptotic
-    form)."""
+    """The p-value: the probability that normal draws deviate at least this far (Marsaglia's asymptotic form)."""
     cdf, n = torch.special.ndtr(x.double()).sort().values, x.numel()
     steps = torch.arange(n, dtype=torch.float64) / n
     d = torch.maximum((cdf - steps).amax(), (steps + 1 / n - cdf).amax()).item() * math.sqrt(n)
@@ -69,8 +69,8 @@ def kolmogorov_smirnov(x):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_distribution(dtype):
-    """Moments, Kolmogorov-Smirnov and tails of 10^7 draws of a fixed key; a true normal fails each bound once in
-    10^4."""
+    """Moments, Kolmogorov-Smirnov and tails of 10^7 draws of a fixed key; a correct sampler fails each bound with
+    probability 10^-4."""
     n = 10**7 if dtype == torch.float32 else 2 * 10**6
     x = noise(n, 1234, 5678, dtype).double()
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
@@ -83,8 +83,8 @@ def test_distribution(dtype):
 
 
 def test_independence():
-    """Between neighbours, also squared, between the halves of a pair and between calls: each correlation within 4
-    sigma."""
+    """Correlations of neighbours, of their squares, of the halves of a pair and of successive calls are within 4 sigma
+    of 0."""
     n = 10**7
     x = noise(n, 42, 1)
     for lag in (1, 2, 3, 4, 64, 4096):

@@ -1,4 +1,4 @@
-"""Against PyTorch's own samples, running statistics, and what the op says of arguments that do not fit."""
+"""Parity on PyTorch's own sample inputs, running statistics, and the errors for wrong arguments."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SAMPLES = [
     for info in op_db
     if info.name == "nn.functional.batch_norm"
     for sample in info.sample_inputs("cpu", torch.float64, requires_grad=True)
-    if sample.input.dim() >= 2  # batch_norm also takes a 1-d tensor of no elements, which has no channels
+    if sample.input.dim() >= 2  # batch_norm also accepts an empty 1-d tensor, which has no channels
 ]
 
 
@@ -45,12 +45,12 @@ def test_pytorchs_samples(sample, activation, impl):
         return torch.nn.functional.leaky_relu(norm) if activation == "leaky_relu" else torch.nn.functional.silu(norm)
 
     expected = run(composed)
-    for mine, theirs in zip(
+    for actual, reference in zip(
         run(lambda o: norm_act(sample.input, norm="batch", activation=activation, impl=impl, **o)),
         expected,
         strict=True,
     ):
-        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(actual, reference)
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,13 @@ def test_bad_arguments(arguments, kind, message, impl):
 
 
 ROUNDED = units(torch.float32, 1, 0)  # summed in float64, rounded once
-VARIANCE = units(torch.float32, 16, 0)  # the mean's square is a million times the variance; its deviation is rounded
+VARIANCE = units(torch.float32, 16, 0)  # deviations are rounded, and the squared mean is 10^6 times the variance
 
 
 @pytest.mark.parametrize("impl", ("reference", "cpp"))
 def test_near_constant_channels(impl):
-    """A mean a thousand times the deviation: the variance is that of float64 to float32's precision of the input."""
+    """With a mean a thousand times the standard deviation, the variance agrees with float64 as far as the float32 input
+    allows."""
     x = 1000 + torch.randn(16, 8, 5, 5, generator=torch.Generator().manual_seed(0))
     mean, var = torch.zeros(8), torch.zeros(8)
     norm_act(x, mean, var, None, None, True, 1.0, norm="batch", impl=impl)
@@ -117,5 +118,5 @@ def _free_memory() -> int:
         return 0
 
 
-def test_with_the_defaults_it_is_the_input():
+def test_defaults_return_the_input():
     assert norm_act(X) is X

@@ -1,4 +1,4 @@
-"""The sampler: its keys, its gradients, its extremes."""
+"""The sampler: keys, gradients, extreme values."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ SHORT = [case for case in SAMPLER if case.name != "long-rows"]
 
 
 def sample(case, tensors, impl=OWN, seed=0):
-    """z and kl, with the noise of this seed."""
+    """z and kl with the noise of this seed."""
     torch.manual_seed(seed)
     return case.call(tensors, impl=impl)
 
@@ -29,7 +29,7 @@ def check_parity(case, dtype):
     """At most twice the reference's error in the same precision, against float64 with the same float32 noise."""
     tensors = case.tensors(dtype)
     tensors["logvar"] = tensors["logvar"].clamp(-2, 2)
-    theirs, ours = (observe(case, tensors, None, impl) for impl in IMPLEMENTATIONS)
+    reference, actual = (observe(case, tensors, None, impl) for impl in IMPLEMENTATIONS)
     doubles = {name: t.double() for name, t in tensors.items()}
     with pytest.MonkeyPatch.context() as patch:
         if dtype != torch.float64:
@@ -39,8 +39,8 @@ def check_parity(case, dtype):
             )
         exact = observe(case, doubles, None, "reference")
     for name in exact:
-        assert ours[name].dtype == theirs[name].dtype
-        assert error(ours[name], exact[name]) <= case.allowed(error(theirs[name], exact[name]), dtype, name), name
+        assert actual[name].dtype == reference[name].dtype
+        assert error(actual[name], exact[name]) <= case.allowed(error(reference[name], exact[name]), dtype, name), name
 
 
 @by_id(SAMPLER)
@@ -98,7 +98,7 @@ def test_opcheck(case, dtype):
 
 @by_id(SHORT)
 def test_compile(case):
-    """One graph, forward and backward; the noise of the eager call for the same seed, and new noise at the next
+    """One graph, forward and backward; the same noise as the eager call for the same seed, and new noise at the next
     call."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda t: case.call(t, impl=OWN), fullgraph=True, backend="aot_eager")
@@ -114,7 +114,7 @@ def test_compile(case):
 
 
 def test_compile_with_inductor():
-    """The default backend, dynamic batch: its own key for each call, and a backward with the forward's noise."""
+    """The default backend with a dynamic batch: each call has its own key, and backward uses the forward's noise."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda m, s: ops.reparameterize(m, s, impl=OWN), fullgraph=True, dynamic=True)
     for samples in (3, 5):
@@ -128,7 +128,7 @@ def test_compile_with_inductor():
 @by_id(SHORT)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_strides(case, impl):
-    """Strided, expanded and transposed tensors count as their values."""
+    """Strided, expanded and transposed tensors give the same results as contiguous ones."""
     plain = case.tensors(torch.float64)
     expected = observe(case, plain, None, "reference")
     strided = {}
@@ -149,7 +149,7 @@ def test_strides(case, impl):
 
 
 def test_channels_last():
-    """The layout is kept, and the noise counted along it, as torch.randn_like does."""
+    """The memory layout is kept, and the noise follows memory order, as in torch.randn_like."""
     mu, logvar = (
         torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_() for _ in range(2)
     )
@@ -178,8 +178,8 @@ def test_empty(impl, shape):
 
 
 def test_keys():
-    """The generator's state decides: the same seed, the same bits; the next call, others; generator= leaves torch's
-    alone."""
+    """The generator's state determines the key: the same seed gives the same bits, the next call gives others, and
+    generator= does not touch torch's generator."""
     mu, logvar = torch.randn(50, 7), torch.randn(50, 7)
     for impl in IMPLEMENTATIONS:
         torch.manual_seed(3)
@@ -193,7 +193,7 @@ def test_keys():
 
 @pytest.mark.skipif(OWN != "cpp", reason="what the C++ kernels write past the caches")
 def test_sizes_that_leave_the_caches():
-    """Rows that begin within a line of the cache."""
+    """Large rows that do not start at a cache line."""
     mu, logvar = torch.randn(2, 7, 300_001, generator=torch.Generator().manual_seed(0)).requires_grad_().unbind()
     upstream = (mu.detach().sin(), torch.ones(7))
     results = {}
@@ -201,8 +201,8 @@ def test_sizes_that_leave_the_caches():
         generator = torch.Generator().manual_seed(3)
         outputs = ops.reparameterize_kl(mu, logvar, generator=generator, impl=impl)
         results[impl] = *outputs, *torch.autograd.grad(outputs, (mu, logvar), upstream)
-    for ours, theirs in zip(results[OWN], results["reference"], strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for actual, expected in zip(results[OWN], results["reference"], strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_thread_count_does_not_matter():
@@ -219,7 +219,7 @@ def test_thread_count_does_not_matter():
 
 @pytest.mark.parametrize("use_reentrant", (False, True))
 def test_checkpoint(use_reentrant):
-    """The recomputation draws the same noise, and so gives the same gradients."""
+    """The recomputation draws the same noise, so the gradients are the same."""
     seen = []
     for wrap in (False, True):
         mu, logvar = torch.zeros(20, 9, requires_grad=True), torch.zeros(20, 9, requires_grad=True)
@@ -234,8 +234,8 @@ def test_checkpoint(use_reentrant):
     assert all(map(torch.equal, *seen))
 
 
-def test_memory_kept():
-    """mu, logvar and a key of 16 bytes."""
+def test_memory_saved_for_backward():
+    """Only mu, logvar and a key of 16 bytes are saved."""
     mu, logvar, kept = torch.randn(8, 5, requires_grad=True), torch.randn(8, 5, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         ops.reparameterize_kl(mu, logvar, impl=OWN)
@@ -244,7 +244,7 @@ def test_memory_kept():
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_vmap(impl):
-    """randomness= means what it means for torch.randn: an error, one noise for all, or each its own."""
+    """randomness= works as for torch.randn: an error, the same noise for all, or different noise for each."""
     mu, logvar = torch.zeros(3, 6, 4, requires_grad=True), torch.zeros(3, 6, 4)
 
     def f(m, s):
@@ -268,14 +268,14 @@ def test_vmap(impl):
     assert samples(torch.zeros(6, 3, 4)).shape == (3, 2, 6, 4)
 
 
-# PyTorch rounds each of the formula's steps, a kernel only the result.
+# PyTorch rounds each step of the formula, a kernel only the result.
 EXTREMES = {dtype: units(dtype, 2 if dtype.itemsize == 2 else 16, 2**-11 if dtype.itemsize == 2 else 16)
             for dtype in UNIT_ROUNDOFF}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", UNIT_ROUNDOFF)
 def test_extremes(dtype):
-    """What eager PyTorch gives for infinite, huge, tiny and NaN values: z, kl and gradients."""
+    """z, kl and gradients equal eager PyTorch's for infinite, huge, tiny and NaN values."""
     values = [-math.inf, -200.0, -100.0, 0.0, 80.0, 100.0, math.inf, math.nan]
     mu = torch.tensor([[0.5, -2.0]]).repeat(len(values), 1).to(dtype)
     logvar = torch.tensor(values).view(-1, 1).expand(-1, 2).to(dtype)
@@ -340,8 +340,7 @@ for case in SAMPLER:
 
 
 def test_default_kernels(tmp_path):
-    """Without the native library the registered ops themselves run in plain PyTorch, and give what the reference
-    gives."""
+    """Without the native library the registered ops run in plain PyTorch and give the reference's results."""
     code = """
 import torch
 from fastgen.ops import _dispatch

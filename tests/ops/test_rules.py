@@ -1,5 +1,4 @@
-"""The rules that choose between fastgen's kernels and PyTorch's, asked for every class of processor, whichever is at
-hand."""
+"""The rules that choose between fastgen's kernels and PyTorch's, for every class of processor, on any machine."""
 
 import pytest
 import torch
@@ -33,7 +32,7 @@ def weight_grad(name, geometry, x, kind, last):
 
 
 def decided(rules, name, geometry, x, kind, last, batch_stats=False):
-    """Whether fastgen's kernel computes it."""
+    """Whether the rules choose fastgen's kernel."""
     of_weight = rules is _rules.WEIGHT_GRAD
     asked = (PROCESSORS[name], geometry, x, kind.shape, kind.dtype, kind.device.type, last, batch_stats, of_weight)
     return _rules.decide(rules, _rules.Convolution(*asked)).fastgen
@@ -41,7 +40,7 @@ def decided(rules, name, geometry, x, kind, last, batch_stats=False):
 
 @by_processor
 def test_winograd(name):
-    """3x3 with a stride of 1 from 8x8 on, and 4x4 with a stride of 2; in float32, on every processor."""
+    """3x3 kernels with stride 1 from 8x8 pixels on, and 4x4 kernels with stride 2: in float32, on every processor."""
     assert forward(name, PLAIN, (1, 64, 16, 16), weight(64, 64, 3))
     assert not forward(name, PLAIN, (1, 8, 16, 16), weight(8, 8, 3))
     four = TRANSPOSED._replace(output_padding=(0, 0))
@@ -51,7 +50,7 @@ def test_winograd(name):
 
 @by_processor
 def test_dtypes_without_instructions(name):
-    """PyTorch would compute them in a loop: fastgen takes every convolution."""
+    """PyTorch would compute them in a plain loop, so fastgen computes every convolution."""
     processor = PROCESSORS[name]
     for dtype, has in ((torch.bfloat16, processor.torch_bf16), (torch.float16, processor.torch_fp16)):
         kind = weight(32, 32, 3, dtype)
@@ -62,7 +61,7 @@ def test_dtypes_without_instructions(name):
 
 @by_processor
 def test_pairs_of_bfloat16(name):
-    """With a stride of 2 between many channels, where fastgen's kernels multiply pairs."""
+    """fastgen's bfloat16 kernels are chosen for many channels with a stride of 2."""
     kind = weight(256, 128, 4, torch.bfloat16)
     processor = PROCESSORS[name]
     assert forward(name, STRIDED, (64, 128, 16, 16), kind) == (processor.fastgen_bf16 or not processor.torch_bf16)
@@ -71,7 +70,7 @@ def test_pairs_of_bfloat16(name):
 @by_processor
 @pytest.mark.parametrize(("side", "last"), ((128, True), (128, False), (16, True)))
 def test_weight_gradients_of_large_images_without_avx512(name, side, last):
-    """oneDNN's are slow there in channels_last, of large images with a stride of 2."""
+    """Without AVX-512 oneDNN's are slow for large channels_last images with a stride of 2."""
     wins = side == 128 and last and name == "avx2"
     assert weight_grad(name, STRIDED, (1, 32, side, side), weight(64, 32, 3, last=last), last) == wins
     assert weight_grad(name, TRANSPOSED, (1, 64, side // 2, side // 2), weight(64, 32, 3, last=last), last) == wins
@@ -79,7 +78,7 @@ def test_weight_gradients_of_large_images_without_avx512(name, side, last):
 
 @by_processor
 def test_kernels_of_three_without_avx512(name):
-    """oneDNN's are slower there on small images and with a stride of 2, but strided ones of large contiguous images."""
+    """Without AVX-512 oneDNN is slower on small images and with a stride of 2, except on large contiguous images."""
     avx2 = name == "avx2"
     last, first = (weight(128, 128, 3, last=order) for order in (True, False))
     small, large = (64, 128, 4, 4), (64, 128, 32, 32)
@@ -95,12 +94,12 @@ def test_kernels_of_three_without_avx512(name):
     assert not weight_grad(name, STRIDED, (1, 64, 16, 16), few, True)
 
 
-# (transposed, batch, channels in and out, kernel, stride, padding, dilation, height and width, output_padding): all is
-# narrow, or padding
+# (transposed, batch, channels in and out, kernel, stride, padding, dilation, height and width, output_padding): images
+# that are narrow or consist of padding
 WRONG_IN_BFLOAT16 = [
     (True, 1, 16, 16, (4, 4), (2, 2), (1, 1), (1, 1), (9, 1)),
     (True, 4, 48, 8, (4, 4), (2, 2), (2, 2), (2, 2), (8, 1)),
-    (True, 2, 16, 8, (3, 4), (2, 2), (3, 3), (3, 3), (6, 2), (2, 2)),  # x's gradient is a part of the opposite's
+    (True, 2, 16, 8, (3, 4), (2, 2), (3, 3), (3, 3), (6, 2), (2, 2)),  # x's gradient is part of the adjoint's output
     (False, 1, 8, 8, (4, 3), (1, 3), (1, 2), (1, 2), (7, 2)),
     (False, 2, 16, 1, (4, 5), (1, 2), (1, 2), (1, 2), (7, 5)),
     (False, 4, 1, 32, (3, 2), (2, 2), (0, 1), (1, 1), (8, 1)),
@@ -117,8 +116,9 @@ def rule(kind):
 
 @by_processor
 @pytest.mark.parametrize("kind", WRONG_IN_BFLOAT16, ids=str)
-def test_what_pytorch_computes_wrongly_is_fastgens(name, kind, monkeypatch):
-    """Whatever was measured; and a convolution that is small enough for PyTorch's modules too."""
+def test_fastgen_computes_what_pytorch_computes_wrongly(name, kind, monkeypatch):
+    """fastgen computes it whatever was measured, even where small convolutions are otherwise left to PyTorch's
+    modules."""
     monkeypatch.setattr(_processor, "here", lambda: PROCESSORS[name])
     monkeypatch.setattr(_choices, "measured", lambda *_: Choice("torch"))
     monkeypatch.setattr(_rules, "SMALL_WITH_GRADIENTS", 10**9)
@@ -143,7 +143,7 @@ def test_what_pytorch_computes_wrongly_is_fastgens(name, kind, monkeypatch):
 @pytest.mark.parametrize("impl", ("auto", "cpp"))
 @pytest.mark.parametrize("kind", WRONG_IN_BFLOAT16, ids=str)
 def test_narrow_images_in_bfloat16(kind, impl, poisoned):
-    """With AMX PyTorch's own numbers are arbitrary, or the process ends."""
+    """With AMX PyTorch's results are arbitrary, or the process crashes."""
     geometry, shape, weight = rule(kind)
     options = {"stride": geometry.stride, "padding": geometry.padding, "dilation": geometry.dilation}
     if geometry.transposed:
@@ -152,16 +152,16 @@ def test_narrow_images_in_bfloat16(kind, impl, poisoned):
     for _ in range(2):
         tensors = [torch.randn(size).bfloat16().requires_grad_() for size in (shape, weight.shape)]
         exact = [t.detach().double().requires_grad_() for t in tensors]
-        y, true = (
+        y, exact_y = (
             op(*inputs, **options, norm="none", activation="identity", impl=impl if inputs is tensors else "reference")
             for inputs in (tensors, exact)
         )
-        upstream = torch.randn(true.shape).bfloat16()
+        upstream = torch.randn(exact_y.shape).bfloat16()
         found = torch.autograd.grad(y, tensors, upstream)
-        expected = torch.autograd.grad(true, exact, upstream.double())
-        for mine, right in zip((y, *found), (true, *expected), strict=True):
-            scale = right.abs().max().clamp_min(1e-6)
-            assert (mine.double() - right).abs().max() <= 0.02 * scale
+        expected = torch.autograd.grad(exact_y, exact, upstream.double())
+        for value, exact_value in zip((y, *found), (exact_y, *expected), strict=True):
+            scale = exact_value.abs().max().clamp_min(1e-6)
+            assert (value.double() - exact_value).abs().max() <= 0.02 * scale
 
 
 FOUND = """
@@ -171,8 +171,8 @@ print(here())
 ISA = "FASTGEN_CPU_ISA"
 
 
-def test_the_processor_at_hand_within_limits():
-    """What the environment forbids is not there; nothing is found twice."""
+def test_this_processor_within_the_environments_limits():
+    """Instructions that the environment forbids are not reported."""
 
     def found(**limits):
         return eval(run_python(FOUND, environment=limits).stdout, {"Processor": Processor})

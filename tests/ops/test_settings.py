@@ -1,5 +1,5 @@
-"""What a thread sets is its own, what an op makes follows from its inputs alone, and a pass computes what it is asked
-for."""
+"""Settings are per thread, an op's outputs depend only on its inputs, and backward computes only the requested
+gradients."""
 
 import threading
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def lacks_gradients() -> bool:
 
 
 def test_another_threads_backward_keeps_its_gradients():
-    """Also within a gradient penalty, whose discriminator is called in the midst of it."""
+    """Also within a gradient penalty that calls the discriminator between its passes."""
     found, model = [], network()
 
     def discriminator(images):
@@ -52,7 +52,7 @@ def test_another_threads_backward_keeps_its_gradients():
     assert found == [False, False]
 
 
-def test_another_thread_chooses_for_itself():
+def test_use_impl_does_not_affect_other_threads():
     def asked() -> str:
         before = ops.implementations_used().get("norm_act", {}).get("reference", 0)
         ops.norm_act(X, norm="none")
@@ -66,13 +66,13 @@ def test_another_thread_chooses_for_itself():
     assert asked() == "auto"
 
 
-def test_questions_are_recorded_by_the_thread_that_asks():
+def test_each_thread_records_its_own_questions():
     weight = torch.ones(4, 3, 3, 3)
 
     def ask(size: int) -> None:
         ops.conv2d_norm_act(torch.ones(1, 3, size, size), weight, norm="none")
 
-    ask(9)  # remembered by now
+    ask(9)  # memoized by now
     with _policy.recorded() as asked:
         ask(9)
         in_another_thread(lambda: ask(11))
@@ -85,8 +85,8 @@ NAMES = ("x", "weight", "bias")
 
 @pytest.mark.parametrize("spectral", (False, True), ids=("plain", "spectral"))
 @pytest.mark.parametrize("names", (("x",), ("weight",), ("bias",), ("x", "weight"), NAMES), ids="+".join)
-def test_gradients_that_nobody_asks_for_are_not_computed(names, spectral, monkeypatch):
-    """torch.autograd.grad(inputs=), of leaves and of what was computed, without a context around it."""
+def test_gradients_that_are_not_requested_are_not_computed(names, spectral, monkeypatch):
+    """For torch.autograd.grad(inputs=) of leaves and of intermediate results, without any context manager."""
     seen = []
     gradients = _convolution.gradients
     for module in (_convolution, _spectral_convolution):
@@ -114,7 +114,7 @@ def drawn() -> torch.Generator:
 
 
 def everything(impl: str) -> list[torch.Tensor]:
-    """Values, gradients and second gradients of the ops, and of the losses that draw or make tensors."""
+    """Values, gradients and second gradients of the ops, and of the losses that draw or create tensors."""
     x, weight, real, fake = (
         torch.randn(shape, generator=drawn(), dtype=torch.float32, device="cpu").requires_grad_()
         for shape in ((2, 3, 8, 8), (4, 3, 3, 3), (4, 3, 8, 8), (4, 3, 8, 8))
@@ -139,7 +139,7 @@ def everything(impl: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("impl", ("reference", OWN))
 def test_defaults_of_the_process_decide_nothing(impl):
-    """Where a tensor says neither dtype nor device it is "meta", or float64, and the results differ."""
+    """A tensor created without dtype or device would be float64 or on "meta", and the results would differ."""
     expected = everything(impl)
     try:
         torch.set_default_dtype(torch.float64)
@@ -149,5 +149,5 @@ def test_defaults_of_the_process_decide_nothing(impl):
     with torch.device("meta"):
         on_meta = everything(impl)
     for other in (in_float64, on_meta):
-        for mine, theirs in zip(expected, other, strict=True):
-            assert theirs.dtype == mine.dtype and torch.equal(mine, theirs)
+        for expected_value, other_value in zip(expected, other, strict=True):
+            assert other_value.dtype == expected_value.dtype and torch.equal(expected_value, other_value)

@@ -17,7 +17,7 @@ SHORT = [case for case in SPECTRAL if case.shapes["v"][0] < 1000]
 
 
 def inputs(case, dtype, channels_last=False):
-    """The weight, and unit vectors; in eval those of ten iterations, since sigma of random ones is nearly zero."""
+    """The weight and unit vectors; in eval after ten iterations, since sigma of random vectors is nearly zero."""
     tensors = case.tensors(dtype, channels_last)
     tensors |= {name: F.normalize(tensors[name], dim=0) for name in ("u", "v")}
     if not case.options.get("training", True):
@@ -32,15 +32,15 @@ def check_parity(case, dtype, channels_last):
     """At most twice the reference's error in the same precision."""
     tensors = inputs(case, dtype, channels_last)
     exact = observe(case, {name: t.double() for name, t in tensors.items()}, None, "reference")
-    theirs, ours = (observe(case, tensors, None, impl) for impl in IMPLEMENTATIONS)
+    reference, actual = (observe(case, tensors, None, impl) for impl in IMPLEMENTATIONS)
     for name in exact:
-        assert ours[name].dtype == theirs[name].dtype
-        assert error(ours[name], exact[name]) <= case.allowed(error(theirs[name], exact[name]), dtype, name), name
+        assert actual[name].dtype == reference[name].dtype
+        assert error(actual[name], exact[name]) <= case.allowed(error(reference[name], exact[name]), dtype, name), name
     for name in ("out", "grad of weight"):
-        assert ours[name].stride() == tensors["weight"].stride()
+        assert actual[name].stride() == tensors["weight"].stride()
     quotient, *others = ops.spectral_norm(*tensors.values(), **case.options, divide=False, impl=OWN)
     assert quotient.numel() == 0
-    assert all(torch.equal(ours[name], other) for name, other in zip(("sigma", "u", "v"), others, strict=True))
+    assert all(torch.equal(actual[name], other) for name, other in zip(("sigma", "u", "v"), others, strict=True))
 
 
 @by_id(SPECTRAL)
@@ -139,7 +139,7 @@ def test_compile_with_inductor():
 @by_id(SHORT)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_strides(case, impl):
-    """Strided weights, vectors and incoming gradients count as their values."""
+    """Strided weights, vectors and incoming gradients give the same results as contiguous ones."""
     plain = inputs(case, torch.float64)
     strided = {}
     for name, t in plain.items():
@@ -155,7 +155,7 @@ def test_strides(case, impl):
     torch.autograd.grad(case.call(strided | {"weight": weight}, impl=impl)[0].sum(), weight)  # a gradient of stride 0
 
 
-CONVERGED = units(torch.float32, 256, 0)  # 2000 iterations: what is left is rounding, of sigma by SVD too
+CONVERGED = units(torch.float32, 256, 0)  # after 2000 iterations only rounding is left, also in the SVD's sigma
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -175,7 +175,7 @@ def test_sigma_is_the_largest_singular_value(shape, v_first, impl):
 @pytest.mark.parametrize("value", (0.0, torch.inf, -torch.inf, torch.nan, 1e-8, 1e15))
 @pytest.mark.parametrize("everywhere", (False, True))
 def test_degenerate_weights(value, everywhere):
-    """Zero, tiny, huge and non-finite weights give what PyTorch's own gives."""
+    """Zero, tiny, huge and non-finite weights give PyTorch's results."""
     linear = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(4, 3))
     norm = linear.parametrizations.weight[0]
     weight = torch.full((3, 4), value) if everywhere else torch.randn(3, 4)
@@ -191,8 +191,8 @@ def test_degenerate_weights(value, everywhere):
 
 
 def test_group_is_the_single_op_for_each():
-    """One launch, mixed shapes, dtypes and dimensions: the bits and gradients of one by one, whatever the thread
-    count."""
+    """One call with mixed shapes, dtypes and dimensions gives the same bits and gradients as one call per weight, with
+    any thread count."""
     cases = [case for case in SPECTRAL if set(case.options) == {"dim"}]
     tensors = [inputs(case, dtype) for case in cases for dtype in UNIT_ROUNDOFF]
     dims = [case.options["dim"] for case in cases for _ in UNIT_ROUNDOFF]
@@ -228,13 +228,13 @@ def test_weights_that_leave_the_caches(shape, dim):
     for impl in IMPLEMENTATIONS:
         out, sigma, *_ = ops.spectral_norm(weight, u, v, dim=dim, impl=impl)
         results[impl] = out, *torch.autograd.grad((out, sigma), weight, (weight.detach().sin(), torch.ones_like(sigma)))
-    for ours, theirs in zip(results["cpp"], results["reference"], strict=True):
-        torch.testing.assert_close(ours, theirs, **FLOAT32)
+    for actual, expected in zip(results["cpp"], results["reference"], strict=True):
+        torch.testing.assert_close(actual, expected, **FLOAT32)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_inputs_stay(impl):
-    """u and v are new tensors, in eval too: writing to those that came in spoils no backward pass."""
+def test_inputs_are_not_modified(impl):
+    """u and v are new tensors, in eval too, so writing to the inputs afterwards spoils no backward pass."""
     for training in (True, False):
         weight, u, v = (t.clone() for t in inputs(SPECTRAL[0], torch.float64).values())
         weight.requires_grad_()
@@ -279,8 +279,7 @@ for case in SPECTRAL:
 
 
 def test_default_kernels(tmp_path):
-    """Without the native library the registered ops themselves run in plain PyTorch, and give what the reference
-    gives."""
+    """Without the native library the registered ops run in plain PyTorch and give the reference's results."""
     code = """
 import torch
 from fastgen.ops import _dispatch

@@ -1,4 +1,4 @@
-"""Which tier computes: a measured one with its tile, in a compiled graph, on a GPU; dtypes that PyTorch does not
+"""Which tier runs: a measured one with its tile, in a compiled graph, on a GPU; and dtypes that PyTorch does not
 multiply."""
 
 import pytest
@@ -21,8 +21,8 @@ if ON_CPU:
 pytestmark = pytest.mark.usefixtures("folder")
 
 
-def test_a_compiled_graph_takes_the_choice_for_its_sizes():
-    """One for sizes that vary goes by the rules."""
+def test_a_compiled_graph_uses_the_choice_for_its_sizes():
+    """A graph with dynamic sizes follows the rules."""
     x, weight = torch.randn(2, 16, 8, 8), torch.randn(16, 16, 4, 4)
     keep([key()], "torch")
     for dynamic, implementation in ((False, "unfused"), (True, "cpp")):
@@ -38,7 +38,7 @@ def test_a_compiled_graph_takes_the_choice_for_its_sizes():
 
 
 def test_a_gpus_tiers(monkeypatch):
-    """The table's tier and tile reach the launch, unless one is asked for."""
+    """The table's tier and tile reach the launch, unless another tier is requested."""
     monkeypatch.setattr(_tiers, "_gpu_unavailable", lambda *_: None)
     monkeypatch.setattr(_choices, "chip", lambda device: "gpu")
     spec = TensorSpec(tuple(WEIGHT.shape), torch.bfloat16, torch.device("cuda:0"), True)
@@ -64,8 +64,8 @@ def test_a_gpus_tiers(monkeypatch):
     assert str(_policy.fastest_forward(GEOMETRY, X.shape, spec)) == "triton"  # transposed, in 16 bits
 
 
-def test_the_tier_of_an_op_that_memory_bounds(monkeypatch):
-    """The measured one runs the op and its gradient, where it can and no other is asked for."""
+def test_the_tier_of_a_memory_bound_op(monkeypatch):
+    """The measured tier runs the op and its gradient, if it can run and no other is requested."""
     from benchmarks import gpu
 
     monkeypatch.setattr(_tiers, "_gpu_unavailable", lambda *_: None)
@@ -90,7 +90,7 @@ def test_the_tier_of_an_op_that_memory_bounds(monkeypatch):
 
 
 def test_a_gpus_weight_gradient(monkeypatch):
-    """cuDNN's where nothing was measured; Triton's is a candidate, and the one that runs where it is asked for."""
+    """cuDNN computes it if nothing was measured; Triton's kernel is a candidate, and runs if requested."""
     monkeypatch.setattr(_tiers, "_gpu_unavailable", lambda *_: None)
     monkeypatch.setattr(_choices, "chip", lambda device: "gpu")
     spec = TensorSpec(tuple(WEIGHT.shape), torch.bfloat16, torch.device("cuda:0"), True)
@@ -109,7 +109,7 @@ def test_a_gpus_weight_gradient(monkeypatch):
 
 @pytest.mark.parametrize("images_last", (False, True))
 def test_tiles_of_a_weight_gradient(images_last):
-    """Those of the kind of product that the images' memory order allows."""
+    """The tiles are those of the product's kind, which depends on the images' memory order."""
     pytest.importorskip("triton", reason="triton is not installed")
     question = Question(
         "weight_grad", GEOMETRY, tuple(X.shape), tuple(WEIGHT.shape), torch.bfloat16, "cpu", True, images_last
@@ -151,7 +151,7 @@ def test_a_measured_tile_is_launched():
 
 @pytest.mark.parametrize(("processor", "multiplies"), (("avx2", False), ("amx", True)))
 def test_dtypes_that_pytorch_does_not_multiply(processor, multiplies, monkeypatch):
-    """There even a small convolution that otherwise PyTorch computes is the op's, and gives the same."""
+    """The op then computes even a small convolution that would otherwise be PyTorch's, with the same result."""
     monkeypatch.setattr(_processor, "here", lambda: PROCESSORS[processor])
     _choices.forget()
     model = fastgen.nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())

@@ -1,4 +1,4 @@
-"""torch.func over the ops, compiled too, and what they say to forward derivatives."""
+"""torch.func over the ops, compiled too, and forward-mode derivatives."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def function(request):
 @pytest.mark.parametrize("requires_grad", (False, True))
 @pytest.mark.parametrize("dim", (0, -1))
 def test_vmap(function, dim, requires_grad):
-    """With gradients and without, nested, the mapped dimension anywhere, and without PyTorch's warning of a slow
+    """With and without gradients, nested, with any mapped dimension, and without PyTorch's warning about a slow
     fallback."""
     many = torch.stack([WEIGHT, 2 * WEIGHT, 1 - WEIGHT]).requires_grad_(requires_grad)
     expected = torch.stack([function(w, "reference") for w in many])
@@ -50,7 +50,7 @@ def test_vmap_of_gradients(function):
 
 @pytest.mark.parametrize("transform", (grad, lambda f: vmap(grad(f))), ids=("grad", "vmap-grad"))
 def test_compile(function, transform):
-    """One graph; torch.compile does not know there whether a gradient is wanted."""
+    """One graph, although torch.compile does not know whether a gradient is needed."""
     torch._dynamo.reset()
     at = WEIGHT if transform is grad else torch.stack([WEIGHT, 2 * WEIGHT])
     compiled = torch.compile(transform(lambda w: function(w, OWN).pow(3).sum()), backend="aot_eager", fullgraph=True)
@@ -59,7 +59,7 @@ def test_compile(function, transform):
 
 
 def test_forward_derivatives(function):
-    """By auto, which is PyTorch there; of an implementation that has none an error, and nowhere a derivative that is
+    """Auto uses PyTorch for them; an implementation without them raises an error, and no derivative is silently
     lost."""
     tangent = torch.ones_like(WEIGHT)
     expected = jvp(lambda w: function(w, "reference"), (WEIGHT,), (tangent,))

@@ -1,4 +1,4 @@
-"""fastgen.tune, whose clock is replaced here."""
+"""fastgen.tune with a fake clock."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,10 +22,10 @@ pytestmark = pytest.mark.usefixtures("folder", "fused_when_small")
 
 
 def clock(**milliseconds):
-    """In the place of tuning.milliseconds: what a call is to have taken, by its name."""
+    """Replaces tuning.milliseconds: sets the time of each call by its name."""
 
     def time_of(call, scratch):
-        candidate = call.args[-1]  # the choice of a kernel of fastgen's
+        candidate = call.args[-1]  # the choice, for a kernel of fastgen
         return milliseconds[str(candidate) if isinstance(candidate, Choice) else "torch"]
 
     return time_of
@@ -39,12 +39,12 @@ def tiny(**options) -> nn.Module:
 def test_tune(faster, monkeypatch, folder):
     times = {"cpp": 2.0, "torch": 2.0} | {faster: 1.0}
     monkeypatch.setattr(tuning, "milliseconds", clock(**times))
-    model, z, said = tiny().generator, torch.randn(3, 8), []
+    model, z, lines = tiny().generator, torch.randn(3, 8), []
     state, random = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
-    report = fastgen.tune(model, z, progress=said.append)
+    report = fastgen.tune(model, z, progress=lines.append)
     torch.testing.assert_close(model.state_dict(), state)
     assert torch.equal(torch.get_rng_state(), random) and model.training and z.grad is None
-    assert len(report.tuned) == len(said) == 12 and not report.left_out  # four layers
+    assert len(report.tuned) == len(lines) == 12 and not report.left_out  # four layers
     assert {row.chosen for row in report.tuned} == {faster}
     assert all(row.milliseconds == times for row in report.tuned)
     (file,) = report.files
@@ -66,7 +66,7 @@ def test_tune_without_gradients(monkeypatch):
 
 
 def test_every_candidate_computes_the_same():
-    """What is measured is what is asked for."""
+    """All candidates that tune measures give the same results."""
     for case in (FASTGENS, TORCHS, BY_NAME["conv2d_norm_act-cyclegan-first"]):
         for question in asked(case):
             found = []
@@ -86,11 +86,11 @@ def test_the_rules_choice_stays_unless_another_is_clearly_faster():
     assert fastest("cpp", cpp=1.04, torch=1.0) == "torch"
     assert fastest("torch", torch=2.0, triton=1.01, triton_64=1.0, cuda=1.5) == "triton"
     assert fastest("triton", torch=2.0, triton=1.1, triton_64=1.0) == "triton 64"
-    # The median says so, the best round does not.
+    # Faster by the median, but not in the best round.
     assert tuning.fastest({"cpp": [1.0, 8.0, 8.0], "torch": [1.0, 1.0, 1.0]}, "cpp") == "cpp"
 
 
-def test_the_time_ends(monkeypatch):
+def test_tuning_stops_when_the_time_is_up(monkeypatch):
     monkeypatch.setattr(tuning, "milliseconds", clock(cpp=1.0, torch=2.0))
     report = fastgen.tune(tiny().generator, torch.randn(3, 8), seconds=1e-9)
     assert report.tuned == () and len(report.left_out) == 12 and report.files == ()
@@ -105,7 +105,7 @@ def test_a_candidate_that_fails_is_left_out(monkeypatch, caplog):
     assert "tune: cpp cannot compute weight_grad conv_transpose2d" in caplog.text
 
 
-def test_triton_is_tried_with_its_tiles(monkeypatch):
+def test_triton_tiles_are_tried(monkeypatch):
     """Where it is near the fastest."""
     monkeypatch.setattr(_policy, "auto_tier", lambda *_: "triton")
     monkeypatch.setattr(_candidates, "names", lambda question: ["torch", "triton"])
@@ -152,8 +152,8 @@ def test_the_gpus_benchmark_tunes_its_layers(monkeypatch, folder, capsys):
     assert str(file) in capsys.readouterr().out
 
 
-def test_what_memory_does_not_suffice_for_is_left_out(monkeypatch, caplog):
-    """The other questions are answered."""
+def test_measurements_that_run_out_of_memory_are_left_out(monkeypatch, caplog):
+    """The other measurements are still made."""
     operands = _candidates._operands
 
     def too_large(question):
@@ -170,16 +170,16 @@ def test_what_memory_does_not_suffice_for_is_left_out(monkeypatch, caplog):
 
 
 def test_a_gpus_time_is_taken_on_the_stream_of_the_call(monkeypatch):
-    """Of the tensors' GPU, which need not be the current one."""
-    said = []
+    """On the tensors' GPU, which need not be the current one."""
+    events = []
 
     def event(enable_timing):
         return SimpleNamespace(
-            record=lambda stream=None: said.append(stream), synchronize=lambda: None, elapsed_time=lambda other: 1.5
+            record=lambda stream=None: events.append(stream), synchronize=lambda: None, elapsed_time=lambda other: 1.5
         )
 
     monkeypatch.setattr(torch.cuda, "Event", event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"the stream of {device}")
     scratch = SimpleNamespace(zero_=lambda: None, is_cuda=True, device="cuda:1")
-    assert tuning.milliseconds(lambda: said.append("call"), scratch) == 1.5
-    assert said == ["the stream of cuda:1", "call", "the stream of cuda:1"]
+    assert tuning.milliseconds(lambda: events.append("call"), scratch) == 1.5
+    assert events == ["the stream of cuda:1", "call", "the stream of cuda:1"]

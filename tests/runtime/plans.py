@@ -1,4 +1,4 @@
-"""Two small plans that have every kind of step, and parts of their files."""
+"""Two small plans that together have every kind of step, and the parts of their files."""
 
 import struct
 import zlib
@@ -33,8 +33,8 @@ from fastgen.runtime._steps import (
 
 
 def small(precision: Precision = Precision.float32) -> bytes:
-    """(3, 1, 1) -> transposed convolution, instance norm, leaky_relu -> convolution + residual, batch norm's map, tanh:
-    (2, 4, 4)."""
+    """(3, 1, 1) -> transposed convolution, instance norm, leaky_relu -> convolution + residual, affine norm, tanh: (2,
+    4, 4)."""
     generator = np.random.default_rng(0)
 
     def floats(*shape):
@@ -60,7 +60,7 @@ def small(precision: Precision = Precision.float32) -> bytes:
 
 
 def several(precision: Precision = Precision.float32) -> bytes:
-    """(3, 4, 4), labels below 5 and (2, 1, 1) -> all kinds of steps that `small` lacks: (16), (2, 8, 8) and one
+    """(3, 4, 4), labels below 5 and (2, 1, 1) -> all kinds of steps that `small` does not have: (16), (2, 8, 8) and one
     number."""
     table = np.random.default_rng(0).random((5, 16), np.float32)
     steps = [
@@ -93,8 +93,7 @@ PLANS = {"small": small, "several": several}
 def given(plan: Plan, n: int) -> list[np.ndarray]:
     """Inputs for a plan: ones, and labels of class 0."""
     return [
-        np.ones((n, *wanted.shape), np.float32) if wanted.classes is None else np.zeros(n, np.int64)
-        for wanted in plan.inputs
+        np.ones((n, *end.shape), np.float32) if end.classes is None else np.zeros(n, np.int64) for end in plan.inputs
     ]
 
 
@@ -108,7 +107,7 @@ def sealed(data: bytes) -> bytes:
 
 
 def records(data: bytes) -> list[tuple[int, bytes]]:
-    """Where the record of each step begins, and its kind."""
+    """The position of each step's record, and its kind."""
     found, at = [], HEADER.size
     for _ in range(HEADER.unpack_from(data)[4]):
         kind, size, *_ = RECORD.unpack_from(data, at)

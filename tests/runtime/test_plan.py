@@ -1,4 +1,4 @@
-"""The plan without torch: what it computes."""
+"""The plan without torch computes the right values."""
 
 import os
 import subprocess
@@ -22,8 +22,8 @@ from fastgen.runtime._steps import (
 )
 from tests.runtime.plans import several, shapes, small
 
-SUMS = {"rtol": 1e-5, "atol": 1e-6}  # of a few float32 products, in another order
-# A plan by another instruction set: values up to about 4; in bfloat16 a few of them are rounded the other way.
+SUMS = {"rtol": 1e-5, "atol": 1e-6}  # sums of a few float32 products, in a different order
+# A plan with another instruction set: values up to about 4, of which bfloat16 rounds a few the other way.
 OTHER_CODE = {Precision.float32: 1e-5, Precision.bfloat16: 0.05}
 
 
@@ -187,7 +187,7 @@ except FastgenError as error:
 
 
 def test_it_runs_without_torch(tmp_path):
-    """In a process in which torch cannot be imported."""
+    """A process in which torch cannot be imported runs the plan."""
     (tmp_path / "a.fgplan").write_bytes(small())
     code = """
 import sys

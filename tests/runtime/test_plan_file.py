@@ -1,4 +1,4 @@
-"""No plan file makes the reader crash, whatever its bytes are."""
+"""No bytes of a plan file make the reader crash."""
 
 import copy
 import math
@@ -56,14 +56,14 @@ def test_another_version_and_other_files_are_refused(tmp_path):
     assert Plan(small(), threads=10**30).threads >= 1
 
 
-def test_what_this_version_does_not_read_is_named():
+def test_content_that_this_version_cannot_read_is_named():
     def changed(at: int, number: int) -> bytes:
         data = small()
         return sealed(data[:at] + struct.pack("<q", number) + data[at + 8 :])
 
     precision = 48
     convolution, _ = records(small())[1]
-    weight = convolution + RECORD.size + READ.size + 11 * 8  # behind the geometry
+    weight = convolution + RECORD.size + READ.size + 11 * 8  # after the geometry
     for data, words in (
         (
             changed(precision, Precision.float16),

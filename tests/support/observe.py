@@ -1,4 +1,4 @@
-"""What one call of a public op computes: outputs, gradients, running statistics."""
+"""The results of one call of a public op: outputs, gradients, running statistics."""
 
 import pytest
 import torch
@@ -19,15 +19,15 @@ def differentiable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leaves of the same values and memory formats."""
+    """Copies as leaves, with the same values and memory formats."""
     copies = {name: t.detach().clone(memory_format=torch.preserve_format) for name, t in tensors.items()}
     return differentiable(copies)
 
 
 def observe(case: OpCase, tensors: dict[str, Tensor], upstream: Tensor | None, impl: str) -> dict[str, Tensor]:
-    """Outputs, gradients and running statistics of one call on copies of the tensors; a sampler's noise is of seed 0.
+    """Outputs, gradients and running statistics of one call on copies of the tensors; a sampler's noise has seed 0.
 
-    upstream: the gradient of the only output. None: random ones, the same for each implementation and dtype.
+    upstream: the gradient of the only output. None: random values, the same for each implementation and dtype.
     """
     tensors = copied(tensors)
     torch.manual_seed(0)
@@ -45,5 +45,5 @@ def observe(case: OpCase, tensors: dict[str, Tensor], upstream: Tensor | None, i
 
 
 def random_like(t: Tensor) -> Tensor:
-    """Normal values that depend on the shape alone: not on device, dtype, or what was drawn before."""
+    """Normal values that depend only on the shape, not on device, dtype or earlier draws."""
     return torch.randn(t.shape, generator=torch.Generator().manual_seed(1)).to(t)

@@ -1,4 +1,4 @@
-"""Programs in Python processes of their own, which find this checkout's packages."""
+"""Runs programs in separate Python processes that find this checkout's packages."""
 
 import os
 import subprocess
@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-HANGS = 600  # seconds after which a process counts as one that never ends: a net, generous for a loaded machine
+HANGS = 600  # seconds after which a process counts as hanging: generous, for a loaded machine
 
 
 def run_python(
     code: str, *arguments: object, environment: Mapping[str, str] | None = None, flags: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the program; returns what it printed. What it wrote to stderr is the message if it fails."""
+    """Runs the program and returns its output. If it fails, its stderr is the message."""
     (process,) = start([arguments], code, environment, flags)
     return ended(process)
 
 
 def run_ranks(code: str, count: int, *arguments: object) -> None:
-    """Runs the program in `count` processes at a time, each with its rank as the first argument."""
+    """Runs the program in `count` processes at once, each with its rank as the first argument."""
     processes = start([(rank, *arguments) for rank in range(count)], code)
     try:
         for process in processes:

@@ -1,4 +1,5 @@
-"""`fastgen export` of every system with every choice of its settings: a plan, or a line that says why there is none."""
+"""`fastgen export` of every system with every choice of its settings: a plan, or one line that says why there is
+none."""
 
 import dataclasses
 import json
@@ -24,7 +25,7 @@ SMALL = {
 
 
 def choices(config):
-    """The config's defaults at a small size, and each other choice of each setting that has some."""
+    """The config's defaults at a small size, and each other choice of every setting with choices."""
     hints = typing.get_type_hints(config)
     fields = {field.name: field.default for field in dataclasses.fields(config)}
     small = {name: value for name, value in SMALL.items() if name in fields and hints[name] is int}
@@ -37,7 +38,7 @@ def choices(config):
 
 
 def trained(system, options, channels):
-    """The name and options of the model that a run of the system makes from data of so many channels."""
+    """The name and options of the model that a run of the system creates for data with this many channels."""
     images = SimpleNamespace(channels=channels, labels=torch.zeros(2), classes=["a", "b", "c"], captions=["a red dot"])
     data = DomainPair("pair", images, images) if system == "cyclegan" else images
     recipe = object.__new__(RECIPES[system])
@@ -79,7 +80,7 @@ def test_every_system_exports_or_says_why_not():
         drawing = Drawing(model)
         engine = fastgen.Engine(drawing, drawing.example, impl="cpp")
         z = model.latent(3)
-        given = (z, *(torch.arange(3) for _ in model.capabilities.conditions))
-        torch.testing.assert_close(engine(*given), model.generate(*given).detach(), **FLOAT32)
+        inputs = (z, *(torch.arange(3) for _ in model.capabilities.conditions))
+        torch.testing.assert_close(engine(*inputs), model.generate(*inputs).detach(), **FLOAT32)
         plans.add(name)
     assert plans | REFUSED.keys() == set(fastgen.list_models())

@@ -1,4 +1,4 @@
-"""The tasks, over small models of which the right answer is known."""
+"""The tasks, with small models for which the right answer is known."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ from tests.support.tolerance import UNIT_ROUNDOFF, units
 
 
 class LinearVAE:
-    """Images of 8x8 pixels that are sums of six smooth waves: with it, each use has a best answer that is known."""
+    """Images of 8x8 pixels that are sums of six smooth waves: for each task the best answer is known."""
 
     config = SimpleNamespace(image_size=8, channels=1)
     log_std = torch.tensor(-4.0)
@@ -46,16 +46,16 @@ def images(vae):
     return vae.decode(torch.randn(16, 6, generator=torch.Generator().manual_seed(0))) / 4
 
 
-EXACT = 64 * UNIT_ROUNDOFF[torch.float32]  # a projection: some rounding of pixels between -1 and 1
-DESCENDED = 0.01  # of pixels: what the default number of steps leaves of the distance to the best latent
-FILLED = 0.02  # the same of pixels that were not given
+EXACT = 64 * UNIT_ROUNDOFF[torch.float32]  # a projection: a few roundings of pixels between -1 and 1
+DESCENDED = 0.01  # of pixels: the distance from the best latent after the default number of steps
+FILLED = 0.02  # the same for pixels that were masked
 
 
 def test_reconstruct_keeps_what_the_model_knows(vae, images):
     torch.testing.assert_close(tasks.reconstruct(vae, images), images, rtol=0, atol=EXACT)
 
 
-def test_denoise_takes_the_noise_away(vae, images):
+def test_denoise_removes_the_noise(vae, images):
     noisy = images + 0.5 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     found = tasks.denoise(vae, noisy, std=0.5)
     # the best linear estimate of the six numbers, which are N(0, 1)
@@ -96,7 +96,7 @@ def test_upscale_keeps_the_means_and_beats_bicubic(vae, images):
 
 
 class Drawer:
-    """Images that show their latent, and the class they are asked for."""
+    """A generator whose images show their latent and the requested class."""
 
     def latent(self, n, *, generator=None):
         return torch.randn(n, 4, generator=generator)
@@ -113,7 +113,7 @@ class ClassDrawer(Drawer):
         return self.generate(self.latent(n, generator=generator), labels)
 
 
-ANGLES = units(torch.float32, 2**13, 2**13)  # the arc cosine of a number near 1 loses half of the digits
+ANGLES = units(torch.float32, 2**13, 2**13)  # the arc cosine of a number near 1 loses half the digits
 
 
 def test_interpolation_goes_through_its_points_in_equal_steps():
@@ -137,13 +137,13 @@ def test_interpolation_goes_through_its_points_in_equal_steps():
         tasks.interpolate(ClassDrawer(), 4)
 
 
-def test_the_way_between_parallel_vectors_is_straight():
+def test_interpolation_between_parallel_vectors_is_linear():
     a, share = torch.ones(3, 4), torch.tensor([[0.25], [0.25], [0.5]])
     found = slerp(a, a * torch.tensor([[1.0], [2.0], [-1.0]]), share)
     torch.testing.assert_close(found, torch.tensor([[1.0], [1.25], [0.0]]).expand(3, 4))
 
 
-def test_conditions_that_the_model_does_not_take():
+def test_conditions_that_the_model_does_not_have():
     assert tasks.conditions(ClassDrawer(), 3, label=2)["labels"].tolist() == [2, 2, 2]
     assert tasks.conditions(Drawer(), 3) == {}
     for given, message in (({"label": 1}, "a class was given"), ({"text": "x"}, "a text was given")):
@@ -160,7 +160,7 @@ def test_an_animation_holds_every_image(tmp_path):
 
 
 class Blur:
-    """Translates by a local mean over 9 pixels, seen through a stride of 4 as by a network with two strided layers."""
+    """Translates by a local mean over 9 pixels, at a stride of 4 like a network with two strided layers."""
 
     config = SimpleNamespace()
 
@@ -239,7 +239,7 @@ def test_a_picture_that_fails_leaves_the_others(tmp_path, caplog):
     with pytest.raises(RuntimeError, match=r"[Pp]adding"):
         tasks.transform_pictures(source, out, reflect, 1, strict=True)
     (source / "b.png").unlink()
-    with pytest.raises(RuntimeError, match=r"[Pp]adding"):  # as for a function that is wrong
+    with pytest.raises(RuntimeError, match=r"[Pp]adding"):  # as for any function that fails
         tasks.transform_pictures(source, out, reflect, 1)
     with pytest.raises(FastgenError, match="not finite"):
         tasks.transform_pictures(source, out, lambda image: image / 0, 1)
@@ -252,7 +252,7 @@ def test_a_picture_that_fails_leaves_the_others(tmp_path, caplog):
 
 
 class Picky:
-    """A network that takes what a ResNet takes."""
+    """A network that accepts the same sizes as a ResNet."""
 
     config = SimpleNamespace(generator="resnet")
 
@@ -293,8 +293,8 @@ def test_classes_and_defaults(vae, images):
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
-    for mine, its in zip(found, expected, strict=True):
-        assert mine.dtype == its.dtype and torch.equal(mine, its)
+    for actual, expected_value in zip(found, expected, strict=True):
+        assert actual.dtype == expected_value.dtype and torch.equal(actual, expected_value)
 
 
 def test_a_model_in_training_is_used_as_in_evaluation():
@@ -315,7 +315,7 @@ def test_a_model_in_training_is_used_as_in_evaluation():
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_images_of_no_pixels():
+def test_empty_images():
     model = fastgen.create_model("vae", image_size=16, channels=1, widths=(4, 8), nz=4)
     with pytest.raises(UsageError, match=r"images must be square, of 16 pixels .* not 0x0"):
         tasks.upscale(model, torch.zeros(1, 1, 0, 0))

@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """A tiny network takes longer on several threads."""
+    """Tiny networks are slower on several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -37,13 +37,13 @@ def test_round_trip_keeps_one_tensor_file(tmp_path, tensors):
 
 
 @pytest.mark.parametrize("dies_at", [1, 2])
-def test_killed_between_the_renames_leaves_the_one_before(tmp_path, tensors, monkeypatch, dies_at):
+def test_killed_between_the_renames_leaves_the_previous_checkpoint(tmp_path, tensors, monkeypatch, dies_at):
     checkpoint.save_checkpoint(tmp_path, 1, tensors, {})
     calls = []
 
     def fsync(descriptor):
         calls.append(descriptor)
-        if len(calls) == 2 * dies_at - 1:  # a file and its folder are synced in turn
+        if len(calls) == 2 * dies_at - 1:  # a file and its folder are synced alternately
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", fsync)
@@ -56,7 +56,7 @@ def test_killed_between_the_renames_leaves_the_one_before(tmp_path, tensors, mon
     assert len(tensor_files(tmp_path)) == 1, "what the kill left is swept up"
 
 
-def test_full_disk_names_the_file_and_leaves_the_one_before(tmp_path, tensors, monkeypatch):
+def test_full_disk_names_the_file_and_leaves_the_previous_checkpoint(tmp_path, tensors, monkeypatch):
     checkpoint.save_checkpoint(tmp_path, 1, tensors, {})
 
     def full(descriptor):
@@ -69,7 +69,7 @@ def test_full_disk_names_the_file_and_leaves_the_one_before(tmp_path, tensors, m
     assert len(list(tmp_path.iterdir())) == 2, "no temporary file stays"
 
 
-def test_what_a_killed_run_left_is_swept_up(tmp_path, tensors):
+def test_leftovers_of_a_killed_run_are_removed(tmp_path, tensors):
     (tmp_path / ".tmp-1-checkpoint-000001-0123456789ab.safetensors").write_bytes(b"half")
     checkpoint.save_checkpoint(tmp_path, 2, tensors, {})
     assert len(list(tmp_path.iterdir())) == 2
@@ -104,7 +104,7 @@ def test_truncated_corrupted_and_missing_tensors_are_told_apart(tmp_path, tensor
         load(tmp_path)
 
 
-def test_a_file_that_matches_its_hash_but_is_no_safetensors(tmp_path, tensors, monkeypatch):
+def test_a_file_that_matches_its_hash_but_is_not_safetensors(tmp_path, tensors, monkeypatch):
     for blob in (b"", b"\xff" * 64, b"\x08" + b"\0" * 7 + b"[[[[[[[["):
         monkeypatch.setattr("safetensors.torch.save", lambda tensors, blob=blob: blob)
         checkpoint.save_checkpoint(tmp_path, 1, tensors, {})

@@ -1,4 +1,4 @@
-"""What a process has set, and data that changes, do not change what a run learns."""
+"""Neither process-wide settings nor changes of the data folder alter what a run learns."""
 
 import dataclasses
 import functools
@@ -37,11 +37,11 @@ def state(folder):
     return load_file(folder / load_meta(folder)["tensors"]["file"])
 
 
-TRAINED = units(torch.float32, 1024, 16)  # a step or two of Adam; PyTorch's Transformer rounds otherwise
+TRAINED = units(torch.float32, 1024, 16)  # one or two steps of Adam; PyTorch's Transformer rounds differently
 
 
 @pytest.mark.parametrize("system", RUNS)
-def test_what_the_process_has_set_changes_no_run(system, tmp_path):
+def test_process_wide_settings_change_no_run(system, tmp_path):
     config = CONFIGS[system](**RUNS[system])
 
     def draw(folder):
@@ -61,14 +61,14 @@ def test_what_the_process_has_set_changes_no_run(system, tmp_path):
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
     found = state(tmp_path / "other")
-    for name, value in expected.items():  # PyTorch's Transformer rounds otherwise where there is a default device
+    for name, value in expected.items():  # PyTorch's Transformer rounds differently if a default device is set
         torch.testing.assert_close(found[name], value, **TRAINED)
     assert system == "cyclegan" or torch.allclose(drawn, again, **FLOAT32)
 
 
 @pytest.fixture
 def classes(tmp_path):
-    """A folder of the classes a and b, in both parts."""
+    """A folder with the classes a and b, in both the training part and the held-out part."""
     for part, count in (("train", 12), ("test", 10)):
         for name, level in (("a", 0), ("b", 200)):
             (tmp_path / "data" / part / name).mkdir(parents=True)
@@ -93,7 +93,7 @@ def test_a_run_keeps_its_classes(classes, tmp_path):
     assert train(more, run, resume=True).step == 2
 
 
-def test_a_part_held_out_that_is_wrong_is_not_replaced_by_half_of_the_other(classes, tmp_path, caplog):
+def test_a_wrong_held_out_part_is_not_replaced_by_half_of_the_training_part(classes, tmp_path, caplog):
     config = CONFIGS["gan"](**GAN | {"data": str(classes), "width": 4, "image_size": 8})
     run = train(config, tmp_path / "run").folder
     (classes / "test" / "a").rename(classes / "test" / "other")

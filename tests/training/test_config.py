@@ -1,4 +1,4 @@
-"""Settings: what is refused, and what older versions saved."""
+"""Settings: which are refused, and those that older versions saved."""
 
 import dataclasses
 import inspect
@@ -42,7 +42,7 @@ def test_every_system_has_a_recipe():
         ({"lr_decay_from": 2.0}, "lr_decay_from must be between 0 and 1"),
     ],
 )
-def test_settings_that_cannot_be_meant(options, message):
+def test_invalid_settings(options, message):
     with pytest.raises(UsageError, match=message):
         DCGANTraining(**options)
 
@@ -58,7 +58,7 @@ def test_an_option_with_one_choice_is_not_shown(system, capsys):
 
 @pytest.mark.parametrize("system", CONFIGS)
 def test_every_setting_has_a_description(system):
-    """In its class or, where that only changes the default, in a class above."""
+    """The description is in its class or, if that only changes the default, in a base class."""
     sources = "".join(inspect.getsource(kind) for kind in CONFIGS[system].__mro__[:-1])
     for field in dataclasses.fields(CONFIGS[system]):
         assert re.search(rf'^    {field.name}: .*\n    """\w', sources, re.MULTILINE), field.name
@@ -72,7 +72,8 @@ def test_every_setting_has_a_description(system):
     ],
 )
 def test_runs_of_older_versions(system, options, name, old, tmp_path, monkeypatch, capsys):
-    """Their `condition` is read, by name and on the command line, and the run can be drawn from and resumed."""
+    """Their `condition` is still read, by name and on the command line, and such a run can generate images and be
+    resumed."""
     monkeypatch.setattr("fastgen.training.run.finish_run", lambda *arguments: None)
     config = CONFIGS[system](**GAN, **options, **{name: old})
     train(config, tmp_path / "run")

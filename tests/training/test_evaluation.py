@@ -1,4 +1,4 @@
-"""Figures of models of which the right ones are known, and the page that shows them."""
+"""Figures of models for which the right values are known, and the page that shows them."""
 
 import base64
 import dataclasses
@@ -39,14 +39,14 @@ def config(system, **options):
 
 
 class Light(torch.nn.Module):
-    """Finds an image the more real, the more light there is on it and the higher its class."""
+    """A discriminator that rates an image as more real, the brighter it is and the higher its class."""
 
     def forward(self, images, labels):
         return images.mean((1, 2, 3)) + labels
 
 
 class RealDigits:
-    """Draws real digits of the class asked for, or of the class after it."""
+    """Draws real digits of the requested class, or of the next one."""
 
     config = SimpleNamespace(classes=10)
     discriminator = Light()
@@ -77,7 +77,7 @@ def test_real_images_have_the_figures_of_real_images():
 
 
 class LinearVAE:
-    """Probabilistic PCA as a VAE: its posterior is exact, so its bound is the Gaussian's likelihood."""
+    """Probabilistic PCA as a VAE: its posterior is exact, so its bound equals the Gaussian's likelihood."""
 
     config = SimpleNamespace(nz=5, likelihood="gaussian")
 
@@ -112,13 +112,13 @@ def test_a_linear_vae_is_as_good_as_the_pca_gaussian():
 
 
 class Greyer:
-    """Makes images grey, and leaves grey ones as they are."""
+    """A translation that turns images grey, and leaves grey ones unchanged."""
 
     def translate(self, images, direction):
         return to_grey(images) if direction == "a_to_b" else images
 
 
-def test_a_translation_whose_truth_is_known():
+def test_a_translation_with_a_known_target():
     figures = evaluate_model(Greyer(), config("cyclegan"), 1000, 0).figures
     assert figures["a_to_b_psnr"].value > 45 > figures["a_to_b_psnr"].baseline
     assert figures["b_to_a_psnr"].value == figures["b_to_a_psnr"].baseline

@@ -76,9 +76,9 @@ def test_run_folder_is_complete(run):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("steps", [2, 5])
-def test_stopped_and_resumed_is_bit_for_bit_the_same(run, tmp_path, monkeypatch, steps, number):
+def test_stopped_and_resumed_is_bitwise_the_same(run, tmp_path, monkeypatch, steps, number):
     folder = tmp_path / "run"
-    handler = signal.getsignal(signal.SIGINT)  # a shell's background job ignores it
+    handler = signal.getsignal(signal.SIGINT)  # a background job of a shell ignores it
     with monkeypatch.context() as patch:
         interrupt_after(patch, steps, number)
         stopped = train(TINY, folder)
@@ -123,7 +123,7 @@ def test_same_seed_same_bits_and_another_seed_others(run, tmp_path):
 
 
 def poisoned(monkeypatch, at, poison):
-    """Runs `poison(model)` before training step `at`, counted from 0, whenever it is run."""
+    """Runs `poison(model)` before training step `at`, counted from 0, each time that step is run."""
 
     def step(self, now, step=DCGANRecipe.step):
         if now == at:
@@ -161,7 +161,7 @@ def break_update(model):
     ],
     ids=["forward", "backward", "update"],
 )
-def test_what_is_not_finite_is_traced_and_the_checkpoint_kept(tmp_path, monkeypatch, poison, message):
+def test_non_finite_values_are_traced_and_the_checkpoint_is_kept(tmp_path, monkeypatch, poison, message):
     poisoned(monkeypatch, 4, poison)
     with pytest.raises(FastgenError, match=message + "the checkpoint of step 3 is kept"):
         train(TINY, tmp_path / "run")
@@ -231,7 +231,7 @@ def test_resume_refuses_other_settings(run):
 
 
 def damaged(run, tmp_path, change):
-    """A copy of the run's checkpoint whose description went through `change`."""
+    """A copy of the run's checkpoint whose description was passed through `change`."""
     meta = load_meta(run.folder)
     change(meta)
     state = tensors(run.folder)
@@ -272,7 +272,7 @@ def test_a_description_that_does_not_fit_its_tensors(run, tmp_path, key, value, 
         lambda meta: meta["config"].update(lr="fast"),
         lambda meta: meta["config"].update(nz=4.0),
         lambda meta: meta["config"].update(colour=1),
-        lambda meta: meta["config"].update(nz=8192, ngf=8192, ndf=8192),  # 40 GB, were it made
+        lambda meta: meta["config"].update(nz=8192, ngf=8192, ndf=8192),  # 40 GB if it were created
         lambda meta: meta["config"].update(batch_size=10**12),
         lambda meta: meta["config"].update(steps=10**400),
         lambda meta: meta["config"].update(lr=10**400),
@@ -301,7 +301,7 @@ def test_resume_from_tensors_that_do_not_fit(run, tmp_path):
             train(TINY, tmp_path, resume=True)
 
 
-def test_load_model_draws_what_the_run_drew(run):
+def test_load_model_draws_the_same_images_as_the_run(run):
     model = load_model(run.folder)
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     images = sample(model, 5, seed=3)
@@ -312,7 +312,7 @@ def test_load_model_draws_what_the_run_drew(run):
             sample(model, n, seed)
 
 
-def test_official_checkpoint_layout_is_what_is_saved(run, tmp_path):
+def test_saves_the_official_checkpoint_layout(run, tmp_path):
     state = tensors(run.folder)
     generator = {
         name.removeprefix("ema.generator."): tensor.contiguous()

@@ -1,4 +1,4 @@
-"""Every system trains, is resumed to the same bits, and says what its data lacks."""
+"""Every system trains, resumes to the same bits, and names what is missing in its data."""
 
 import dataclasses
 import math
@@ -69,7 +69,7 @@ def test_every_system_is_here():
 @pytest.mark.parametrize("name", RUNS)
 def test_trains_and_resumes_to_the_same_bits(name, tmp_path, monkeypatch):
     config = tiny(name)
-    # what comes after training has tests of its own
+    # the steps after training have tests of their own
     monkeypatch.setattr("fastgen.training.run.finish_run", lambda *arguments: None)
     straight = train(config, tmp_path / "straight")
     state = load_file(straight.folder / load_meta(straight.folder)["tensors"]["file"])
@@ -133,7 +133,7 @@ def test_the_learning_rate_falls_to_zero_after_its_share_of_the_steps(monkeypatc
     assert rates == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
 
 
-def test_d_steps_draw_images_of_their_own():
+def test_each_d_step_draws_new_images():
     recipe = recipe_of(tiny("wgan_gp", d_steps=3))
     recipe.advance(0)
     assert recipe.position == 3 * recipe.config.batch_size
@@ -176,7 +176,7 @@ def test_the_variance_of_a_vae_is_that_of_its_error():
     assert recipe.model.log_std != recipe.ema.model.log_std
 
 
-DIFFERENCES = units(torch.float32, 2**13, 1)  # of two gradients, which agree in some three digits of seven
+DIFFERENCES = units(torch.float32, 2**13, 1)  # of two gradients, which agree in about three of seven digits
 
 
 def test_beta_weighs_the_divergence_and_grows():
@@ -238,14 +238,14 @@ def without(data, *names):
         ("cyclegan", (), "cyclegan learns from two domains, but digits is one: use a folder with trainA and trainB"),
     ],
 )
-def test_data_that_lacks_what_a_system_learns_from(name, lacks, message):
+def test_data_without_what_a_system_needs(name, lacks, message):
     config = tiny(name, data="digits")
     with pytest.raises(DataError, match=message):
         recipe_of(config, without(load_dataset("digits", 32), *lacks))
 
 
 @pytest.mark.parametrize("name", ["dcgan", "vae", "gan"])
-def test_one_set_of_images_is_not_two(name):
+def test_systems_of_one_set_of_images_refuse_two_domains(name):
     images = ImageDataset("a", torch.zeros(2, 1, 32, 32))
     with pytest.raises(DataError, match="learns from one set of images, but digits has two domains"):
         recipe_of(tiny(name), DomainPair("ab", images, images))

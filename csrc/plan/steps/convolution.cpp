@@ -31,7 +31,7 @@ bool sizes_fit(const ConvolutionFields& f, const Shape& x, const Shape& shape) {
   return true;
 }
 
-cpu::Buffer<char> zeros(int64_t bytes) {  // they take as long as other numbers
+cpu::Buffer<char> zeros(int64_t bytes) {  // zeros take as long as other numbers
   auto made = cpu::scratch<char>(bytes);
   std::fill_n(made.get(), bytes, 0);
   return made;
@@ -150,7 +150,8 @@ std::vector<Convolution::Timed> Convolution::time_algorithms(int64_t n, DType dt
   const auto faster = [](const auto& one, const auto& other) { return one.timed.seconds < other.timed.seconds; };
   const double first = std::min_element(candidates.begin(), candidates.end(), faster)->timed.seconds;
   const int64_t rounds = std::clamp<int64_t>(static_cast<int64_t>(0.02 / first), 5, 40);
-  for (int64_t round = 0; round < rounds && candidates.size() > 1; ++round)  // in turns: what disturbs one disturbs all
+  for (int64_t round = 0; round < rounds && candidates.size() > 1;
+       ++round)  // in turns, so that a disturbance affects all of them
     for (Candidate& candidate : candidates) measure(candidate);
   std::sort(candidates.begin(), candidates.end(), faster);
   std::vector<Timed> found;

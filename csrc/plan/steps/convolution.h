@@ -9,7 +9,7 @@
 
 namespace fastgen::plan {
 
-constexpr int64_t kFew = 8;  // from so many images on, a convolution uses its algorithm for many
+constexpr int64_t kFew = 8;  // images; from this number on, a convolution uses its algorithm for many images
 
 struct ConvolutionFields {
   int64_t kernel[2], stride[2], padding[2], dilation[2], groups;
@@ -33,10 +33,10 @@ class Convolution final : public Typed<Convolution, ConvolutionFields> {
   bool needs_whole_batch() const override { return fields.epilogue.norm == Norm::batch; }
   bool can_write_channels_first() const override { return inputs.size() == 1 && !fields.epilogue.has_statistics(); }
 
-  // Whether the other takes the same time.
+  // Whether the other convolution takes the same time: equal sizes and options.
   bool is_alike(const Convolution& other) const;
 
-  // Measures each algorithm with an input of zeros; the fastest first.
+  // Times each algorithm with an input of zeros; returns the fastest first.
   std::vector<Timed> time_algorithms(int64_t n, DType dtype, const char* weights,
                                      const cpu::ParallelFor& parallel) const;
   int64_t algorithm_for(int64_t n) const { return fields.algorithm[n >= kFew]; }

@@ -1,4 +1,4 @@
-// A norm, a residual and an activation that no convolution takes in.
+// A norm, a residual and an activation that are not part of a convolution.
 #include "cpu/norm_act.h"
 
 #include "plan/epilogue.h"

@@ -9,7 +9,7 @@
 
 namespace fastgen::plan::FASTGEN_ISA {
 
-// Whether every window has a pixel within the image, also one that begins in what ceil_mode adds.
+// Whether every window has a pixel within the image, including windows that ceil_mode adds.
 inline bool windows_fit(const Shape& x, const Shape& shape, const int64_t* kernel, const int64_t* stride,
                         const int64_t* padding, const int64_t* dilation) {
   constexpr int64_t kMax = 1 << 14;
@@ -67,7 +67,7 @@ class AvgPool final : public Computed<AvgPool, AvgPoolFields> {
  private:
   struct Window {
     int64_t begin, end;  // within the image
-    int64_t padded;      // its length with what is in the padding, but not beyond
+    int64_t padded;      // its length including the padding, but nothing beyond it
   };
 
   Window window(int axis, int64_t at, int64_t size) const {

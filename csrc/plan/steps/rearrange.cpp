@@ -33,7 +33,7 @@ class Reshape final : public Computed<Reshape, NoFields> {
   }
 
  private:
-  // Goes through an image in the order (c, h, w), and says where each element is in memory.
+  // Iterates over an image in the order (c, h, w) and gives each element's position in memory.
   class Element {
    public:
     Element(const Shape& shape, int64_t at)
@@ -69,7 +69,8 @@ class PixelShuffle final : public Computed<PixelShuffle, PixelShuffleFields> {
   template <class T>
   void compute(const Run& run) const {
     const Shape in = inputs[0].shape;
-    const int64_t factor = shape.h / in.h, row = factor * shape.c;  // what an input pixel gives to a row of the output
+    const int64_t factor = shape.h / in.h,
+                  row = factor * shape.c;  // elements of an output row that come from one input pixel
     const bool whole = fields.channels_last;
     over_rows(shape, run, [&](int64_t image, int64_t oy) {
       const T* const from =

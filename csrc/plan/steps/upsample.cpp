@@ -9,7 +9,7 @@
 
 namespace fastgen::plan::FASTGEN_ISA {
 
-// The pixel that each of `out` is: in float32, as PyTorch computes it, so that rounding picks the same.
+// The source pixel of each of `out` pixels, in float32 as PyTorch computes it, so that rounding picks the same one.
 class Nearest {
  public:
   Nearest(int64_t in, int64_t out, bool exact)
