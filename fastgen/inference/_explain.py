@@ -108,7 +108,7 @@ def _weight_is_channels_last(convolution: Any) -> bool:
 def _of_op(op: str, like: Tensor, fastest: Choice | None) -> Choice:
     chosen = _dispatch.choose(op, "auto", like, fastest, counted=False)
     if (requested := requested_impl()) != "auto":
-        return chosen._replace(reason=f"{requested} is asked for")
+        return chosen._replace(reason=f"{requested} is requested")
     if chosen.implementation == "reference":
         tier = _policy.auto_tier(op, str(like.device), like.dtype)
         reason = _tiers.why_not(op, tier, str(like.device), like.dtype) if tier else None

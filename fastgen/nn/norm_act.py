@@ -7,13 +7,13 @@ from fastgen.nn.sequential import Sequential
 
 
 class NormAct(Sequential):
-    """A norm layer and its activation in one op: nn.Sequential(norm, activation), with that state_dict.
+    """A norm layer and its activation in one op: nn.Sequential(norm, activation), with its state_dict.
 
     Args:
         num_features: channels C of the input (N, C, H, W).
         norm: "batch" or "instance".
         activation: "relu", "leaky_relu", "tanh", "sigmoid", "silu", or None.
-        affine, track_running_stats: None stands for the norm layer's own default.
+        affine, track_running_stats: None selects the norm layer's own default.
 
     The other arguments are those of BatchNorm2d, InstanceNorm2d and LeakyReLU. See fastgen.ops.norm_act.
     """

@@ -1,4 +1,4 @@
-"""Checks of the arguments of ops: each names the argument, what was found and what is needed."""
+"""Checks of the ops' arguments. Each error names the argument, what was passed and what is needed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def floating(name: str, x: Tensor) -> None:
 
 
 def same_kind(name: str, tensor: Tensor, x: Tensor) -> None:
-    """The tensor has the input's dtype and device."""
+    """Checks that the tensor has the input's dtype and device."""
     floating(name, tensor)
     if tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device}, input on {x.device}: move one of them")
@@ -39,7 +39,7 @@ def same_kind(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def per_channel(name: str, tensor: Tensor | None, channels: int, x: Tensor) -> None:
-    """The tensor has one value per channel, on the input's device, in its dtype or float32."""
+    """Checks that the tensor has one value per channel, on the input's device, in its dtype or float32."""
     if tensor is None:
         return
     floating(name, tensor)

@@ -1,4 +1,4 @@
-"""What the two fused convolutions share: checks, default kernel, fake kernel and gradients, strided or transposed."""
+"""What the strided and the transposed fused convolution share: checks, default kernel, fake kernel and gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def call(
     memory_efficient: bool,
     impl: str,
 ) -> Tensor:
-    """A public convolution, once its geometry is checked."""
+    """Computes a public fused convolution, once the geometry has been checked."""
     if epilogue.residual is not None and autocasts(x):
         epilogue = epilogue._replace(residual=epilogue.residual.to(x.dtype))
     if x.dim() == 3 and epilogue.norm != "batch":
@@ -66,7 +66,7 @@ def call(
         out, mean, var = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
     else:
         out, mean, var = run(*inputs)
-    if batch_stats:  # not in run, which a checkpoint calls twice
+    if batch_stats:  # not in run, which checkpointing calls twice
         epilogue.update_running(mean, var, out.numel() // max(1, mean.numel()))
     return out
 
@@ -88,7 +88,7 @@ def _unfused(
 
 
 def unfused_epilogue(pre: Tensor, epilogue: KernelEpilogue) -> tuple[Tensor, Any, Any]:
-    """The epilogue of a convolution that PyTorch computed, whose output nobody else has."""
+    """The epilogue, applied to the output of PyTorch's convolution, which nothing else refers to."""
     if epilogue.norm == "none" and epilogue.residual is None:
         return activate_in_place(pre, epilogue.activation, epilogue.negative_slope), None, None
     return _autograd.call("norm_act", pre, *epilogue)
@@ -98,11 +98,11 @@ def autocasts(x: Tensor) -> bool:
     kind = x.device.type
     return (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(
         kind
-    )  # "meta" has none
+    )  # "meta" has no autocast
 
 
 def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The three in autocast's dtype where that is on, as PyTorch's convolutions have it: all but float64."""
+    """The three tensors in autocast's dtype if it is on, as for PyTorch's convolutions: all dtypes but float64."""
     if not autocasts(x) or torch.float64 in (x.dtype, weight.dtype):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -146,9 +146,10 @@ def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geom
 
 
 def define(op: str, geometry_schema: str, geometry_of: Callable[..., Geometry]) -> None:
-    """Registers an op and all that PyTorch asks of it; geometry_of(*arguments of the schema) is its Geometry.
+    """Registers an op with its kernels and gradients; geometry_of(*arguments of the schema) returns its Geometry.
 
-    save: also return pre, the convolution before the norm, which the backward needs. mean, var: as in norm_act.
+    save (in the schema): also return pre, the convolution's output before the norm, which the backward pass needs.
+    mean, var: as in norm_act.
     """
     name = f"fastgen::{op}"
     torch.library.define(
@@ -162,7 +163,7 @@ def define(op: str, geometry_schema: str, geometry_of: Callable[..., Geometry]) 
         return memory_format(is_channels_last(x) or is_channels_last(weight))
 
     def split(rest):
-        """(epilogue, geometry, save) from the arguments behind the bias."""
+        """(epilogue, geometry, save) from the arguments after the bias."""
         epilogue, arguments = KernelEpilogue(*rest[:10]), rest[10:-1]
         return epilogue, geometry_of(*arguments), rest[-1]
 
@@ -199,7 +200,7 @@ def define(op: str, geometry_schema: str, geometry_of: Callable[..., Geometry]) 
         ctx.set_materialize_grads(False)
 
     def backward(ctx, grad_out, grad_pre, grad_mean, grad_var):
-        """Both steps are differentiable ops; what a second backward asks of `pre` arrives as grad_pre."""
+        """Both steps are differentiable ops; a second backward pass contributes grad_pre, the gradient of `pre`."""
         x, weight, bias, *tensors, pre = ctx.saved_tensors
         is_identity = ctx.options.is_identity()
         if ctx.lacks_pre:  # its caller did not know: torch.compile does not within torch.func.grad

@@ -1,4 +1,4 @@
-"""A convolution's gradients: who computes each of them, and the registered ops that do."""
+"""A convolution's gradients: which implementation computes each, and the registered ops for them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _weight_grads = Setting("weight_grads", True)
 
 @contextlib.contextmanager
 def without_weight_grads() -> Iterator[None]:
-    """Within the context the backward passes that this thread asks for leave out the gradients of the fused
-    convolutions' weights and biases. With create_graph=True the second backward, outside of it, is complete.
+    """A context in which the backward passes that this thread starts skip the gradients of the fused convolutions'
+    weights and biases. With create_graph=True, a second backward pass outside the context is complete.
 
-    torch.autograd.grad(inputs=) computes what is asked for alone without it, as gradient penalties do.
+    torch.autograd.grad(inputs=), as in gradient penalties, computes only the requested gradients even without it.
     """
     with _weight_grads.set_to(False):
         yield
@@ -51,7 +51,7 @@ def _reflected(x: Tensor, padding: HW) -> Tensor:
 def convolution(
     geometry: Geometry, x: Tensor, weight: Tensor, sigma: Tensor | None = None, choice: Choice | None = None
 ) -> Tensor:
-    """The convolution alone, differentiable: by a choice, else by who is fastest. sigma: see _spectral_convolution."""
+    """The convolution alone, differentiable, by the given choice or the policy's. sigma: see _spectral_convolution."""
     if choice is None:
         choice = _choice(x, _policy.fastest_forward, geometry, x.shape, spec_of(weight))
     if choice is None:
@@ -64,8 +64,8 @@ def convolution(
 
 
 def _choice(x: Tensor, fastest: Any, *question: Any) -> Choice | None:
-    """Which of fastgen's kernels computes something on x: the one that is asked for, else the policy's choice; None:
-    PyTorch's."""
+    """Which of fastgen's kernels computes a result from x: the requested one, else the policy's choice; None stands
+    for PyTorch's kernel."""
     if not _dispatch.has_kernels(x):
         return None
     requested = requested_impl()
@@ -80,9 +80,9 @@ def _choice(x: Tensor, fastest: Any, *question: Any) -> Choice | None:
 def gradients(
     geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool], sigma: Tensor | None = None
 ):
-    """Gradients of x and weight, those that are wanted, by ops that are themselves differentiable.
+    """The gradients of x and weight, each if `wanted`, by ops that are themselves differentiable.
 
-    x's is the adjoint convolution of grad. What PyTorch's kernels do better they do in one call.
+    The gradient of x is the adjoint convolution of grad. Gradients that PyTorch's kernels compute faster take one call.
     """
     wants_x, wants_weight = wanted
     weight_spec = spec_of(weight)
@@ -107,7 +107,7 @@ def gradients(
 def input_gradient(
     geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, sigma: Tensor | None, choice: Choice
 ) -> Tensor:
-    """x's gradient by a kernel of fastgen's: the adjoint convolution of grad."""
+    """The gradient of x by one of fastgen's kernels: the adjoint convolution of grad."""
     plain, read = geometry.without_reflection(x.shape)
     grad_x = convolution(plain.adjoint(read, weight.shape), grad, weight, sigma, choice)
     if geometry.is_adjoint_larger(x.shape, weight.shape):
@@ -117,7 +117,7 @@ def input_gradient(
 
 
 def _unpad_reflect(geometry: Geometry, grad: Tensor, x: Tensor) -> Tensor:
-    """x's gradient, from that of what its convolution reads."""
+    """The gradient of x from the gradient of the padded x that the convolution reads."""
     if not geometry.reflect:
         return grad
     height, width = geometry.padding
@@ -141,13 +141,13 @@ ARGUMENTS = (
 
 
 def wanted_gradients(ctx, bias: int) -> tuple[tuple[bool, bool], bool]:
-    """Whether gradients of x and weight are, the first two inputs, and of the bias, by its place among them."""
+    """Whether the gradients of x and weight (inputs 0 and 1) are needed, and that of the input at position `bias`."""
     parameters = _weight_grads.get()
     of_weight, of_bias = (parameters and _autograd.is_wanted(ctx, at) for at in (1, bias))
     return (_autograd.is_wanted(ctx, 0), of_weight), of_bias
 
 
-# PyTorch's convolution, so that its gradients can be chosen.
+# PyTorch's convolution as a registered op, so that an implementation can be chosen for each of its gradients.
 torch.library.define("fastgen::convolution", f"(Tensor x, Tensor weight, Tensor? bias, {ARGUMENTS}) -> Tensor")
 
 
@@ -175,7 +175,7 @@ def _forward_backward(ctx, grad):
 
 _autograd.register("fastgen::convolution", _forward_backward, _setup_forward)
 
-# The weight's gradient; weight gives its sizes and strides.
+# The gradient of the weight; the argument weight only gives its sizes and strides.
 torch.library.define(
     "fastgen::convolution_weight_grad", f"(Tensor grad, Tensor x, Tensor weight, {ARGUMENTS}) -> Tensor"
 )
@@ -199,7 +199,8 @@ def _setup_weight_grad(ctx, inputs, output):
 
 
 def _weight_grad_backward(ctx, direction):
-    """It is linear in both factors: the convolution with `direction` as its weight, and that one's input gradient."""
+    """The op is linear in grad and x: their gradients are the convolution with `direction` as its weight, and the input
+    gradient of that convolution."""
     grad, x = ctx.saved_tensors
     of_grad, of_x = (_autograd.is_wanted(ctx, at) for at in (0, 1))
     return (
@@ -223,5 +224,5 @@ class _Divided(torch.autograd.Function):
 
 
 def divided(weight: Tensor, sigma: Tensor | None) -> Tensor:
-    """weight / sigma for what cannot divide its sums; its gradient is as in _spectral_convolution."""
+    """weight / sigma, for kernels that cannot divide their sums; its gradient is as in _spectral_convolution."""
     return weight if sigma is None else _Divided.apply(weight, sigma)

@@ -1,5 +1,5 @@
-"""The registered ops of norm_act: schema, reference, default and fake kernels, gradients. Also the epilogue's in a
-convolution."""
+"""The registered ops of norm_act: schema, reference, default and fake kernels, gradients. Fused convolutions use them
+for their epilogue too."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def moments(x: Tensor, norm: str, num_groups: int) -> tuple[Tensor, Tensor]:
 
 
 def _mean_of_groups(x: Tensor, norm: str, num_groups: int) -> Tensor:
-    """The mean over each group of values that share statistics, broadcastable against x."""
+    """The mean of each group of values that share statistics, broadcastable against x."""
     if norm == "batch":
         return x.mean([d for d in range(x.dim()) if d != 1], keepdim=True)
     return _of_channels(_in_groups(x, norm, num_groups).mean(2), x)
@@ -98,7 +98,7 @@ def _forward_fake(x, weight, bias, mean, var, residual, norm, num_groups, *optio
 
 
 def fake_moments(x, sizes, mean, norm, num_groups) -> tuple[Tensor, Tensor]:
-    """The statistics that an op returns for values of these sizes."""
+    """The statistics that an op returns, as fake tensors, for an input of these sizes."""
     if norm == "none" or mean is not None:
         return _no_moments(x)
     shape = sizes[1:2] if norm == "batch" else (sizes[0], num_groups if norm == "group" else sizes[1])
@@ -172,7 +172,7 @@ def _forward_backward(ctx, grad_out, grad_mean, grad_var):
 
 
 def norm_act_grads(grad_out, x, weight, bias, mean, var, residual, batch_stats, *options):
-    """Gradients of x, weight, bias and residual by the registered backward op; None where there is no such input."""
+    """Gradients of x, weight, bias and residual by the registered backward op; None for an input that is None."""
     grad_x, grad_weight, grad_bias, grad_residual = _autograd.call(
         "norm_act_backward", grad_out, x, weight, bias, mean, var, residual, batch_stats, *options
     )
@@ -193,7 +193,7 @@ def _setup_backward(ctx, inputs, output):
 
 
 def _double_backward(ctx, *grads):
-    """Differentiates the formula of the first backward; the statistics of the batch are functions of x in it."""
+    """Differentiates the formula of the first backward pass, in which batch statistics are functions of x."""
 
     def formula(grad_out, x, weight, bias, residual, mean, var):
         if ctx.batch_stats:

@@ -131,7 +131,7 @@ def test_what_tune_refuses(monkeypatch):
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
         fastgen.tune(3, torch.randn(3, 8))
     monkeypatch.setenv("FASTGEN_IMPL", "cpp")
-    with pytest.raises(UsageError, match="tune measures what auto may choose, and 'cpp' is asked for"):
+    with pytest.raises(UsageError, match="tune measures auto's candidates, but 'cpp' is requested"):
         fastgen.tune(model, torch.randn(3, 8))
 
 
