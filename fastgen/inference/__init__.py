@@ -23,7 +23,7 @@ Engine(model, example) records what a model computes, and runs the record. From 
 | `_engine` | `Engine`: checks the arguments, chooses a backend, compares it with the model |
 | `_backends` | a plan, CUDA graphs, or PyTorch with plans for parts of the model: run, parts, save |
 | `_planner` | the plan of the whole model, or plans of its largest parts |
-| `_record`, `_readers`, `_lower` | calls of PyTorch's functions, how each is interpreted, and the plan's steps for them |
+| `_record`, `_readers`, `_lower` | calls of PyTorch's functions, how to read each, and the plan's steps for them |
 | `_graphs` | the fused model on a GPU, recorded once per batch size |
 | `_compare` | whether the backend computes what the model does, up to rounding; state that changes between calls |
 | `_call` | a plan called with tensors |

@@ -1,8 +1,8 @@
-"""Readers: for each function of PyTorch that a plan can compute, what a call of it becomes as a node.
+"""Readers: one per PyTorch function that a plan can compute. A reader turns a call of the function into a node.
 
-A reader has the parameters of the function, so that Python binds the arguments. It returns (kind, inputs, options). The
-kind is a class of steps, whose fields the options are, or a name for which _lower.py has a method. Raises
-UnsupportedError for what no plan computes.
+A reader has the same parameters as the function, so that Python binds the arguments. It returns (kind, inputs,
+options). The kind is a class of steps, with the options as its fields, or a name for which _lower.py has a method.
+Readers raise UnsupportedError for calls that no plan can compute.
 """
 
 import operator
@@ -67,7 +67,7 @@ def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
 
 
 def _activations() -> dict[Any, Callable]:
-    """The readers of all functions and methods that have the name of an activation, in place or not."""
+    """The readers of all functions and methods that are named after an activation, in place or not."""
 
     def reader(activation: Activation) -> Callable:
         return lambda input, *_, **__: ("activation", (input,), {"activation": activation})
@@ -210,7 +210,7 @@ def _getitem(input, index):
         return "view", (input,), {}
     channels = parts[1] if len(parts) > 1 else None
     if not isinstance(channels, slice) or channels.step not in (None, 1) or input[:, channels].shape != result.shape:
-        raise UnsupportedError("indexing other than of consecutive channels")
+        raise UnsupportedError("indexing of anything but consecutive channels")
     return Narrow, (input,), {"start": channels.indices(input.shape[1])[0]}
 
 
@@ -232,7 +232,7 @@ def _cat(tensors, dim=0):
 
 def _dropout(input, p=0.5, training=True, inplace=False):
     if training:
-        raise UnsupportedError("dropout that is on")
+        raise UnsupportedError("active dropout")
     return SAME, (input,), {}
 
 
@@ -276,7 +276,7 @@ def _rsub(a, b, alpha=1):
 
 def _addcmul(input, tensor1, tensor2, *, value=1):
     if value != 1 or not input.dim() == tensor1.dim() == tensor2.dim():
-        raise UnsupportedError("addcmul with another value than 1, or of different dimensions")
+        raise UnsupportedError("addcmul with a value other than 1 or with different numbers of dimensions")
     return "addcmul", (input, tensor1, tensor2), {}
 
 

@@ -250,14 +250,14 @@ def test_wrong_labels_and_inputs_are_named(tmp_path):
         ((z, torch.tensor([0, 1, -(2**63)]), other), IndexError, r"inputs\[1\]"),
         ((z, labels.float(), other), TypeError, r"inputs\[1\] must be .*, got (torch\.)?float32"),
         ((z, labels[:, None], other), ValueError, r"inputs\[1\] must be of shape \(N,\), got \(3, 1\)"),
-        ((z, labels[:2], other), ValueError, r"inputs\[1\] must be of 3 images as inputs\[0\] is, got shape \(2,\)"),
+        ((z, labels[:2], other), ValueError, r"inputs\[1\] must have 3 images as inputs\[0\] has, got shape \(2,\)"),
         ((z[:, :5], labels, other), ValueError, r"inputs\[0\] must be of shape \(N, 6\), got \(3, 5\)"),
     ):
         with pytest.raises(error, match=words):
             engine(*wrong)
         with pytest.raises(error, match=words):
             plan(*(x.numpy() for x in wrong))
-    with pytest.raises(UsageError, match=r"same number of images, got shapes \(3, 6\), \(2,\)"):
+    with pytest.raises(UsageError, match=r"same batch size, got shapes \(3, 6\), \(2,\)"):
         fastgen.Engine(model, (z, labels[:2]))
 
 

@@ -71,7 +71,7 @@ def test_missing_kernel_is_an_error_when_asked_for():
         (
             {"has_code": False},
             torch.float32,
-            {"triton": None, "cuda": "for other GPUs than cuda:0, of compute capability 9.0"},
+            {"triton": None, "cuda": "not built for cuda:0, whose compute capability is 9.0"},
         ),
         ({}, torch.float64, "not float64"),
         ({}, torch.bfloat16, None),
