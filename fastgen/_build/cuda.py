@@ -67,10 +67,10 @@ def nvcc_release(nvcc: Path | str) -> str | None:
     import subprocess
 
     try:
-        said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, errors="replace").stdout
+        output = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, errors="replace").stdout
     except OSError:  # it exists, but cannot be executed
         return None
-    found = re.search(r"release (\d+\.\d+)", said)
+    found = re.search(r"release (\d+\.\d+)", output)
     return found[1] if found else None
 
 

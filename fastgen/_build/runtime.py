@@ -32,9 +32,9 @@ def load(build: bool = False) -> ModuleType:
             # The first suffix names this Python. The compiler's version is not queried, so that a plan starts at once.
             key = f"runtime-{made_from}-{suffixes[0].strip('.').removesuffix('.so')}"
             names = [f"_runtime_{made_from}{suffix}" for suffix in suffixes]
-            made = [toolchain.PACKAGE / name for name in names if (toolchain.PACKAGE / name).is_file()]
-            made += cache.cached(f"{key}.so")
-            path = made[0] if made else toolchain.make(key, sources(), _compile_into, asked=build)
+            prebuilt = [toolchain.PACKAGE / name for name in names if (toolchain.PACKAGE / name).is_file()]
+            prebuilt += cache.cached(f"{key}.so")
+            path = prebuilt[0] if prebuilt else toolchain.make(key, sources(), _compile_into, asked=build)
             loader = importlib.machinery.ExtensionFileLoader("fastgen._runtime", str(path))
             spec = importlib.util.spec_from_file_location("fastgen._runtime", path, loader=loader)
             assert spec is not None

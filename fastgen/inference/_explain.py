@@ -61,11 +61,11 @@ def explain(model: nn.Module, *example_inputs: Any, training: bool = True) -> Ex
     names = {module: name or "model" for name, module in network.named_modules()}
     with torch.set_grad_enabled(training), recorded_calls() as calls:
         network(*example_inputs)
-    rows = [Explained(_name(call, names), *found) for call in calls for found in _passes(call, training)]
-    known = {module for call in calls for module in call.layers}
+    rows = [Explained(_name(call, names), *passed) for call in calls for passed in _passes(call, training)]
+    explained = {module for call in calls for module in call.layers}
     for left in fusion_report(network).left:
         module = network.get_submodule(left.name) if left.name else network
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in known:
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in explained:
             rows.append(Explained(left.name or "model", "forward", Choice("modules", "", left.reason)))
     return Explanation(tuple(rows))
 

@@ -182,10 +182,10 @@ def _pixel_shuffle(input, upscale_factor):
 def _reduction(is_mean: bool) -> Callable:
     def read(input, dim=None, keepdim=False, dtype=None):
         dims = (dim,) if isinstance(dim, int) else tuple(dim or ())
-        found = tuple(sorted(d % input.dim() for d in dims))
-        if not (found == (2, 3) and input.dim() == 4) and not (found == (1,) and (keepdim or input.dim() == 2)):
+        reduced = tuple(sorted(d % input.dim() for d in dims))
+        if not (reduced == (2, 3) and input.dim() == 4) and not (reduced == (1,) and (keepdim or input.dim() == 2)):
             raise UnsupportedError(f"a mean or sum of {input.dim()} dimensions over {dim}")
-        return "reduction", (input,), {"over_pixels": found == (2, 3), "is_mean": is_mean}
+        return "reduction", (input,), {"over_pixels": reduced == (2, 3), "is_mean": is_mean}
 
     return read
 

@@ -64,21 +64,23 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, inputs: list[Tensor]):
         super().__init__()
         self.batch = inputs[0].shape[0]
-        self.asked = False
+        self.reads_batch_size = False
         self.calls: list[_Call] = []
         self.inputs = [Node("input" if x.is_floating_point() else "labels", (), tuple(x.shape[1:])) for x in inputs]
         # The tensor is kept too, so that no other one gets its id.
-        self.known: dict[int, tuple[Tensor, Node]] = {id(x): (x, n) for x, n in zip(inputs, self.inputs, strict=True)}
+        self.nodes_by_id: dict[int, tuple[Tensor, Node]] = {
+            id(x): (x, n) for x, n in zip(inputs, self.inputs, strict=True)
+        }
 
     def node(self, value: Any) -> Node | None:
-        return self.known[id(value)][1] if id(value) in self.known else None
+        return self.nodes_by_id[id(value)][1] if id(value) in self.nodes_by_id else None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
         involved = [leaf for leaf in leaves if isinstance(leaf, Tensor) and self.node(leaf)]
         if not involved or func in _QUIET or getattr(func, "__name__", "") == "__get__":
-            self.asked = self.asked or (bool(involved) and _tells_batch(func, *args, **kwargs))
+            self.reads_batch_size = self.reads_batch_size or (bool(involved) and _tells_batch(func, *args, **kwargs))
             result = func(*args, **kwargs)
             if involved and isinstance(result, Tensor):  # such as .T or .data
                 raise UnsupportedError("an attribute of a computed value")
@@ -86,11 +88,11 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if func not in READERS:
             raise UnsupportedError(name)
-        reader, known = READERS[func], args
+        reader, arguments = READERS[func], args
         if reader in ARITHMETIC:  # a constant tensor of one element counts as a number
-            known = [float(a) if isinstance(a, Tensor) and a.numel() == 1 and not self.node(a) else a for a in args]
+            arguments = [float(a) if isinstance(a, Tensor) and a.numel() == 1 and not self.node(a) else a for a in args]
         try:
-            kind, inputs, options = reader(*known, **kwargs)
+            kind, inputs, options = reader(*arguments, **kwargs)
         except TypeError:  # the reader does not have these parameters
             raise UnsupportedError(f"{name} with these arguments") from None
         nodes = tuple(self.node(value) for value in inputs)
@@ -100,14 +102,14 @@ class _Recorder(TorchFunctionMode):
         first = args[0] if args else None
         old = self.node(first) if isinstance(first, Tensor) else None
         reads = (kind, cast(tuple[Node, ...], nodes), options)
-        result, made = self._run(functools.partial(func, *args, **kwargs), first, reads)
-        for value, node in zip([result] if isinstance(result, Tensor) else result, made, strict=True):
+        result, nodes_made = self._run(functools.partial(func, *args, **kwargs), first, reads)
+        for value, node in zip([result] if isinstance(result, Tensor) else result, nodes_made, strict=True):
             if old not in (None, node) and value is first:  # in place: all that share the value see it
-                for key, (tensor, known_as) in self.known.items():
+                for key, (tensor, known_node) in self.nodes_by_id.items():
                     if _share_memory(tensor, value):
-                        if known_as is not old:
+                        if known_node is not old:
                             raise UnsupportedError(f"{name} in place on a view")
-                        self.known[key] = (tensor, node)
+                        self.nodes_by_id[key] = (tensor, node)
             self._know(name, value, node, involved)
         return result
 
@@ -134,7 +136,7 @@ class _Recorder(TorchFunctionMode):
             raise UnsupportedError(f"{name} to {result.dtype} on {result.device}")
         if result.dim() < 1 or result.shape[0] != self.batch:
             raise UnsupportedError(f"{name} that changes the batch")
-        self.known[id(result)] = (result, node)
+        self.nodes_by_id[id(result)] = (result, node)
 
 
 class _OtherCallError(Exception):
@@ -147,7 +149,7 @@ class _Replay(_Recorder):
 
     def __init__(self, inputs: list[Tensor], recorded: _Recorder):
         super().__init__(inputs)
-        self.known = {id(x): (x, node) for x, node in zip(inputs, recorded.inputs, strict=True)}
+        self.nodes_by_id = {id(x): (x, node) for x, node in zip(inputs, recorded.inputs, strict=True)}
         self.expected, self.at = recorded.calls, 0
 
     def _run(self, call: Callable, first: Any, reads: tuple) -> tuple[Any, list[Node]]:
@@ -224,7 +226,7 @@ def record(module: nn.Module, *inputs: Tensor) -> tuple[list[Node], list[Node]]:
     given = [x.clone() for x in inputs]
     recorder = _Recorder(given)
     outputs = _outputs(module, given, recorder)
-    if recorder.asked:
+    if recorder.reads_batch_size:
         _check_numbers(module, inputs, recorder, outputs)
     for node in outputs:
         node.uses += 1

@@ -118,9 +118,9 @@ def tune_call(
     """tune() for the convolutions that call() runs. folder: where the chips' files are; by default the user's cache."""
     if not 0 < seconds < float("inf"):
         raise UsageError(f"seconds must be positive and finite, not {seconds}")
-    if (asked := requested_impl()) != "auto":
+    if (requested := requested_impl()) != "auto":
         raise UsageError(
-            f"tune measures auto's candidates, but {asked!r} is requested: leave use_impl or unset FASTGEN_IMPL"
+            f"tune measures auto's candidates, but {requested!r} is requested: leave use_impl or unset FASTGEN_IMPL"
         )
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices):

@@ -101,8 +101,8 @@ def _is_batch(x: Tensor, convolution: Any, norm: Any) -> bool:
 
 
 def _is_dense(x: Tensor) -> bool:
-    known = type(x) is Tensor or type(x) is nn.Parameter or type(x).__module__.startswith("torch._subclasses.")
-    return known and x.dtype in FLOATING and x.layout is torch.strided and not (x.is_nested or x.is_meta)
+    is_known_type = type(x) is Tensor or type(x) is nn.Parameter or type(x).__module__.startswith("torch._subclasses.")
+    return is_known_type and x.dtype in FLOATING and x.layout is torch.strided and not (x.is_nested or x.is_meta)
 
 
 def _in_one(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activation: nn.Module | None) -> Tensor:

@@ -80,8 +80,8 @@ class SpectralNorm(nn.Module):
         if self._group is not None and not (torch.compiler.is_compiling() or _autograd.transforms()):
             step = self._group.step(self, weight)
             if step is not None and step.out is not None:
-                wanted = torch.is_grad_enabled() and weight.requires_grad
-                return _Normalized.apply(weight, step.out, step, self.dim) if wanted else step.out
+                needs_grad = torch.is_grad_enabled() and weight.requires_grad
+                return _Normalized.apply(weight, step.out, step, self.dim) if needs_grad else step.out
         return self._computed(weight)[0]
 
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ class SpectralNorm(nn.Module):
 
 def _load_old_names(module: nn.Module, name: str) -> None:
     """Makes load_state_dict accept the names of torch.nn.utils.spectral_norm."""
-    ours = f"parametrizations.{name}"
+    parametrization = f"parametrizations.{name}"
 
     def rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         weight = state.get(f"{prefix}{name}_orig")
@@ -127,13 +127,13 @@ def _load_old_names(module: nn.Module, name: str) -> None:
             return
         state.pop(prefix + name, None)  # very old checkpoints also contain the normalized weight
         u, v = state.get(f"{prefix}{name}_u"), state.get(f"{prefix}{name}_v")
-        norm = module.get_submodule(ours)[0]  # type: ignore[index]
+        norm = module.get_submodule(parametrization)[0]  # type: ignore[index]
         if v is None and u is not None:
             v = F.normalize(weight.movedim(norm.dim, 0).flatten(1).mT.mv(u), dim=0, eps=norm.eps)
         for old, new, value in (("_orig", "original", weight), ("_u", "0._u", u), ("_v", "0._v", v)):
             state.pop(f"{prefix}{name}{old}", None)
             if value is not None:
-                state[f"{prefix}{ours}.{new}"] = value
+                state[f"{prefix}{parametrization}.{new}"] = value
 
     module.register_load_state_dict_pre_hook(rename)
 
@@ -216,11 +216,11 @@ class SpectralNormGroup:
     @torch.no_grad()
     def update(self) -> None:
         """Computes all weights now, with power iterations for those in training mode."""
-        alike: dict[tuple, list] = defaultdict(list)
+        groups: dict[tuple, list] = defaultdict(list)
         for norm, parametrized in self._members:
             weight, divided = parametrized.original, norm not in self._undivided
-            alike[norm.n_power_iterations, norm.eps, norm.training, divided, weight.device].append((norm, weight))
-        for (iterations, eps, training, divided, _), members in alike.items():
+            groups[norm.n_power_iterations, norm.eps, norm.training, divided, weight.device].append((norm, weight))
+        for (iterations, eps, training, divided, _), members in groups.items():
             norms, weights = zip(*members, strict=True)
             results = ops.spectral_norm_group(
                 weights, [norm._u for norm in norms], [norm._v for norm in norms], dims=[norm.dim for norm in norms],
@@ -228,7 +228,7 @@ class SpectralNormGroup:
             )  # fmt: skip
             if training:  # in place, since DataParallel's replicas share the buffers, and in one launch
                 vectors = [t for norm in norms for t in (norm._u, norm._v)]
-                torch._foreach_copy_(vectors, [t for of in zip(*results[2:], strict=True) for t in of])
+                torch._foreach_copy_(vectors, [t for pair in zip(*results[2:], strict=True) for t in pair])
             for norm, weight, out, *rest in zip(norms, weights, *results, strict=True):
                 read = (weight, norm._u, norm._v)
                 self._steps[norm] = _Step(read, _stamp(norm, *read), out if divided else None, *rest)
@@ -296,9 +296,9 @@ class OldSpectralNorm(_Hook):
 def forms(module: Any) -> Iterator[tuple[str, Any]]:
     """(name, parametrization or hook) of each parameter whose only parametrization is a spectral norm, PyTorch's or
     fastgen's."""
-    known = (SpectralNorm, getattr(parametrizations, "_SpectralNorm", None))
+    classes = (SpectralNorm, getattr(parametrizations, "_SpectralNorm", None))
     for name, parametrized in getattr(module, "parametrizations", {}).items():
-        if len(parametrized) == 1 and type(parametrized[0]) in known:
+        if len(parametrized) == 1 and type(parametrized[0]) in classes:
             yield name, parametrized[0]
     for hook in module._forward_pre_hooks.values():
         if type(hook) in (_Hook, OldSpectralNorm):
@@ -315,17 +315,17 @@ def undivided(module: Any) -> tuple[SpectralNorm, Tensor] | None:
     return (norms[0], weight) if len(norms) == 1 and type(norms[0]) is SpectralNorm and weight.dim() > 1 else None
 
 
-def adopt(module: Any, name: str, theirs: Any) -> None:
+def adopt(module: Any, name: str, form: Any) -> None:
     """Makes a parametrization or hook that `forms` found use the op. It keeps its options, vectors and names."""
-    if isinstance(theirs, _Hook):
-        theirs.__class__ = OldSpectralNorm
-    if isinstance(theirs, (_Hook, SpectralNorm)):
+    if isinstance(form, _Hook):
+        form.__class__ = OldSpectralNorm
+    if isinstance(form, (_Hook, SpectralNorm)):
         return
-    ours: Any = SpectralNorm.__new__(SpectralNorm)
-    nn.Module.__init__(ours)
-    ours.dim, ours.eps, ours._group = theirs.dim, theirs.eps, None
-    ours.n_power_iterations = getattr(theirs, "n_power_iterations", 1)  # missing for a one-dimensional weight
-    for buffer, value in theirs.named_buffers():
-        ours.register_buffer(buffer, value)
-    module.parametrizations[name][0] = ours.train(theirs.training)
+    norm: Any = SpectralNorm.__new__(SpectralNorm)
+    nn.Module.__init__(norm)
+    norm.dim, norm.eps, norm._group = form.dim, form.eps, None
+    norm.n_power_iterations = getattr(form, "n_power_iterations", 1)  # missing for a one-dimensional weight
+    for buffer, value in form.named_buffers():
+        norm.register_buffer(buffer, value)
+    module.parametrizations[name][0] = norm.train(form.training)
     _load_old_names(module, name)

@@ -63,8 +63,8 @@ def register(name: str, backward: Callable, setup_context: Callable) -> None:
         return None, *itertools.chain(*backward(ctx, *split(grads, returned))[:lists])
 
     def nested(flat):
-        found = split(flat, returned)
-        return found[0] if returned == 1 else tuple(found)
+        outputs = split(flat, returned)
+        return outputs[0] if returned == 1 else tuple(outputs)
 
     compute, setup = (op_of_lists, setup_of_lists) if lists else (op, setup_context)
 
@@ -127,11 +127,11 @@ def register(name: str, backward: Callable, setup_context: Callable) -> None:
         """The batching rule for torch.func.vmap: one call per slice."""
         leaves, tree = pytree.tree_flatten(inputs)
         dims = pytree.tree_flatten(in_dims, is_leaf=lambda dim: dim is None)[0]
-        each = [leaf.unbind(dim) if dim is not None else (leaf,) * info.batch_size
+        slices = [leaf.unbind(dim) if dim is not None else (leaf,) * info.batch_size
                 for leaf, dim in zip(leaves, dims, strict=True)]  # fmt: skip
-        results = [op(*pytree.tree_unflatten(of_one, tree)) for of_one in zip(*each, strict=True)]
+        results = [op(*pytree.tree_unflatten(slice_leaves, tree)) for slice_leaves in zip(*slices, strict=True)]
         outputs, tree = pytree.tree_flatten(results[0])
-        stacked = [torch.stack(of_all) for of_all in zip(*map(pytree.tree_leaves, results), strict=True)]
+        stacked = [torch.stack(values) for values in zip(*map(pytree.tree_leaves, results), strict=True)]
         return pytree.tree_unflatten(stacked, tree), pytree.tree_unflatten([0] * len(outputs), tree)
 
     torch.library.impl(name, "Autograd")(run)
@@ -140,7 +140,7 @@ def register(name: str, backward: Callable, setup_context: Callable) -> None:
     _calls[name.removeprefix("fastgen::")] = start
 
 
-def is_wanted(ctx: Any, at: int) -> bool:
+def needs_gradient(ctx: Any, at: int) -> bool:
     """Whether the current backward pass has to compute the gradient of the at-th tensor of the inputs.
 
     needs_input_grad does not reflect torch.autograd.grad(inputs=); PyTorch's own ops skip the gradients that it does
@@ -175,9 +175,11 @@ def differentiate(
             for out, grad in zip(formula(*inputs), grads, strict=True)
             if out.requires_grad and grad is not None
         ]
-        wanted = [t for t in inputs if t is not None and t.requires_grad]
-        found: Iterator[Tensor | None] = iter([None] * len(wanted))
-        if paths and wanted:
-            reached, incoming = zip(*paths, strict=True)
-            found = iter(torch.autograd.grad(reached, wanted, incoming, create_graph=higher, allow_unused=True))
-    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+        leaves = [t for t in inputs if t is not None and t.requires_grad]
+        leaf_grads: Iterator[Tensor | None] = iter([None] * len(leaves))
+        if paths and leaves:
+            outputs, output_grads = zip(*paths, strict=True)
+            leaf_grads = iter(
+                torch.autograd.grad(outputs, leaves, output_grads, create_graph=higher, allow_unused=True)
+            )
+    return [next(leaf_grads) if t is not None and t.requires_grad else None for t in inputs]

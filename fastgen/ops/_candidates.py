@@ -29,8 +29,8 @@ def tiles(question: Question) -> list[str]:
     geometry, x, weight, grad = _operands(question)
     kernel = _tiers.triton.kernels("_tiles")
     if question.what == "weight_grad":
-        of_weight = _tiers.triton.kernels("convolution_weight_grad")
-        kind = of_weight.kind_of(*of_weight.operands(grad, x, geometry.transposed), geometry.groups)
+        weight_grad = _tiers.triton.kernels("convolution_weight_grad")
+        kind = weight_grad.kind_of(*weight_grad.operands(grad, x, geometry.transposed), geometry.groups)
     else:
         if question.what == "input_grad":
             plain, read = geometry.without_reflection(x.shape)
@@ -64,8 +64,8 @@ def _operands(question: Question) -> tuple[Geometry, Tensor, Tensor, Tensor]:
     images_last = question.flag if question.what == "weight_grad" else question.channels_last
 
     def random(shape: tuple[int, ...], last: bool) -> Tensor:
-        made = torch.randn(shape, dtype=torch.float32, device=question.device).to(question.dtype)
-        return made.contiguous(memory_format=memory_format(last))
+        values = torch.randn(shape, dtype=torch.float32, device=question.device).to(question.dtype)
+        return values.contiguous(memory_format=memory_format(last))
 
     x, weight = random(question.input, images_last), random(question.weight, question.channels_last)
     return geometry, x, weight, random(geometry.sizes(x.shape, weight.shape), images_last)

@@ -14,12 +14,12 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def to_2d(name: str, value: int | Sequence[int], least: int) -> HW:
     """value as (height, width); both at least `least`."""
-    found = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, Sequence)) else ()
-    if len(found) != 2 or not (isinstance(found[0], int) and isinstance(found[1], int)):
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, Sequence)) else ()
+    if len(pair) != 2 or not (isinstance(pair[0], int) and isinstance(pair[1], int)):
         raise ValueError(f"{name} must be an int or two ints, got {value!r}")
-    if found[0] < least or found[1] < least:
+    if pair[0] < least or pair[1] < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    return found
+    return pair
 
 
 def floating(name: str, x: Tensor) -> None:

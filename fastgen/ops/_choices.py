@@ -44,20 +44,20 @@ def measured(question: Question) -> Choice | None:
     """The implementation that was measured fastest on this chip, with the tile for a Triton kernel; None if nothing was
     measured or the fastest cannot run."""
     table = _table(question.device)
-    found = table.get(str(question)) if table else None
-    if found is None:
+    entry = table.get(str(question)) if table else None
+    if entry is None:
         return None
-    implementation = Choice.parse(found.chosen).implementation
+    implementation = Choice.parse(entry.chosen).implementation
     if implementation != "torch" and _tiers.unavailable(implementation, question.device, question.dtype):
         return None
-    times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in found.milliseconds.items())
-    return Choice.parse(found.chosen, f"measured on this chip: {times}" if times else "measured on this chip")
+    times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in entry.milliseconds.items())
+    return Choice.parse(entry.chosen, f"measured on this chip: {times}" if times else "measured on this chip")
 
 
 def faster_tier(op: str, device: str) -> str | None:
     """The GPU tier that was measured faster for a memory-bound op (`make gpu`); None if nothing was measured."""
-    found = _table(device).get(op)
-    return None if found is None else found.chosen
+    entry = _table(device).get(op)
+    return None if entry is None else entry.chosen
 
 
 def _table(device: str) -> Mapping[str, Entry]:
@@ -93,8 +93,8 @@ def chip(device: str) -> str | None:
 @functools.cache
 def _processor() -> str:
     with contextlib.suppress(OSError):
-        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            return found[1]
+        if match := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return match[1]
     return platform.processor() or platform.machine()
 
 
@@ -121,8 +121,8 @@ def _read(file: Path) -> dict[str, dict] | None:
 
 def _checked(document: Any) -> dict[str, dict]:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        found = document.get("format") if isinstance(document, dict) else None
-        raise ValueError(f"its format is {found}, this fastgen reads format {FORMAT}")
+        version = document.get("format") if isinstance(document, dict) else None
+        raise ValueError(f"its format is {version}, but this fastgen reads format {FORMAT}")
     entries = document.get("choices")
     if not isinstance(entries, dict):
         raise ValueError("it contains no choices")

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgen.ops import _autograd, _check, _dispatch, _norm_act, _policy, _synchronized, _tiers
 from fastgen.ops._activations import activate_in_place
-from fastgen.ops._convolution_grad import convolve, gradients, wanted_gradients
+from fastgen.ops._convolution_grad import convolve, gradients, needed_gradients
 from fastgen.ops._epilogue import SCHEMA, Epilogue, KernelEpilogue
 from fastgen.ops._geometry import Geometry
 from fastgen.ops._layout import is_channels_last, memory_format, spec_of
@@ -185,10 +185,10 @@ def define(op: str, geometry_schema: str, geometry_of: Callable[..., Geometry]) 
         epilogue, ctx.geometry, ctx.save = split(rest)
         norm_weight, norm_bias, mean, var, residual = epilogue.tensors
         options = ctx.options = epilogue.options
-        of_output = options.needs_output_alone()
+        needs_output = options.needs_output_alone()
         ctx.adds, pre = residual is not None, output[1]
-        ctx.lacks_pre = not (ctx.save or options.is_identity() or of_output)
-        if of_output and not ctx.save:
+        ctx.lacks_pre = not (ctx.save or options.is_identity() or needs_output)
+        if needs_output and not ctx.save:
             pre, residual = output[0], None
         ctx.batch_stats = options.norm != "none" and mean is None
         if ctx.batch_stats:
@@ -203,11 +203,11 @@ def define(op: str, geometry_schema: str, geometry_of: Callable[..., Geometry]) 
         """Both steps are differentiable ops; a second backward pass contributes grad_pre, the gradient of `pre`."""
         x, weight, bias, *tensors, pre = ctx.saved_tensors
         is_identity = ctx.options.is_identity()
-        if ctx.lacks_pre:  # its caller did not know: torch.compile does not within torch.func.grad
+        if ctx.lacks_pre:  # the forward did not know that it is needed, as with torch.compile within torch.func.grad
             pre = convolve(ctx.geometry, x, weight, bias).contiguous(memory_format=layout(x, weight))
-        grad, of_norm, grad_residual = grad_out, (None, None), None
+        grad, norm_grads, grad_residual = grad_out, (None, None), None
         if grad_out is not None and not is_identity:
-            grad, *of_norm, grad_residual = _norm_act.norm_act_grads(
+            grad, *norm_grads, grad_residual = _norm_act.norm_act_grads(
                 grad_out, pre, *tensors, ctx.batch_stats, *ctx.options
             )
         if ctx.adds and grad_residual is None:
@@ -217,10 +217,10 @@ def define(op: str, geometry_schema: str, geometry_of: Callable[..., Geometry]) 
         count = len(ctx.needs_input_grad)
         if grad is None:
             return (None,) * count
-        wanted, wants_bias = wanted_gradients(ctx, bias=2)
-        grads = gradients(ctx.geometry, grad, x, weight, wanted)
-        grad_bias = grad.sum((0, 2, 3)) if wants_bias else None
-        return *grads, grad_bias, *of_norm, None, None, grad_residual, *(None,) * (count - 8)
+        needed, needs_bias = needed_gradients(ctx, bias=2)
+        grads = gradients(ctx.geometry, grad, x, weight, needed)
+        grad_bias = grad.sum((0, 2, 3)) if needs_bias else None
+        return *grads, grad_bias, *norm_grads, None, None, grad_residual, *(None,) * (count - 8)
 
     _dispatch.kernel(op, f"{op}.forward")(forward)
     torch.library.register_fake(name)(fake)

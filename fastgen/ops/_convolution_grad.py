@@ -78,29 +78,29 @@ def _choice(x: Tensor, fastest: Any, *question: Any) -> Choice | None:
 
 
 def gradients(
-    geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool], sigma: Tensor | None = None
+    geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool], sigma: Tensor | None = None
 ):
-    """The gradients of x and weight, each if `wanted`, by ops that are themselves differentiable.
+    """The gradients of x and weight, each if it is `needed`, by ops that are themselves differentiable.
 
     The gradient of x is the adjoint convolution of grad. Gradients that PyTorch's kernels compute faster take one call.
     """
-    wants_x, wants_weight = wanted
+    needs_x, needs_weight = needed
     weight_spec = spec_of(weight)
     more_channels = x if x.shape[1] > grad.shape[1] else grad
-    of_x = of_weight = grad_x = grad_weight = None
-    if wants_x:
-        of_x = _choice(x, _policy.fastest_input_grad, geometry, x.shape, weight_spec)
-    if wants_weight:
+    x_choice = weight_choice = grad_x = grad_weight = None
+    if needs_x:
+        x_choice = _choice(x, _policy.fastest_input_grad, geometry, x.shape, weight_spec)
+    if needs_weight:
         last = is_channels_last(more_channels)
-        of_weight = _choice(x, _policy.fastest_weight_grad, geometry, x.shape, weight_spec, last)
-    if of_weight is not None:
-        grad_weight = _dispatch.call("convolution_weight_grad", of_weight, grad, x, weight, *geometry.arguments())
-    if of_x is not None:
-        grad_x = input_gradient(geometry, grad, x, weight, sigma, of_x)
-    rest = (wants_x and of_x is None, wants_weight and of_weight is None)
+        weight_choice = _choice(x, _policy.fastest_weight_grad, geometry, x.shape, weight_spec, last)
+    if weight_choice is not None:
+        grad_weight = _dispatch.call("convolution_weight_grad", weight_choice, grad, x, weight, *geometry.arguments())
+    if x_choice is not None:
+        grad_x = input_gradient(geometry, grad, x, weight, sigma, x_choice)
+    rest = (needs_x and x_choice is None, needs_weight and weight_choice is None)
     if any(rest):
-        found = aten_gradients(geometry, grad, x, divided(weight, sigma) if rest[0] else weight, rest)
-        grad_x, grad_weight = (found[0] if rest[0] else grad_x), (found[1] if rest[1] else grad_weight)
+        grads = aten_gradients(geometry, grad, x, divided(weight, sigma) if rest[0] else weight, rest)
+        grad_x, grad_weight = (grads[0] if rest[0] else grad_x), (grads[1] if rest[1] else grad_weight)
     return grad_x, grad_weight
 
 
@@ -125,14 +125,14 @@ def _unpad_reflect(geometry: Geometry, grad: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.reflection_pad2d_backward.default(grad, x, [width, width, height, height])
 
 
-def aten_gradients(geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]):
+def aten_gradients(geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]):
     plain, _ = geometry.without_reflection(x.shape)
     stride, padding, output_padding, groups, dilation, _ = plain
-    of_x, of_weight, _ = torch.ops.aten.convolution_backward.default(
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
         grad, _reflected(x, geometry.padding) if geometry.reflect else x, weight, None, stride, padding, dilation,
-        geometry.transposed, output_padding or (0, 0), groups, [*wanted, False],
+        geometry.transposed, output_padding or (0, 0), groups, [*needed, False],
     )  # fmt: skip
-    return _unpad_reflect(geometry, of_x, x) if wanted[0] else None, of_weight
+    return _unpad_reflect(geometry, grad_x, x) if needed[0] else None, grad_weight
 
 
 ARGUMENTS = (
@@ -140,11 +140,11 @@ ARGUMENTS = (
 )
 
 
-def wanted_gradients(ctx, bias: int) -> tuple[tuple[bool, bool], bool]:
+def needed_gradients(ctx, bias: int) -> tuple[tuple[bool, bool], bool]:
     """Whether the gradients of x and weight (inputs 0 and 1) are needed, and that of the input at position `bias`."""
     parameters = _weight_grads.get()
-    of_weight, of_bias = (parameters and _autograd.is_wanted(ctx, at) for at in (1, bias))
-    return (_autograd.is_wanted(ctx, 0), of_weight), of_bias
+    needs_weight, needs_bias = (parameters and _autograd.needs_gradient(ctx, at) for at in (1, bias))
+    return (_autograd.needs_gradient(ctx, 0), needs_weight), needs_bias
 
 
 # PyTorch's convolution as a registered op, so that an implementation can be chosen for each of its gradients.
@@ -168,9 +168,9 @@ def _setup_forward(ctx, inputs, output):
 
 
 def _forward_backward(ctx, grad):
-    wanted, wants_bias = wanted_gradients(ctx, bias=2)
-    found = gradients(ctx.geometry, grad, *ctx.saved_tensors, wanted)
-    return *found, grad.sum((0, 2, 3)) if wants_bias else None, *(None,) * 6
+    needed, needs_bias = needed_gradients(ctx, bias=2)
+    grads = gradients(ctx.geometry, grad, *ctx.saved_tensors, needed)
+    return *grads, grad.sum((0, 2, 3)) if needs_bias else None, *(None,) * 6
 
 
 _autograd.register("fastgen::convolution", _forward_backward, _setup_forward)
@@ -183,8 +183,8 @@ torch.library.define(
 
 @_dispatch.kernel("convolution_weight_grad", "convolution_weight_grad.weight_grad", cuda=False)
 def _default_weight_grad(grad, x, weight, *geometry):
-    found = aten_gradients(Geometry.of(*geometry), grad, x, weight, (False, True))[1]
-    return torch.empty_like(weight).copy_(found)
+    grad_weight = aten_gradients(Geometry.of(*geometry), grad, x, weight, (False, True))[1]
+    return torch.empty_like(weight).copy_(grad_weight)
 
 
 @torch.library.register_fake("fastgen::convolution_weight_grad")
@@ -202,10 +202,10 @@ def _weight_grad_backward(ctx, direction):
     """The op is linear in grad and x: their gradients are the convolution with `direction` as its weight, and the input
     gradient of that convolution."""
     grad, x = ctx.saved_tensors
-    of_grad, of_x = (_autograd.is_wanted(ctx, at) for at in (0, 1))
+    needs_grad, needs_x = (_autograd.needs_gradient(ctx, at) for at in (0, 1))
     return (
-        convolution(ctx.geometry, x, direction) if of_grad else None,
-        gradients(ctx.geometry, grad, x, direction, (True, False))[0] if of_x else None,
+        convolution(ctx.geometry, x, direction) if needs_grad else None,
+        gradients(ctx.geometry, grad, x, direction, (True, False))[0] if needs_x else None,
         *(None,) * 7,
     )
 

@@ -60,10 +60,10 @@ def kernel(
 def _tier(op: str, device: str, dtype: torch.dtype) -> tuple[str | None, str]:
     """(tier, tile): the GPU tier that runs a registered op, which is the requested one or else the first in auto's
     order, and the requested tile."""
-    wanted = getattr(_current_call, "choice", None) or Choice(requested_impl())
+    requested = getattr(_current_call, "choice", None) or Choice(requested_impl())
     order = _policy.gpu_tiers(op, device)
-    order = (wanted.implementation, *order) if wanted.implementation in order else order
-    return next((tier for tier in order if _tiers.unavailable(tier, device, dtype) is None), None), wanted.tile
+    order = (requested.implementation, *order) if requested.implementation in order else order
+    return next((tier for tier in order if _tiers.unavailable(tier, device, dtype) is None), None), requested.tile
 
 
 def call(op: str, choice: Choice, *args):

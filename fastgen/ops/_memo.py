@@ -10,7 +10,7 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 _LARGEST = 4096  # entries: more kinds of calls than a process makes, unless its sizes never repeat
-_memories: list[dict[tuple, Any]] = []
+_caches: list[dict[tuple, Any]] = []
 
 
 def memoize(function: F) -> F:
@@ -19,22 +19,22 @@ def memoize(function: F) -> F:
     Its results must depend on nothing else; if something else changes, call `forget`. The cache is bypassed under
     torch.compile and for arguments that cannot be hashed, such as lists and the symbolic sizes of a traced graph.
     """
-    known: dict[tuple, Any] = {}
-    _memories.append(known)
+    results: dict[tuple, Any] = {}
+    _caches.append(results)
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(*args)
         try:
-            return known[args]
+            return results[args]
         except (KeyError, TypeError):
             pass
         result = function(*args)
         try:
-            if len(known) >= _LARGEST:
-                known.clear()
-            known[args] = result
+            if len(results) >= _LARGEST:
+                results.clear()
+            results[args] = result
         except TypeError:
             pass
         return result
@@ -54,5 +54,5 @@ def dynamo_constant(function: F) -> F:
 
 def forget() -> None:
     """Empties the caches of all memoized functions."""
-    for known in _memories:
-        known.clear()
+    for results in _caches:
+        results.clear()

@@ -133,10 +133,12 @@ def _backward_formula(
 
 @_dispatch.kernel("norm_act_backward", "norm_act.backward", leading=1)
 def backward(grad_out, x, weight, bias, mean, var, residual, *options):
-    grad_x, *of_parameters, grad_residual = _backward_formula(grad_out, x, weight, bias, mean, var, residual, *options)
+    grad_x, *parameter_grads, grad_residual = _backward_formula(
+        grad_out, x, weight, bias, mean, var, residual, *options
+    )
     layout = memory_format(is_channels_last(x))
     grad_residual = grad_residual if residual is None else grad_residual.contiguous(memory_format=layout)
-    return grad_x.contiguous(memory_format=layout), *of_parameters, grad_residual
+    return grad_x.contiguous(memory_format=layout), *parameter_grads, grad_residual
 
 
 @torch.library.register_fake("fastgen::norm_act_backward")
@@ -201,8 +203,8 @@ def _double_backward(ctx, *grads):
         return _backward_formula(grad_out, x, weight, bias, mean, var, residual, ctx.batch_stats, *ctx.options)
 
     *differentiated, mean, var = ctx.saved_tensors
-    of_inputs = _autograd.differentiate(lambda *inputs: formula(*inputs, mean, var), differentiated, grads)
-    return *of_inputs[:4], None, None, of_inputs[4], *(None,) * 6
+    input_grads = _autograd.differentiate(lambda *inputs: formula(*inputs, mean, var), differentiated, grads)
+    return *input_grads[:4], None, None, input_grads[4], *(None,) * 6
 
 
 _autograd.register("fastgen::norm_act", _forward_backward, _setup_forward)

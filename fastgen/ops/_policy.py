@@ -106,7 +106,7 @@ def _computed(question: Question) -> Convolution:
     if question.what == "input_grad":
         plain, read = geometry.without_reflection(x)
         geometry, x = plain.adjoint(read, question.weight), geometry.sizes(x, question.weight)
-    of_weight = question.what == "weight_grad"
+    is_weight_grad = question.what == "weight_grad"
     return Convolution(
         _processor.here(),
         geometry,
@@ -114,9 +114,9 @@ def _computed(question: Question) -> Convolution:
         question.weight,
         question.dtype,
         question.device.partition(":")[0],
-        question.flag if of_weight else question.channels_last,
+        question.flag if is_weight_grad else question.channels_last,
         question.what == "forward" and question.flag,
-        of_weight,
+        is_weight_grad,
     )
 
 
@@ -151,6 +151,6 @@ def gpu_tiers(op: str, device: str) -> tuple[str, ...]:
 @contextlib.contextmanager
 def recorded() -> Iterator[dict[Question, Choice]]:
     """A context that records the questions that this thread asks, each with the rules' choice."""
-    asked: dict[Question, Choice] = {}
-    with _recorder.set_to(asked):
-        yield asked
+    choices: dict[Question, Choice] = {}
+    with _recorder.set_to(choices):
+        yield choices

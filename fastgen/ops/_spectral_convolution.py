@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgen.ops import _autograd, _convolution, _dispatch, _policy
-from fastgen.ops._convolution_grad import ARGUMENTS, gradients, wanted_gradients
+from fastgen.ops._convolution_grad import ARGUMENTS, gradients, needed_gradients
 from fastgen.ops._epilogue import Epilogue, KernelEpilogue, Options
 from fastgen.ops._geometry import Geometry
 from fastgen.ops._layout import is_channels_last, memory_format, spec_of
@@ -76,9 +76,9 @@ def _backward(ctx, grad):
     x, weight, sigma, out = ctx.saved_tensors
     if out is not None:
         grad = norm_act_grads(grad, out, None, None, None, None, None, False, *ctx.options)[0]
-    wanted, wants_bias = wanted_gradients(ctx, bias=3)
-    grads = gradients(ctx.geometry, grad, x, weight, wanted, sigma)
-    return *grads, None, grad.sum((0, 2, 3)) if wants_bias else None, *(None,) * 8
+    needed, needs_bias = needed_gradients(ctx, bias=3)
+    grads = gradients(ctx.geometry, grad, x, weight, needed, sigma)
+    return *grads, None, grad.sum((0, 2, 3)) if needs_bias else None, *(None,) * 8
 
 
 _autograd.register("fastgen::spectral_convolution", _backward, _setup)

@@ -69,11 +69,11 @@ def merged(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]
     Chan et al., Updating formulae and a pairwise algorithm for computing sample variances, 1979.
     """
     n, z = x.numel() // max(1, x.shape[1]), x.to(accumulation_dtype(x))
-    of_rank = torch.cat(
+    local = torch.cat(
         [*(z.new_zeros(2, x.shape[1]) if n == 0 else _norm_act.moments(z, "batch", 0)), z.new_full((1,), n)]
     )
-    all_ranks = [torch.empty_like(of_rank) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(all_ranks, of_rank, group)
+    all_ranks = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(all_ranks, local, group)
     means, variances, counts = torch.stack(all_ranks).split([x.shape[1], x.shape[1], 1], 1)
     count = counts.sum().clamp(min=1)
     mean = (means * counts).sum(0) / count

@@ -86,8 +86,9 @@ class GPUTier(Tier):
             return "no CUDA device or driver: see nvidia-smi"
         if torch.version.hip is not None:
             return "the kernels are written for NVIDIA GPUs"
-        if (found := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
-            return f"{device} has compute capability {found[0]}.{found[1]}, but the kernels need 8.0 (Ampere) or newer"
+        if (capability := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
+            chip = "{}.{}".format(*capability)
+            return f"{device} has compute capability {chip}, but the kernels need 8.0 (Ampere) or newer"
         return None
 
     def obstacle(self) -> str | None:

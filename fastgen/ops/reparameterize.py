@@ -347,8 +347,8 @@ def _forward_vmap(info, in_dims, *args):
 @torch.library.register_vmap("fastgen::reparameterize_backward")
 def _backward_vmap(info, in_dims, *args):
     tensors = _batched(info, in_dims, args[:7])
-    of_prior = None if tensors[-1] is None else 0
-    return torch.ops.fastgen.reparameterize_backward(*tensors, *args[7:]), (0, 0, of_prior, of_prior)
+    prior_dim = None if tensors[-1] is None else 0
+    return torch.ops.fastgen.reparameterize_backward(*tensors, *args[7:]), (0, 0, prior_dim, prior_dim)
 
 
 def _setup_forward(ctx, inputs, output):
@@ -367,8 +367,8 @@ def _forward_backward(ctx, grad_z, grad_kl):
     grads = _autograd.call(
         "reparameterize_backward", grad_z, grad_kl, mu, logvar, key, *prior, ctx.num_samples, *ctx.options
     )
-    of_prior = (None, None) if prior[0] is None else grads[2:]
-    return *grads[:2], None, *of_prior, *(None,) * 6
+    prior_grads = (None, None) if prior[0] is None else grads[2:]
+    return *grads[:2], None, *prior_grads, *(None,) * 6
 
 
 def _setup_backward(ctx, inputs, output):

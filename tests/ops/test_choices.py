@@ -93,7 +93,7 @@ def test_a_file_is_readable_and_keeps_what_was_measured():
         ("", "Expecting value"),
         ('{"format": 2, "choices": {"a', "Unterminated string"),
         ("\xff", "Expecting value"),
-        ("[1]", "its format is None, this fastgen reads format 2"),
+        ("[1]", "its format is None, but this fastgen reads format 2"),
         ('{"format": 1, "choices": {}}', "its format is 1"),
         ('{"format": 2}', "it contains no choices"),
         ('{"format": 2, "choices": {"a": 3}}', "names an unknown implementation None for a"),
