@@ -97,7 +97,7 @@ def test_a_file_is_readable_and_keeps_what_was_measured():
         ('{"format": 1, "choices": {}}', "its format is 1"),
         ('{"format": 2}', "it contains no choices"),
         ('{"format": 2, "choices": {"a": 3}}', "names an unknown implementation None for a"),
-        ('{"format": 2, "choices": {"a": {"chosen": "cudnn"}}}', "no implementation 'cudnn'"),
+        ('{"format": 2, "choices": {"a": {"chosen": "cudnn"}}}', "an unknown implementation 'cudnn'"),
         ("[" * 100_000, ""),
     ],
 )
