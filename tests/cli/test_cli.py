@@ -49,7 +49,7 @@ def test_evaluate_and_info(run, capsys):
 
 
 @pytest.mark.parametrize("options", ([], ["--dtype", "bf16", "--no-channels-last", "--no-training", "--device", "cpu"]))
-def test_tune_a_run(run, tmp_path, capsys, monkeypatch, options):
+def test_tune_a_run(run, tmp_path, capsys, monkeypatch, options, fused_when_small):
     assert native.load() is None  # from the real cache
     monkeypatch.setenv("FASTGEN_CACHE_DIR", str(tmp_path))
     assert main(["tune", str(run), "--batch", "2", *options]) == 0

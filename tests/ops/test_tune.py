@@ -140,13 +140,13 @@ def test_nothing_to_choose():
 
 
 def test_the_gpus_benchmark_tunes_its_layers(monkeypatch, folder, capsys):
-    from benchmarks import gpu
+    from benchmarks import gpu_layers
 
-    monkeypatch.setattr(gpu, "LAYERS", [FASTGENS, replace(TORCHS, shapes=TORCHS.shapes | {"x": (1, 4, 5, 6)})])
-    monkeypatch.setattr(gpu, "BATCHES", (2, 3))
+    monkeypatch.setattr(gpu_layers, "LAYERS", [FASTGENS, replace(TORCHS, shapes=TORCHS.shapes | {"x": (1, 4, 5, 6)})])
+    monkeypatch.setattr(gpu_layers, "BATCHES", (2, 3))
     monkeypatch.setattr(tuning, "milliseconds", clock(cpp=1.0, torch=2.0))
-    assert [case.shapes["x"][0] for case in gpu.large()] == [2, 1, 3]
-    assert gpu.tune("cpu") == []
+    assert [case.shapes["x"][0] for case in gpu_layers.large()] == [2, 1, 3]
+    assert gpu_layers.tune("cpu") == []
     (file,) = (folder / "shipped").iterdir()
     assert len(_choices._read(file)) == 9 and "bfloat16 channels_last" in file.read_text()
     assert str(file) in capsys.readouterr().out
