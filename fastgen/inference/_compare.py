@@ -98,7 +98,7 @@ def _relative_error(actual: list[Inputs], expected: list[Inputs]) -> float:
                 raise UnsupportedError(f"the output is {shapes}")
             finite = exact.isfinite()
             if not torch.equal(y.isfinite(), finite):
-                raise UnsupportedError("the output is not finite in other places than the module's")
+                raise UnsupportedError("the output has non-finite values in other places than the module's")
             y, exact = y[finite].double(), exact[finite].double()
             difference, norm = squares.get(i, (0.0, 0.0))
             squares[i] = difference + float((y - exact).square().sum()), norm + float(exact.square().sum())

@@ -319,7 +319,7 @@ def test_non_finite_values_come_out_as_pytorch_computes_them():
         ({"example_inputs": torch.nested.nested_tensor([torch.rand(3)])}, TypeError, "got a nested tensor"),
         ({"precision": "fp8"}, UsageError, "fp32, tf32, bf16, fp16, got 'fp8'"),
         ({"precision": "fp16"}, UsageError, "no kernels on a CPU"),
-        ({"impl": "cuda"}, UsageError, "'auto', 'cpp', 'reference', got 'cuda'"),
+        ({"impl": "cuda"}, UsageError, "'auto', 'cpp', 'reference' on a CPU, got 'cuda'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, words):

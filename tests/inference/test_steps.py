@@ -271,7 +271,7 @@ def test_wrong_labels_and_inputs_are_named(tmp_path):
         (lambda x: F.avg_pool2d(x, 2, divisor_override=3), "divisor_override"),
         (lambda x: x[:, ::2], "consecutive channels"),
         (lambda x: x[:, torch.tensor([1, 0, 2])], "by tensors"),
-        (lambda x: x[:, :, 1:], "indexing other than of consecutive channels"),
+        (lambda x: x[:, :, 1:], "indexing of anything but consecutive channels"),
         (lambda x: x.mean((0, 2, 3), keepdim=True) + x, "mean or sum"),
         (lambda x: {"a": x.relu()}, "a dict"),
         (lambda x: (x.relu(), None), "parts of NoneType, Tensor"),

@@ -123,7 +123,7 @@ def test_triton_is_tried_with_its_tiles(monkeypatch):
 def test_what_tune_refuses(monkeypatch):
     model = tiny().generator
     with pytest.raises(
-        UsageError, match="example_inputs must hold a tensor, got int: give what the model is called with"
+        UsageError, match="example_inputs must contain a tensor, got int: give the arguments of the model's call"
     ):
         fastgen.tune(model, 3)
     with pytest.raises(UsageError, match="seconds must be positive and finite, not 0"):
