@@ -84,7 +84,7 @@ def extension(
     )
 
 
-# Folders of the repository that install inside the package.
+# Folders of the repository that are installed inside the package.
 folders = {f"fastgen.{name}": name for name in ("csrc", "kernels") if Path(name).is_dir()}
 setup(
     packages=[*find_packages(include=["fastgen", "fastgen.*"]), *folders],

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fastgen.training import keep_freed_memory
 
-WARM, TURN = 0.02, 0.05  # seconds of a turn: not counted, and counted
+WARM, TURN = 0.02, 0.05  # seconds per turn for warm-up and for the measurement
 torch._dynamo.config.recompile_limit = 64  # one function, compiled for several networks, layouts and precisions
 
 
@@ -24,8 +24,8 @@ def pytest_configure(config):
 
 
 def peak_gflops() -> float:
-    """What the machine reaches in float32, the best of several matrix products and convolutions: the ceiling of the
-    tables."""
+    """The machine's peak in float32, the ceiling of the tables: the best of several matrix products and
+    convolutions."""
     a, b = torch.randn(2, 1536, 1536)
     x = torch.randn(4, 256, 32, 32).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(256, 256, 3, 3).contiguous(memory_format=torch.channels_last)
@@ -39,7 +39,7 @@ def peak_gflops() -> float:
 
 
 def peak_bandwidth() -> float:
-    """Gigabytes a second that a copy of 256 MB reads and writes: the other ceiling."""
+    """The bandwidth in GB/s (read + written) of a 256 MB copy, the other ceiling."""
     source, target = torch.ones(2, 2**26)
     best = 0.0
     for _ in range(12):
@@ -50,7 +50,7 @@ def peak_bandwidth() -> float:
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """What decides a figure; not the machine's name."""
+    """The facts that a figure depends on, without the machine's name."""
     cpu = machine_info.get("cpu", {})
     machine_info.clear()
     machine_info.update(
@@ -66,13 +66,13 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 @pytest.fixture
 def measure(benchmark, pytestconfig) -> Callable[..., None]:
-    """measure(calls, facts, table=, row=) times a line of a table of the report: column -> call, and column -> its
-    facts.
+    """measure(calls, facts, table=, row=) times one row of a table of the report. calls: column -> call; facts: column
+    -> its facts.
 
-    The columns take turns, so that what the machine does meanwhile falls on all alike; a turn is some calls in a row,
-    after a pause in which the threads of the one before stop spinning, and some that are not counted: one, or those of
-    WARM seconds. Facts: `correct` and `error`, `mebibytes` (the peak of the memory that a call allocates); of the line:
-    `flops` and `bytes`, where they are known.
+    The columns take turns, so that the machine's other load affects all alike. A turn is a pause, in which the threads
+    of the previous turn stop spinning, then uncounted calls for warm-up (one, or WARM seconds), then the counted calls.
+    Facts: `correct` and `error`, `mebibytes` (peak memory that a call allocates); for the row: `flops` and `bytes`, if
+    known.
     """
 
     def run(
@@ -96,7 +96,7 @@ def measure(benchmark, pytestconfig) -> Callable[..., None]:
         lines = benchmark.extra_info.setdefault("lines", [])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if lines:  # pytest-benchmark itself times once a test
+            if lines:  # pytest-benchmark itself times only once per test
                 for _ in range(rounds):
                     turns()
             else:

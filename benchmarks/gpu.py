@@ -1,9 +1,9 @@
-"""Fastgen's ops on a GPU: parity, then time beside PyTorch's. python -m benchmarks.gpu FOLDER writes FOLDER/<gpu>.json
+"""fastgen's ops on a GPU: parity, then times beside PyTorch's. python -m benchmarks.gpu FOLDER writes FOLDER/<gpu>.json
 and .md.
 
-It runs one stage after another, writes after each, and stops in time for 9 minutes in all; the next run of the same
-commit does what this one left out. Before the times it measures what `auto` is to choose, into the file for this chip
-that is part of fastgen: commit that too.
+It runs one stage after another, writes after each, and stops within 9 minutes; the next run of the same commit does the
+stages that are missing. Before the timings it measures the choices for `auto`, into the file for this chip that is part
+of fastgen: commit that file too.
 
 Times are medians over CUDA events with a cold L2 cache, in one process; each row says whether its result was right.
 Without a GPU it says what it skips, prints the floors and runs the tests of the GPU kernels.
@@ -26,18 +26,18 @@ from benchmarks.gpu_layers import NORM_ACT, large, measure, prefer, tune
 from benchmarks.gpu_parity import parity, tiers
 from benchmarks.gpu_session import add_rows, environment, milliseconds, out_of_time, run, started, table
 
-SECONDS = 450  # no stage starts later; what is left out is listed
-END = 525  # a stage that still runs ends, and keeps the rows that it made
+SECONDS = 450  # no stage starts later; stages that are left out are listed
+END = 525  # a stage that is still running ends, and keeps the rows that it has made
 
 
 def stages(scratch: torch.Tensor) -> Iterator[tuple[str, Callable[[dict], None]]]:
-    """The name of each stage, and the function that adds its findings to a document."""
+    """The name of each stage, and the function that adds its results to a document."""
     yield "parity", parity
     yield "auto's choices", lambda document: document["left_out"].extend(tune())
     yield "sampler", functools.partial(add_rows, rows=gpu_ops.sampler(scratch))
     yield "spectral norm", functools.partial(add_rows, rows=gpu_ops.spectral_norm(scratch))
     yield NORM_ACT.id, functools.partial(add_rows, rows=measure(NORM_ACT, torch.bfloat16, scratch))
-    yield "tiers of the ops that memory bounds", prefer
+    yield "tiers of the memory-bound ops", prefer
     clock = functools.partial(milliseconds, scratch=scratch)
     yield "networks", functools.partial(add_rows, rows=gpu_networks.networks(clock))
     for case in large():

@@ -1,4 +1,5 @@
-"""What an H200's rates leave to each layer. TRITON_INTERPRET=1 python -m benchmarks.gpu_floors prints the table."""
+"""The minimum time of each layer at an H200's rates. TRITON_INTERPRET=1 python -m benchmarks.gpu_floors prints the
+table."""
 
 import functools
 from collections.abc import Callable
@@ -21,7 +22,7 @@ def trained(call: Callable, inputs: dict[str, torch.Tensor]) -> object:
 
 
 def modelled(call: Callable[[], object]) -> float:
-    """Milliseconds at an H200's rates of all that Triton's kernels launch for a call."""
+    """The time at an H200's rates, in milliseconds, of all of Triton's launches for a call."""
     with _tiers.triton.kernels("_launch").recorded() as launches, ops.use_impl("triton"):
         call()
     return 1e3 * as_launched(launches, H200)
@@ -35,7 +36,7 @@ def as_modelled(case: OpCase, inputs: dict[str, torch.Tensor]) -> dict[str, floa
 
 
 def floors() -> None:
-    """Prints the floor of each layer, by its shapes and as Triton's kernels are launched. In the interpreter."""
+    """Prints the floor of each layer, by its shapes and by the launches of Triton's kernels (in the interpreter)."""
     print(
         "| bfloat16, channels_last | forward, floor, ms | as launched | forward + backward, floor | as launched | "
         "measured |"

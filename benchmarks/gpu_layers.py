@@ -1,4 +1,4 @@
-"""The layers that are measured on a GPU: the contenders, their rows, and what `auto` is to choose."""
+"""The layers that are measured on a GPU: the contenders, their rows, and the choices for `auto`."""
 
 import functools
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def peers(case: OpCase):
 
 
 def large() -> list[OpCase]:
-    """The layers at each batch size; those of a single image as they are."""
+    """The layers at each batch size; layers for a single image keep theirs."""
     cases = []
     for batch in BATCHES:
         for case in LAYERS:
@@ -56,7 +56,7 @@ def large() -> list[OpCase]:
 
 def tune(device: str = "cuda") -> list[str]:
     """Measures auto's choices for the layers in bfloat16 and channels_last, into the files that are part of fastgen;
-    returns what there was no time for."""
+    returns the ones for which time ran out."""
 
     def call():
         for case in large():
@@ -71,7 +71,7 @@ def tune(device: str = "cuda") -> list[str]:
 
 
 def prefer(document: dict) -> None:
-    """For each op that memory bounds, lets `auto` take the tier that its rows show to be faster in training."""
+    """For each memory-bound op, makes `auto` choose the tier that is faster in training according to its rows."""
     chosen = {}
     for op, case in MEMORY_BOUND.items():
         both = [row for row in document["rows"] if row["case"] == case and row["what"] == "forward + backward"]

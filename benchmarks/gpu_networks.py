@@ -15,7 +15,7 @@ from tests.support.tolerance import error
 
 
 def networks(clock: Clock, device: str = "cuda", batch: int = 512) -> Iterator[dict]:
-    """Rows of both, in bfloat16."""
+    """The rows of the training step and of the generator, in bfloat16."""
     torch.manual_seed(0)
     model = GAN().to(device)
     inputs = [t.to(device) for t in model.inputs(batch)]

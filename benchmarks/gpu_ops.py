@@ -83,7 +83,7 @@ def _able() -> list[str]:
 
 
 def _passes(run: Callable[[bool], None], forward: int, both: int, scratch: torch.Tensor) -> Iterator[dict]:
-    """The time of run(backward) without and with the backward pass, and the floors by the bytes that each moves."""
+    """The times of run(backward) without and with the backward pass, and the floors from the bytes that each moves."""
     for what, size in (("forward", forward), ("forward + backward", both)):
         ms = milliseconds(functools.partial(run, what != "forward"), scratch)
         yield {"what": what, "ms": ms, "floor_ms_h200": 1e3 * Work(size, 0).floor(H200, "16 bits")}

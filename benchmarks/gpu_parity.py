@@ -17,7 +17,7 @@ from tests.cases import SAMPLER, SMALL, SPECTRAL, OpCase
 from tests.support.observe import differentiable, observe
 from tests.support.tolerance import error
 
-PARITY = 200  # seconds after which no further case of parity starts
+PARITY = 200  # seconds after which no more parity cases start
 HANGS = 200  # seconds after which a case counts as hanging
 CASES = (*SMALL, *SAMPLER, *SPECTRAL)
 PRECISIONS = ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "tf32"))  # of a convolution's products
@@ -25,12 +25,13 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 def tiers(device: str = "cuda:0") -> dict[str, str | None]:
-    """For each of fastgen's tiers for a GPU, why it cannot run here, or None."""
+    """For each of fastgen's GPU tiers, why it cannot run on this machine, or None."""
     return {tier: _tiers.why_not("norm_act", tier, device, torch.float32) for tier in _tiers.GPU_TIERS}
 
 
 def parity(document: dict) -> None:
-    """Adds what differs from the float64 reference by more than the table allows, and what compute-sanitizer finds.
+    """Adds the results that differ from the float64 reference by more than the table allows, and compute-sanitizer's
+    findings.
 
     Each case runs in its own process: most of the time goes to compilers, and a kernel that hangs or writes out of
     bounds ends its process.
@@ -64,7 +65,7 @@ def case_apart(index: int, deadline: float) -> list[str]:
 
 
 def wrong_of(index: int, device: str = "cuda") -> list[str]:
-    """What of a case's results differs, by tier, dtype and layout."""
+    """The results of a case that are wrong, by tier, dtype and layout."""
     torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
     case, wrong = CASES[index], []
     able = [tier for tier, reason in tiers(device).items() if reason is None]
@@ -107,7 +108,7 @@ def agrees(case: OpCase, tier: str, device: str) -> bool:
     key."""
     found = []
     for impl in ("reference", tier):
-        torch.manual_seed(0)  # the CPU's for the inputs, the GPU's for the key
+        torch.manual_seed(0)  # seeds the CPU's generator for the inputs and the GPU's for the key
         tensors = {name: t.to(device).requires_grad_() for name, t in case.tensors(torch.float32).items()}
         with ops.use_impl(impl):
             outs = case.call(tensors, impl=impl)
@@ -119,13 +120,14 @@ def agrees(case: OpCase, tier: str, device: str) -> bool:
 
 
 def sanitized() -> list[str]:
-    """What compute-sanitizer finds in the CUDA kernels over the smallest cases: one line per tool that fails."""
+    """compute-sanitizer's findings for the CUDA kernels in the smallest cases: one line per tool that fails."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{CUDA_HOME}/bin")
     if tool is None:
         return ["compute-sanitizer is not installed: not run"]
-    apart = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else memory beyond a tensor is mostly another's
+    # Without caching, memory beyond the end of a tensor does not belong to another tensor.
+    apart = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     smallest = "from benchmarks import gpu_parity; gpu_parity.smallest()"
     findings = []
     for check in ("memcheck", "racecheck"):
@@ -141,7 +143,7 @@ def sanitized() -> list[str]:
 
 
 def smallest() -> None:
-    """Runs each op's first case, forward and backward, with the CUDA kernels: by FMA and each kind of tensor core."""
+    """Runs each op's first case, forward and backward, with the CUDA kernels: with FMA and each kind of tensor core."""
     firsts = {case.op: case for case in reversed(CASES)}
     for case, (dtype, precision) in itertools.product(firsts.values(), PRECISIONS):
         torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The document of a session on a GPU: its stages, their rows, and how a later session goes on with it."""
+"""The document of a session on a GPU: its stages, their rows, and how a later session continues it."""
 
 import datetime
 import json
@@ -17,15 +17,15 @@ Clock = Callable[[Callable[[], object]], float]
 
 
 class OutOfTimeError(BaseException):
-    """Raised in whatever runs when the time is over; no Exception, which would count as a failure of the peer."""
+    """Raised in the running code when time is up. Not an Exception, which would count as a failure of the peer."""
 
 
 def out_of_time(*_: object) -> None:
-    raise OutOfTimeError("the time was over")
+    raise OutOfTimeError("time is up")
 
 
 def milliseconds(call, scratch: torch.Tensor, rounds: int = 20) -> float:
-    """The median of rounds, each after a write of more than the L2 cache holds."""
+    """The median time of rounds, each after a write that is larger than the L2 cache."""
     for _ in range(5):
         call()
     return statistics.median(once(call, scratch) for _ in range(rounds))
@@ -37,7 +37,7 @@ def tier_of(peer: str) -> str:
 
 
 def output_of(*command: str) -> str:
-    """What a command prints; "unknown" where it fails or there is no such program: git outside of a repository, say."""
+    """The output of a command; "unknown" if it fails (such as git outside of a repository) or does not exist."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError:
@@ -80,13 +80,13 @@ _KEY = operator.itemgetter("case", "batch", "dtype", "what", "peer")
 
 
 def add_rows(document: dict, rows: Iterator[dict]) -> None:
-    """Adds the rows that are made before one fails; a new row replaces an older one of the same case and peer."""
+    """Adds rows until one fails; a new row replaces an older one with the same case and peer."""
     for row in rows:
         document["rows"] = [old for old in document["rows"] if _KEY(old) != _KEY(row)] + [row]
 
 
 def started(file: Path, about: dict) -> dict:
-    """The document to go on with: the file's if machine and commit are the same and known, else an empty one."""
+    """The document to continue: the file's if machine and commit are known and the same, else an empty one."""
     before = json.loads(file.read_text()) if file.exists() else {}
     same = before and before["environment"] | {"date": about["date"]} == about and about["commit"] != "unknown"
     kept = before if same else {"wrong": [], "sanitizer": [], "rows": [], "done": []}
@@ -94,7 +94,7 @@ def started(file: Path, about: dict) -> dict:
 
 
 def run(document: dict, stages: Iterable[tuple[str, Callable[[dict], None]]], deadline: float, keep: Callable) -> None:
-    """Runs the stages that are not done until the deadline; keep(document) after each."""
+    """Runs the missing stages until the deadline, and keep(document) after each."""
     for name, stage in stages:
         if name in document["done"]:
             continue
@@ -104,7 +104,7 @@ def run(document: dict, stages: Iterable[tuple[str, Callable[[dict], None]]], de
         try:
             stage(document)
             document["done"].append(name)
-        except (Exception, OutOfTimeError) as error:  # a session on a GPU is rare: measure the rest
+        except (Exception, OutOfTimeError) as error:  # sessions on a GPU are rare: measure the rest
             document["failed"].append(f"{name}: {type(error).__name__}: {error}"[:300])
         keep(document)
     keep(document)

@@ -6,9 +6,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_mebibytes(call: Callable[[], object]) -> float:
-    """The most that tensors allocated by the call hold at a time, beyond what was there before; MiB.
+    """The peak in MiB of the memory of tensors that the call allocates.
 
-    As PyTorch's allocator reports it; kernels' own scratch memory, fastgen's as oneDNN's, is not in it.
+    PyTorch's allocator reports it; the scratch memory of kernels, fastgen's and oneDNN's, is not included.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()

@@ -41,7 +41,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 PEERS = ("eager", "channels_last", "compile", "onnxruntime", "openvino", "fastgen")
 FEW = ("onnxruntime", "openvino", "fastgen")
-PRECISIONS = {"fp32": 1e-4, "bf16": 3e-2}  # and the relative L2 error up to which an output is right
+PRECISIONS = {"fp32": 1e-4, "bf16": 3e-2}  # -> the relative L2 error up to which an output counts as right
 ROWS = [("DCGAN-64 generator", 1), ("DCGAN-64 generator", 64), ("CycleGAN ResNet-9, 256x256", 1),
         ("conv VAE-64 decoder", 1), ("conv VAE-64 decoder", 64)]  # fmt: skip
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -61,7 +61,8 @@ def model_of(name: str) -> nn.Module:
 
 @functools.cache
 def oracle(name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, int, int]:
-    """An input, the output in float64, the number of operations and that of values that the layers read and write."""
+    """An input, the output in float64, the number of operations, and the number of values that the layers read and
+    write."""
     model, x = model_of(name), torch.randn(shape, generator=torch.Generator().manual_seed(1))
     values = 0
 
@@ -81,7 +82,7 @@ def oracle(name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, int, int]
 
 
 def runner(peer: str, model: nn.Module, x: Tensor, precision: str) -> Callable[[], Tensor] | None:
-    """() -> output, by one peer; None of what it has not."""
+    """() -> output, by one peer; None if the peer does not support the precision."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     threads = torch.get_num_threads()
     if peer in ("eager", "channels_last", "compile"):
@@ -110,7 +111,7 @@ def runner(peer: str, model: nn.Module, x: Tensor, precision: str) -> Callable[[
         import onnxruntime
 
         if precision != "fp32":
-            return None  # it computes no bfloat16 convolutions on the CPU
+            return None  # it does not support bfloat16 convolutions on the CPU
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(exported.getvalue(), options, providers=["CPUExecutionProvider"])

@@ -20,7 +20,7 @@ TABLE = "Training loop, DCGAN-64, batch 64"
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """512 photo patches of 178x178 as JPEG files, decoded to 64x64 when asked for, as those of a large folder are."""
+    """512 photo patches of 178x178 as JPEG files, decoded to 64x64 on demand, as in a large folder."""
     path = tmp_path_factory.mktemp("photos")
     images = load_dataset("photos", 178)
     for i in range(512):
@@ -43,7 +43,7 @@ def facts(found, exact):
 
 @pytest.mark.parametrize("system", RECIPES)
 def test_systems(system, measure):
-    """A step of `fastgen train SYSTEM` with its defaults, beside the same modules that call PyTorch's one by one."""
+    """A step of `fastgen train SYSTEM` with its defaults, beside the same modules unfused."""
     config = CONFIGS[system]()
     data = load_dataset(config.data, config.image_size)
     calls, losses = {}, {}
@@ -63,8 +63,8 @@ def test_systems(system, measure):
 
 
 def test_overhead(measure):
-    """All that the loop does around forward, backward and optimizer: the next batch, averaged weights, losses for the
-    log."""
+    """Everything that the loop does around forward, backward and optimizer: the next batch, averaged weights, losses
+    for the log."""
     data = load_dataset("photos", 64)
     trained = recipe(data)
     (batch,) = trained.next_batches()
@@ -81,7 +81,7 @@ def test_overhead(measure):
 
 
 def test_loader(photos, measure):
-    """A batch of decoded, resized images, nothing ahead of time, beside the step that it is for."""
+    """Decoding and resizing a batch of images without prefetching, beside the training step that uses it."""
     trained = recipe(photos)
     sampler = BatchSampler(len(photos), 64, 0)
     indices = sampler.peek()

@@ -14,7 +14,7 @@ from tests.support.observe import differentiable
 from tests.support.tolerance import error
 
 PEERS = ("eager", "compile", "fastgen")
-PASSES = {"forward": 1, "backward": 2, "forward + backward": 3}  # and their work, in forward passes
+PASSES = {"forward": 1, "backward": 2, "forward + backward": 3}  # pass -> its work, in forward passes
 
 
 def layer(case: OpCase, peer: str):
@@ -31,7 +31,7 @@ def gradients(call, tensors: dict[str, Tensor], upstream: Tensor) -> list[Tensor
 
 @functools.cache
 def oracle(case: OpCase) -> tuple[Tensor, list[Tensor]]:
-    """An incoming gradient away from the activation's kink, and the float64 output and gradients under it."""
+    """An incoming gradient that is zero near the activation's kink, and the output and gradients in float64."""
     tensors = {name: t.double() for name, t in case.tensors(torch.float32).items()}
     z = case.call({name: t.clone() for name, t in tensors.items()}, activation="identity", impl="reference")
     upstream = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -40,7 +40,7 @@ def oracle(case: OpCase) -> tuple[Tensor, list[Tensor]]:
 
 
 def passes(call, tensors: dict[str, Tensor], upstream: Tensor) -> dict[str, Callable[[], object]]:
-    """What is timed, by the names of PASSES."""
+    """The timed calls, by the names of PASSES."""
     leaves, out = [t for t in tensors.values() if t.requires_grad], call(tensors)
     return {
         "forward": torch.no_grad()(lambda: call(tensors)),
@@ -63,7 +63,7 @@ def test_training(case, measure):
         worst = max(
             error(mine, true)
             for name, mine, true in zip(names, found, exact, strict=True)
-            if name != "bias" or not case.batch_stats  # then its gradient is zero, but for rounding
+            if name != "bias" or not case.batch_stats  # with batch statistics its gradient is zero up to rounding
         )
         column = f"{peer} {'channels_last' if channels_last else 'contiguous'}"
         for what, run in passes(call, tensors, torch.empty_like(found[0]).copy_(exact_upstream)).items():

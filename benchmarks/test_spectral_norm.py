@@ -35,8 +35,8 @@ def normalized(model):
 
 
 def standing(model):
-    """What fused convolutions take, whose kernels divide by sigma: the weights themselves, with weight / sigma's
-    gradient."""
+    """The weights for fused convolutions whose kernels divide by sigma: the undivided weights, with the gradient of
+    weight / sigma."""
     return [norm.parts(weight)[0] for norm, weight in map(undivided, model)]
 
 
@@ -61,7 +61,7 @@ def accesses(model, group, originals, upstream, normalized):
 @pytest.mark.parametrize("what", ("forward", "forward + backward"))
 @pytest.mark.parametrize("row", MODELS)
 def test_access(row, what, fused, measure):
-    """Fused: all that spectral norm does where the convolutions divide by sigma what they sum."""
+    """fused: everything that spectral norm does if the convolutions divide their sums by sigma."""
     torch._dynamo.reset()
     calls, facts = {}, {}
     for peer in ("eager", "compile", *(() if fused else ("fastgen",)), "fastgen group"):
@@ -87,7 +87,7 @@ def test_access(row, what, fused, measure):
 def test_discriminator_step(fused, measure):
     """D(real) and D(fake), backward and Adam, DCGAN-64, batch 64: what spectral norm adds to the step without it.
 
-    Fused: in SNGAN's form, without BatchNorm, where sigma is a factor in the convolutions' epilogues.
+    fused: in SNGAN's form, without BatchNorm, where sigma is a factor in the convolutions' epilogues.
     """
     real, fake = torch.randn(2, 64, 3, 64, 64)
     calls, facts = {}, {}

@@ -1,5 +1,5 @@
-"""Whole networks in training: users' own modules under fuse, beside eager PyTorch and torch.compile, in both memory
-formats."""
+"""Whole networks in training: models of other projects under fuse, beside eager PyTorch and torch.compile, in both
+memory formats."""
 
 import copy
 import functools
@@ -35,7 +35,7 @@ class GAN(nn.Module):
         return [torch.rand(n, 3, 64, 64) * 2 - 1, torch.randn(n, 100, 1, 1)]
 
     def losses(self, real: Tensor, z: Tensor, autocast: Callable):
-        """Each loss with the network that it trains."""
+        """The losses, each with the network that it trains."""
         with autocast():
             fake = self.generator(z)
             right, wrong = self.discriminator(real), self.discriminator(fake.detach())
@@ -60,7 +60,7 @@ class CycleGAN(nn.Module):
 
 
 class VAE(nn.Module):
-    """The conv VAE at 64 pixels, batch 64, with its noise left out: the results are compared."""
+    """The conv VAE at 64 pixels, batch 64, without its noise, so that results can be compared."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +93,7 @@ def model_of(work: str) -> tuple[nn.Module, list[Tensor]]:
 
 
 def prepared(model: nn.Module, peer: str, mode: str | None = None) -> None:
-    """Changes the children to the peer's. mode: of torch.compile."""
+    """Replaces the children by the peer's. mode: torch.compile's."""
     for name, child in list(model.named_children()):
         if peer == "compile":
             child.compile(mode=mode)
@@ -124,7 +124,7 @@ def stepper(
     return step
 
 
-# In fp32 a value that rounding puts on the other side of an activation's kink makes up to 1e-3 of a difference.
+# In fp32 a value that rounding moves across an activation's kink changes the result by up to 1e-3.
 def distance(found: list[Tensor], exact: list[Tensor]) -> float:
     """Relative L2 error of all gradients together."""
     square = sum((a.double() - b).square().sum() for a, b in zip(found, exact, strict=True))
@@ -159,7 +159,7 @@ def test_training_of_networks(work, precision, measure):
         column = f"{peer} {'channels_last' if layout == torch.channels_last else 'contiguous'}"
         calls[column] = step
         facts[column] = {"error": worst, "correct": worst < allowed, "mebibytes": peak_mebibytes(step)}
-    for _ in range(5):  # in turns, as they will be measured, until the heap that they share has found its size
+    for _ in range(5):  # in turns, as they will be measured, until the size of their shared heap is stable
         for step in calls.values():
             step()
     measure(calls, facts, 9, table=work, row=precision, flops=flops)

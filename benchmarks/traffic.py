@@ -1,6 +1,6 @@
-"""The least time that a call of an op can take on a GPU: its bytes and its operations over the chip's rates.
+"""The minimum time of a call of an op on a GPU: its bytes and its operations divided by the chip's rates.
 
-`work` counts them by the shapes of the call, `as_launched` by the launches that Triton's kernels make for it.
+`work` counts them from the shapes of the call, `as_launched` from the launches of Triton's kernels.
 """
 
 import math
@@ -16,20 +16,20 @@ from tests.cases import OpCase
 
 @dataclass(frozen=True)
 class Chip:
-    """Rates that were measured on such a GPU with random data: bytes (read + written) and operations per second."""
+    """Rates of a GPU, measured with random data: bytes (read + written) and operations per second."""
 
     name: str
     copy: float
     matrix: dict[str, float]  # of matrix products, by precision
 
 
-# 16 bits: measured; the others are from the vendor's sheet, dense, and so only a lead.
+# The rates for 16 bits were measured; the others are the vendor's for dense data, and so only a rough guide.
 H200 = Chip("NVIDIA H200", 4.3e12, {"16 bits": 785e12, "tf32": 495e12, "ieee": 67e12})
 
 
 @dataclass(frozen=True)
 class Work:
-    """The bytes that one call moves, and its multiplications and additions."""
+    """The bytes that a call moves, and its number of multiplications and additions."""
 
     bytes: int
     flops: int
@@ -40,7 +40,7 @@ class Work:
 
 
 def work(case: OpCase, dtype: torch.dtype, backward: bool = False) -> Work:
-    """What fastgen's passes move. Forward: each input is read and the output written; with statistics of the batch, the
+    """The work of fastgen's passes. Forward: each input is read and the output written; with batch statistics, the
     convolution's result is also written and read again. Backward: two passes over the norm, and two more products."""
     moved, flops = case.bytes(dtype), case.flops()
     out = 1
@@ -62,8 +62,8 @@ def as_launched(launches: Iterable[tuple], chip: Chip) -> float:
 
 
 def of_launch(launch: tuple) -> Work:
-    """Each tensor among the kernel's arguments once, partial sums, statistics and copies included; and all products of
-    its tiles, including those that a mask hides."""
+    """Counts each tensor among the kernel's arguments once (including partial sums, statistics and copies), and all
+    products of its tiles, including masked ones."""
     kernel, grid, arguments, _ = launch
     leaves = [t for value in arguments.values() for t in (value if isinstance(value, tuple) else (value,))]
     tensors = {id(t): t for t in leaves if isinstance(t, Tensor)}

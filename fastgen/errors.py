@@ -1,4 +1,4 @@
-"""What fastgen raises for a mistake of the user; the command line turns each into one line and an exit code."""
+"""The errors that fastgen raises for users' mistakes; the command line turns each into one line and an exit code."""
 
 import contextlib
 import os
@@ -42,7 +42,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def unknown_name(kind: str, name: object, names: Iterable[str], note: str = "") -> UsageError:
-    """The error for a name that is not among `names`: it lists the nearest of them, then all, and ends with `note`."""
+    """The error for a name that is not in `names`. It lists the nearest names, then all of them, and ends with
+    `note`."""
     import difflib
 
     names = sorted(names)

@@ -192,7 +192,7 @@ def test_without_a_compiler(env, tmp_path):
 
 def test_without_ninja(env, cxx, bare_python):
     out, log = run(LOAD, env | {"PATH": str(cxx.parent)}, bare_python)
-    assert out == ["no ninja on PATH (`pip install ninja` brings it)"]
+    assert out == ["no ninja on PATH (`pip install ninja` installs it)"]
     assert log.count("\n") == 1
 
 
@@ -291,7 +291,7 @@ def test_cuda_kernels_that_cannot_be_built(env, cxx, with_cuda, tmp_path):
     load = f"{with_cuda}print(cuda.load())"
     assert run(load, env | {"TORCH_CUDA_ARCH_LIST": "sm_90"})[0] == ["Unknown CUDA arch (sm_90) or GPU not supported"]
     none = run(load, {name: value for name, value in env.items() if name != "TORCH_CUDA_ARCH_LIST"})[0]
-    assert none == ["no GPU is here to build the CUDA kernels for, and TORCH_CUDA_ARCH_LIST names none"]
+    assert none == ["this machine has no GPU to build the CUDA kernels for, and TORCH_CUDA_ARCH_LIST names none"]
     assert "cannot find -l" in run(load, env)[0][0]
     assert run(load, env)[0][0].startswith("an earlier build failed") and compilations(cxx) == 1
 

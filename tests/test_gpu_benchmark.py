@@ -97,7 +97,7 @@ def test_a_stage_that_outlasts_the_time_keeps_its_rows():
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert [row["ms"] for row in kept[-1]["rows"]] == [1] and kept[-1]["done"] == []
-    assert kept[-1]["failed"] == ["layers: OutOfTimeError: the time was over"]
+    assert kept[-1]["failed"] == ["layers: OutOfTimeError: time is up"]
 
 
 def test_parity_names_what_differs(monkeypatch):

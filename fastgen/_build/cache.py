@@ -1,4 +1,4 @@
-"""The folder in which builds, and what `fastgen tune` measured, are kept between processes."""
+"""The cache folder for builds and for the choices of `fastgen tune`."""
 
 import contextlib
 import logging
@@ -13,12 +13,12 @@ logger = logging.getLogger("fastgen")
 
 
 def cached(name: str) -> Iterator[Path]:
-    """The files of this name in the cache folders."""
+    """The files with this name in the cache folders."""
     return (folder / name for folder in _folders() if os.path.isfile(folder / name))
 
 
 def _folders() -> list[Path]:
-    """Where builds are kept: the chosen folder; if that cannot be written, also this user's own temporary one."""
+    """The cache folders: the chosen one, and, if that cannot be written, a temporary folder of this user too."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     chosen = Path(os.environ.get("FASTGEN_CACHE_DIR") or Path(cache, "fastgen")).absolute()
     there = next(folder for folder in (chosen, *chosen.parents) if os.path.exists(folder))
@@ -29,7 +29,7 @@ def _folders() -> list[Path]:
     own = Path(tempfile.gettempdir(), f"fastgen-{os.geteuid()}")
     with contextlib.suppress(OSError):
         own.mkdir(mode=0o700, exist_ok=True)
-        facts = own.lstat()  # the name can be guessed: load nothing from a folder that somebody else made
+        facts = own.lstat()  # the name can be guessed: never load from a folder that another user made
         if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o077:
             return [chosen, own]
     return [chosen]

@@ -8,12 +8,13 @@ from fastgen._build.library import Library, Status
 from fastgen._build.toolchain import CFLAGS, CSRC, STABLE_ABI, compile_extension
 
 _MACROS = ("-DUSE_CUDA", "-DFASTGEN_CUDA=CUDA")
-CXX_FLAGS = (*CFLAGS, *_MACROS)  # of the C++ files that register the kernels
+CXX_FLAGS = (*CFLAGS, *_MACROS)  # for the C++ files that register the kernels
 NVCC_FLAGS = ("-O3", "--expt-relaxed-constexpr", STABLE_ABI, *_MACROS)
 
 
 class Cuda(Library):
-    """Built for the GPUs that are here (TORCH_CUDA_ARCH_LIST: for others); what is built needs no toolkit."""
+    """Built for this machine's GPUs, or for those of TORCH_CUDA_ARCH_LIST. Running the built library needs no
+    toolkit."""
 
     name, flags, headers = "cuda", (*CXX_FLAGS, *NVCC_FLAGS), ("cuda", "ops", "shared")
 
@@ -52,24 +53,24 @@ class Cuda(Library):
             wanted = f"PyTorch was built with {torch.version.cuda}: install a toolkit of its major version"
             return f"the CUDA toolkit in {home} {version}, {wanted}"
         if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.device_count():
-            return "no GPU is here to build the CUDA kernels for, and TORCH_CUDA_ARCH_LIST names none"
+            return "this machine has no GPU to build the CUDA kernels for, and TORCH_CUDA_ARCH_LIST names none"
         return None
 
     def open_or_build(self) -> Status:
-        if on_cpu := os.environ.get("FASTGEN_CUDA_ON_CPU"):  # as a host compiler builds them: tests/cuda
+        if on_cpu := os.environ.get("FASTGEN_CUDA_ON_CPU"):  # built by the host compiler, for the tests: tests/cuda
             return self.open(Path(on_cpu), "for the CPU")
         return super().open_or_build()
 
 
 def nvcc_release(nvcc: Path | str) -> str | None:
-    """Of the CUDA toolkit, "13.0", as its compiler says, or None."""
+    """The CUDA toolkit's version, such as "13.0", according to its compiler, or None."""
     import subprocess
 
     try:
-        said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, errors="replace").stdout
-    except OSError:  # found, but no program
+        output = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, errors="replace").stdout
+    except OSError:  # it exists, but cannot be executed
         return None
-    found = re.search(r"release (\d+\.\d+)", said)
+    found = re.search(r"release (\d+\.\d+)", output)
     return found[1] if found else None
 
 

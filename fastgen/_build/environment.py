@@ -1,4 +1,4 @@
-"""The variables of the environment that the native libraries read: a value that they would ignore is an error."""
+"""Checks the environment variables that the native libraries read: a value that they would ignore is an error."""
 
 import os
 
@@ -8,7 +8,7 @@ _ALLOWED = {"FASTGEN_CPU_ISA": ("baseline", "avx2", "avx512"), "FASTGEN_WINOGRAD
 
 
 def check() -> None:
-    """Raises UsageError, which names the variable, for a value that has no meaning. An empty one counts as none."""
+    """Raises UsageError that names the variable for a meaningless value. An empty value counts as unset."""
     for name, allowed in _ALLOWED.items():
         value = os.environ.get(name)
         if value and value not in allowed:

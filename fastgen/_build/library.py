@@ -1,4 +1,4 @@
-"""A library of torch ops: found, or built at its first use in a process, and where it stands."""
+"""A library of torch ops: finds it, or builds it at its first use in a process, and reports its status."""
 
 import hashlib
 import logging
@@ -17,7 +17,7 @@ logger = logging.getLogger("fastgen")
 
 @dataclass(frozen=True)
 class Status:
-    """What `fastgen info` prints of a library."""
+    """What `fastgen info` prints about a library."""
 
     loaded: bool
     reason: str | None  # why it is not loaded
@@ -40,11 +40,11 @@ class Library(ABC):
 
     @abstractmethod
     def made_for(self) -> tuple[object, ...]:
-        """What a just-in-time build depends on beside its digest, PyTorch and the compiler."""
+        """What a just-in-time build depends on besides its digest, PyTorch and the compiler."""
 
     @abstractmethod
     def compile_into(self, folder: str) -> str:
-        """Run the compilers; return the library's path. Raises RuntimeError with all that they said."""
+        """Run the compilers; return the library's path. Raises RuntimeError with all of their output."""
 
     def obstacle(self) -> str | None:
         """Why it cannot be built here, in one line, or None."""
@@ -55,7 +55,7 @@ class Library(ABC):
         return True
 
     def load(self) -> str | None:
-        """Make the ops available, once a process; return None, or in one line why they are not."""
+        """Make the ops available, once per process; return None, or a line that says why they are not."""
         if self._outcome is None:
             with self._lock:
                 if self._outcome is None:
@@ -68,10 +68,10 @@ class Library(ABC):
         return self._outcome.reason
 
     def build(self, force: bool = False, verbose: bool = False) -> Path:
-        """Build now unless it is there, and load it; return the library's path.
+        """Build the library unless it exists, and load it; return its path.
 
-        An earlier failure is tried again. `force` builds anew in any case, `verbose` logs all that a failing compiler
-        says. Raises FastgenError with the first compiler error.
+        A build that failed earlier is tried again. `force` always builds again, `verbose` logs a failing compiler's
+        whole output. Raises FastgenError with the first compiler error.
         """
         with self._lock:
             found = None if force else next(self._made(), None)
@@ -81,7 +81,7 @@ class Library(ABC):
             return path
 
     def status(self) -> Status:
-        """Where it stands; builds and loads nothing."""
+        """The library's status; builds and loads nothing."""
         if self._outcome is not None:
             return self._outcome
         if found := next(self._made(), None):
@@ -91,12 +91,12 @@ class Library(ABC):
         return Status(False, reason, None, None, toolchain.compiler())
 
     def digest(self) -> str:
-        """A hash of all that decides what the library does: sources, headers, flags, machine."""
+        """A hash of everything that determines what the library does: sources, headers, flags, machine."""
         folders = [toolchain.CSRC / folder for folder in self.headers]
         return toolchain.digest(self.sources(), self.flags, folders)
 
     def warn(self, reason: str) -> None:
-        """Says that the ops could not be made available, where somebody should hear it."""
+        """Logs that the ops are not available, if that deserves a warning."""
 
     def open_or_build(self) -> Status:
         damaged = False
@@ -109,7 +109,7 @@ class Library(ABC):
         path = self._make(force=damaged)
         try:
             return self.open(path, "just in time")
-        except FastgenError as error:  # a symbol is missing: the next process need not build it to learn that
+        except FastgenError as error:  # a symbol is missing: remembered, so that the next process does not build again
             path.with_suffix(".failed").write_text(str(error))
             path.unlink()
             raise
@@ -124,7 +124,7 @@ class Library(ABC):
         return Status(True, None, path, how, toolchain.compiler())
 
     def _made(self) -> Iterator[tuple[Path, str]]:
-        """The libraries made from these very sources, and how each was built; the ahead-of-time one first."""
+        """The libraries built from exactly these sources, and how each was built; the ahead-of-time one first."""
         if self.usable() and self.sources():
             ahead = toolchain.PACKAGE.glob(f"_{self.name}_{self.digest()}*.so")
             yield from ((path, "ahead of time") for path in ahead)
@@ -137,7 +137,7 @@ class Library(ABC):
         return toolchain.make(self._key(), self.sources(), self.compile_into, **options)
 
     def _key(self) -> str:
-        """The name of a just-in-time build: the digest, and what it was built against and with."""
+        """The name of a just-in-time build: the digest, the version of PyTorch, and the compiler."""
         import torch
 
         made_with = repr((torch.__version__, toolchain.compiler(), *self.made_for()))

@@ -33,16 +33,16 @@ class Native(Library):
 
 library = Native()
 build, status = library.build, library.status
-# Triton's interpreter runs its kernels on the CPU: with TRITON_INTERPRET=1 they take the place of the C++ kernels.
+# With TRITON_INTERPRET=1 Triton's interpreter runs its kernels on the CPU; they then replace the C++ kernels.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The CUDA kernels as a host compiler builds them (tests/cuda), to run on the CPU in the C++ kernels' place.
+# The CUDA kernels built by the host compiler (tests/cuda), which then replace the C++ kernels on the CPU.
 CUDA_ON_CPU = os.environ.get("FASTGEN_CUDA_ON_CPU", "")
 
 
 def load() -> str | None:
-    """Loads the kernels, built before if need be; returns why they cannot be used, or None.
+    """Loads the kernels, after building them if necessary; returns why they cannot be used, or None.
 
-    Where others take their place they must not be loaded: that would register them for the CPU instead.
+    If other kernels replace them, they must not be loaded, since that would register them for the CPU.
     """
     if INTERPRETED:
         return "TRITON_INTERPRET=1 runs the triton kernels on the CPU in their place"

@@ -1,4 +1,4 @@
-"""The inference plan's module (csrc/runtime.cpp), in which neither torch nor its build tools take part."""
+"""The inference plan's module (csrc/runtime.cpp), which needs neither torch nor torch's build tools."""
 
 import importlib.machinery
 import importlib.util
@@ -22,19 +22,19 @@ _module: ModuleType | None = None
 def load(build: bool = False) -> ModuleType:
     """The module, built at first use.
 
-    `build`: by the user's wish, which overrules FASTGEN_BUILD and an earlier failure. Raises FastgenError.
+    `build`: the user requests a build, which overrides FASTGEN_BUILD and an earlier failure. Raises FastgenError.
     """
     global _module
     with _lock:
         if _module is None:
             environment.check()
             made_from, suffixes = digest(), importlib.machinery.EXTENSION_SUFFIXES
-            # The first suffix names this Python. No compiler is asked for its version, so that a plan starts at once.
+            # The first suffix names this Python. The compiler's version is not queried, so that a plan starts at once.
             key = f"runtime-{made_from}-{suffixes[0].strip('.').removesuffix('.so')}"
             names = [f"_runtime_{made_from}{suffix}" for suffix in suffixes]
-            made = [toolchain.PACKAGE / name for name in names if (toolchain.PACKAGE / name).is_file()]
-            made += cache.cached(f"{key}.so")
-            path = made[0] if made else toolchain.make(key, sources(), _compile_into, asked=build)
+            prebuilt = [toolchain.PACKAGE / name for name in names if (toolchain.PACKAGE / name).is_file()]
+            prebuilt += cache.cached(f"{key}.so")
+            path = prebuilt[0] if prebuilt else toolchain.make(key, sources(), _compile_into, asked=build)
             loader = importlib.machinery.ExtensionFileLoader("fastgen._runtime", str(path))
             spec = importlib.util.spec_from_file_location("fastgen._runtime", path, loader=loader)
             assert spec is not None
@@ -54,12 +54,12 @@ def sources() -> list[Path]:
 
 
 def digest() -> str:
-    """A hash of all that decides what the library does, which serves one version of Python."""
+    """A hash of everything that determines what the library does. One library serves one version of Python."""
     return toolchain.digest(sources(), FLAGS, [CSRC])
 
 
 def _compile_into(folder: str) -> str:
-    """Run the compiler; return the library's path. Raises RuntimeError with all that it said."""
+    """Run the compiler; return the library's path. Raises RuntimeError with all of its output."""
     from concurrent.futures import ThreadPoolExecutor
 
     import pybind11

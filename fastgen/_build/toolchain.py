@@ -1,4 +1,4 @@
-"""The compiler, the flags that all libraries share, and how one of them gets into the cache."""
+"""The compiler, the flags that all libraries share, and the build of a library into the cache."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ from fastgen.errors import FastgenError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CSRC = next((folder for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if folder.is_dir()), PACKAGE / "csrc")
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11: one binary serves every later torch
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11: one binary works with every later torch
 CFLAGS = (
     "-O3",
     "-fno-math-errno",
@@ -36,7 +36,7 @@ logger = logging.getLogger("fastgen")
 
 
 def digest(files: list[Path], flags: tuple[str, ...], includes: list[Path]) -> str:
-    """A hash of all that decides what a library does: sources, the headers in `includes`, flags, machine."""
+    """A hash of everything that determines what a library does: sources, headers in `includes`, flags, machine."""
     state = hashlib.sha256(repr((flags, sys.platform, platform.machine())).encode())
     headers = (header for folder in includes for pattern in ("*.h", "*.cuh") for header in folder.rglob(pattern))
     for file in [*files, *sorted(headers)]:
@@ -45,7 +45,7 @@ def digest(files: list[Path], flags: tuple[str, ...], includes: list[Path]) -> s
 
 
 def compiler() -> str | None:
-    """The C++ compiler's version line, or None where there is no compiler."""
+    """The C++ compiler's version line, or None if there is no compiler."""
     import shutil
     import subprocess
 
@@ -54,19 +54,19 @@ def compiler() -> str | None:
         return None
     try:
         version = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace").stdout
-    except OSError:  # found, but no program
+    except OSError:  # it exists, but cannot be executed
         version = ""
     return next(iter(version.splitlines()), command[0])
 
 
 @contextlib.contextmanager
 def environment() -> Iterator[None]:
-    """The environment of a build: no more jobs than memory allows, ninja within reach, messages in English."""
+    """The environment of a build: no more jobs than memory allows, ninja on PATH, messages in English."""
     settings = {
         "MAX_JOBS": os.environ.get("MAX_JOBS") or str(jobs()),
         "PATH": search_path(),
         "LC_ALL": "C",
-        "TORCH_DONT_CHECK_COMPILER_ABI": "1",  # the stable ABI asks for no particular compiler
+        "TORCH_DONT_CHECK_COMPILER_ABI": "1",  # the stable ABI works with any compiler
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
@@ -91,12 +91,12 @@ def compiler_command() -> list[str]:
 
 
 def search_path() -> str:
-    """PATH, then the folder of a ninja that pip installed: a virtual environment in use need not be active."""
+    """PATH, then the folder of a ninja that pip installed, since the virtual environment may not be activated."""
     return os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
 
 
 def obstacle(sources: list[Path], asked: bool = False) -> str | None:
-    """Why no build can be tried here, or None. `asked`: by the user, who overrules FASTGEN_BUILD."""
+    """Why no build can be tried here, or None. `asked`: the user requests it, which overrides FASTGEN_BUILD."""
     import shutil
 
     if os.name != "posix":
@@ -108,7 +108,7 @@ def obstacle(sources: list[Path], asked: bool = False) -> str | None:
     if compiler() is None:
         return f"no C++ compiler on PATH ({compiler_command()[0]} not found)"
     if shutil.which("ninja", path=search_path()) is None:
-        return "no ninja on PATH (`pip install ninja` brings it)"
+        return "no ninja on PATH (`pip install ninja` installs it)"
     return None
 
 
@@ -125,7 +125,7 @@ def make(
     force: bool = False,
     verbose: bool = False,
 ) -> Path:
-    """Build into the cache, if no other process has by now; return the library's path."""
+    """Build into the cache, unless another process has meanwhile; return the library's path."""
     import shutil
 
     if reason := obstacle(sources, asked):
@@ -136,7 +136,7 @@ def make(
             return library
         if not asked and (failure := remembered_failure(key)):
             raise FastgenError(failure)
-        for left_behind in folder.glob("build-*"):  # by a builder that was killed: the lock is ours now
+        for left_behind in folder.glob("build-*"):  # by a killed process: this one holds the lock now
             shutil.rmtree(left_behind, ignore_errors=True)
         import tempfile  # here: a plan that only loads starts sooner
 
@@ -157,13 +157,13 @@ def make(
 
 
 def compile_extension(name: str, sources: list[Path], folder: str, **options: Any) -> str:
-    """Run the compilers on an extension of torch's; return the library's path. Raises RuntimeError with all that they
-    said."""
+    """Build an extension with torch's build tools; return the library's path. Raises RuntimeError with all of the
+    compilers' output."""
     try:
         from torch.utils import cpp_extension
-    except ImportError as error:  # setuptools is not there: nothing that a cache should remember
+    except ImportError as error:  # setuptools is missing: a failure that must not be cached
         raise OSError(f"torch.utils.cpp_extension cannot be imported: {error}") from error
-    # "Standalone" yet shared: a plain library that does not link Python, and that is returned rather than loaded.
+    # "Standalone" yet shared: a plain library that does not link Python. Its path is returned, and it is not loaded.
     return cpp_extension.load(
         name=name,
         sources=[str(file) for file in sources],

@@ -1,5 +1,5 @@
-"""The networks of a system, model or run folder, with what a training step gives them: for `tune` and `info
---explain`."""
+"""The networks of a system, model or run folder, with the inputs that they get in a training step: for `tune` and
+`info --explain`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 def networks(
     system: str, batch: int, dtype: Dtype, channels_last: bool, device: Device
 ) -> tuple[list[tuple[str, nn.Module, list[Tensor]]], Callable[[], torch.autocast]]:
-    """(title, network, its inputs for `batch` images) of each network, on the device and in its memory format; and what
-    makes the autocast context that they run in. Raises UsageError for a name that is no system, model or run folder."""
+    """(title, network, its inputs for `batch` images) for each network, on the device and in its memory format; and a
+    function that makes the autocast context to run them in. Raises UsageError for a name that is not a system, model or
+    run folder."""
     import torch
 
     import fastgen

@@ -1,4 +1,4 @@
-"""How good a trained model is."""
+"""`fastgen evaluate`: measures the quality of a trained model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is here: the implementations of each op, and the native code."""
+"""`fastgen info` and `fastgen build`: the implementations of each op, and the native code."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ def info(
     device: Device = "auto",
     training: bool = True,
 ) -> None:
-    """Show which implementations of each op can run here, and why the others cannot; or what computes a model's layers.
+    """Show which implementations of each op can run here, and why others cannot; or which ones a model's layers use.
 
     Args:
-        explain: Name of a system or model (`dcgan`, `vae`, ...), at its usual size, or a run folder that `fastgen
-            train`
-            left: print, layer by layer, what computes it and why. The other options belong to this one.
+        explain: Name of a system or model (`dcgan`, `vae`, ...), at its usual size, or a run folder of `fastgen train`:
+            print, layer by layer, what computes it and why. The other options belong to this one.
         batch: Images per call.
-        dtype: Precision, under autocast but for fp32.
+        dtype: Precision; other than fp32 by autocast.
         channels_last: Images and weights in channels_last order, as `fastgen train` has them.
-        device: Where it is to run; auto takes a GPU if there is one.
-        training: In training mode, with the gradients of each layer's input and weight.
+        device: Device to run on; auto uses a GPU if there is one.
+        training: Run in training mode, and explain the gradients of each layer's input and weight too.
     """
     if not explain:
         from fastgen import ops

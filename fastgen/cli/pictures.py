@@ -1,4 +1,4 @@
-"""What a trained model does with the user's pictures: a VAE restores them, a CycleGAN translates them."""
+"""Commands for the user's pictures: a VAE restores them, a CycleGAN translates them."""
 
 from __future__ import annotations
 

@@ -18,13 +18,12 @@ def tune(
     """Measure which implementation of each convolution is fastest here, once; later runs use it.
 
     Args:
-        system: Name of a system or model (`dcgan`, `vae`, ...), at its usual size, or a run folder that `fastgen train`
-            left.
-        batch: Images per call, as in the run that it is for.
-        dtype: Precision, under autocast but for fp32.
+        system: Name of a system or model (`dcgan`, `vae`, ...), at its usual size, or a run folder of `fastgen train`.
+        batch: Images per call, as in the later run.
+        dtype: Precision; other than fp32 by autocast.
         channels_last: Images and weights in channels_last order, as `fastgen train` has them.
-        device: Where to measure; auto takes a GPU if there is one.
-        training: Measure gradients and statistics of the batch too.
+        device: Where to measure; auto uses a GPU if there is one.
+        training: Measure gradients and batch statistics too.
         seconds: How long to measure.
     """
     import sys

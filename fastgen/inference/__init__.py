@@ -1,34 +1,35 @@
-"""Speed for existing models: fuse() for anybody's modules, Engine for inference only, tune() for this machine.
+"""Speeds up existing models: fuse() for any modules, Engine for inference only, tune() for this machine.
 
-fuse(model) computes runs of modules by one op each. From top to bottom:
+fuse(model) computes each run of modules by one op. From top to bottom:
 
 | file | what it does |
 | --- | --- |
 | `_fuse` | `fuse`: gives modules the classes below, where the analysis allows it |
 | `_report` | `fusion_report`: the same analysis in words |
-| `_classes` | the subclasses that compute a whole run, and step aside when the model changes |
+| `_classes` | the subclasses that compute a whole run, and run the original modules when the model changes |
 | `_analysis` | which modules always follow each other: by the order of Sequentials, by traces of other forwards |
 | `_trace` | every path through one forward, followed by torch.fx on a copy, with submodules as leaves |
 | `_arguments` | what a forward may be called with while it is traced, and which questions about a value are branches |
 | `_bytecode` | what tracing cannot see: methods that use a submodule too, and checks such as `is None` |
 | `_runs` | a run of modules, as fastgen.nn's patterns find it |
 
-An error in the analysis must only prevent a fusion: what is not understood counts as a use that forbids it.
+An error in the analysis must only prevent a fusion: code that the analysis does not understand counts as a use of the
+output, which forbids the fusion.
 
-Engine(model, example) writes down what a model computes, and runs that. From top to bottom:
+Engine(model, example) records what a model computes, and runs the record. From top to bottom:
 
 | file | what it does |
 | --- | --- |
 | `_engine` | `Engine`: checks the arguments, chooses a backend, compares it with the model |
 | `_backends` | a plan, CUDA graphs, or PyTorch with plans for parts of the model: run, parts, save |
 | `_planner` | the plan of the whole model, or plans of its largest parts |
-| `_record`, `_readers`, `_lower` | calls of PyTorch's functions, how each one reads, and the plan's steps for them |
-| `_graphs` | the fused model on a GPU, recorded once per number of images |
-| `_compare` | whether the backend computes what the model does, but for rounding; state that changes between calls |
+| `_record`, `_readers`, `_lower` | calls of PyTorch's functions, how to read each, and the plan's steps for them |
+| `_graphs` | the fused model on a GPU, recorded once per batch size |
+| `_compare` | whether the backend computes what the model does, up to rounding; state that changes between calls |
 | `_call` | a plan called with tensors |
 
-Both use `_sandbox`, which runs a model without changing it. `_tune` measures which implementations are the fastest
-here, and `_explain` says which ones a model uses, and why.
+Both use `_sandbox`, which runs a model without changing it. `_tune` measures which implementations are the fastest on
+this machine, and `_explain` says which ones a model uses, and why.
 """
 
 from fastgen.inference._backends import Part

@@ -23,20 +23,20 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 class Analysis:
     """What fuse can do to a model."""
 
-    # By Sequential with runs: the runs, and the names of their members in the model.
+    # Sequential -> its runs, and the names of their members in the model.
     sequentials: dict[nn.Sequential, list[tuple[Run, tuple[str, ...]]]] = field(default_factory=dict)
-    runs: list[Run] = field(default_factory=list)  # those outside of Sequentials
-    notes: dict[Run, str] = field(default_factory=dict)  # what ends a run without an activation
-    untraced: dict[nn.Module, str] = field(default_factory=dict)  # modules whose forward is not known, and why
+    runs: list[Run] = field(default_factory=list)  # runs outside of Sequentials
+    notes: dict[Run, str] = field(default_factory=dict)  # why a run ends without an activation
+    untraced: dict[nn.Module, str] = field(default_factory=dict)  # modules whose forward could not be traced, and why
     left: dict[nn.Module, str] = field(default_factory=dict)  # modules called outside of runs, and why
-    # By module: the runs in which its calls were traced, and None for calls outside of runs.
+    # Module -> the runs in which its calls were traced, and None for calls outside of runs.
     sites: dict[nn.Module, set[Run | None]] = field(default_factory=lambda: defaultdict(set))
-    # By module: those in it that its forward calls, on some path, with arguments that they do not take. Modules that
-    # replace them may take these.
+    # Module -> submodules that its forward calls, on some path, with arguments that they do not accept. Modules that
+    # replace them later may accept these.
     rejecting: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
 
     def leave(self, module: nn.Module, reason: str) -> None:
-        """Notes a call of the module outside of runs; the first reason counts."""
+        """Records that the module is called outside of runs; the first reason is kept."""
         self.sites[module].add(None)
         if reason:
             self.left.setdefault(module, reason)
@@ -45,15 +45,15 @@ class Analysis:
 def analyze(model: nn.Module) -> Analysis:
     """Finds the runs of the model, which is not changed.
 
-    The order of a Sequential tells what it calls. Elsewhere a run fuses if at every call of its members, in every
-    forward of the model and on every path through it, the same members follow each other, called by one function.
+    A Sequential calls its children in order. Elsewhere a run is fused if its members follow each other at every call of
+    them, in every forward of the model and on every path through it, and the same function calls them all.
     """
     analysis, traces = Analysis(), {}
     scripted: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             if module not in scripted:
-                analysis.untraced[module] = "it is TorchScript, which runs its own code: fuse the module it was made of"
+                analysis.untraced[module] = "it is TorchScript, which runs its own code: fuse the original module"
             scripted.update(module.modules())
             continue
         forward = inspect.getattr_static(type(module), "forward")  # a ScriptModule's is a descriptor that raises
@@ -136,11 +136,11 @@ def _find_traced_runs(module: nn.Module, graph: fx.Graph, traced: Trace, analysi
 
 
 def _chain(node: fx.Node, traced: Trace) -> tuple[list[fx.Node], str]:
-    """Up to three calls of modules, beginning with this one, each with the output of the one before as its only
-    argument; and what ends them."""
+    """Up to three calls of modules, starting with this one, each of which gets the output of the previous one as its
+    only argument; and why the chain ends."""
     chain = [node]
     if node in traced.direct:
-        return chain, "its forward is called, and not the module"
+        return chain, "its forward is called directly"
     if len(node.args) != 1 or node.kwargs:
         return chain, "it is called with more than its input"
     while len(chain) < 3:
@@ -154,9 +154,9 @@ def _chain(node: fx.Node, traced: Trace) -> tuple[list[fx.Node], str]:
             name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", user.target)
             return chain, "its output is returned" if user.op == "output" else f"its output goes to the function {name}"
         if user.args != (last,) or user.kwargs:
-            return chain, f"its output goes to {user.target}, which is called with more than that"
+            return chain, f"its output goes to {user.target}, which is called with other arguments too"
         if user in traced.direct:
-            return chain, f"its output goes to {user.target}, whose forward is called, and not the module"
+            return chain, f"its output goes to {user.target}, whose forward is called directly"
         if traced.contexts[user] != traced.contexts[last]:
             return chain, f"its output goes to {user.target}, called by another function, mode or checkpoint"
         chain.append(user)
@@ -164,7 +164,8 @@ def _chain(node: fx.Node, traced: Trace) -> tuple[list[fx.Node], str]:
 
 
 def _leave_members_used_elsewhere(model: nn.Module, traces: dict[nn.Module, Trace], analysis: Analysis) -> None:
-    """Leaves alone the modules that a method names which no traced forward ran: it may call them by themselves."""
+    """Prevents the fusion of modules that are named in a method that no traced forward ran: the method may call them
+    separately."""
     executed: dict[nn.Module | None, set[tuple]] = defaultdict(set)
     for module, traced in traces.items():
         for path, function in traced.executed:
@@ -178,7 +179,7 @@ def _leave_members_used_elsewhere(model: nn.Module, traces: dict[nn.Module, Trac
         for names, member in _attribute_paths(module) if unseen else ():
             for code in unseen:
                 if member in members and _may_use(uses(code), names, code.co_name):
-                    reason = f"{type(module).__name__}.{code.co_name} uses it too, in a way that is not known"
+                    reason = f"{type(module).__name__}.{code.co_name} uses it too, in an unknown way"
                     analysis.leave(member, reason)
 
 
@@ -223,7 +224,8 @@ def _shorten_runs(analysis: Analysis) -> None:
 
 
 def _shortened(run: Run, analysis: Analysis) -> Run | None:
-    """The members that all calls of the run's norm share and that are not called elsewhere; None: nothing fuses."""
+    """The members that are the same in all calls of the run's norm and are not called elsewhere; None if nothing can be
+    fused."""
     convolution, norm, activation = run
     sites = analysis.sites[norm if norm is not None else run.members[0]]
     if not all(site in analysis.runs for site in sites):

@@ -1,8 +1,8 @@
-"""What a forward may be called with, for tracing: the values of its arguments, and what code may ask of them.
+"""The arguments of a forward for tracing: which values to try, and which questions the code may ask about them.
 
-Tracing follows one path through a forward at a time. `argument_combinations` lists the calls to trace (an optional
-argument is given or not, None or not); the proxies here turn each question about a traced value that has a yes or no
-answer into a branch, both sides of which are traced, and raise UntraceableError for questions with more answers.
+Tracing follows one path through a forward at a time. `argument_combinations` lists the calls to trace (with an optional
+argument given or not, None or not). The proxies turn each yes-or-no question about a traced value into a branch, both
+sides of which are traced, and raise UntraceableError for questions with more answers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class UntraceableError(BaseException):  # a BaseException passes the `except Exc
 
 
 def argument_combinations(forward: FunctionType, functions: Sequence[FunctionType]) -> Iterator[dict[str, Any]]:
-    """The calls of a forward to trace: for each, the arguments that are no tensors, by name, with their values.
+    """The calls of a forward to trace: for each, the values of the arguments that are not tensors, by name.
 
     An argument is a tensor, its default, or None where forward or one of these functions may compare it with None;
     *args and **kwargs may be empty. Raises UntraceableError if forward checks an argument in other ways.
@@ -53,7 +53,7 @@ def argument_combinations(forward: FunctionType, functions: Sequence[FunctionTyp
 
 
 class TracedValue(fx.Proxy):
-    """A traced value. Python's conversions of it are unknown: to numbers, and to a key of a dictionary or set."""
+    """A traced value. It cannot be converted to a Python number or be the key of a dictionary or set."""
 
     def _unknown(self) -> Any:
         raise UntraceableError("it converts a value to a Python number, or looks it up in a dictionary or set")
@@ -124,7 +124,8 @@ def _isinstance(value: Any, classes: Any) -> bool:
 
 @contextlib.contextmanager
 def watched_builtins(functions: Sequence[FunctionType]) -> Iterator[None]:
-    """In the files of these functions, len() of a traced value is a traced value, and isinstance() of one a branch."""
+    """In the files of these functions, len() of a traced value is a traced value, and isinstance() of it is a
+    branch."""
     replacements = {"len": _len, "isinstance": _isinstance}
     files = {id(function.__globals__): function.__globals__ for function in functions}
     shadowed = [(variables, name) for variables in files.values() for name in replacements if name not in variables]

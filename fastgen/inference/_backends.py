@@ -1,6 +1,6 @@
-"""What an Engine runs a model by: a plan, CUDA graphs, or PyTorch with plans for parts of the model.
+"""The backends of an Engine: a plan, CUDA graphs, or PyTorch with plans for parts of the model.
 
-Each backend names its parts, runs, and saves itself or says why it cannot.
+Each backend lists its parts, runs, and saves itself or says why it cannot.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from fastgen.runtime import Plan
 
 @dataclass(frozen=True)
 class Part:
-    """A module of the model and what runs it: "plan", "CUDA graph", or "PyTorch" with the reason.
+    """A module of the model and how it runs: "plan", "CUDA graph", or "PyTorch" with the reason.
 
-    Where PyTorch runs a module whose submodules are parts of their own, it runs the code of the module's forward.
+    If submodules of a module that PyTorch runs are listed as parts too, PyTorch only runs the code of its forward.
     """
 
     name: str
@@ -89,7 +89,7 @@ class GraphBackend:
 
 
 class TorchBackend:
-    """PyTorch runs the model, in which plans may have taken the places of modules."""
+    """PyTorch runs the model, in which plans may have replaced modules."""
 
     def __init__(self, module: nn.Module, parts: tuple[Part, ...], device: torch.device):
         self.parts, self._module, self._device, self._process = parts, module, device, os.getpid()
@@ -114,7 +114,7 @@ class TorchBackend:
 
 @contextlib.contextmanager
 def isolated(device: torch.device) -> Iterator[None]:
-    """Without gradients, and without the caller's autocast: an engine has a precision of its own."""
+    """A context without gradients and without the caller's autocast: an engine has its own precision."""
     with torch.no_grad(), contextlib.ExitStack() as stack:
         if torch.amp.is_autocast_available(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))

@@ -1,9 +1,9 @@
 """What functions do with submodules and arguments, read from their bytecode without running them.
 
-Tracing (_trace.py) sees what a forward does, and two things it cannot see. A method that no traced forward runs may use
-a submodule too: `uses` finds the attributes that it names. And some questions about an argument (`is None`, type())
-are answered by Python itself, whatever the traced value is: `argument_checks` finds them. What is not understood counts
-as a use, so that a doubt prevents a fusion and never causes one.
+Tracing (_trace.py) sees what a forward does, except for two things. A method that no traced forward runs may use a
+submodule too: `uses` finds the attributes that it names. And Python itself answers some questions about an argument
+(`is None`, type()), so that a traced value cannot intercept them: `argument_checks` finds these. Code that is not
+understood counts as a use, so that a doubt prevents a fusion and never causes one.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class ArgumentChecks(NamedTuple):
 
 @functools.cache
 def argument_checks(code: CodeType) -> ArgumentChecks:
-    """The checks that a traced value cannot answer, since they are no operators of it: `is`, type(), hasattr(),
+    """The checks that a traced value cannot intercept, since they do not call its operators: `is`, type(), hasattr(),
     callable()."""
     for_none: set[str] = set()
     otherwise: set[str] = set()
@@ -128,8 +128,8 @@ class Uses(NamedTuple):
     since it ends the chain."""
 
     used: frozenset[str]
-    loaded: frozenset[str]  # all that are read, used or not
-    by_name: bool  # whether it may use any attribute, by a name that it computes
+    loaded: frozenset[str]  # all attributes that are read, used or not
+    by_name: bool  # whether it may use any attribute, by a computed name
     by_index: bool  # whether it subscripts or iterates over something
 
 

@@ -24,7 +24,7 @@ def run_plan(plan: Plan, *inputs: Tensor) -> Any:
         name, are_labels = f"inputs[{i}]" if len(inputs) > 1 else "x", expected.classes is not None
         check_input(name, x, expected.shape, torch.device("cpu"), are_labels)
         if len(x) != len(inputs[0]):
-            raise ValueError(f"{name} must be of {len(inputs[0])} images as inputs[0] is, got shape {tuple(x.shape)}")
+            raise ValueError(f"{name} must have {len(inputs[0])} images as inputs[0] has, got shape {tuple(x.shape)}")
         arrays.append(_array(name, x, np.int64 if are_labels else np.float32))
     n = len(inputs[0])
     outputs = tuple(torch.empty((n, *shape), dtype=torch.float32, device="cpu") for shape in plan.output_shapes)
@@ -33,11 +33,11 @@ def run_plan(plan: Plan, *inputs: Tensor) -> Any:
 
 
 def _array(name: str, x: Tensor, dtype: type) -> np.ndarray:
-    # NumPy's copy, where one is needed, starts no threads of OpenMP, which would wait for ever in a forked process.
+    # If a copy is needed, NumPy makes it without OpenMP threads, which would wait for ever in a forked process.
     try:
         return np.ascontiguousarray(x.numpy(force=True), dtype)
     except RuntimeError:  # of torch.func, or of a compiler or exporter
-        raise TypeError(f"{name} must be a tensor with values: a plan can neither be transformed nor traced") from None
+        raise TypeError(f"{name} must be a tensor with values: a plan cannot be transformed or traced") from None
 
 
 def check_count(inputs: Inputs, count: int) -> None:

@@ -1,4 +1,4 @@
-"""The classes that fuse gives to modules: subclasses of the originals, which compute the same in fewer passes."""
+"""The classes that fuse assigns to modules: subclasses of the originals that compute the same in fewer passes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fastgen.nn import Sequential
 
 
 class Group:
-    """Runs that share members, and the slots (parent, name, member) in which their members were when fuse saw them.
+    """Runs that share members, and the slots (parent, name, member) that their members were in when fuse saw them.
 
-    The slots include those of modules that are no members, but whose classes the analysis relied on.
+    The slots include those of other modules whose classes the analysis relied on.
     """
 
     def __init__(self, slots: tuple[tuple[nn.Module, str, nn.Module], ...]):
         self.slots = slots
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether the module is in the group (a replica is not), and all modules are still in their slots, and plain.
+        """Whether the module is in the group (a replica is not) and all modules are still plain and in their slots.
 
         If not, each module of the group computes its own part.
         """
@@ -33,7 +33,7 @@ class Group:
 
 
 class _FusedClass(nn.Module):
-    """Base of the classes made here. They carry the name of the original class, and are pickled by it."""
+    """Base of the classes made here. They have the name of the original class and are pickled under it."""
 
     stands_for: type[nn.Module]
     mixin: type[nn.Module]
@@ -44,7 +44,7 @@ class _FusedClass(nn.Module):
 
 
 class FusedSequential(_FusedClass):
-    """nn.Sequential, or a subclass with its forward, that computes runs by one op: see fastgen.nn.Sequential."""
+    """nn.Sequential, or a subclass with the same forward, that computes runs by one op: see fastgen.nn.Sequential."""
 
     forward = Sequential.forward
 
@@ -60,7 +60,7 @@ class FusedMember(_FusedClass):
             return super().forward(input, *args, **kwargs)
         if not (args or kwargs):
             return input if run is None else run.compute(input)
-        output = super().forward(input, *args, **kwargs)  # a convolution with output_size; others raise
+        output = super().forward(input, *args, **kwargs)  # accepted by a convolution with output_size; others raise
         for member in run.members[1:] if run is not None else ():
             output = kind(member).forward(member, output)
         return output
@@ -104,7 +104,7 @@ def fuse_run(run: Run, group: Group) -> None:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Gives every module its own class back."""
+    """Restores the original class of every module."""
     for module in model.modules():
         if isinstance(module, _FusedClass):
             module.__dict__.pop("_fastgen", None)

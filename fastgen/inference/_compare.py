@@ -1,5 +1,5 @@
-"""Whether a plan or graphs compute what the module does: rounding is told from faults, and state that changes from call
-to call is found."""
+"""Checks that a plan or graphs compute what the module does, up to rounding, and finds state that changes from call to
+call."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from fastgen.inference._readers import UnsupportedError, first_line
 from fastgen.inference._record import tensors, unfused
 from fastgen.inference._sandbox import Inputs, clone, copy_inputs, preserved_rng
 
-# Bits of a value's mantissa that are right. In float32 those that Winograd's algorithm leaves right in one layer.
+# Correct bits of a value's mantissa. For float32: the bits that are still correct after one layer by Winograd's
+# algorithm.
 _MANTISSA_BITS = {"fp32": 17, "tf32": 10, "fp16": 10, "bf16": 7}
 
 
 def compare(
     call: Callable[..., Any], module: nn.Module, example: Inputs, precision: str, batch_sizes: Sequence[int]
 ) -> float:
-    """The relative L2 difference of call(*inputs) from module(*inputs), for the example and other images in batches of
-    these sizes.
+    """The relative L2 difference between call(*inputs) and module(*inputs), for the example and for other images in
+    batches of these sizes.
 
-    Raises UnsupportedError where rounding does not explain the difference. What rounding explains is the larger one of
-    two bounds: four times the rounding of one value, which a network of a few layers reaches, and three times the
-    difference that appears if the module itself runs in float32 with its weights, and the result of each function,
-    rounded to the precision. The second bound follows models that amplify rounding. It needs no kernels of that
+    Raises UnsupportedError if rounding does not explain the difference. The allowed difference is the larger of two
+    bounds: four times the rounding of one value, which a network of a few layers reaches, and three times the
+    difference that appears when the module itself runs in float32 with its weights and the result of each function
+    rounded to the precision. The second bound covers models that amplify rounding. It needs no kernels of that
     precision, and rounds at least as often as a plan does. Over 80 networks a plan's difference was 0.4 to 1.3 times
-    this; the factor is three because of outputs of few numbers, some of which are near 0 by chance.
+    the rounded module's; the factor is three because in small outputs some numbers may be near 0 by chance.
 
-    The module is not changed: copies run. They get the first batch again at the end, after the others have left their
-    traces. All begin with the same random numbers. If the module draws random numbers and the call does not, the call
-    has kept those that were drawn when it was made, and is refused.
+    The module is not changed: copies run. The first batch is repeated at the end, to find state that the other batches
+    left behind. All runs begin with the same random state. If the module draws random numbers and the call does not,
+    the call has frozen the numbers that were drawn when it was made, and is refused.
     """
     batches = [tuple(_images(x, n) for x in example) for n in batch_sizes]
     batches.append(batches[0])
@@ -52,12 +53,13 @@ def compare(
         allowed = 4 * 2.0 ** -(_MANTISSA_BITS[precision] + 1)
         if error > allowed:
             with preserved_rng():
-                # One batch is enough for the size of the difference, and this is slow.
+                # One batch is enough to estimate the difference, and this run is slow.
                 rounded = _rounded_outputs(module, batches[:1], _MANTISSA_BITS[precision])
             allowed = max(allowed, 3 * _relative_error(rounded, expected[:1]))
     if not error <= allowed:
         raise UnsupportedError(
-            f"the output differs from the module's by {error:.1e} (relative L2), and rounding explains {allowed:.1e}"
+            f"the output differs from the module's by {error:.1e} (relative L2), but rounding explains only "
+            f"{allowed:.1e}"
         )
     return error
 
@@ -68,12 +70,12 @@ def _expected(module: nn.Module, batch: Inputs, n: int) -> Inputs:
     except Exception as error:  # the model's own code may raise anything
         if len(batch[0]) == n:
             raise
-        raise UnsupportedError(f"it takes {n} images, and not {len(batch[0])}: {first_line(error)}") from error
+        raise UnsupportedError(f"it takes {n} images, but not {len(batch[0])}: {first_line(error)}") from error
 
 
 def _images(x: Tensor, n: int) -> Tensor:
-    """A batch of n images. It ends with x, if x fits; the others have the values of x's images in another order,
-    permuted within each channel."""
+    """A batch of n images that ends with x, if x fits; the other images are images of x with the values of each channel
+    permuted."""
     images = x[(torch.arange(n, device=x.device) - n) % len(x)]
     if x.dim() < 2 or not x.is_floating_point():
         return images
@@ -85,18 +87,18 @@ def _images(x: Tensor, n: int) -> Tensor:
 
 
 def _relative_error(actual: list[Inputs], expected: list[Inputs]) -> float:
-    """The relative L2 difference over all batches, of the output that differs most. Accumulates in float64."""
+    """The relative L2 difference over all batches, for the output that differs most. Accumulates in float64."""
     squares: dict[int, tuple[float, float]] = {}
     for outputs, expected_outputs in zip(actual, expected, strict=True):
         if len(outputs) != len(expected_outputs):
-            raise UnsupportedError(f"there are {len(outputs)} outputs where the module gives {len(expected_outputs)}")
+            raise UnsupportedError(f"there are {len(outputs)} outputs, but the module has {len(expected_outputs)}")
         for i, (y, exact) in enumerate(zip(outputs, expected_outputs, strict=True)):
             if y.shape != exact.shape:
-                shapes = f"{tuple(y.shape)} where the module gives {tuple(exact.shape)}"
+                shapes = f"{tuple(y.shape)}, but the module's is {tuple(exact.shape)}"
                 raise UnsupportedError(f"the output is {shapes}")
             finite = exact.isfinite()
             if not torch.equal(y.isfinite(), finite):
-                raise UnsupportedError("the output has other non-finite entries than the module's")
+                raise UnsupportedError("the output has non-finite values in other places than the module's")
             y, exact = y[finite].double(), exact[finite].double()
             difference, norm = squares.get(i, (0.0, 0.0))
             squares[i] = difference + float((y - exact).square().sum()), norm + float(exact.square().sum())
@@ -130,7 +132,7 @@ class _Rounding(TorchFunctionMode):
 
 
 def _round(x: Tensor, bits: int) -> None:
-    """Rounds in place to the nearest numbers with so many mantissa bits, ties to even."""
+    """Rounds in place to the nearest numbers with this many mantissa bits, ties to even."""
     if bits == 7:  # faster
         x.detach().copy_(x.detach().to(torch.bfloat16))
         return
@@ -141,9 +143,9 @@ def _round(x: Tensor, bits: int) -> None:
 
 
 def changes(module: nn.Module, inputs: Inputs) -> dict[nn.Module, str]:
-    """The modules whose own state a second call on the same inputs changes, each with the name of what changes first:
-    a parameter or buffer, or a tensor, array or number in another attribute. What the first call fills, such as a
-    cache, is not a change."""
+    """The modules whose own state a second call on the same inputs changes, each with the name of the first thing that
+    changes: a parameter or buffer, or a tensor, array or number in another attribute. Attributes that the first call
+    fills, such as a cache, do not count."""
     with torch.no_grad():
         module(*copy_inputs(inputs))
         before = {key: _copy(value) for key, value in _state(module)}
@@ -175,7 +177,7 @@ def _copy(value: Any) -> Any:
 
 
 def _are_equal(a: Any, b: Any) -> bool:
-    """Also NaN equals NaN."""
+    """Equality in which NaN equals NaN."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         same = a.shape == b.shape and a.dtype == b.dtype
         return same and bool(((a == b) | ((a != a) & (b != b))).all())

@@ -30,31 +30,31 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 class Engine:
-    """Runs a model as model.eval() computes it, without gradients.
+    """Runs a model in inference: what model.eval() computes, without gradients.
 
-    At creation the model runs on the example, and what it computes is written down as a plan: norms with fixed
-    statistics folded into the weights, padding, residual sums and activations inside the convolutions, the algorithm of
-    each convolution chosen by a short measurement, one set of buffers. What no plan can compute runs through PyTorch:
-    `parts` names each such module with the reason, and so does a warning to the logger "fastgen". The engine has its
-    own copy of the weights.
+    At creation the model runs on the example, and what it computes is recorded as a plan: norms with fixed statistics
+    are folded into the weights; padding, residual sums and activations are part of the convolutions; the algorithm of
+    each convolution is chosen by a short measurement; all layers share one set of buffers. Modules that no plan can
+    compute run through PyTorch: `parts` names each of them with the reason, and so does a warning to the logger
+    "fastgen". The engine has its own copy of the weights.
 
-    A plan keeps what the example showed: height, width and channels, which way each branch of the model's code went,
-    what its hooks computed. The number of images is free: where the model's code asks for it, some 35 numbers up to
-    1025 are tried, and the model must call the same functions for each, or it runs through PyTorch. The output is
-    compared with the module's for several inputs and numbers of images. `error` is the relative L2 difference (NaN if
-    it was not measured). A difference that rounding to the precision does not explain is refused, and so is a module
-    whose parameters, buffers or other attributes change from call to call, or that draws random numbers
-    (fastgen/inference/_compare.py has the bounds). State elsewhere, in globals or in other objects, is not seen.
+    The example fixes a plan's height, width and channels, the side that each branch of the model's code takes, and what
+    its hooks compute. The batch size may vary: if the model's code reads it, some 35 batch sizes up to 1025 are tried,
+    and the model must call the same functions for each, or it runs through PyTorch. The output is compared with the
+    module's for several inputs and batch sizes. `error` is the relative L2 difference (NaN if it was not measured). A
+    difference that rounding to the precision does not explain is refused, and so is a module whose parameters, buffers
+    or other attributes change from call to call, or that draws random numbers (fastgen/inference/_compare.py has the
+    bounds). State elsewhere, in globals or in other objects, is not detected.
 
     The caller's settings do not change an engine: autocast, grad mode, the default dtype and device, and the number of
-    threads, which is torch.get_num_threads() at creation. If global hooks are registered at creation, which a plan
-    would not call, the model runs through PyTorch; global hooks that are registered later see only what runs through
-    PyTorch. copy.deepcopy and pickle, also of modules that hold an engine, make it anew. A forked process may call it;
-    for what runs through PyTorch it must call torch.set_num_threads(1) first, since PyTorch would wait for threads that
-    do not exist there.
+    threads, which is torch.get_num_threads() at creation. If global hooks, which a plan would not call, are registered
+    at creation, the model runs through PyTorch; global hooks that are registered later see only modules that run
+    through PyTorch. An engine, or a module that contains one, can be copied with copy.deepcopy and pickled. A forked
+    process may call it; if parts run through PyTorch, it must call torch.set_num_threads(1) first, since PyTorch would
+    wait for threads that do not exist there.
 
-    On a GPU (model and example there) the model is fused, its weights laid out for the kernels, and each number of
-    images is recorded as a CUDA graph at its first call, that of the example at creation. What cannot be recorded runs
+    If model and example are on a GPU, the model is fused, its weights are laid out for the kernels, and each batch size
+    is recorded as a CUDA graph at its first call (the example's at creation). A model that cannot be recorded runs
     through PyTorch.
 
     Do not create an engine while another thread runs a model: recording changes how PyTorch's functions are called.
@@ -64,14 +64,14 @@ class Engine:
         model: any module that takes tensors and returns one, or several as a tuple or list.
         example_inputs: an input (N, C) or (N, C, H, W), or a tuple of inputs, where integers (N,) are labels for
             nn.Embedding or one_hot. Later calls may have another N, but not another C, H or W.
-        precision: "fp32"; "tf32" is the same on a CPU. "bf16": weights, and values between layers, are bfloat16, and
-            sums float32; inputs and outputs stay float32. On a processor that does not multiply bfloat16 it runs as
-            "fp32", which `parts` and a warning say. "fp16": the same with float16, only on a GPU.
+        precision: "fp32"; "tf32" is the same on a CPU. "bf16": weights and values between layers are bfloat16, sums are
+            float32, and inputs and outputs stay float32. On a processor that cannot multiply bfloat16 it runs as
+            "fp32"; `parts` and a warning say so. "fp16": like "bf16" with float16, only on a GPU.
         impl: "auto"; "cpp": the whole model must be one plan; on a GPU "triton" or "cuda" for fastgen's ops;
             "reference": PyTorch runs all of it.
 
-    Raises TypeError and UsageError for invalid arguments, and FastgenError if impl="cpp" cannot run, with the reason,
-    or if the plan's output is not the module's.
+    Raises TypeError and UsageError for invalid arguments, and FastgenError with the reason if impl="cpp" cannot run, or
+    if the plan's output differs from the module's.
     """
 
     precision: str
@@ -88,8 +88,8 @@ class Engine:
     ) -> None:
         example = _check(model, example_inputs, precision, impl)
         device = example[0].device
-        # Tensors made in inference mode could not be changed outside of it, as a module's state may be. The module is
-        # compared as float32: if PyTorch multiplied as the process's switches say, its error might be the larger one.
+        # A module's state may change in a call, which is impossible for tensors made in inference mode. The module that
+        # the backend is compared with runs in float32: with the process's TF32 switches its error might be the larger.
         with torch.inference_mode(False), isolated(device), multiplying("fp32"):
             module = clone(model).eval()
             unfuse(module)
@@ -104,20 +104,20 @@ class Engine:
         self._set(backend, precision, error)
 
     def _set(self, backend: Backend, precision: str, error: float) -> None:
-        """All that an engine is."""
+        """Sets all attributes of an engine."""
         self._backend, self.precision, self.error = backend, precision, error
         if note := self._precision_note():
             _log.warning("Engine: precision %r runs %s", precision, note)
 
     def _precision_note(self) -> str:
-        """What `precision` does not say of the plans on this processor."""
+        """How the plans run on this processor, if not in `precision`; otherwise empty."""
         if all(plan.runs_as == plan.precision for plan in self._backend.plans):
             return ""
         return "as fp32: this processor does not multiply bfloat16"
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """What runs each module."""
+        """The modules, and how each runs."""
         note = self._precision_note()
         return tuple(
             replace(part, reason=note) if note and part.runs == "plan" else part for part in self._backend.parts
@@ -129,23 +129,23 @@ class Engine:
         return self._backend.plan if isinstance(self._backend, PlanBackend) else None
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """The model's output for inputs (N, ...) as in the example: a new tensor, or a tuple where the model returns
-        several. The inputs are float32 tensors, labels int64 or int32, on the CPU where the model is a plan, on the
-        example's GPU where it is a CUDA graph. Raises TypeError and ValueError for other dtypes and shapes, IndexError
-        for labels out of range."""
+        """The model's output for inputs (N, ...) as in the example: a new tensor, or a tuple if the model returns
+        several. Inputs are float32 and labels int64 or int32; they are on the CPU for a plan, and on the example's GPU
+        for a CUDA graph. Raises TypeError and ValueError for other dtypes and shapes, IndexError for labels out of
+        range."""
         return self._backend.run(*inputs)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan and `error`: one file of numbers, no code, which Engine.load and fastgen.runtime.Plan.load
         read.
 
-        Raises FastgenError where parts run through PyTorch, and on a GPU.
+        Raises FastgenError if parts run through PyTorch, and on a GPU.
         """
         self._backend.save(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Engine:
-        """The engine that was saved, with its `error`. Raises OSError and fastgen.runtime.PlanError."""
+        """Loads a saved engine, with its `error`. Raises OSError and fastgen.runtime.PlanError."""
         plan = Plan.load(path, threads=torch.get_num_threads())
         engine = cls.__new__(cls)  # there is no model to prepare
         engine._set(PlanBackend(plan), plan.precision, plan.error)
@@ -157,7 +157,7 @@ class Engine:
 
 
 def plan_backend(module: nn.Module, example: Inputs, precision: str, impl: str) -> tuple[Backend, float]:
-    """Runs the module on a CPU, by plans where possible; (backend, error)."""
+    """(backend, error) for a module on a CPU, which uses plans where possible."""
     n, device = len(example[0]), example[0].device
     planner: Planner | None = None
     parts: tuple[Part, ...] = ()
@@ -169,7 +169,8 @@ def plan_backend(module: nn.Module, example: Inputs, precision: str, impl: str) 
         planner = Planner(module, example, Precision.bfloat16 if precision == "bf16" else Precision.float32)
         try:
             plan = planner.plan_model()
-            for tuned_for in plan.batches_to_tune[1:]:  # other algorithms run; images are small, and many soon compared
+            # Other batch sizes run other algorithms. Their images are small, so that comparing many is quick.
+            for tuned_for in plan.batches_to_tune[1:]:
                 batch_sizes[tuned_for + 1] = None
             error = compare(partial(run_plan, plan), module, example, precision, [*batch_sizes])
             plan.error = error
@@ -186,7 +187,7 @@ def plan_backend(module: nn.Module, example: Inputs, precision: str, impl: str) 
                 planned = planner.replace_parts(clone(module))
                 error = compare(planned, module, example, precision, [*batch_sizes])
                 module, parts = planner.replace_parts(module), tuple(planner.parts)
-            except Exception as failure:  # the model's own code meets modules that it does not expect
+            except Exception as failure:  # the model's own code may not expect the modules that replace its own
                 reason += f"; nor in parts: {first_line(failure)}"
     backend = TorchBackend(module, parts or (Part("", "PyTorch", reason),), device)
     by_pytorch = "; ".join(str(part) for part in backend.parts if part.runs != "plan")
@@ -197,13 +198,13 @@ def plan_backend(module: nn.Module, example: Inputs, precision: str, impl: str) 
 def graph_backend(
     module: nn.Module, example: Inputs, precision: str, impl: str, record: Recorder = record
 ) -> tuple[Backend, float]:
-    """Runs the module on a GPU, by CUDA graphs if possible; (backend, error)."""
+    """(backend, error) for a module on a GPU, which uses CUDA graphs if possible."""
     n, device = len(example[0]), example[0].device
     try:
         if reason := _why_unseen(module):
             raise UnsupportedError(reason)
         if len(example) != 1 or not example[0].is_floating_point():
-            raise UnsupportedError("a CUDA graph takes one input, of a floating point dtype")
+            raise UnsupportedError("a CUDA graph takes one input of a floating point dtype")
         for name in changes(clone(module), example).values():
             raise UnsupportedError(f"{name} changes with every call, also in evaluation mode")
         backend = GraphBackend(Graphs(clone(module), precision, impl, record), example[0])
@@ -226,21 +227,21 @@ def _check(model: object, example_inputs: object, precision: str, impl: str) -> 
             f"example_inputs must be a tensor or a tuple of tensors, got {[type(i).__name__ for i in inputs]}"
         )
     if any(nn.parameter.is_lazy(value) for value in (*model.parameters(), *model.buffers())):
-        raise UsageError("model has lazy modules that have not seen an input: call it once before")
+        raise UsageError("model has uninitialized lazy modules: call it once first")
     for x in inputs:
         if x.is_nested:
-            raise TypeError("example_inputs must be tensors of one shape, got a nested one")
+            raise TypeError("example_inputs must be dense tensors, got a nested tensor")
         if x.dim() < (2 if x.is_floating_point() and len(inputs) == 1 else 1) or x.shape[0] < 1:
-            raise UsageError(f"example_inputs must be a batch of at least one, got shape {tuple(x.shape)}")
+            raise UsageError(f"example_inputs must be batches of at least one image, got shape {tuple(x.shape)}")
         if x.shape[0] != inputs[0].shape[0]:
             shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-            raise UsageError(f"example_inputs must all have the same number of images, got shapes {shapes}")
+            raise UsageError(f"example_inputs must all have the same batch size, got shapes {shapes}")
     devices = {x.device for x in inputs}
     model_devices = {t.device for t in (*model.parameters(), *model.buffers())} or devices
     if len(devices) > 1 or not devices <= model_devices:
         found, expected = (", ".join(sorted(map(str, each))) for each in (devices, model_devices))
         raise UsageError(
-            f"example_inputs must be where the model is, got {found} and a model on {expected}: move one of them"
+            f"example_inputs must be on the model's device, got {found} and a model on {expected}: move one of them"
         )
     if precision not in PRECISIONS:
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -250,12 +251,12 @@ def _check(model: object, example_inputs: object, precision: str, impl: str) -> 
     allowed = ("auto", "triton", "cuda", "reference") if on_gpu else ("auto", "cpp", "reference")
     if impl not in allowed:
         device = "a GPU" if on_gpu else "a CPU"
-        raise UsageError(f"impl must on {device} be one of {', '.join(map(repr, allowed))}, got {impl!r}")
+        raise UsageError(f"impl must be one of {', '.join(map(repr, allowed))} on {device}, got {impl!r}")
     return tuple(x.detach() for x in inputs)
 
 
 def _why_unseen(module: nn.Module) -> str:
-    """Why neither a plan nor a CUDA graph can take the place of any part of the module."""
+    """Why neither a plan nor a CUDA graph can replace any part of the module; None if one may."""
     if isinstance(module, torch.jit.ScriptModule):
         return TORCHSCRIPT
     if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:

@@ -1,4 +1,4 @@
-"""explain(model, inputs): what computes each layer of a model, and why."""
+"""explain(model, inputs): which implementation computes each layer of a model, and why."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastgen.ops._requested import requested_impl
 
 @dataclass(frozen=True)
 class Explained:
-    """What computes one pass of a layer."""
+    """The implementation of one pass of a layer."""
 
     layer: str  # the modules' names in the model
     what: str  # "forward", "input_grad" or "weight_grad"
@@ -43,29 +43,29 @@ class Explanation:
 
 
 def explain(model: nn.Module, *example_inputs: Any, training: bool = True) -> Explanation:
-    """Says what computes each layer of fuse(model) on these inputs, and why.
+    """Tells which implementation computes each layer of fuse(model) on these inputs, and why.
 
-    A fused copy of the model runs once on the inputs; the model stays as it is. "computed by" names fastgen's kernels
-    (cpp, cuda, triton), the op in plain PyTorch (reference), PyTorch's convolution followed by fastgen's norm_act
-    (unfused), PyTorch's modules one by one (modules), or, of a gradient, PyTorch's kernel (torch). The reason names the
-    rule of fastgen/ops/_rules.py, or the measured times.
+    A fused copy of the model runs once on the inputs; the model is not changed. "computed by" is one of fastgen's
+    kernels (cpp, cuda, triton), the op in plain PyTorch (reference), PyTorch's convolution followed by fastgen's
+    norm_act (unfused), PyTorch's modules one by one (modules), or, for a gradient, PyTorch's kernel (torch). The reason
+    names the rule of fastgen/ops/_rules.py, or the measured times.
 
     Args:
-        model: any module, on the device that it is to run on.
-        example_inputs: what it is called with. Autocast counts where it is on.
-        training: in training mode, with the gradients of each layer's input and weight.
+        model: any module, on the device that it will run on.
+        example_inputs: the inputs that it is called with. An active autocast applies.
+        training: run in training mode, and explain the gradients of each layer's input and weight too.
 
-    Raises TypeError if model is no nn.Module.
+    Raises TypeError if model is not an nn.Module.
     """
     network = fuse(model).train(training)
     names = {module: name or "model" for name, module in network.named_modules()}
     with torch.set_grad_enabled(training), recorded_calls() as calls:
         network(*example_inputs)
-    rows = [Explained(_name(call, names), *found) for call in calls for found in _passes(call, training)]
-    known = {module for call in calls for module in call.layers}
+    rows = [Explained(_name(call, names), *passed) for call in calls for passed in _passes(call, training)]
+    explained = {module for call in calls for module in call.layers}
     for left in fusion_report(network).left:
         module = network.get_submodule(left.name) if left.name else network
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in known:
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in explained:
             rows.append(Explained(left.name or "model", "forward", Choice("modules", "", left.reason)))
     return Explanation(tuple(rows))
 
@@ -108,10 +108,10 @@ def _weight_is_channels_last(convolution: Any) -> bool:
 def _of_op(op: str, like: Tensor, fastest: Choice | None) -> Choice:
     chosen = _dispatch.choose(op, "auto", like, fastest, counted=False)
     if (requested := requested_impl()) != "auto":
-        return chosen._replace(reason=f"{requested} is asked for")
+        return chosen._replace(reason=f"{requested} is requested")
     if chosen.implementation == "reference":
         tier = _policy.auto_tier(op, str(like.device), like.dtype)
         reason = _tiers.why_not(op, tier, str(like.device), like.dtype) if tier else None
         return chosen._replace(reason=reason or f"fastgen has no kernels for {like.device}")
-    reason = fastest.reason if fastest is not None else "the norm and the activation in one pass"
+    reason = fastest.reason if fastest is not None else "the norm and the activation take one pass"
     return chosen._replace(reason=reason)

@@ -1,4 +1,4 @@
-"""fuse(model): fastgen's fused ops in the place of a model's own modules."""
+"""fuse(model): runs a model's modules by fastgen's fused ops."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ _log = logging.getLogger("fastgen")
 
 
 def fuse(model: M, *, inplace: bool = False, memory_efficient: bool = False) -> M:
-    """The model, with each run Conv2d or ConvTranspose2d -> norm -> activation, and norm -> activation, computed by one
-    op.
+    """Returns the model with each run Conv2d or ConvTranspose2d -> norm -> activation, or norm -> activation, computed
+    by one op.
 
-    Modules stay objects of their classes (or of subclasses of the same name) in their places, with their parameters,
-    buffers and names: the state_dict, optimizers, initialisation, .to(), copy.deepcopy, pickling and DDP see no change,
-    and training continues as before. The model's own forward keeps running. Whatever is not known to fuse stays exactly
-    as it was: fusion_report says what and why.
+    Modules stay where they are, as instances of their classes (or of subclasses of the same name), with their
+    parameters, buffers and names: the state_dict, optimizers, initialisation, .to(), copy.deepcopy, pickling and DDP
+    see no change, and training continues as before. The model's own forward keeps running. Whatever cannot be fused
+    stays exactly as it was: fusion_report says what and why.
 
-    Two kinds of runs fuse: those within a Sequential (or a subclass with its forward; plain Sequentials in it
-    included), and those that one function calls, if every path through every forward that calls them passes the output
-    of each member to the next one alone. For this the forwards are traced by torch.fx on copies, with their submodules
-    as leaves.
+    Two kinds of runs are fused: runs within a Sequential (or a subclass with the same forward; nested plain Sequentials
+    included), and runs whose members are called by one function, if on every path through every forward that calls them
+    the output of each member goes to the next one and nowhere else. To find these, the forwards are traced by torch.fx
+    on copies, with their submodules as leaves.
 
-    On the CPU the modules of a run compute it themselves at each call whose convolution is so small that calling an op
-    takes longer, unless an implementation is asked for.
+    On the CPU, the original modules run at each call whose convolution is so small that calling an op would take
+    longer, unless an implementation is requested.
 
     Weights under torch.nn.utils.parametrizations.spectral_norm or torch.nn.utils.spectral_norm are computed by one op,
-    with the same vectors, steps and names. A sampler, mu + std * noise, is one op where the model declares it by a
-    fastgen.nn.Reparameterize; one that is written out in a forward stays as it is.
+    with the same vectors, steps and names. A sampler, mu + std * noise, is one op if the model declares it with
+    fastgen.nn.Reparameterize; a sampler that is written out in a forward stays as it is.
 
-    Afterwards parameters, options, train() and eval(), hooks, parametrizations and replaced modules may change at any
-    time; a run with a member that has hooks, or was replaced, computes its modules one by one. (Hooks that compute a
-    convolution's weight are called before the op: torch.nn.utils.spectral_norm, weight_norm, prune.) Other things may
-    not change. Outside of a Sequential, the members of a run must be called by the functions that called them when the
-    model was fused (a first member called by itself computes the whole run), and flags that a forward reads must lead
-    the same way: set them first, then fuse again. A Sequential under torch.utils.checkpoint may update the running
-    statistics of its last norm once, not also when it is run again; a forward that raises between the members of a run
-    has updated them already.
+    Afterwards, parameters, options, train() and eval(), hooks and parametrizations may change and modules may be
+    replaced at any time; a run with a member that has hooks or was replaced runs its modules one by one. (Hooks that
+    compute a convolution's weight are called before the op: torch.nn.utils.spectral_norm, weight_norm, prune.) Other
+    things must not change. Outside of a Sequential, the members of a run must be called by the functions that called
+    them when the model was fused (a first member that is called alone computes the whole run), and flags that a forward
+    reads must select the same path: to change them, set them and fuse again. A Sequential under torch.utils.checkpoint
+    may update the running statistics of its last norm only once, and not again during recomputation; a forward that
+    raises between the members of a run has already updated the statistics.
 
-    TorchScript modules stay as they are, and torch.jit.script does not take a fused model; torch.compile, torch.export
+    TorchScript modules stay as they are. torch.jit.script does not accept a fused model; torch.compile, torch.export
     and torch.jit.trace do.
 
     Do not call it while another thread runs a model: tracing changes how modules are called.
 
     Args:
-        model: any module. One that is already fused is analyzed anew.
-        inplace: change the model itself; otherwise the model is copied and is not changed.
-        memory_efficient: fused convolutions are computed again in the backward pass instead of keeping their outputs:
-            half the activation memory for a third more work in the convolutions.
+        model: any module. A fused model is analyzed again.
+        inplace: change the model itself; otherwise a copy is changed and returned.
+        memory_efficient: recompute fused convolutions in the backward pass instead of keeping their outputs: half the
+            activation memory for a third more work in the convolutions.
 
-    Returns the fused model; a model with nothing to fuse is returned unchanged (a copy, unless inplace), and a warning
-    to the logger "fastgen" says so. Raises TypeError if model is not an nn.Module, and what copy.deepcopy raises.
+    Returns the fused model. A model with nothing to fuse is returned unchanged (as a copy, unless inplace), with a
+    warning to the logger "fastgen". Raises TypeError if model is not an nn.Module, and what copy.deepcopy raises.
     """
     check_module(model)
     if not inplace:
@@ -95,7 +95,7 @@ def fuse(model: M, *, inplace: bool = False, memory_efficient: bool = False) -> 
 
 
 def _groups(runs: list[Run]) -> list[list[Run]]:
-    """The runs, those that share an activation together."""
+    """The runs in groups: runs that share an activation are in the same group."""
     groups: dict[nn.Module, list[Run]] = defaultdict(list)
     for run in runs:
         groups[run.members[-1]].append(run)

@@ -1,4 +1,4 @@
-"""A model on a GPU as CUDA graphs: one per number of images."""
+"""A model on a GPU as CUDA graphs: one per batch size."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastgen.inference._record import tensors
 from fastgen.ops import use_impl
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MAX_GRAPHS = 16  # that are kept; each holds its own buffers
-# PyTorch's precision switches are shared by all threads of the process: one thread at a time changes and restores them.
+MAX_GRAPHS = 16  # the number of graphs to keep; each has its own buffers
+# PyTorch's precision switches are global to the process: only one thread at a time may change and restore them.
 _switch_lock = threading.RLock()
 
 
 class Recorded(NamedTuple):
-    """A recorded call: replay() computes it anew from what `input` holds, and writes `result`."""
+    """A recorded call: replay() repeats it with the contents of `input` and writes `result`."""
 
     input: Tensor
     result: Any
@@ -42,16 +42,16 @@ def record(call: Callable[[Tensor], Any], x: Tensor) -> Recorded:
             for _ in range(3):
                 call(input)
         torch.cuda.current_stream().wait_stream(stream)
-        # Without stream=, PyTorch would take a stream on the GPU of the process's first graph. "thread_local": other
-        # threads may use the GPU meanwhile.
+        # Without stream=, PyTorch would use a stream on the GPU of the process's first graph. "thread_local" lets other
+        # threads use the GPU meanwhile.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             result = call(input)
     return Recorded(input, result, graph.replay)
 
 
 class Graphs:
-    """A module prepared for inference on its GPU: fused, its weights in channels_last and without parametrizations;
-    recorded once per number of images, then replayed with no Python between its layers.
+    """A module prepared for inference on its GPU: fused, with its weights in channels_last and without
+    parametrizations. Each batch size is recorded once, then replayed with no Python between the layers.
 
     Several threads may call it, on any streams: their calls take turns on the GPU.
     """
@@ -64,7 +64,7 @@ class Graphs:
         self._finished: torch.cuda.Event | None = None  # when the last call no longer uses the buffers
 
     def __call__(self, x: Tensor) -> Any:
-        """The module's output for a float32 x: a new float32 tensor, or a tuple of them where the module returns
+        """The module's output for a float32 x: a new float32 tensor, or a tuple of them if the module returns
         several."""
         # Buffers created in inference mode could not be written outside of it.
         with self._lock, torch.inference_mode(False), torch.no_grad():
@@ -87,7 +87,7 @@ class Graphs:
             return outputs if len(outputs) > 1 else outputs[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies, also pickled ones, record anew."""
+        """Copies and unpickled objects record again."""
         return {**vars(self), "_recorded": OrderedDict(), "_lock": None, "_finished": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -116,8 +116,8 @@ def _prepare(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @contextlib.contextmanager
 def multiplying(precision: str) -> Iterator[None]:
-    """PyTorch's kernels and fastgen's multiply float32 on a GPU as TF32 if the precision is "tf32". For other
-    precisions, and on a CPU, they multiply it as float32."""
+    """A context in which PyTorch's and fastgen's kernels use TF32 on a GPU if the precision is "tf32", and do not
+    otherwise."""
     cudnn, matmul, mkldnn = torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends.mkldnn
     # cudnn.rnn too: PyTorch raises an error where it reads both switches and they differ.
     on_gpu: tuple[Any, ...] = (cudnn.conv, cudnn.rnn, matmul)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Turns what was recorded of a module into the steps of a plan."""
+"""Turns a module's recorded calls into the steps of a plan."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def lower(module: nn.Module, *inputs: Tensor) -> list[Step]:
         if not (is_image or is_labels) or x.layout != torch.strided or len(x) != len(inputs[0]):
             layout = "" if x.layout == torch.strided else f" of layout {x.layout}"
             raise UnsupportedError(
-                f"input {i} is {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}{layout}, where plans take "
+                f"input {i} is {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}{layout}, but plans take "
                 "float32 (N, C) and (N, C, H, W), and labels as int64 (N,)"
             )
     starts, outputs = record(module, *inputs)
@@ -56,7 +56,8 @@ def lower(module: nn.Module, *inputs: Tensor) -> list[Step]:
 
 
 class _Lowering:
-    """A method `_kind` adds the steps of nodes of that kind. Nodes whose kind is a class of steps become one step."""
+    """The method `_<kind>` adds the steps for nodes of that kind. Nodes whose kind is a class of steps become one
+    step."""
 
     def __init__(self, starts: list[Node]):
         self.steps: list[Step] = []
@@ -70,7 +71,7 @@ class _Lowering:
     def end(self, outputs: list[Node]) -> None:
         for node in outputs:
             if len(node.shape) not in (0, 1, 3) or node.kind == "pad":
-                raise UnsupportedError(f"its output is of shape (N, {', '.join(map(str, node.shape))})")
+                raise UnsupportedError(f"its output has shape (N, {', '.join(map(str, node.shape))})")
             if self.values[node] in self.labels:
                 raise UnsupportedError("its output is labels")
         for node in outputs:
@@ -95,14 +96,14 @@ class _Lowering:
         return len(self.steps) - 1
 
     def _step(self, node: Node, kind: type[Step], *inputs: Node, **fields: Any) -> None:
-        """The node as a step that reads its inputs as images of their shapes."""
+        """Adds the node as a step that reads its inputs as images of their shapes."""
         if len(node.shape) not in (0, 1, 3):
             raise UnsupportedError(f"{node.name} to a value of shape (N, {', '.join(map(str, node.shape))})")
         reads = [self._read(x) for x in inputs]
         self.values[node] = self._append(kind(reads, _size(node.shape), **fields))
 
     def _read(self, x: Node) -> Read:
-        """x as its shape says, for which the elements of a flattened image are put in order."""
+        """x in the element order of its shape: a flattened image is reordered."""
         if len(x.shape) not in (0, 1, 3):
             raise UnsupportedError(f"a value of shape (N, {', '.join(map(str, x.shape))})")
         if self._is_flattened(x):
@@ -111,7 +112,7 @@ class _Lowering:
         return Read(self.values[x], _size(x.shape))
 
     def _is_flattened(self, node: Node) -> bool:
-        """Whether its elements are in another order in memory than its shape says: (h, w, c) instead of (c, h, w)."""
+        """Whether x's elements are in memory in the order (h, w, c) although its shape implies (c, h, w)."""
         size = self.sizes[self.values[node]]
         return len(node.shape) == 1 and size[1] * size[2] > 1 and size[0] > 1
 
@@ -138,7 +139,7 @@ class _Lowering:
         weight, bias = options.pop("weight"), options.pop("bias")
         if x.kind == "pad":
             if options["padding"] != (0, 0):
-                raise UnsupportedError("padding of what is padded")
+                raise UnsupportedError("padding of a padded value")
             options |= x.options
             x = x.inputs[0]
         kernel = tuple(weight.shape[2:])
@@ -147,12 +148,12 @@ class _Lowering:
 
     _conv_transpose = _conv
 
-    def _pad(self, node: Node, x: Node) -> None:  # the convolutions that read it take it in
+    def _pad(self, node: Node, x: Node) -> None:  # the convolutions that read the padded value do the padding
         self.values[node] = self.values[x]
 
     def _linear(self, node: Node, x: Node) -> None:
         if len(x.shape) != 1:
-            raise UnsupportedError("linear on more than vectors")
+            raise UnsupportedError("linear on a value with more than 2 dimensions")
         size = self.sizes[self.values[x]] if self._is_flattened(x) else _size(x.shape)
         weight = node.options["weight"].reshape(-1, *size)
         self.values[node] = self._append(
@@ -225,7 +226,8 @@ class _Lowering:
         self._combine(node, Add, x, product)
 
     def _combine(self, node: Node, kind: type[Step], a: Node, b: Node) -> None:
-        """a + b or a * b, one of which has the result's shape, and the other one that, or 1 in its place."""
+        """a + b or a * b, where one operand has the result's shape, and each size of the other equals its size or
+        is 1."""
         if a.shape != node.shape:
             a, b = b, a
         if a.shape != node.shape or len(b.shape) != len(a.shape):
@@ -245,7 +247,7 @@ class _Lowering:
     def _embedding(self, node: Node, x: Node) -> None:
         weight = node.options["weight"]
         if self.values[x] not in self.labels:
-            raise UnsupportedError("embedding of what is no input")
+            raise UnsupportedError("embedding of a value that is not an input")
         size = (weight.shape[1], 1, 1)
         step = Embedding([Read(self.values[x], (1, 1, 1))], size, weight.shape[0], _weights(weight))
         self.values[node] = self._append(step)
@@ -304,7 +306,7 @@ def _reorder(step: Convolution, channels: np.ndarray) -> None:
 
 
 def _fold(step: Convolution, norm: Epilogue) -> None:
-    """The norm's fixed affine map, in the weights and the bias. In float64."""
+    """Folds the norm's fixed affine map into the weights and the bias, in float64."""
     assert norm.mean is not None and norm.var is not None
     scale = 1 / np.sqrt(norm.var.astype(np.float64) + norm.eps)
     if norm.weight is not None:

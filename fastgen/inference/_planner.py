@@ -1,4 +1,4 @@
-"""What of a model becomes plans: the whole model, or the largest parts of it that plans can compute."""
+"""Divides a model into plans: one for the whole model, or one for each of the largest parts that plans can compute."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _WORTH = nn.Conv2d | nn.ConvTranspose2d | nn.Linear  # without one of these, cal
 
 
 class Planner:
-    """Makes plans of a model, which is not changed: a copy runs."""
+    """Makes plans from a copy of a model; the model is not changed."""
 
     def __init__(self, model: nn.Module, example: Inputs, precision: Precision):
         self.model, self.example, self.precision = clone(model), example, precision
         self.changing = changes(self.model, example)
         self.parts: list[Part] = []
-        self.replacements: list[tuple[str, nn.Module]] = []  # names of modules, and what takes their places
+        self.replacements: list[tuple[str, nn.Module]] = []  # (name of a module, module that replaces it)
         self.seen: set[nn.Module] = set()
         self.inputs: dict[nn.Module, Inputs | None] = {}
 
@@ -39,12 +39,12 @@ class Planner:
         return self._make_plan(self.model, self.example)
 
     def plan_parts(self, reason: str) -> None:
-        """Makes the plans of parts; `reason` says why there is no plan of the whole model."""
+        """Makes the plans for parts; `reason` says why there is no plan for the whole model."""
         self.inputs = _inputs_of_modules(self.model, self.example)
         self._descend(self.model, "", reason)
 
     def replace_parts(self, model: nn.Module) -> nn.Module:
-        """The model, a copy of the planner's, with the plans in the places of their modules."""
+        """The planner's copy of the model, with plans in place of the modules that they compute."""
         for name, module in self.replacements:
             parent, _, last = name.rpartition(".")
             model.get_submodule(parent)._modules[last] = module
@@ -65,15 +65,15 @@ class Planner:
             steps = lower(module, *inputs)
         except UnsupportedError:
             raise
-        except Exception as error:  # the model's own code, which runs otherwise, may fail while it is recorded
+        except Exception as error:  # the model's own code may fail only while it is recorded
             raise UnsupportedError(f"it cannot be recorded: {type(error).__name__}: {first_line(error)}") from error
         if module is not self.model and not _is_worth_it(module):
-            raise UnsupportedError("a plan of it alone would gain nothing")
+            raise UnsupportedError("a plan for it alone would gain nothing")
         threads = torch.get_num_threads()
         plan = Plan(encode(steps, precision=self.precision), threads=threads)
         for n in plan.batches_to_tune:
             plan.tune(n)
-        return Plan(plan.to_bytes(), threads=threads)  # without the memory that the measurement took
+        return Plan(plan.to_bytes(), threads=threads)  # a new plan, without the memory that measuring took
 
     def _plan_run(self, modules: list[nn.Module]) -> Plan:
         """The plan of modules that are called in turn."""
@@ -94,7 +94,7 @@ class Planner:
                 try:
                     plan = self._plan_run(modules[at:end])
                 except (UnsupportedError, FastgenError) as error:
-                    reason = str(error)  # in the end the reason of the module alone
+                    reason = str(error)  # the last one is the reason for the single module
                 else:
                     self.replacements.append((names[at], PlannedModule(plan)))
                     self.replacements += [(name, nn.Identity()) for name in names[at + 1 : end]]
@@ -105,7 +105,7 @@ class Planner:
             at = end
 
     def _descend(self, module: nn.Module, name: str, reason: str) -> None:
-        """PyTorch runs the module itself, and plans the parts of it that they can."""
+        """Lets PyTorch run the module itself, and plans run the parts of it that they support."""
         if module in self.seen:
             return
         self.seen.add(module)
@@ -124,7 +124,7 @@ class Planner:
                 self._descend(child, f"{prefix}{child_name}", "")
 
     def _is_called(self, module: nn.Module) -> bool:
-        # A ScriptModule takes no hooks that would see its calls.
+        # A ScriptModule does not accept hooks that would see its calls.
         return module in self.inputs or isinstance(module, torch.jit.ScriptModule)
 
 
@@ -133,7 +133,7 @@ def _is_worth_it(module: nn.Module) -> bool:
 
 
 def _inputs_of_modules(model: nn.Module, example: Inputs) -> dict[nn.Module, Inputs | None]:
-    """The inputs of each module that is called; None: some are no tensors, or their shapes differ between calls."""
+    """The inputs of each module that is called; None if some are not tensors or their shapes differ between calls."""
     found: dict[nn.Module, Inputs | None] = {}
 
     def see(module: nn.Module, args: tuple, kwargs: dict) -> None:

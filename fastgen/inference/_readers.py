@@ -1,8 +1,8 @@
-"""Readers: for each function of PyTorch that a plan can compute, what a call of it becomes as a node.
+"""Readers: one per PyTorch function that a plan can compute. A reader turns a call of the function into a node.
 
-A reader has the parameters of the function, so that Python binds the arguments. It returns (kind, inputs, options). The
-kind is a class of steps, whose fields the options are, or a name for which _lower.py has a method. Raises
-UnsupportedError for what no plan computes.
+A reader has the same parameters as the function, so that Python binds the arguments. It returns (kind, inputs,
+options). The kind is a class of steps, with the options as its fields, or a name for which _lower.py has a method.
+Readers raise UnsupportedError for calls that no plan can compute.
 """
 
 import operator
@@ -183,10 +183,10 @@ def _pixel_shuffle(input, upscale_factor):
 def _reduction(is_mean: bool) -> Callable:
     def read(input, dim=None, keepdim=False, dtype=None):
         dims = (dim,) if isinstance(dim, int) else tuple(dim or ())
-        found = tuple(sorted(d % input.dim() for d in dims))
-        if not (found == (2, 3) and input.dim() == 4) and not (found == (1,) and (keepdim or input.dim() == 2)):
+        reduced = tuple(sorted(d % input.dim() for d in dims))
+        if not (reduced == (2, 3) and input.dim() == 4) and not (reduced == (1,) and (keepdim or input.dim() == 2)):
             raise UnsupportedError(f"a mean or sum of {input.dim()} dimensions over {dim}")
-        return "reduction", (input,), {"over_pixels": found == (2, 3), "is_mean": is_mean}
+        return "reduction", (input,), {"over_pixels": reduced == (2, 3), "is_mean": is_mean}
 
     return read
 
@@ -211,7 +211,7 @@ def _getitem(input, index):
         return "view", (input,), {}
     channels = parts[1] if len(parts) > 1 else None
     if not isinstance(channels, slice) or channels.step not in (None, 1) or input[:, channels].shape != result.shape:
-        raise UnsupportedError("indexing other than of consecutive channels")
+        raise UnsupportedError("indexing of anything but consecutive channels")
     return Narrow, (input,), {"start": channels.indices(input.shape[1])[0]}
 
 
@@ -233,7 +233,7 @@ def _cat(tensors, dim=0):
 
 def _dropout(input, p=0.5, training=True, inplace=False):
     if training:
-        raise UnsupportedError("dropout that is on")
+        raise UnsupportedError("active dropout")
     return SAME, (input,), {}
 
 
@@ -277,7 +277,7 @@ def _rsub(a, b, alpha=1):
 
 def _addcmul(input, tensor1, tensor2, *, value=1):
     if value != 1 or not input.dim() == tensor1.dim() == tensor2.dim():
-        raise UnsupportedError("addcmul with another value than 1, or of different dimensions")
+        raise UnsupportedError("addcmul with a value other than 1 or with different numbers of dimensions")
     return "addcmul", (input, tensor1, tensor2), {}
 
 

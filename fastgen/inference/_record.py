@@ -1,7 +1,7 @@
 """Records what a module computes for an example: the calls of PyTorch's functions on values that depend on its input.
 
-A plan takes any number of images. A forward that asks how many there are therefore runs again for other numbers, on
-tensors without memory, and must call the same functions.
+A plan accepts any batch size. A forward that reads the batch size therefore runs again for other batch sizes, on meta
+tensors, and must call the same functions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastgen.runtime._steps import Step
 
 @dataclass(eq=False)
 class Node:
-    """A call: its kind, the nodes that it reads, its other arguments, and the shape of its result without the batch."""
+    """A call: its kind, the nodes that it reads, its other arguments, and its result's shape without the batch."""
 
     kind: str | type[Step]
     inputs: tuple[Node, ...]
@@ -38,7 +38,7 @@ class Node:
         return self.kind if isinstance(self.kind, str) else self.kind.kind
 
 
-# Functions that compute nothing.
+# Functions that compute nothing, such as queries of a shape.
 _QUIET = {
     Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_contiguous, Tensor.stride, Tensor.element_size,
     Tensor.is_floating_point, Tensor.data_ptr, Tensor.get_device, Tensor.__len__, Tensor.ndimension, torch.is_tensor,
@@ -46,12 +46,12 @@ _QUIET = {
 }  # fmt: skip
 
 
-# Numbers of images to try, since a forward may compute something else for few or for many.
+# Batch sizes to try, since a forward may compute something else for small or large ones.
 _NUMBERS = (*range(1, 18), 24, 25, *(2**k + i for k in (5, 6, 7, 8, 9, 10) for i in (-1, 0, 1)), 100, 1000)
 
 
 class _Call(NamedTuple):
-    """A recorded call. results: of each its node, its dtype, and what it shares with the first argument."""
+    """A recorded call. results: each result's node, its dtype, and what it shares with the first argument."""
 
     reads: tuple[str | type[Step], tuple[Node, ...], dict[str, Any]]
     results: list[tuple[Node, torch.dtype, Literal["", "memory", "all"]]]
@@ -59,38 +59,40 @@ class _Call(NamedTuple):
 
 
 class _Recorder(TorchFunctionMode):
-    """Records the calls, and whether the number of images was asked for."""
+    """Records the calls, and whether the batch size was read."""
 
     def __init__(self, inputs: list[Tensor]):
         super().__init__()
         self.batch = inputs[0].shape[0]
-        self.asked = False
+        self.reads_batch_size = False
         self.calls: list[_Call] = []
         self.inputs = [Node("input" if x.is_floating_point() else "labels", (), tuple(x.shape[1:])) for x in inputs]
         # The tensor is kept too, so that no other one gets its id.
-        self.known: dict[int, tuple[Tensor, Node]] = {id(x): (x, n) for x, n in zip(inputs, self.inputs, strict=True)}
+        self.nodes_by_id: dict[int, tuple[Tensor, Node]] = {
+            id(x): (x, n) for x, n in zip(inputs, self.inputs, strict=True)
+        }
 
     def node(self, value: Any) -> Node | None:
-        return self.known[id(value)][1] if id(value) in self.known else None
+        return self.nodes_by_id[id(value)][1] if id(value) in self.nodes_by_id else None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
         involved = [leaf for leaf in leaves if isinstance(leaf, Tensor) and self.node(leaf)]
         if not involved or func in _QUIET or getattr(func, "__name__", "") == "__get__":
-            self.asked = self.asked or (bool(involved) and _tells_batch(func, *args, **kwargs))
+            self.reads_batch_size = self.reads_batch_size or (bool(involved) and _tells_batch(func, *args, **kwargs))
             result = func(*args, **kwargs)
             if involved and isinstance(result, Tensor):  # such as .T or .data
-                raise UnsupportedError("an attribute of a value that is computed")
+                raise UnsupportedError("an attribute of a computed value")
             return result
         name = getattr(func, "__name__", str(func))
         if func not in READERS:
             raise UnsupportedError(name)
-        reader, known = READERS[func], args
+        reader, arguments = READERS[func], args
         if reader in ARITHMETIC:  # a constant tensor of one element counts as a number
-            known = [float(a) if isinstance(a, Tensor) and a.numel() == 1 and not self.node(a) else a for a in args]
+            arguments = [float(a) if isinstance(a, Tensor) and a.numel() == 1 and not self.node(a) else a for a in args]
         try:
-            kind, inputs, options = reader(*known, **kwargs)
+            kind, inputs, options = reader(*arguments, **kwargs)
         except TypeError:  # the reader does not have these parameters
             raise UnsupportedError(f"{name} with these arguments") from None
         nodes = tuple(self.node(value) for value in inputs)
@@ -100,14 +102,14 @@ class _Recorder(TorchFunctionMode):
         first = args[0] if args else None
         old = self.node(first) if isinstance(first, Tensor) else None
         reads = (kind, cast(tuple[Node, ...], nodes), options)
-        result, made = self._run(functools.partial(func, *args, **kwargs), first, reads)
-        for value, node in zip([result] if isinstance(result, Tensor) else result, made, strict=True):
+        result, nodes_made = self._run(functools.partial(func, *args, **kwargs), first, reads)
+        for value, node in zip([result] if isinstance(result, Tensor) else result, nodes_made, strict=True):
             if old not in (None, node) and value is first:  # in place: all that share the value see it
-                for key, (tensor, known_as) in self.known.items():
+                for key, (tensor, known_node) in self.nodes_by_id.items():
                     if _share_memory(tensor, value):
-                        if known_as is not old:
+                        if known_node is not old:
                             raise UnsupportedError(f"{name} in place on a view")
-                        self.known[key] = (tensor, node)
+                        self.nodes_by_id[key] = (tensor, node)
             self._know(name, value, node, involved)
         return result
 
@@ -134,20 +136,20 @@ class _Recorder(TorchFunctionMode):
             raise UnsupportedError(f"{name} to {result.dtype} on {result.device}")
         if result.dim() < 1 or result.shape[0] != self.batch:
             raise UnsupportedError(f"{name} that changes the batch")
-        self.known[id(result)] = (result, node)
+        self.nodes_by_id[id(result)] = (result, node)
 
 
 class _OtherCallError(Exception):
-    """A forward calls other functions than the recorded ones."""
+    """A forward does not call the recorded functions."""
 
 
 class _Replay(_Recorder):
-    """Compares the calls with those that were recorded for another number of images. Nothing is computed: results have
-    the right shapes, but no memory."""
+    """Compares the calls with those that were recorded for another batch size. Nothing is computed: results have the
+    right shapes, but no memory."""
 
     def __init__(self, inputs: list[Tensor], recorded: _Recorder):
         super().__init__(inputs)
-        self.known = {id(x): (x, node) for x, node in zip(inputs, recorded.inputs, strict=True)}
+        self.nodes_by_id = {id(x): (x, node) for x, node in zip(inputs, recorded.inputs, strict=True)}
         self.expected, self.at = recorded.calls, 0
 
     def _run(self, call: Callable, first: Any, reads: tuple) -> tuple[Any, list[Node]]:
@@ -182,7 +184,7 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _tells_batch(func: Any, x: Any, dim: int | None = None, *_: Any, **__: Any) -> bool:
-    """Whether the result of a call, one that computes nothing, depends on the number of images."""
+    """Whether the result of a call that computes nothing depends on the batch size."""
     if func is Tensor.size:
         return dim is None or dim % x.dim() == 0
     return func in (Tensor.numel, Tensor.__len__) or getattr(func, "__self__", None) in (Tensor.shape, Tensor.nbytes)
@@ -190,7 +192,7 @@ def _tells_batch(func: Any, x: Any, dim: int | None = None, *_: Any, **__: Any) 
 
 @contextlib.contextmanager
 def unfused(module: nn.Module) -> Iterator[None]:
-    """While it is open, fastgen.nn.Sequential runs its layers one by one, as PyTorch's does."""
+    """A context in which fastgen.nn.Sequential runs its layers one by one, as PyTorch's does."""
     fused = [m for m in module.modules() if is_fused(m)]
     for m in fused:
         m.forward = functools.partial(nn.Sequential.forward, m)  # type: ignore[method-assign,arg-type]
@@ -207,7 +209,8 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def tensors(result: object) -> tuple[Tensor, ...]:
-    """The tensors of a model's output: one, or a tuple or list of several. Raises UnsupportedError for others."""
+    """The tensors of a model's output, which is a tensor, or a tuple or list of them. Raises UnsupportedError for other
+    outputs."""
     found = (result,) if isinstance(result, Tensor) else result
     if not isinstance(found, tuple | list) or (found is result and len(found) < 2):
         raise UnsupportedError(f"its output is a {type(result).__name__}, not a tensor or a tuple of several")
@@ -223,7 +226,7 @@ def record(module: nn.Module, *inputs: Tensor) -> tuple[list[Node], list[Node]]:
     given = [x.clone() for x in inputs]
     recorder = _Recorder(given)
     outputs = _outputs(module, given, recorder)
-    if recorder.asked:
+    if recorder.reads_batch_size:
         _check_numbers(module, inputs, recorder, outputs)
     for node in outputs:
         node.uses += 1
@@ -234,7 +237,7 @@ def record(module: nn.Module, *inputs: Tensor) -> tuple[list[Node], list[Node]]:
 
 
 def _check_numbers(module: nn.Module, inputs: tuple[Tensor, ...], recorded: _Recorder, outputs: list[Node]) -> None:
-    """Raises UnsupportedError unless the module calls the same functions for any number of images."""
+    """Raises UnsupportedError unless the module calls the same functions for any batch size."""
     for n in _NUMBERS:
         given = [_without_memory((n, *x.shape[1:]), x.dtype) for x in inputs]
         replay = _Replay(given, recorded)
@@ -243,7 +246,7 @@ def _check_numbers(module: nn.Module, inputs: tuple[Tensor, ...], recorded: _Rec
         except _OtherCallError:
             same = False
         except Exception as error:  # the model's own code may raise anything
-            raise UnsupportedError(f"it takes {len(inputs[0])} images, and not {n}: {first_line(error)}") from error
+            raise UnsupportedError(f"it takes {len(inputs[0])} images, but not {n}: {first_line(error)}") from error
         if not same:
             raise UnsupportedError(f"it computes something else for {n} images than for {len(inputs[0])}")
 

@@ -1,4 +1,4 @@
-"""fusion_report(model): what is fused in a model, what could be, and why the rest is left alone."""
+"""fusion_report(model): what is fused in a model, what could be fused, and why the rest is not."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class FusedRun:
     names: tuple[str, ...]
     op: str  # of fastgen.ops
     kinds: tuple[str, ...]  # the modules' classes
-    note: str = ""  # why it ends where it does, if an activation could follow
+    note: str = ""  # why the run ends without an activation, if one could follow
 
 
 @dataclass(frozen=True)
 class Unfused:
-    """A module that is left alone, and why."""
+    """A module that is not fused, and why."""
 
     name: str
     reason: str
@@ -36,7 +36,7 @@ class Unfused:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What is fused in a model, what fuse would fuse, and what it leaves alone. str() gives a table."""
+    """What is fused in a model, what fuse would fuse, and what it would not. str() of it is a table."""
 
     fused: tuple[FusedRun, ...]
     fusable: tuple[FusedRun, ...]
@@ -67,8 +67,8 @@ class FusionReport:
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """What is fused in the model, what fuse(model) would fuse in it now, and which of its convolutions, norms,
-    activations and forwards it leaves alone, with the reasons.
+    """Tells what is fused in the model, what fuse(model) would fuse in it now, and which of its convolutions, norms,
+    activations and forwards would not be fused, with the reasons.
 
     The model is not changed. Raises TypeError if model is not an nn.Module.
     """
@@ -112,7 +112,7 @@ def _entry(run: Run, names: tuple[str, ...], note: str) -> FusedRun:
 
 
 def _swaps(model: nn.Module) -> tuple[tuple[FusedRun, ...], tuple[FusedRun, ...]]:
-    """(swapped, swappable): spectrally normalized weights and declared samplers, which are no runs of modules."""
+    """(swapped, swappable): spectrally normalized weights and declared samplers, which are not runs of modules."""
     swaps: dict[bool, list[FusedRun]] = {True: [], False: []}
     for name, module in model.named_modules():
         for parameter, form in forms(module):
@@ -125,7 +125,7 @@ def _swaps(model: nn.Module) -> tuple[tuple[FusedRun, ...], tuple[FusedRun, ...]
 
 
 def _is_of_interest(module: nn.Module, analysis: Analysis) -> bool:
-    """Whether the report should say why this module is in no run."""
+    """Whether the report should say why this module is not in a run."""
     in_torch = {cls.__module__ for cls in type(module).__mro__}
     return (
         module in analysis.untraced
@@ -135,7 +135,7 @@ def _is_of_interest(module: nn.Module, analysis: Analysis) -> bool:
 
 
 def _reason(module: nn.Module, name: str, model: nn.Module, analysis: Analysis) -> str:
-    """Why the module, which has this name in the model, is in no run."""
+    """Why the module, which has this name in the model, is not in a run."""
     if isinstance(module, torch.jit.ScriptModule):
         return analysis.untraced[module]
     if not is_plain(module):
@@ -161,5 +161,5 @@ def _reason(module: nn.Module, name: str, model: nn.Module, analysis: Analysis) 
     if module not in analysis.sites:
         return "no forward calls it"
     if isinstance(module, (_CONVOLUTIONS, *_NORMS)):
-        return "no activation or norm that fuses comes right after it"
-    return "no convolution or norm that fuses comes right before it"
+        return "no activation or norm that can be fused comes right after it"
+    return "no convolution or norm that can be fused comes right before it"

@@ -1,4 +1,4 @@
-"""Runs: modules that one op computes together. The only file here that imports fastgen.nn's patterns."""
+"""Runs: modules that one op computes together. The only file of this package that imports fastgen.nn's patterns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ __all__ = ["Run", "first_run", "is_plain", "kind", "steps"]
 
 
 class Run(NamedTuple):
-    """Up to three modules, each of which is the only one to get the output of the one before. One may be missing."""
+    """A convolution, norm and activation, each of which alone gets the output of the previous one. One may be
+    missing."""
 
     convolution: nn.Module | None
     norm: nn.Module | None
@@ -25,11 +26,11 @@ class Run(NamedTuple):
         return tuple(module for module in self if module is not None)
 
     def compute(self, input: Tensor) -> Tensor:
-        """What calling the members in turn computes, by one op where that is possible and faster."""
+        """What calling the members in turn computes; by one op if that is possible and faster."""
         return run(input, *self)
 
 
 def first_run(modules: Sequence[nn.Module]) -> Run | None:
-    """The run that these modules, which are called in turn, begin with."""
+    """The run at the start of these modules, which are called in turn."""
     *members, end = fusable(modules, 0)
     return Run(*members) if end else None

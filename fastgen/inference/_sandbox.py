@@ -19,7 +19,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def clone(model: M, *, share_parameters: bool = False) -> M:
-    """copy.deepcopy, also of modules that keep a computed tensor, as the old spectral_norm does.
+    """copy.deepcopy that also handles modules that keep a computed tensor, as the old spectral_norm does.
 
     share_parameters: the copy has the model's own parameters, and what fuse attached to its modules.
     """
@@ -37,13 +37,13 @@ def clone(model: M, *, share_parameters: bool = False) -> M:
 
 
 def copy_inputs(inputs: Inputs) -> Inputs:
-    """For a module that may write into its inputs."""
+    """Copies of the inputs, for a module that may write into them."""
     return tuple(x.clone() for x in inputs)
 
 
 @contextlib.contextmanager
 def preserved_rng() -> Iterator[Callable[[], bool]]:
-    """Restores the random number generators at the end. Yields a function that tells whether they were used."""
+    """A context that restores the random number generators. Yields a function that tells whether they were used."""
     numpy = sys.modules.get("numpy")
     before = random.getstate(), torch.get_rng_state(), numpy and numpy.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

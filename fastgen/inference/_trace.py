@@ -1,8 +1,8 @@
 """What a module's own forward does with its submodules: every path through it, traced by torch.fx.
 
-A forward is called once per path, on a copy of the module, with proxies in the place of tensors. Submodules are leaves:
-their calls are recorded and not followed. At each branch on a traced value the first call takes one side; a later call
-takes the other (`_paths` counts through the decisions, as a binary number).
+A forward is called once per path, on a copy of the module, with proxies in place of tensors. Submodules are leaves:
+their calls are recorded and not followed. At each branch on a traced value the first call takes one side and a later
+call the other (`_paths` counts through the decisions as through binary numbers).
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class Trace:
     stored: set[fx.Node] = field(default_factory=set)  # calls whose results were stored somewhere
     executed: set[tuple[str | None, tuple]] = field(default_factory=set)  # functions: path of `self`, and location
     direct: set[fx.Node] = field(default_factory=set)  # calls of a module's forward instead of the module
-    rejecting: set[str] = field(default_factory=set)  # paths of modules that some call gives arguments they do not take
+    rejecting: set[str] = field(default_factory=set)  # paths of modules that are called with arguments they reject
 
 
 def trace(module: nn.Module) -> Trace:
     """All paths through the module's own forward: in training and evaluation mode, with and without each optional
     argument, and both ways of each branch on a value.
 
-    A copy runs, so that what forward stores does not remain, and the random number generators are restored. Flags that
-    forward reads from the module are taken as they are. A path that ends in an exception of the user's, or because a
-    module does not take its arguments, computes nothing and is left out. Raises UntraceableError.
+    A copy runs, so that values that forward stores are discarded, and the random number generators are restored. Flags
+    that forward reads from the module keep their current values. A path that ends in an exception of the user's code,
+    or because a module rejects its arguments, computes nothing and is left out. Raises UntraceableError.
     """
     if "forward" in vars(module):
         raise UntraceableError("its forward was replaced on the instance")
@@ -112,22 +112,22 @@ def _paths(module: nn.Module, mode: tuple[bool, bool], fixed: dict[str, Any], tr
 
 
 class _Tracer(fx.Tracer):
-    """Follows one path: at branches on values it takes `decisions`, and False at those that come after them, which it
-    appends."""
+    """Follows one path: at branches on values it follows `decisions`; at later branches it decides False and appends
+    that."""
 
     def __init__(self, traced: Trace, decisions: list[bool]):
         super().__init__()
         self.traced, self.decisions, self.branch = traced, decisions, 0
         self.results: list[weakref.ref[fx.Proxy]] = []  # of calls of modules
         self.callers: dict[FrameType | None, int] = {}  # the functions that made these calls, numbered
-        self.expected_error: Exception | None = None  # one that the same call raises without tracing too
+        self.expected_error: Exception | None = None  # an error that the same call raises without tracing too
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         is_variadic = node.op == "placeholder" and str(node.target).startswith("*")
         return (_arguments.VariadicArguments if is_variadic else _arguments.TracedValue)(node, self)
 
     def prepare(self, root: nn.Module) -> None:
-        """Makes the forwards of PyTorch's layers leaves too: calling one is not the same as calling its module."""
+        """Makes direct calls of the forwards of PyTorch's layers leaves too: they bypass the module's hooks."""
         self.plain = {module for module in root.modules() if is_plain(module)}
         for module in root.modules():
             if not module._modules and kind(module).__module__.startswith("torch.nn.modules."):
@@ -177,8 +177,8 @@ class _Tracer(fx.Tracer):
         return result
 
     def stored(self) -> set[fx.Node]:
-        """The calls whose results are alive after tracing: something keeps them."""
-        self.expected_error = None  # with its frames, whose variables are alive otherwise
+        """The calls whose results are still alive after tracing, since something stores them."""
+        self.expected_error = None  # its frames would keep variables alive
         self.callers.clear()
         return {value.node for value in [result() for result in self.results] if value is not None}
 
@@ -198,8 +198,8 @@ _signature = functools.cache(functools.partial(inspect.signature, follow_wrapped
 
 
 def _is_users_error(error: BaseException, expected: Exception | None, module_name: str) -> bool:
-    """Whether the exception comes from the user's code or arguments, as the expected one does, and not from a limit of
-    tracing."""
+    """Whether the exception comes from the user's code or arguments, like the expected one, and not from a limitation
+    of tracing."""
     if error is expected or (isinstance(error, (TypeError, AttributeError)) and "NoneType" in str(error)):
         return True
     if error.__context__ is not None and not _is_users_error(error.__context__, expected, module_name):

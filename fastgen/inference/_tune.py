@@ -1,4 +1,4 @@
-"""tune(model): measure which implementation is fastest here, for `auto` to take."""
+"""tune(model): measures which implementations are the fastest on this machine, so that `auto` chooses them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from fastgen.ops import _candidates, _choices, _policy
 from fastgen.ops._question import Choice, Question
 from fastgen.ops._requested import requested_impl
 
-ROUNDS = 11  # of which one candidate after the other takes its turn
-LEAST_ROUNDS = 3  # where the time ends, and of what takes FAR times the fastest candidate's time
+ROUNDS = 11  # in each, every candidate is timed once
+LEAST_ROUNDS = 3  # if time runs out, and for candidates that take FAR times as long as the fastest
 FAR = 2
-NOISE = 0.03  # less than this faster is not faster
-NEAR = 1.5  # Triton's other tiles are tried where it takes at most so many times the fastest candidate's time
+NOISE = 0.03  # smaller relative differences do not count
+NEAR = 1.5  # Triton's other tiles are tried if Triton takes at most this many times as long as the fastest candidate
 SCRATCH = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes, more than the caches hold
 Progress = Callable[[str], None]
 _log = logging.getLogger("fastgen")
@@ -33,8 +33,8 @@ _log = logging.getLogger("fastgen")
 
 @dataclass(frozen=True)
 class Tuned:
-    """A question, its candidates' medians in milliseconds, the one that auto takes now, and the one that the rules
-    take."""
+    """A question, its candidates' medians in milliseconds, the candidate that auto chooses from now on, and the one
+    that the rules choose."""
 
     question: str
     milliseconds: dict[str, float]
@@ -44,15 +44,15 @@ class Tuned:
 
 @dataclass(frozen=True)
 class TuningReport:
-    """What was measured. str() of it is a table."""
+    """The measurements of `tune`. str() of it is a table."""
 
     tuned: tuple[Tuned, ...]
-    left_out: tuple[str, ...]  # questions that the time did not suffice for, or whose candidates failed
-    files: tuple[Path, ...]  # where the choices are kept
+    left_out: tuple[str, ...]  # questions for which time ran out or whose candidates failed
+    files: tuple[Path, ...]  # the files with the choices
 
     def __str__(self) -> str:
         if not self.tuned and not self.left_out:
-            return "nothing to choose: the model asks for no convolution that several implementations can compute here"
+            return "nothing to choose: no convolution of the model has several implementations on this machine"
         rows = [("question", "milliseconds", "chosen", "by rule")] if self.tuned else []
         for row in self.tuned:
             times = ", ".join(f"{name} {ms:.3g}" for name, ms in row.milliseconds.items())
@@ -70,28 +70,29 @@ def tune(
     seconds: float = 60.0,
     progress: Progress | None = None,
 ) -> TuningReport:
-    """Measures which implementation of each convolution of a model is the fastest on this machine, and keeps it.
+    """Measures which implementation of each convolution of a model is the fastest on this machine, and stores the
+    result.
 
-    A fused copy of the model runs once on the example inputs, forward and, if `training`, backward. Each convolution
-    and gradient that it comes to, of a shape, precision and layout, is then computed by each implementation that can,
-    in turns, and the median decides: the choice of the rules stays unless another is 3 % faster, in its best round too.
-    From then on `auto` takes the fastest in every process of this user on a chip of this kind; impl=, use_impl and
-    FASTGEN_IMPL still go before. Measure under the settings of the later run (threads, TF32, cudnn.benchmark, autocast)
-    and with nothing else on the machine.
+    A fused copy of the model runs once on the example inputs, forward and, if `training`, backward. Every distinct
+    convolution and gradient of that run (by shape, precision and layout) is then timed with each implementation that
+    can compute it, in turns. The rules' choice stays unless another implementation is 3 % faster in both the median and
+    the best round. From then on `auto` uses the fastest in every process of this user on a chip of this kind; impl=,
+    use_impl and FASTGEN_IMPL still take precedence. Measure under the settings of the later run (threads, TF32,
+    cudnn.benchmark, autocast) and with nothing else running on the machine.
 
     Args:
-        model: any module, on the device it is to run on. It stays as it is.
-        example_inputs: what it is called with; the batch is that of the later run.
-        training: measure gradients too, and statistics of the batch.
-        seconds: no measurement starts later. What is left out then keeps its rule.
-        progress: is called with a line after each measurement.
+        model: any module, on the device that it will run on. It is not changed.
+        example_inputs: the inputs that it is called with, with the batch size of the later run.
+        training: measure gradients and batch statistics too.
+        seconds: no measurement starts later. Convolutions that are not measured in time keep the rules' choice.
+        progress: is called with a line of text after each measurement.
 
-    Raises TypeError if model is no nn.Module, UsageError for inputs without a tensor, a time that is not positive or an
-    implementation that is asked for, and FastgenError if the choices cannot be written.
+    Raises TypeError if model is not an nn.Module; UsageError for inputs without a tensor, a time that is not positive,
+    or while an implementation is requested; FastgenError if the choices cannot be written.
     """
     if not any(isinstance(leaf, Tensor) for leaf in _pytree.tree_leaves(example_inputs)):
         given = ", ".join(type(given).__name__ for given in example_inputs) or "nothing"
-        raise UsageError(f"example_inputs must hold a tensor, got {given}: give what the model is called with")
+        raise UsageError(f"example_inputs must contain a tensor, got {given}: give the arguments of the model's call")
     network = fuse(model).train(training)
 
     def run() -> None:
@@ -105,7 +106,7 @@ def tune(
 
 
 def _leaf(value: Any, training: bool) -> Any:
-    """An input of its own, whose gradient is asked for: another network of the step may want it."""
+    """A copy of the input that requires a gradient: another network of the training step may need it."""
     if not isinstance(value, Tensor):
         return value
     return value.detach().requires_grad_(training and value.is_floating_point()).clone()  # may be changed in place
@@ -114,18 +115,18 @@ def _leaf(value: Any, training: bool) -> Any:
 def tune_call(
     call: Callable[[], object], *, seconds: float = 60.0, progress: Progress | None = None, folder: Path | None = None
 ) -> TuningReport:
-    """The same for what call() computes. folder: where the chips' files are kept, the user's cache by default."""
+    """tune() for the convolutions that call() runs. folder: where the chips' files are; by default the user's cache."""
     if not 0 < seconds < float("inf"):
         raise UsageError(f"seconds must be positive and finite, not {seconds}")
-    if (asked := requested_impl()) != "auto":
+    if (requested := requested_impl()) != "auto":
         raise UsageError(
-            f"tune measures what auto may choose, and {asked!r} is asked for: end use_impl, unset FASTGEN_IMPL"
+            f"tune measures auto's candidates, but {requested!r} is requested: leave use_impl or unset FASTGEN_IMPL"
         )
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices):
         with _policy.recorded() as by_rules:
             call()
-        deadline = time.monotonic() + seconds  # from here on: what was to be compiled is
+        deadline = time.monotonic() + seconds  # from now on, since call() has compiled the kernels
         found, left_out = _measured(by_rules, deadline, progress or (lambda line: None))
     by_chip: dict[str, dict] = defaultdict(dict)
     for question, row in found.items():
@@ -137,7 +138,8 @@ def tune_call(
 def _measured(
     by_rules: dict[Question, Choice], deadline: float, progress: Progress
 ) -> tuple[dict[Question, Tuned], list[Question]]:
-    """Each question by its implementations, then those that Triton may win by its tiles; and what is left out."""
+    """Measures each question's implementations, then Triton's tiles where Triton may be the fastest. Returns the rows,
+    and the questions that were left out."""
     names = {q: _candidates.names(q) for q in by_rules if _choices.chip(q.device)}
     names = {question: able for question, able in names.items() if len(able) > 1}
     found: dict[Question, Tuned] = {}
@@ -151,7 +153,7 @@ def _measured(
                 break
             try:
                 times = _times(question, [*able, *_candidates.tiles(question)] if tiled else able, deadline)
-            except torch.OutOfMemoryError as error:  # of the operands: the others' may fit
+            except torch.OutOfMemoryError as error:  # the operands of other questions may still fit
                 _log.warning("tune: no memory for %s: %s", question, str(error).partition("\n")[0])
                 continue
             if len(times) < 2:
@@ -166,10 +168,10 @@ def _measured(
 
 
 def fastest(times: dict[str, list[float]], rule: str) -> str:
-    """The one of the least median, unless a usual one is as fast but for noise: the rule's, or Triton's with its own
-    tile.
+    """The candidate with the smallest median, unless a default one (the rules' choice, or Triton with its own tile) is
+    as fast up to noise.
 
-    On a busy machine medians say little: the least times must say the same.
+    On a busy machine medians are unreliable, so the minimum times must agree.
     """
     best = min(times, key=lambda name: statistics.median(times[name]))
     for usual in (rule, "triton"):
@@ -179,7 +181,7 @@ def fastest(times: dict[str, list[float]], rule: str) -> str:
 
 
 def _times(question: Question, names: list[str], deadline: float) -> dict[str, list[float]]:
-    """Each candidate's, which take turns; one that cannot run is missing."""
+    """The times of each candidate, measured in turns; candidates that cannot run are missing."""
     device = torch.device(question.device)
     scratch = torch.empty(SCRATCH[device.type], dtype=torch.uint8, device=device)
     times: dict[str, list[float]] = {}
@@ -190,7 +192,7 @@ def _times(question: Question, names: list[str], deadline: float) -> dict[str, l
                 for _ in range(2):
                     call()
                 times[name] = []
-            except Exception as error:  # whatever a compiler or a driver raises for what does not fit this chip
+            except Exception as error:  # compilers and drivers raise anything for kernels that do not suit this chip
                 _log.warning("tune: %s cannot compute %s: %s", name, question, error)
         for i in range(ROUNDS):
             if i >= LEAST_ROUNDS and time.monotonic() > deadline:
@@ -202,7 +204,7 @@ def _times(question: Question, names: list[str], deadline: float) -> dict[str, l
 
 
 def milliseconds(call: Callable[[], object], scratch: Tensor) -> float:
-    """The time of one call, whose operands have left the caches as between the layers of a network."""
+    """The time of one call with cold caches, as between the layers of a network."""
     scratch.zero_()
     if not scratch.is_cuda:
         start = time.perf_counter()
@@ -210,7 +212,7 @@ def milliseconds(call: Callable[[], object], scratch: Tensor) -> float:
         return 1e3 * (time.perf_counter() - start)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     stream = torch.cuda.current_stream(scratch.device)  # the call's, whichever GPU is the current one
-    first.record(stream)  # behind the write, during which the call is prepared
+    first.record(stream)  # after the write to scratch, during which the CPU prepares the call
     call()
     last.record(stream)
     last.synchronize()

@@ -1,4 +1,4 @@
-"""The base classes of the models, and what they check and build alike."""
+"""The base classes of the models, and their shared checks and layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Generative(nn.Module):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the model takes and gives."""
+        """The model's inputs and outputs."""
         config = self.config
         return Capabilities(config.image_size, config.channels, draws=True, latent_shape=(config.nz,))
 

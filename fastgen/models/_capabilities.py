@@ -1,5 +1,5 @@
-"""What a model takes and gives: asked by the commands, the tasks, evaluation and tuning, which know no class of
-model."""
+"""A model's inputs and outputs, as commands, tasks, evaluation and tuning need to know them; these depend on no
+particular class of model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a model takes and gives; a model declares it in its property `capabilities`."""
+    """A model's inputs and outputs; a model declares them in its property `capabilities`."""
 
     image_size: int | None = None
     """Height and width of the images that it is trained on."""
@@ -65,12 +65,12 @@ class Capabilities:
 
 
 def capabilities(model: Any) -> Capabilities:
-    """What the model declares as `capabilities`.
+    """The capabilities that the model declares.
 
-    A model that declares nothing is taken for what its methods show: `sample`, `latent` and `generate`, `encode`, an
+    For a model that declares none, they follow from its methods: `sample`, `latent` and `generate`, `encode`, an
     nn.Module `discriminator`, or `translate` (between images of 3 channels, heights and widths multiples of 4 from 8
     up). It draws with `labels` or `captions` if `sample` has arguments of these names or, without `sample`, with all
-    arguments of `generate` after the noise; captions are encoded by its `text_encoder`. Its `config` may hold
+    arguments of `generate` after the noise; captions are encoded by its `text_encoder`. Its `config` may contain
     `image_size`, `channels` and `classes`.
     """
     declared = getattr(model, "capabilities", None)

@@ -88,7 +88,7 @@ class CycleGAN(nn.Module):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the model takes and gives."""
+        """The model's inputs and outputs."""
         config = self.config
         a, b = config.channels_a, config.channels_b
         multiple, least = config.image_sizes

@@ -18,7 +18,7 @@ _MODELS: dict[str, _Entry] = {}
 
 def register_model(name: str, config: type) -> Callable[[type], type]:
     """Class decorator that registers a model under `name`. Its only argument is an instance of `config`, a frozen
-    dataclass; it declares what it takes and gives in `capabilities` (see `fastgen.models.Capabilities`)."""
+    dataclass; it declares its inputs and outputs in `capabilities` (see `fastgen.models.Capabilities`)."""
 
     def register(model: type) -> type:
         if name in _MODELS:

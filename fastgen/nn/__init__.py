@@ -1,4 +1,4 @@
-"""Layers over the fused ops; each stands for a run of PyTorch's own and has its state_dict."""
+"""Layers built on the fused ops. Each replaces a run of PyTorch's layers and has the same state_dict."""
 
 from fastgen.nn.conditional_batch_norm import ConditionalBatchNorm2d
 from fastgen.nn.conv2d_norm_act import Conv2dNormAct

@@ -1,4 +1,4 @@
-"""The PyTorch layers that the names of norms and activations stand for."""
+"""The PyTorch layers for the names of norms and activations."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ def activation_module(activation: str | None, negative_slope: float) -> list[nn.
 
 
 def norm_options(affine: bool | None, track_running_stats: bool | None) -> dict[str, bool]:
-    """Those that were given: the norm layers' own defaults differ."""
+    """The arguments that were given: the norm layers have different defaults for the others."""
     options = {"affine": affine, "track_running_stats": track_running_stats}
     return {name: value for name, value in options.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Which runs of PyTorch's layers one op computes."""
+"""Finds the runs of PyTorch's layers that one op can compute."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch.nn.modules.module import (
 from fastgen.ops._activations import ACTIVATIONS as _ROWS
 from fastgen.ops._geometry import HW
 
-# Where the forward pre-hooks are defined that do nothing but compute a module's weight.
+# Modules whose forward pre-hooks do nothing but compute a module's weight.
 _WEIGHT_HOOKS = (
     "torch.nn.utils.spectral_norm", "torch.nn.utils.weight_norm", "torch.nn.utils.prune", "fastgen.nn.spectral_norm",
 )  # fmt: skip
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-# How many dimensions their batches have; for the other norms any number from 2.
+# Number of dimensions of a batch; other norms accept any number from 2.
 DIMENSIONS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,),
     nn.InstanceNorm1d: (3,), nn.InstanceNorm2d: (4,), nn.InstanceNorm3d: (5,),
@@ -37,10 +37,12 @@ _KINDS = dict.fromkeys([*_CONVOLUTIONS, *_NORMS, *ACTIVATIONS])
 def fusable(
     modules: Sequence[nn.Module], start: int
 ) -> tuple[nn.Module | None, nn.Module | None, nn.Module | None, int]:
-    """(convolution, norm, activation, end) of the run of modules from `start` that one op computes; end == start: none.
+    """(convolution, norm, activation, end) of the run of modules from `start` that one op computes; end == start if
+    there is none.
 
-    Such a run is Conv2d or ConvTranspose2d -> [norm] -> [activation], at least two members, or norm -> activation.
-    Kinds are compared exactly, since a subclass may compute something else, and modules with hooks keep their calls.
+    A run is Conv2d or ConvTranspose2d -> [norm] -> [activation] with at least two members, or norm -> activation.
+    Classes are compared exactly, since a subclass may compute something else. Modules with hooks are not fused, so that
+    their hooks are called.
     """
     at = start
 
@@ -60,12 +62,13 @@ def fusable(
 
 
 def _pads_fusably(convolution: nn.Conv2d | nn.ConvTranspose2d) -> bool:
-    """Whether its padding is one that the ops have, the same on both sides."""
+    """Whether the ops support the convolution's padding: zeros or reflection, the same on both sides."""
     return convolution.padding_mode in ("zeros", "reflect") and padding(convolution) is not None
 
 
 def padding(convolution: nn.Conv2d | nn.ConvTranspose2d) -> HW | None:
-    """Its padding in numbers; None for padding="same" where an even kernel's is not the same on both sides."""
+    """The convolution's padding as (height, width); None if padding="same" differs between the sides, as it may for an
+    even kernel."""
     if not isinstance(convolution.padding, str):
         return convolution.padding  # type: ignore[return-value]
     if convolution.padding == "valid":
@@ -75,7 +78,8 @@ def padding(convolution: nn.Conv2d | nn.ConvTranspose2d) -> HW | None:
 
 
 def kind(module: nn.Module) -> type[nn.Module]:
-    """The module's class, past those that parametrizations and fastgen.fuse put in its place: they compute the same."""
+    """The module's original class: parametrizations and fastgen.fuse replace it by a subclass that computes the
+    same."""
     cls = type(module)
     if cls in _KINDS:  # the usual case
         return cls
@@ -84,8 +88,8 @@ def kind(module: nn.Module) -> type[nn.Module]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's forward alone, and before it hooks that compute a convolution's
-    weight: no other hooks of its own, nor of all modules."""
+    """Whether calling the module runs only its class's forward and, before it, hooks that compute a convolution's
+    weight: it has no other hooks, and no global hooks are registered."""
     return not (
         _global_forward_hooks
         or _global_forward_pre_hooks
@@ -100,19 +104,21 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _computes_weight(module: nn.Module) -> bool:
-    """Whether a module's forward pre-hooks are old spectral_norm, weight_norm or pruning, of a convolution."""
+    """Whether the module is a convolution and all its forward pre-hooks are those of the old spectral_norm, of
+    weight_norm or of pruning."""
     kinds = [type(hook).__module__ for hook in module._forward_pre_hooks.values()]
     return isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and all(kind in _WEIGHT_HOOKS for kind in kinds)
 
 
 def before_forward(module: nn.Module | None, x: Tensor) -> None:
-    """What calling a plain module does before its forward: its hooks, which compute its weight."""
+    """Does what calling a plain module does before its forward: runs the hooks that compute its weight."""
     for hook in module._forward_pre_hooks.values() if module is not None else ():
         hook(module, (x,))
 
 
 def steps(sequential: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The (name, module) that a Sequential calls in turn; for a plain Sequential among them, its own."""
+    """The (name, module) pairs that a Sequential calls in turn; a plain Sequential among them is replaced by its own
+    steps."""
     for name, module in sequential._modules.items():
         if isinstance(module, nn.Sequential) and kind(module).forward is nn.Sequential.forward and is_plain(module):
             yield from steps(module, f"{prefix}{name}.")

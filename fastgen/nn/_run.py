@@ -1,4 +1,4 @@
-"""The arguments of ops that stand for PyTorch's layers, and the call."""
+"""Runs PyTorch's layers as one op: translates the layers' attributes to the op's arguments and calls it."""
 
 from __future__ import annotations
 
@@ -26,30 +26,29 @@ from fastgen.ops._settings import Setting
 
 
 class Call(NamedTuple):
-    """A call of a run of layers that one op can compute, for `fastgen.explain`."""
+    """A recorded call of a run of layers that one op can compute, for `fastgen.explain`."""
 
     layers: tuple[nn.Module | None, nn.Module | None, nn.Module | None]  # convolution, norm, activation
     x: TensorSpec
     wants_input_grad: bool
-    modules: Choice | None  # where PyTorch's modules compute it, one by one
+    modules: Choice | None  # the reason if PyTorch's modules compute it, one by one
 
 
 _recorder: Setting[list[Call] | None] = Setting("calls", None)
 _NOT_A_BATCH = Choice("modules", "", "no op takes an input of this type, layout or number of dimensions")
-_TORCH_ALONE = Choice("modules", "", "forward derivatives and ONNX know PyTorch's ops alone")
+_TORCH_ALONE = Choice("modules", "", "forward derivatives and ONNX support only PyTorch's ops")
 
 
 @contextlib.contextmanager
 def recorded_calls() -> Iterator[list[Call]]:
-    """Within the context the runs of layers that this thread calls are written down."""
+    """A context that records the runs of layers that this thread calls."""
     calls: list[Call] = []
     with _recorder.set_to(calls):
         yield calls
 
 
 def run(x: Tensor, convolution: Any, norm: nn.Module | None, activation: nn.Module | None) -> Tensor:
-    """What calling the three modules in turn computes, in one op, unless the modules are faster or no op takes x as
-    they do."""
+    """What calling the three modules in turn computes, by one op, unless the modules are faster or no op supports x."""
     modules = _left_to_modules(x, convolution, norm)
     if _recorder.used and (record := _recorder.get()) is not None:
         wants_grad = x.requires_grad and torch.is_grad_enabled()
@@ -60,10 +59,10 @@ def run(x: Tensor, convolution: Any, norm: nn.Module | None, activation: nn.Modu
         return _in_turn(x, convolution, norm, activation)
     try:
         y = _in_one(x, convolution, norm, activation)
-    except UsageError:  # the environment names no implementation or instruction set
+    except UsageError:  # the environment names an unknown implementation or instruction set
         raise
     except (TypeError, ValueError):
-        # An op's check refuses it: the modules know better, or theirs is the error to see.
+        # An op's check refuses the input: the modules may accept it, or else raise PyTorch's own error.
         return _in_turn(x, convolution, norm, activation)
     if isinstance(norm, BATCH_NORMS) and _counts(norm):
         norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
@@ -71,7 +70,7 @@ def run(x: Tensor, convolution: Any, norm: nn.Module | None, activation: nn.Modu
 
 
 def _left_to_modules(x: Tensor, convolution: Any, norm: nn.Module | None) -> Choice | None:
-    """Why PyTorch's modules compute a run one by one, if they do."""
+    """The reason why PyTorch's modules should compute a run one by one, or None."""
     if not _is_batch(x, convolution, norm):
         return _NOT_A_BATCH
     if is_pytorchs():
@@ -88,9 +87,9 @@ def _in_turn(x: Tensor, *modules: nn.Module | None) -> Tensor:
 
 
 def _is_batch(x: Tensor, convolution: Any, norm: Any) -> bool:
-    """Whether x is what the ops are written for: a batch of as many dimensions and channels as the modules say, of a
-    dtype and layout that kernels have. The modules know what to do with others: with an image alone, which some take,
-    or integers."""
+    """Whether the ops support x: a batch with the number of dimensions and channels that the modules expect, and with a
+    dtype and layout that the kernels support. Other inputs, such as a single image or integers, are left to the
+    modules."""
     if not _is_dense(x):
         return False
     if convolution is not None:
@@ -102,8 +101,8 @@ def _is_batch(x: Tensor, convolution: Any, norm: Any) -> bool:
 
 
 def _is_dense(x: Tensor) -> bool:
-    known = type(x) is Tensor or type(x) is nn.Parameter or type(x).__module__.startswith("torch._subclasses.")
-    return known and x.dtype in FLOATING and x.layout is torch.strided and not (x.is_nested or x.is_meta)
+    is_known_type = type(x) is Tensor or type(x) is nn.Parameter or type(x).__module__.startswith("torch._subclasses.")
+    return is_known_type and x.dtype in FLOATING and x.layout is torch.strided and not (x.is_nested or x.is_meta)
 
 
 def _in_one(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, activation: nn.Module | None) -> Tensor:
@@ -129,8 +128,7 @@ def _in_one(x: Tensor, convolution: nn.Module | None, norm: nn.Module | None, ac
 
 
 def _run_over_sigma(x: Tensor, convolution: nn.Conv2d | nn.ConvTranspose2d, arguments: dict[str, Any]) -> Tensor | None:
-    """The run of a convolution under spectral norm that divides by sigma what its kernel computes; None if none
-    does."""
+    """Runs a convolution under spectral norm by a kernel that divides its sums by sigma; None if no kernel can."""
     found = undivided(convolution)
     if found is None:
         return None
@@ -151,9 +149,9 @@ def geometry_of(convolution: nn.Conv2d | nn.ConvTranspose2d) -> Geometry:
 
 
 def _is_small(x: Tensor, convolution: Any) -> bool:
-    """Whether a convolution on the CPU takes less time than a fused op's way there and back.
+    """Whether a convolution on the CPU takes less time than the overhead of calling a fused op.
 
-    Not where another implementation is asked for, nor where memory is to be saved, nor in a graph that is compiled.
+    False if an implementation is requested, if memory has to be saved, and in compiled graphs.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not _policy.runs_auto():
         return False
@@ -165,7 +163,7 @@ def _is_small(x: Tensor, convolution: Any) -> bool:
 
 
 def weight_shape(convolution: Any) -> tuple[int, ...]:
-    """The shape of a convolution's weight, without the weight: each access to that may be a power iteration."""
+    """The shape of a convolution's weight, without accessing the weight, which may run a power iteration."""
     channels = convolution.in_channels, convolution.out_channels
     first, second = channels if isinstance(convolution, nn.ConvTranspose2d) else channels[::-1]
     return first, second // convolution.groups, *convolution.kernel_size
@@ -177,7 +175,8 @@ def _counts(norm: Any) -> bool:
 
 
 def _norm_arguments(norm: nn.Module | None) -> dict[str, Any]:
-    """The norm's parameters, and what its forward does: cumulative averages, statistics that are not tracked."""
+    """The op's arguments for a norm layer. Does what the layer's forward does about cumulative averages and untracked
+    statistics."""
     if norm is None:
         return {"norm": "none"}
     if isinstance(norm, nn.GroupNorm):
@@ -204,7 +203,7 @@ def _norm_arguments(norm: nn.Module | None) -> dict[str, Any]:
 
 
 def _synchronizes(norm: nn.Module | None) -> Any:
-    """The process group over whose ranks a SyncBatchNorm takes its statistics, if it does."""
+    """The process group over which a SyncBatchNorm computes its statistics, or None."""
     if norm is None or kind(norm) is not nn.SyncBatchNorm or not norm.training:
         return None
     if not dist.is_available() or not dist.is_initialized():

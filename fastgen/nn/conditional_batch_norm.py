@@ -6,14 +6,14 @@ from fastgen.nn.sequential import Sequential
 
 
 class ConditionalBatchNorm2d(nn.Module):
-    """Batch norm whose gain and bias are those of each image's class (Dumoulin et al. 2017, arXiv:1610.07629; de Vries
-    et al. 2017, arXiv:1707.00683): y = gain[label] * (x - mean) / sqrt(var + eps) + bias[label].
+    """Batch norm with a gain and a bias per class (Dumoulin et al. 2017, arXiv:1610.07629; de Vries et al. 2017,
+    arXiv:1707.00683): y = gain[label] * (x - mean) / sqrt(var + eps) + bias[label].
 
     Args:
         num_features: channels C.
         num_classes: classes; each begins with a gain of 1 and a bias of 0.
         eps, momentum: as in nn.BatchNorm2d.
-        convolution: a Conv2d or ConvTranspose2d with C output channels to run before, in one op with the norm.
+        convolution: a Conv2d or ConvTranspose2d with C output channels that runs before the norm, in the same op.
 
     forward(x, labels): x (N, C, H, W), or the convolution's input; labels (N,) int64 below num_classes. Returns (N, C,
     H, W). Raises ValueError for labels of another shape.
@@ -37,7 +37,7 @@ class ConditionalBatchNorm2d(nn.Module):
         nn.init.zeros_(self.bias.weight)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        if labels.shape != x.shape[:1]:  # others would broadcast
+        if labels.shape != x.shape[:1]:  # other shapes would broadcast
             raise ValueError(
                 f"labels must be one per image, of shape ({len(x)},), got {tuple(labels.shape)} for x {tuple(x.shape)}"
             )

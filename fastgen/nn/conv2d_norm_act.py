@@ -10,18 +10,17 @@ from fastgen.nn.sequential import Sequential
 
 
 class Conv2dNormAct(Sequential):
-    """Convolution, norm and activation in one op: nn.Sequential of the three layers, with that state_dict.
+    """Convolution, norm and activation in one op: an nn.Sequential of the three layers, with its state_dict.
 
-    Its children are the PyTorch layers themselves (0: Conv2d, then the norm, then the activation, those that there
-    are), so that initialisation, conversion, hooks, parametrizations and checkpoints of such a Sequential work on it
-    unchanged.
+    Its children are the PyTorch layers themselves (0: Conv2d, then the norm and the activation, if any), so that
+    initialisation, conversion, hooks, parametrizations and checkpoints of the nn.Sequential work unchanged.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in nn.Conv2d.
         norm: "batch", "instance", "group" (with num_groups) or None.
         activation: "relu" or another of fastgen.ops.norm_act, or None.
-        affine, track_running_stats: None stands for the norm layer's own default.
-        memory_efficient: compute the convolution again in the backward pass instead of keeping its output.
+        affine, track_running_stats: None selects the norm layer's own default.
+        memory_efficient: recompute the convolution in the backward pass instead of keeping its output.
 
     The other arguments are those of BatchNorm2d, InstanceNorm2d, GroupNorm and LeakyReLU. Shapes, dtypes and gradients:
     see fastgen.ops.conv2d_norm_act.

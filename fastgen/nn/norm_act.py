@@ -7,15 +7,15 @@ from fastgen.nn.sequential import Sequential
 
 
 class NormAct(Sequential):
-    """A norm layer and its activation in one op: nn.Sequential(norm, activation), with that state_dict.
+    """A norm layer and its activation in one op: nn.Sequential(norm, activation), with its state_dict.
 
     Args:
         num_features: channels C of the input (N, C, H, W).
-        norm: "batch" or "instance".
+        norm: "batch", "instance" or "group" (with num_groups).
         activation: "relu" or another of fastgen.ops.norm_act, or None.
-        affine, track_running_stats: None stands for the norm layer's own default.
+        affine, track_running_stats: None selects the norm layer's own default.
 
-    The other arguments are those of BatchNorm2d, InstanceNorm2d and LeakyReLU. See fastgen.ops.norm_act.
+    The other arguments are those of BatchNorm2d, InstanceNorm2d, GroupNorm and LeakyReLU. See fastgen.ops.norm_act.
     """
 
     def __init__(
@@ -25,6 +25,7 @@ class NormAct(Sequential):
         norm: str = "batch",
         activation: str | None = "leaky_relu",
         negative_slope: float = 0.01,
+        num_groups: int | None = None,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool | None = None,
@@ -34,6 +35,8 @@ class NormAct(Sequential):
     ):
         options = _layers.norm_options(affine, track_running_stats)
         super().__init__(
-            *_layers.norm_module(norm, num_features, eps=eps, momentum=momentum, device=device, dtype=dtype, **options),
+            *_layers.norm_module(
+                norm, num_features, momentum, num_groups, eps=eps, device=device, dtype=dtype, **options
+            ),
             *_layers.activation_module(activation, negative_slope),
         )

@@ -7,13 +7,13 @@ from fastgen import ops
 
 
 class Reparameterize(nn.Module):
-    """A draw from N(mu, exp(logvar)) that gradients pass through, the noise made inside one op; in training and in
-    eval.
+    """A differentiable sample from N(mu, exp(logvar)), whose noise is drawn inside the op, in both training and eval
+    mode.
 
     Args:
-        kl: return (z, kl), kl (N,) the Kullback-Leibler divergence of each sample from the prior.
-        prior_mean, prior_logvar, free_bits, beta: of the divergence; num_samples, logvar_range: of the draw. See
-            fastgen.ops.reparameterize_kl.
+        kl: return (z, kl), where kl (N,) is the Kullback-Leibler divergence of each sample from the prior.
+        prior_mean, prior_logvar, free_bits, beta: options of the divergence, as in fastgen.ops.reparameterize_kl.
+        num_samples, logvar_range: options of z, as there.
 
     forward(mu, logvar, generator=None): mu and logvar (N, *); z has mu's shape, or (num_samples, N, *).
     """

@@ -4,14 +4,14 @@ from fastgen.nn import _patterns, _run
 
 
 class Sequential(nn.Sequential):
-    """nn.Sequential, with the same children and state_dict, that runs what fuses as one op.
+    """nn.Sequential with the same children and state_dict, which runs layers that can be fused as one op.
 
-    Fused are Conv2d or ConvTranspose2d -> [BatchNorm2d, SyncBatchNorm, InstanceNorm2d or GroupNorm] -> [activation] and
-    norm -> activation; activations are the layers of those that fastgen.ops.norm_act has, ReLU for "relu". Every other
-    child, and any with hooks or of a subclass, is called as it is; hooks that compute a convolution's weight
-    (torch.nn.utils.spectral_norm, weight_norm, prune) are called before the op.
-    A plain nn.Sequential among the children counts as its children. An in-place activation of a fused run does not
-    write to its input: nobody else sees that.
+    It fuses Conv2d or ConvTranspose2d -> [BatchNorm2d, SyncBatchNorm, InstanceNorm2d or GroupNorm] -> [activation] and
+    norm -> activation; activations are the layers of those that fastgen.ops.norm_act has, such as ReLU for "relu". All
+    other children, including subclasses and modules with hooks, are called as usual; hooks that compute a convolution's
+    weight (torch.nn.utils.spectral_norm, weight_norm, prune) are called before the op.
+    The children of a plain nn.Sequential count as children of this one. An in-place activation of a fused run does not
+    overwrite its input, which nothing else can see.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -22,27 +22,28 @@ def spectral_norm(
 ) -> M:
     """torch.nn.utils.parametrizations.spectral_norm in one op: module.weight becomes weight / sigma.
 
-    Semantics, random initial vectors and state_dict are PyTorch's: 15 iterations at first, n_power_iterations more at
-    each access in training, none in eval, gradients through sigma, of any order. A state_dict of
-    torch.nn.utils.spectral_norm (weight_orig, weight_u, weight_v) loads too. u and v are new tensors at each access, so
-    that one graph may hold many.
+    Semantics, random initial vectors and state_dict are PyTorch's: 15 power iterations at first, n_power_iterations
+    more at each access in training, none in eval; gradients of any order flow through sigma. A state_dict of
+    torch.nn.utils.spectral_norm (weight_orig, weight_u, weight_v) can be loaded too. Each access returns new tensors u
+    and v, so that one graph may contain several accesses.
 
-    A fused convolution without a norm (fastgen.nn.Sequential, fastgen.fuse) divides by sigma what its kernel sums,
-    where that is fastgen's own; weight / sigma is then never written.
+    A fused convolution without a norm (fastgen.nn.Sequential, fastgen.fuse) that runs on fastgen's kernel divides the
+    kernel's sums by sigma; weight / sigma is then never written.
 
     Args:
-        module: any with a parameter of this name: Linear, Embedding, a convolution, transposed or not. A parameter of
-            one dimension is divided by its length.
-        eps: the least norm in the iterations.
-        dim: the dimension that counts the outputs; None: 1 for transposed convolutions, else 0.
+        module: any module with a parameter of this name: Linear, Embedding, a convolution, transposed or not. A
+            one-dimensional parameter is divided by its Euclidean norm.
+        eps: lower bound of the norms in the iterations.
+        dim: the dimension of the outputs; None: 1 for transposed convolutions, else 0.
 
-    Returns the module. Raises ValueError for no such parameter, or n_power_iterations below 1; IndexError for dim.
+    Returns the module. Raises ValueError if there is no parameter of this name or n_power_iterations is below 1;
+    IndexError for an invalid dim.
 
     Miyato et al., Spectral Normalization for Generative Adversarial Networks, 2018.
     """
     weight = getattr(module, name, None)
     if not isinstance(weight, Tensor):
-        raise ValueError(f"name must be that of a parameter of {type(module).__name__}, got {name!r}")
+        raise ValueError(f"name must be the name of a parameter of {type(module).__name__}, got {name!r}")
     if dim is None:
         dim = 1 if isinstance(module, _TRANSPOSED) else 0
     parametrize.register_parametrization(module, name, SpectralNorm(weight, n_power_iterations, dim, eps))
@@ -51,7 +52,7 @@ def spectral_norm(
 
 
 class SpectralNorm(nn.Module):
-    """The parametrization that spectral_norm registers. Its buffers _u and _v are those of PyTorch's."""
+    """The parametrization that spectral_norm registers. It has the same buffers _u and _v as PyTorch's."""
 
     _u: Tensor
     _v: Tensor
@@ -79,15 +80,15 @@ class SpectralNorm(nn.Module):
         if self._group is not None and not (torch.compiler.is_compiling() or _autograd.transforms()):
             step = self._group.step(self, weight)
             if step is not None and step.out is not None:
-                wanted = torch.is_grad_enabled() and weight.requires_grad
-                return _Normalized.apply(weight, step.out, step, self.dim) if wanted else step.out
+                needs_grad = torch.is_grad_enabled() and weight.requires_grad
+                return _Normalized.apply(weight, step.out, step, self.dim) if needs_grad else step.out
         return self._computed(weight)[0]
 
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """weight / sigma as what stands for it, with sigma: for a kernel that divides what it computes.
+        """(weight standing for weight / sigma, sigma), for a kernel that divides its sums by sigma.
 
-        The first shares weight's memory, so that nothing of its size is written; its gradient is that of weight /
-        sigma, and goes on to weight through sigma too.
+        The first shares weight's memory, so that no quotient is written. The gradient it gets is that of weight /
+        sigma; the backward pass carries it on to weight, through sigma too.
         """
         step = self._group.step(self, weight, divide=False) if self._group is not None else None
         if step is None:
@@ -98,7 +99,7 @@ class SpectralNorm(nn.Module):
         return weight, step.sigma
 
     def _computed(self, weight: Tensor, divide: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The op's results; u and v are kept in training."""
+        """The op's results; in training the buffers are updated with the new u and v."""
         results = ops.spectral_norm(
             weight, self._u, self._v, dim=self.dim, n_power_iterations=self.n_power_iterations, eps=self.eps,
             training=self.training, divide=divide,
@@ -117,45 +118,46 @@ class SpectralNorm(nn.Module):
 
 
 def _load_old_names(module: nn.Module, name: str) -> None:
-    """Makes load_state_dict take the names of torch.nn.utils.spectral_norm."""
-    ours = f"parametrizations.{name}"
+    """Makes load_state_dict accept the names of torch.nn.utils.spectral_norm."""
+    parametrization = f"parametrizations.{name}"
 
     def rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         weight = state.get(f"{prefix}{name}_orig")
         if weight is None:
             return
-        state.pop(prefix + name, None)  # what very old ones hold besides
+        state.pop(prefix + name, None)  # very old checkpoints also contain the normalized weight
         u, v = state.get(f"{prefix}{name}_u"), state.get(f"{prefix}{name}_v")
-        norm = module.get_submodule(ours)[0]  # type: ignore[index]
+        norm = module.get_submodule(parametrization)[0]  # type: ignore[index]
         if v is None and u is not None:
             v = F.normalize(weight.movedim(norm.dim, 0).flatten(1).mT.mv(u), dim=0, eps=norm.eps)
         for old, new, value in (("_orig", "original", weight), ("_u", "0._u", u), ("_v", "0._v", v)):
             state.pop(f"{prefix}{name}{old}", None)
             if value is not None:
-                state[f"{prefix}{ours}.{new}"] = value
+                state[f"{prefix}{parametrization}.{new}"] = value
 
     module.register_load_state_dict_pre_hook(rename)
 
 
 def _keep(buffer: Tensor, value: Tensor) -> None:
-    """buffer.copy_(value), which torch.func lets pass: DataParallel's replicas share the buffers."""
+    """buffer.copy_(value) in a form that torch.func allows. In place, since DataParallel's replicas share the
+    buffers."""
     torch.ops.aten.clone.out(value.detach(), out=buffer)
 
 
 class _Step(NamedTuple):
-    """One weight's results, and what they are the results of."""
+    """The results for one weight, and the tensors that they were computed from."""
 
-    read: tuple[Tensor, ...]  # kept, or their memory might become that of others
+    read: tuple[Tensor, ...]  # kept alive, or other tensors might reuse their memory and match the stamp
     stamp: tuple
-    out: Tensor | None  # None: nobody has asked for it yet
+    out: Tensor | None  # weight / sigma; None until it is needed
     sigma: Tensor
     u: Tensor
     v: Tensor
 
 
 class _Normalized(torch.autograd.Function):
-    """out, computed before, or weight in its place, as the function weight / sigma(weight): each access has its own
-    graph."""
+    """Makes the precomputed out (or weight, standing for it) the result of weight / sigma(weight) for autograd: each
+    access has its own graph."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, out: Tensor | None, step: _Step, dim: int) -> Tensor:
@@ -171,39 +173,40 @@ class _Normalized(torch.autograd.Function):
 
 
 class SpectralNormGroup:
-    """All spectrally normalized weights of a model, computed in one op a step however often the model is called.
+    """All spectrally normalized weights of a model, computed in one op per step however often the model is called.
 
-    From then on the first access to such a weight after its parameter changed computes all of them, and others until
-    the next change take what is there: one power iteration a step of the optimizer, as in the paper's Algorithm 1,
-    where PyTorch makes one a call. Each access still has its own graph, so D(real) and D(fake) may go backward together
-    or one by one.
+    Once the group exists, the first access to a weight after its parameter changed computes all weights, and later
+    accesses reuse the results until the next change. This makes one power iteration per optimizer step, as in the
+    paper's Algorithm 1, while PyTorch makes one per call. Each access still has its own graph, so the backward passes
+    of D(real) and D(fake) may run together or one by one.
 
-    Changes are seen by the parameters' version counters, which optimizers, load_state_dict and torch.no_grad() code
-    count; after writing through `.data`, or replaying a CUDA graph, call update(). Within torch.compile and torch.func,
-    and where tensors made in inference mode have no counter, each weight is computed for itself, at each access.
+    Changes are detected by the parameters' version counters, which optimizers, load_state_dict and code under
+    torch.no_grad() increment; after writing through `.data` or replaying a CUDA graph, call update(). Within
+    torch.compile and torch.func, and for tensors made in inference mode, which have no counter, each weight is computed
+    separately at each access.
 
     Args:
-        model: any module with weights normalized by fastgen.nn.spectral_norm or torch.nn.utils.parametrizations.
-            spectral_norm, which becomes the former; its state_dict stays the same. Moving, copying and casting it is
-            fine.
+        model: any module with weights under fastgen.nn.spectral_norm or torch.nn.utils.parametrizations.spectral_norm;
+            the latter is replaced by the former, and the state_dict stays the same. The model may be moved, copied and
+            cast.
 
-    Raises ValueError if there are none.
+    Raises ValueError if there are no such weights.
     """
 
     def __init__(self, model: nn.Module):
         self._members: list[tuple[SpectralNorm, parametrize.ParametrizationList]] = []
         self._steps: dict[SpectralNorm, _Step] = {}
-        self._undivided: set[SpectralNorm] = set()  # those whose convolutions divide
+        self._undivided: set[SpectralNorm] = set()  # members whose convolutions divide by sigma
         for module in model.modules():
             for name, form in list(forms(module)):
                 if isinstance(form, _Hook):
-                    continue  # it computes the weight when its module is called
+                    continue  # the hook computes the weight when its module is called
                 adopt(module, name, form)
                 parametrized: Any = module.parametrizations[name]  # type: ignore[index]
                 if parametrized.original.dim() > 1:
                     self._members.append((parametrized[0], parametrized))
         if not self._members:
-            raise ValueError("model must have weights under spectral_norm, alone and 2-d at least; there are none")
+            raise ValueError("model has no weight of 2 or more dimensions whose only parametrization is spectral_norm")
         for norm, _ in self._members:
             norm._group = self
 
@@ -212,34 +215,34 @@ class SpectralNormGroup:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Computes all the weights now, with a power iteration for those in training."""
-        alike: dict[tuple, list] = defaultdict(list)
+        """Computes all weights now, with power iterations for those in training mode."""
+        groups: dict[tuple, list] = defaultdict(list)
         for norm, parametrized in self._members:
             weight, divided = parametrized.original, norm not in self._undivided
-            alike[norm.n_power_iterations, norm.eps, norm.training, divided, weight.device].append((norm, weight))
-        for (iterations, eps, training, divided, _), members in alike.items():
+            groups[norm.n_power_iterations, norm.eps, norm.training, divided, weight.device].append((norm, weight))
+        for (iterations, eps, training, divided, _), members in groups.items():
             norms, weights = zip(*members, strict=True)
             results = ops.spectral_norm_group(
                 weights, [norm._u for norm in norms], [norm._v for norm in norms], dims=[norm.dim for norm in norms],
                 n_power_iterations=iterations, eps=eps, training=training, divide=divided,
             )  # fmt: skip
-            if training:  # in place, and in one launch: DataParallel's replicas share the buffers
+            if training:  # in place, since DataParallel's replicas share the buffers, and in one launch
                 vectors = [t for norm in norms for t in (norm._u, norm._v)]
-                torch._foreach_copy_(vectors, [t for of in zip(*results[2:], strict=True) for t in of])
+                torch._foreach_copy_(vectors, [t for pair in zip(*results[2:], strict=True) for t in pair])
             for norm, weight, out, *rest in zip(norms, weights, *results, strict=True):
                 read = (weight, norm._u, norm._v)
                 self._steps[norm] = _Step(read, _stamp(norm, *read), out if divided else None, *rest)
 
     def step(self, norm: SpectralNorm, weight: Tensor, divide: bool = True) -> _Step | None:
-        """The results of this parametrization as of this step of the optimizer, with weight / sigma if `divide`; None
-        if it is not the group's own, as in a replica."""
+        """The current results of this parametrization, with weight / sigma if `divide`; None if the parametrization is
+        not a member of the group, as in a replica."""
         if not any(norm is member and weight is parametrized.original for member, parametrized in self._members):
             return None
         if weight.is_inference() or norm._u.is_inference():
             return None
-        (self._undivided.discard if divide else self._undivided.add)(norm)  # what the next update leaves out
+        (self._undivided.discard if divide else self._undivided.add)(norm)  # whether the next update divides
         while not self._is_current(step := self._steps.get(norm), norm, weight):
-            self.update()  # again where another thread changed something meanwhile
+            self.update()  # repeated if another thread changed something meanwhile
         assert step is not None
         if divide and step.out is None:
             with torch.no_grad():
@@ -253,7 +256,7 @@ class SpectralNormGroup:
         return step.stamp == _stamp(norm, *now)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and files: what was computed is of this model's tensors alone."""
+        """For copies and files: without the results, which belong to this model's tensors."""
         return self.__dict__ | {"_steps": {}}
 
     def sigmas(self) -> list[Tensor]:
@@ -261,7 +264,7 @@ class SpectralNormGroup:
         return [self._steps[norm].sigma for norm, _ in self._members if norm in self._steps]
 
     def remove(self) -> None:
-        """Each weight is computed for itself again."""
+        """Dissolves the group: each weight is computed separately again."""
         for norm, _ in self._members:
             norm._group = None
 
@@ -291,11 +294,11 @@ class OldSpectralNorm(_Hook):
 
 
 def forms(module: Any) -> Iterator[tuple[str, Any]]:
-    """(name, parametrization or hook) of each parameter that is under spectral norm alone, of PyTorch's forms or
-    ours."""
-    known = (SpectralNorm, getattr(parametrizations, "_SpectralNorm", None))
+    """(name, parametrization or hook) of each parameter whose only parametrization is a spectral norm, PyTorch's or
+    fastgen's."""
+    classes = (SpectralNorm, getattr(parametrizations, "_SpectralNorm", None))
     for name, parametrized in getattr(module, "parametrizations", {}).items():
-        if len(parametrized) == 1 and type(parametrized[0]) in known:
+        if len(parametrized) == 1 and type(parametrized[0]) in classes:
             yield name, parametrized[0]
     for hook in module._forward_pre_hooks.values():
         if type(hook) in (_Hook, OldSpectralNorm):
@@ -303,7 +306,8 @@ def forms(module: Any) -> Iterator[tuple[str, Any]]:
 
 
 def undivided(module: Any) -> tuple[SpectralNorm, Tensor] | None:
-    """A module's SpectralNorm and its parameter, where its weight is under that alone and parts() can stand for it."""
+    """(SpectralNorm, parameter) of a module's weight if that is its only parametrization and parts() may be used
+    instead of the weight."""
     parametrized = getattr(module, "parametrizations", {})
     if "weight" not in parametrized or parametrize._cache_enabled:
         return None
@@ -311,17 +315,17 @@ def undivided(module: Any) -> tuple[SpectralNorm, Tensor] | None:
     return (norms[0], weight) if len(norms) == 1 and type(norms[0]) is SpectralNorm and weight.dim() > 1 else None
 
 
-def adopt(module: Any, name: str, theirs: Any) -> None:
-    """Puts the op under a form that `forms` found, which keeps its options, vectors and names."""
-    if isinstance(theirs, _Hook):
-        theirs.__class__ = OldSpectralNorm
-    if isinstance(theirs, (_Hook, SpectralNorm)):
+def adopt(module: Any, name: str, form: Any) -> None:
+    """Makes a parametrization or hook that `forms` found use the op. It keeps its options, vectors and names."""
+    if isinstance(form, _Hook):
+        form.__class__ = OldSpectralNorm
+    if isinstance(form, (_Hook, SpectralNorm)):
         return
-    ours: Any = SpectralNorm.__new__(SpectralNorm)
-    nn.Module.__init__(ours)
-    ours.dim, ours.eps, ours._group = theirs.dim, theirs.eps, None
-    ours.n_power_iterations = getattr(theirs, "n_power_iterations", 1)  # a vector's has none
-    for buffer, value in theirs.named_buffers():
-        ours.register_buffer(buffer, value)
-    module.parametrizations[name][0] = ours.train(theirs.training)
+    norm: Any = SpectralNorm.__new__(SpectralNorm)
+    nn.Module.__init__(norm)
+    norm.dim, norm.eps, norm._group = form.dim, form.eps, None
+    norm.n_power_iterations = getattr(form, "n_power_iterations", 1)  # missing for a one-dimensional weight
+    for buffer, value in form.named_buffers():
+        norm.register_buffer(buffer, value)
+    module.parametrizations[name][0] = norm.train(form.training)
     _load_old_names(module, name)

@@ -1,4 +1,4 @@
-"""The fused ops: one public function each, with the implementations `info` lists."""
+"""The fused ops: one public function per op. `info` lists the implementations of each."""
 
 from fastgen.ops._convolution_grad import without_weight_grads
 from fastgen.ops._info import implementations_used, info

@@ -17,7 +17,7 @@ class Activation(NamedTuple):
     module: type[nn.Module]
     function: Callable[[Tensor, float], Tensor]  # (z, slope) -> y
     gradient: Callable[[Tensor, Tensor, float], Tensor]  # (gradient of y, z, slope) -> gradient of z, differentiable
-    in_place: Callable[[Tensor, float], Tensor] | None = None  # the function in z's memory, where autograd allows it
+    in_place: Callable[[Tensor, float], Tensor] | None = None  # the function, overwriting z; if autograd allows that
 
 
 def _sigmoid_gradient(grad: Tensor, z: Tensor, slope: float) -> Tensor:
@@ -51,22 +51,22 @@ ACTIVATIONS = {
     ),
     "silu": Activation(nn.SiLU, lambda z, slope: F.silu(z), _silu_gradient),
 }
-# As the registered ops know it: the LeakyReLU whose output its caller leaves unchanged, as an inplace one's.
+# The registered ops' name for a LeakyReLU with inplace=True, whose caller leaves the output unchanged.
 LEAKY_RELU_OF_OUTPUT = "leaky_relu_"
 _BY_NAME = ACTIVATIONS | {
     LEAKY_RELU_OF_OUTPUT: ACTIVATIONS["leaky_relu"]._replace(in_place=F.leaky_relu_)  # its slope is not negative
 }
-# Their gradient follows from the sign of the output: nothing else need be kept for it.
+# Activations whose gradient follows from the sign of the output: the backward pass needs nothing else.
 OF_OUTPUT = ("relu", LEAKY_RELU_OF_OUTPUT)
 
 
 def activate(z: Tensor, activation: str, slope: float) -> Tensor:
-    """The activation by its name."""
+    """Applies the activation of this name."""
     return _BY_NAME[activation].function(z, slope)
 
 
 def activate_in_place(z: Tensor, activation: str, slope: float) -> Tensor:
-    """The same on a value that nobody else has: in its memory where autograd allows it."""
+    """The same for a z that nothing else refers to: overwrites it where autograd allows that."""
     row = _BY_NAME[activation]
     return (row.in_place or row.function)(z, slope)
 

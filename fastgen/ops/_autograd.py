@@ -1,4 +1,4 @@
-"""Gradients of ops: how they are registered, and that of a backward op, by its formula in differentiable PyTorch."""
+"""Registers the gradients of ops, and differentiates backward ops through their formulas in differentiable PyTorch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-_calls: dict[str, Callable] = {}  # by the name of a registered op
+_calls: dict[str, Callable] = {}  # name of a registered op -> its short path
 
 
 def call(name: str, *inputs):
     """torch.ops.fastgen.<name>(*inputs).
 
-    A registered op's gradient is in Python, to which the dispatcher has a long way: a call that nothing else is to see,
-    neither a compiler nor a mode, takes the short one.
+    The gradient of a registered op is written in Python, which the dispatcher takes long to reach. A call that no
+    compiler, mode or tracer has to see therefore skips the dispatcher.
     """
     if (
         torch.compiler.is_compiling()
@@ -33,24 +33,24 @@ def call(name: str, *inputs):
 
 
 def transforms() -> bool:
-    """Whether the calls under way are to be mapped or differentiated by torch.func, or forward."""
+    """Whether a transform of torch.func or forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def register(name: str, backward: Callable, setup_context: Callable) -> None:
     """torch.library.register_autograd for ops without default values and keyword-only arguments.
 
-    An op that takes lists of tensors takes them first, all of one length, and returns such lists. PyTorch's own goes
-    through the schema's arguments for default values at each call, whose time grows with the square of their number: 85
-    of the 180 microseconds of a small fused convolution; a list costs another 20. Through `call` the transforms of
-    torch.func see the gradient too.
+    An op that takes lists of tensors takes them as its first arguments, all of the same length, and returns lists of
+    that length. PyTorch's own function searches the schema for default values at each call, in time quadratic in the
+    number of arguments: 85 of the 180 microseconds of a small fused convolution; a list costs another 20. Calls through
+    `call` are visible to the transforms of torch.func too.
     """
     op = getattr(torch.ops.fastgen, name.removeprefix("fastgen::")).default
     kinds = [str(argument.type) for argument in op._schema.arguments]
     tensors = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
     lists, returned = kinds.count("List[Tensor]"), len(op._schema.returns)
 
-    # An autograd.Function takes and gives tensors, no lists of them: (other arguments, *tensors).
+    # An autograd.Function takes and returns tensors, not lists of them: (other arguments, *tensors).
     def op_of_lists(others, *flat):
         output = op(*split(flat, lists), *others)
         return tuple(output if returned == 1 else itertools.chain(*output))
@@ -63,14 +63,14 @@ def register(name: str, backward: Callable, setup_context: Callable) -> None:
         return None, *itertools.chain(*backward(ctx, *split(grads, returned))[:lists])
 
     def nested(flat):
-        found = split(flat, returned)
-        return found[0] if returned == 1 else tuple(found)
+        outputs = split(flat, returned)
+        return outputs[0] if returned == 1 else tuple(outputs)
 
     compute, setup = (op_of_lists, setup_of_lists) if lists else (op, setup_context)
 
     def refuse(*_):
         raise NotImplementedError(
-            f"{name} has no forward derivatives: ask for impl='reference', or for 'auto', which takes that then"
+            f"{name} has no forward derivatives: use impl='reference', or 'auto', which falls back to it"
         )
 
     def forward(ctx, *inputs):
@@ -81,9 +81,9 @@ def register(name: str, backward: Callable, setup_context: Callable) -> None:
 
     parts = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_lists if lists else backward)}
     function = type(name.replace("::", "_"), (torch.autograd.Function,), parts)
-    # Past Function's own apply, which is for transforms.
+    # Skips Function.apply, which also handles the transforms of torch.func.
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-    # They ask for the two parts of forward apart.
+    # The transforms need forward and setup_context as separate functions.
     parts |= {"forward": staticmethod(lambda *inputs: compute(*inputs)), "setup_context": staticmethod(setup)}
     parts["jvp"] = staticmethod(refuse)
     transformed = type(function.__name__, (torch.autograd.Function,), {**parts, "generate_vmap_rule": True})
@@ -94,11 +94,11 @@ def register(name: str, backward: Callable, setup_context: Callable) -> None:
                 refuse()
 
     def run(*inputs):
-        """Where the dispatcher comes to, past transforms."""
+        """What the dispatcher calls after the transforms."""
         if forward_ad._current_level >= 0:
             refuse_duals(inputs)
         if torch._C._are_functorch_transforms_active():
-            # As in a compiled graph: this level is the one to differentiate.
+            # As in a compiled graph: it is this level that has to be differentiated.
             with enable_single_level_autograd_function():
                 return differentiable(*inputs)
         return differentiable(*inputs)
@@ -124,14 +124,14 @@ def register(name: str, backward: Callable, setup_context: Callable) -> None:
         return nested(transformed.apply(inputs[lists:], *itertools.chain(*inputs[:lists])))
 
     def mapped(info, in_dims, *inputs):
-        """torch.func.vmap, by one call for each of what is mapped."""
+        """The batching rule for torch.func.vmap: one call per slice."""
         leaves, tree = pytree.tree_flatten(inputs)
         dims = pytree.tree_flatten(in_dims, is_leaf=lambda dim: dim is None)[0]
-        each = [leaf.unbind(dim) if dim is not None else (leaf,) * info.batch_size
+        slices = [leaf.unbind(dim) if dim is not None else (leaf,) * info.batch_size
                 for leaf, dim in zip(leaves, dims, strict=True)]  # fmt: skip
-        results = [op(*pytree.tree_unflatten(of_one, tree)) for of_one in zip(*each, strict=True)]
+        results = [op(*pytree.tree_unflatten(slice_leaves, tree)) for slice_leaves in zip(*slices, strict=True)]
         outputs, tree = pytree.tree_flatten(results[0])
-        stacked = [torch.stack(of_all) for of_all in zip(*map(pytree.tree_leaves, results), strict=True)]
+        stacked = [torch.stack(values) for values in zip(*map(pytree.tree_leaves, results), strict=True)]
         return pytree.tree_unflatten(stacked, tree), pytree.tree_unflatten([0] * len(outputs), tree)
 
     torch.library.impl(name, "Autograd")(run)
@@ -140,11 +140,11 @@ def register(name: str, backward: Callable, setup_context: Callable) -> None:
     _calls[name.removeprefix("fastgen::")] = start
 
 
-def is_wanted(ctx: Any, at: int) -> bool:
-    """Whether the backward pass under way is to compute the gradient of an input, the at-th of the tensors.
+def needs_gradient(ctx: Any, at: int) -> bool:
+    """Whether the current backward pass has to compute the gradient of the at-th tensor of the inputs.
 
-    Of torch.autograd.grad(inputs=) needs_input_grad knows nothing; PyTorch's own ops leave out what it does not ask
-    for.
+    needs_input_grad does not reflect torch.autograd.grad(inputs=); PyTorch's own ops skip the gradients that it does
+    not ask for.
     """
     if not ctx.needs_input_grad[at]:
         return False
@@ -152,12 +152,12 @@ def is_wanted(ctx: Any, at: int) -> bool:
         return True
     try:
         return torch._C._will_engine_execute_node(ctx.next_functions[at][0])
-    except RuntimeError:  # a leaf that is asked for
+    except RuntimeError:  # a leaf whose gradient is asked for
         return True
 
 
 def split(tensors: Sequence, parts: int) -> list[list]:
-    """So many lists of one length."""
+    """Splits a sequence into `parts` lists of the same length."""
     size = len(tensors) // parts
     return [list(tensors[i : i + size]) for i in range(0, len(tensors), size)]
 
@@ -165,20 +165,21 @@ def split(tensors: Sequence, parts: int) -> list[list]:
 def differentiate(
     formula: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients that `grads` of formula(*inputs) give its inputs, differentiable in turn where gradients are
-    recorded."""
+    """The gradients of the inputs, given `grads` of formula(*inputs); they are differentiable if grad mode is on."""
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases cut the graph: only what the formula itself does with its inputs is differentiated here.
+        # Aliases cut the graph: only the formula itself is differentiated here, not what computed its inputs.
         inputs = [t.view_as(t) if t is not None else None for t in inputs]
         paths = [
             (out, grad)
             for out, grad in zip(formula(*inputs), grads, strict=True)
             if out.requires_grad and grad is not None
         ]
-        wanted = [t for t in inputs if t is not None and t.requires_grad]
-        found: Iterator[Tensor | None] = iter([None] * len(wanted))
-        if paths and wanted:
-            reached, incoming = zip(*paths, strict=True)
-            found = iter(torch.autograd.grad(reached, wanted, incoming, create_graph=higher, allow_unused=True))
-    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+        leaves = [t for t in inputs if t is not None and t.requires_grad]
+        leaf_grads: Iterator[Tensor | None] = iter([None] * len(leaves))
+        if paths and leaves:
+            outputs, output_grads = zip(*paths, strict=True)
+            leaf_grads = iter(
+                torch.autograd.grad(outputs, leaves, output_grads, create_graph=higher, allow_unused=True)
+            )
+    return [next(leaf_grads) if t is not None and t.requires_grad else None for t in inputs]

@@ -1,4 +1,4 @@
-"""The ways to compute what a question of `_choices` asks, for `fastgen.tune` to measure."""
+"""The implementations that could answer a Question, as calls that `fastgen.tune` measures."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from fastgen.ops._question import Choice, Question
 
 
 def names(question: Question) -> list[str]:
-    """The implementations that can run here."""
+    """The implementations that can run on this machine."""
     tiers = ("cpp", "triton") if question.what == "weight_grad" else ("cpp", "cuda", "triton")
     device, dtype = question.device, question.dtype
     return ["torch", *(tier for tier in tiers if _tiers.unavailable(tier, device, dtype) is None)]
 
 
 def tiles(question: Question) -> list[str]:
-    """The names of Triton's kernel with each of its tiles."""
+    """The names of the Triton kernel's variants, one per tile."""
     geometry, x, weight, grad = _operands(question)
     kernel = _tiers.triton.kernels("_tiles")
     if question.what == "weight_grad":
-        of_weight = _tiers.triton.kernels("convolution_weight_grad")
-        kind = of_weight.kind_of(*of_weight.operands(grad, x, geometry.transposed), geometry.groups)
+        weight_grad = _tiers.triton.kernels("convolution_weight_grad")
+        kind = weight_grad.kind_of(*weight_grad.operands(grad, x, geometry.transposed), geometry.groups)
     else:
         if question.what == "input_grad":
             plain, read = geometry.without_reflection(x.shape)
@@ -41,7 +41,7 @@ def tiles(question: Question) -> list[str]:
 
 
 def calls(question: Question, names: list[str]) -> dict[str, Callable[[], object]]:
-    """By name, a call that computes it on random tensors, without gradients of its own."""
+    """name -> a call that computes the question's result on random tensors, without recording gradients."""
     geometry, x, weight, grad = _operands(question)
     by_fastgen: Callable[..., object]
     match question.what:
@@ -59,20 +59,20 @@ def calls(question: Question, names: list[str]) -> dict[str, Callable[[], object
 
 
 def _operands(question: Question) -> tuple[Geometry, Tensor, Tensor, Tensor]:
-    """The geometry, and tensors that lie as those that were asked about: x, the weight, the output's gradient."""
+    """The geometry, and random tensors with the question's shapes and layouts: x, the weight, the output's gradient."""
     geometry = question.geometry
     images_last = question.flag if question.what == "weight_grad" else question.channels_last
 
     def random(shape: tuple[int, ...], last: bool) -> Tensor:
-        made = torch.randn(shape, dtype=torch.float32, device=question.device).to(question.dtype)
-        return made.contiguous(memory_format=memory_format(last))
+        values = torch.randn(shape, dtype=torch.float32, device=question.device).to(question.dtype)
+        return values.contiguous(memory_format=memory_format(last))
 
     x, weight = random(question.input, images_last), random(question.weight, question.channels_last)
     return geometry, x, weight, random(geometry.sizes(x.shape, weight.shape), images_last)
 
 
 def _forward(geometry: Geometry, x: Tensor, weight: Tensor, epilogue: KernelEpilogue, choice: Choice) -> object:
-    """Statistics of the batch are those of training, which keeps what the backward pass needs."""
+    """The fused op. Batch statistics mean training, which also saves what the backward pass needs."""
     op, arguments = geometry.fused()
     return _dispatch.call(op, choice, x, weight, None, *epilogue, *arguments, epilogue.norm == "batch")
 

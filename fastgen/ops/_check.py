@@ -1,4 +1,4 @@
-"""Checks of the arguments of ops: each names the argument, what was found and what is needed."""
+"""Checks of the ops' arguments. Each error names the argument, what was passed and what is needed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def to_2d(name: str, value: int | Sequence[int], least: int) -> HW:
     """value as (height, width); both at least `least`."""
-    found = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, Sequence)) else ()
-    if len(found) != 2 or not (isinstance(found[0], int) and isinstance(found[1], int)):
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, Sequence)) else ()
+    if len(pair) != 2 or not (isinstance(pair[0], int) and isinstance(pair[1], int)):
         raise ValueError(f"{name} must be an int or two ints, got {value!r}")
-    if found[0] < least or found[1] < least:
+    if pair[0] < least or pair[1] < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    return found
+    return pair
 
 
 def floating(name: str, x: Tensor) -> None:
@@ -30,7 +30,7 @@ def floating(name: str, x: Tensor) -> None:
 
 
 def same_kind(name: str, tensor: Tensor, x: Tensor) -> None:
-    """The tensor has the input's dtype and device."""
+    """Checks that the tensor has the input's dtype and device."""
     floating(name, tensor)
     if tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device}, input on {x.device}: move one of them")
@@ -39,7 +39,7 @@ def same_kind(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def per_channel(name: str, tensor: Tensor | None, channels: int, x: Tensor) -> None:
-    """The tensor has one value per channel, on the input's device, in its dtype or float32."""
+    """Checks that the tensor has one value per channel, on the input's device, in its dtype or float32."""
     if tensor is None:
         return
     floating(name, tensor)

@@ -1,8 +1,8 @@
-"""What was measured fastest: of a convolution which implementation, by shape, precision and chip (`fastgen.tune`), and
-of the ops that memory bounds which of a GPU's two, by chip (`make gpu`).
+"""The fastest implementations by measurement: for convolutions by shape, precision and chip (`fastgen.tune`); for
+memory-bound ops, which of the two GPU tiers by chip (`make gpu`).
 
-A chip has a JSON file of such choices among those that fastgen brings, and one in the user's cache folder, whose
-choices come first. What no file holds is answered by the rules of `_rules`.
+Each chip has a JSON file of these choices: one may ship with fastgen, and one in the user's cache folder takes
+precedence. Where no file has an entry, the rules of `_rules` decide.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastgen._build import cache
 from fastgen.ops import _memo, _tiers
 from fastgen.ops._question import Choice, Question
 
-FORMAT = 2  # of the files; those of another are ignored
+FORMAT = 2  # of the files; files of other formats are ignored
 KNOWN = ("torch", "cpp", "cuda", "triton")
 SHIPPED = Path(__file__).parent / "choices"
 FOLDER = "choices"  # in the cache folder
@@ -34,30 +34,30 @@ _tables: dict[str, Mapping[str, Entry]] = {}  # device -> str(question), or the 
 
 
 class Entry(NamedTuple):
-    """What a file says of a question, or of an op."""
+    """A file's entry for a question or an op."""
 
     chosen: str  # str() of a Choice
-    milliseconds: Mapping[str, float]  # medians of what was measured
+    milliseconds: Mapping[str, float]  # measured medians, by implementation
 
 
 def measured(question: Question) -> Choice | None:
-    """The implementation that was measured fastest here, for a GPU's Triton kernel with its tile; None where nothing
-    was measured, or what was chosen cannot run."""
+    """The implementation that was measured fastest on this chip, with the tile for a Triton kernel; None if nothing was
+    measured or the fastest cannot run."""
     table = _table(question.device)
-    found = table.get(str(question)) if table else None
-    if found is None:
+    entry = table.get(str(question)) if table else None
+    if entry is None:
         return None
-    implementation = Choice.parse(found.chosen).implementation
+    implementation = Choice.parse(entry.chosen).implementation
     if implementation != "torch" and _tiers.unavailable(implementation, question.device, question.dtype):
         return None
-    times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in found.milliseconds.items())
-    return Choice.parse(found.chosen, f"measured on this chip: {times}" if times else "measured on this chip")
+    times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in entry.milliseconds.items())
+    return Choice.parse(entry.chosen, f"measured on this chip: {times}" if times else "measured on this chip")
 
 
 def faster_tier(op: str, device: str) -> str | None:
-    """Which of a GPU's two was measured faster for an op that memory bounds (`make gpu`); None where nothing was."""
-    found = _table(device).get(op)
-    return None if found is None else found.chosen
+    """The GPU tier that was measured faster for a memory-bound op (`make gpu`); None if nothing was measured."""
+    entry = _table(device).get(op)
+    return None if entry is None else entry.chosen
 
 
 def _table(device: str) -> Mapping[str, Entry]:
@@ -68,15 +68,15 @@ def _table(device: str) -> Mapping[str, Entry]:
 
 
 def forget() -> None:
-    """Files are read and questions answered anew: one was written, or what a chip's name says has changed."""
+    """Drops what was read and decided: a file was written, or something that is part of a chip's name has changed."""
     _tables.clear()
     _memo.forget()
 
 
 def chip(device: str) -> str | None:
-    """The name of a device's file, after what decides there; None where nothing is chosen by measurement.
+    """The name of a device's file, made of what affects speed there; None where measurements are not used.
 
-    On a CPU that is the processor, the instruction sets of PyTorch and of fastgen, and the number of threads.
+    On a CPU the name has the processor, the instruction sets of PyTorch and of fastgen, and the number of threads.
     """
     if device.startswith("cuda") and torch.cuda.is_available():
         name = torch.cuda.get_device_name(device)
@@ -93,8 +93,8 @@ def chip(device: str) -> str | None:
 @functools.cache
 def _processor() -> str:
     with contextlib.suppress(OSError):
-        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            return found[1]
+        if match := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return match[1]
     return platform.processor() or platform.machine()
 
 
@@ -108,7 +108,7 @@ def _read_all(device: str) -> Mapping[str, Entry]:
 
 
 def _read(file: Path) -> dict[str, dict] | None:
-    """The entries of a file, {} if there is none; None, and a warning, if it cannot be used."""
+    """The entries of a file; {} if the file does not exist; None, with a warning, if it cannot be used."""
     try:
         document = json.loads(file.read_text())
         return _checked(document)
@@ -121,15 +121,15 @@ def _read(file: Path) -> dict[str, dict] | None:
 
 def _checked(document: Any) -> dict[str, dict]:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        found = document.get("format") if isinstance(document, dict) else None
-        raise ValueError(f"its format is {found}, this fastgen reads format {FORMAT}")
+        version = document.get("format") if isinstance(document, dict) else None
+        raise ValueError(f"its format is {version}, but this fastgen reads format {FORMAT}")
     entries = document.get("choices")
     if not isinstance(entries, dict):
-        raise ValueError("it holds no choices")
+        raise ValueError("it contains no choices")
     for question, entry in entries.items():
         chosen = entry.get("chosen") if isinstance(entry, dict) else None
         if not isinstance(chosen, str) or Choice.parse(chosen).implementation not in KNOWN:
-            raise ValueError(f"there is no implementation {chosen!r}, which it names for {question}")
+            raise ValueError(f"it names an unknown implementation {chosen!r} for {question}")
     return entries
 
 
@@ -139,10 +139,10 @@ def _warn_once(text: str) -> None:
 
 
 def save(name: str, chosen: Mapping[str, tuple[str, Mapping[str, float]]], folder: Path | None = None) -> Path:
-    """Adds choices to a chip's file, question -> (implementation, medians in milliseconds), and returns the file.
+    """Adds choices, question -> (implementation, medians in milliseconds), to a chip's file and returns its path.
 
-    folder: where, the user's cache unless given. What the file holds of other questions stays; one that cannot be used
-    is kept under another name. Raises FastgenError where it cannot be written.
+    folder: where the file is; by default in the user's cache. Entries for other questions stay. A file that cannot be
+    used is kept under another name. Raises FastgenError if the file cannot be written.
     """
     with cache.locked() as kept:
         folder = folder or kept / FOLDER
@@ -156,7 +156,7 @@ def save(name: str, chosen: Mapping[str, tuple[str, Mapping[str, float]]], folde
             rounded = {candidate: float(f"{ms:.4g}") for candidate, ms in medians.items() if math.isfinite(ms)}
             entries[question] = {"chosen": implementation, "ms": rounded, "torch": torch.__version__}
         lines = ",\n".join(f"{json.dumps(question)}: {json.dumps(entries[question])}" for question in sorted(entries))
-        written = Path(f"{file}.tmp")  # nobody else writes it: the lock is ours
+        written = Path(f"{file}.tmp")  # no other process writes it: this one holds the lock
         written.write_text(f'{{"format": {FORMAT}, "choices": {{\n{lines}\n}}}}\n')
         os.replace(written, file)
     forget()

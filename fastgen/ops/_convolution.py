@@ -1,4 +1,4 @@
-"""What the two fused convolutions share: checks, default kernel, fake kernel and gradients, strided or transposed."""
+"""What the strided and the transposed fused convolution share: checks, default kernel, fake kernel and gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgen.ops import _autograd, _check, _dispatch, _norm_act, _policy, _synchronized, _tiers
 from fastgen.ops._activations import activate_in_place
-from fastgen.ops._convolution_grad import convolve, gradients, wanted_gradients
+from fastgen.ops._convolution_grad import convolve, gradients, needed_gradients
 from fastgen.ops._epilogue import SCHEMA, Epilogue, KernelEpilogue
 from fastgen.ops._geometry import Geometry
 from fastgen.ops._layout import is_channels_last, memory_format, spec_of
@@ -26,7 +26,7 @@ def call(
     memory_efficient: bool,
     impl: str,
 ) -> Tensor:
-    """A public convolution, once its geometry is checked."""
+    """Computes a public fused convolution, once the geometry has been checked."""
     if epilogue.residual is not None and autocasts(x):
         epilogue = epilogue._replace(residual=epilogue.residual.to(x.dtype))
     if x.dim() == 3 and epilogue.norm != "batch":
@@ -66,7 +66,7 @@ def call(
         out, mean, var = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
     else:
         out, mean, var = run(*inputs)
-    if batch_stats:  # not in run, which a checkpoint calls twice
+    if batch_stats:  # not in run, which checkpointing calls twice
         epilogue.update_running(mean, var, out.numel() // max(1, mean.numel()))
     return out
 
@@ -88,7 +88,7 @@ def _unfused(
 
 
 def unfused_epilogue(pre: Tensor, epilogue: KernelEpilogue) -> tuple[Tensor, Any, Any]:
-    """The epilogue of a convolution that PyTorch computed, whose output nobody else has."""
+    """The epilogue, applied to the output of PyTorch's convolution, which nothing else refers to."""
     if epilogue.norm == "none" and epilogue.residual is None:
         return activate_in_place(pre, epilogue.activation, epilogue.negative_slope), None, None
     return _autograd.call("norm_act", pre, *epilogue)
@@ -98,11 +98,11 @@ def autocasts(x: Tensor) -> bool:
     kind = x.device.type
     return (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(
         kind
-    )  # "meta" has none
+    )  # "meta" has no autocast
 
 
 def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The three in autocast's dtype where that is on, as PyTorch's convolutions have it: all but float64."""
+    """The three tensors in autocast's dtype if it is on, as for PyTorch's convolutions: all dtypes but float64."""
     if not autocasts(x) or torch.float64 in (x.dtype, weight.dtype):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -146,9 +146,10 @@ def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geom
 
 
 def define(op: str, geometry_schema: str, geometry_of: Callable[..., Geometry]) -> None:
-    """Registers an op and all that PyTorch asks of it; geometry_of(*arguments of the schema) is its Geometry.
+    """Registers an op with its kernels and gradients; geometry_of(*arguments of the schema) returns its Geometry.
 
-    save: also return pre, the convolution before the norm, which the backward needs. mean, var: as in norm_act.
+    save (in the schema): also return pre, the convolution's output before the norm, which the backward pass needs.
+    mean, var: as in norm_act.
     """
     name = f"fastgen::{op}"
     torch.library.define(
@@ -162,7 +163,7 @@ def define(op: str, geometry_schema: str, geometry_of: Callable[..., Geometry]) 
         return memory_format(is_channels_last(x) or is_channels_last(weight))
 
     def split(rest):
-        """(epilogue, geometry, save) from the arguments behind the bias."""
+        """(epilogue, geometry, save) from the arguments after the bias."""
         epilogue, arguments = KernelEpilogue(*rest[:10]), rest[10:-1]
         return epilogue, geometry_of(*arguments), rest[-1]
 
@@ -184,10 +185,10 @@ def define(op: str, geometry_schema: str, geometry_of: Callable[..., Geometry]) 
         epilogue, ctx.geometry, ctx.save = split(rest)
         norm_weight, norm_bias, mean, var, residual = epilogue.tensors
         options = ctx.options = epilogue.options
-        of_output = options.needs_output_alone()
+        needs_output = options.needs_output_alone()
         ctx.adds, pre = residual is not None, output[1]
-        ctx.lacks_pre = not (ctx.save or options.is_identity() or of_output)
-        if of_output and not ctx.save:
+        ctx.lacks_pre = not (ctx.save or options.is_identity() or needs_output)
+        if needs_output and not ctx.save:
             pre, residual = output[0], None
         ctx.batch_stats = options.norm != "none" and mean is None
         if ctx.batch_stats:
@@ -199,14 +200,14 @@ def define(op: str, geometry_schema: str, geometry_of: Callable[..., Geometry]) 
         ctx.set_materialize_grads(False)
 
     def backward(ctx, grad_out, grad_pre, grad_mean, grad_var):
-        """Both steps are differentiable ops; what a second backward asks of `pre` arrives as grad_pre."""
+        """Both steps are differentiable ops; a second backward pass contributes grad_pre, the gradient of `pre`."""
         x, weight, bias, *tensors, pre = ctx.saved_tensors
         is_identity = ctx.options.is_identity()
-        if ctx.lacks_pre:  # its caller did not know: torch.compile does not within torch.func.grad
+        if ctx.lacks_pre:  # the forward did not know that it is needed, as with torch.compile within torch.func.grad
             pre = convolve(ctx.geometry, x, weight, bias).contiguous(memory_format=layout(x, weight))
-        grad, of_norm, grad_residual = grad_out, (None, None), None
+        grad, norm_grads, grad_residual = grad_out, (None, None), None
         if grad_out is not None and not is_identity:
-            grad, *of_norm, grad_residual = _norm_act.norm_act_grads(
+            grad, *norm_grads, grad_residual = _norm_act.norm_act_grads(
                 grad_out, pre, *tensors, ctx.batch_stats, *ctx.options
             )
         if ctx.adds and grad_residual is None:
@@ -216,10 +217,10 @@ def define(op: str, geometry_schema: str, geometry_of: Callable[..., Geometry]) 
         count = len(ctx.needs_input_grad)
         if grad is None:
             return (None,) * count
-        wanted, wants_bias = wanted_gradients(ctx, bias=2)
-        grads = gradients(ctx.geometry, grad, x, weight, wanted)
-        grad_bias = grad.sum((0, 2, 3)) if wants_bias else None
-        return *grads, grad_bias, *of_norm, None, None, grad_residual, *(None,) * (count - 8)
+        needed, needs_bias = needed_gradients(ctx, bias=2)
+        grads = gradients(ctx.geometry, grad, x, weight, needed)
+        grad_bias = grad.sum((0, 2, 3)) if needs_bias else None
+        return *grads, grad_bias, *norm_grads, None, None, grad_residual, *(None,) * (count - 8)
 
     _dispatch.kernel(op, f"{op}.forward")(forward)
     torch.library.register_fake(name)(fake)

@@ -1,4 +1,4 @@
-"""A convolution's gradients: who computes each of them, and the registered ops that do."""
+"""A convolution's gradients: which implementation computes each, and the registered ops for them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _weight_grads = Setting("weight_grads", True)
 
 @contextlib.contextmanager
 def without_weight_grads() -> Iterator[None]:
-    """Within the context the backward passes that this thread asks for leave out the gradients of the fused
-    convolutions' weights and biases. With create_graph=True the second backward, outside of it, is complete.
+    """A context in which the backward passes that this thread starts skip the gradients of the fused convolutions'
+    weights and biases. With create_graph=True, a second backward pass outside the context is complete.
 
-    torch.autograd.grad(inputs=) computes what is asked for alone without it, as gradient penalties do.
+    torch.autograd.grad(inputs=), as in gradient penalties, computes only the requested gradients even without it.
     """
     with _weight_grads.set_to(False):
         yield
@@ -51,7 +51,7 @@ def _reflected(x: Tensor, padding: HW) -> Tensor:
 def convolution(
     geometry: Geometry, x: Tensor, weight: Tensor, sigma: Tensor | None = None, choice: Choice | None = None
 ) -> Tensor:
-    """The convolution alone, differentiable: by a choice, else by who is fastest. sigma: see _spectral_convolution."""
+    """The convolution alone, differentiable, by the given choice or the policy's. sigma: see _spectral_convolution."""
     if choice is None:
         choice = _choice(x, _policy.fastest_forward, geometry, x.shape, spec_of(weight))
     if choice is None:
@@ -64,8 +64,8 @@ def convolution(
 
 
 def _choice(x: Tensor, fastest: Any, *question: Any) -> Choice | None:
-    """Which of fastgen's kernels computes something on x: the one that is asked for, else the policy's choice; None:
-    PyTorch's."""
+    """Which of fastgen's kernels computes a result from x: the requested one, else the policy's choice; None stands
+    for PyTorch's kernel."""
     if not _dispatch.has_kernels(x):
         return None
     requested = requested_impl()
@@ -78,36 +78,36 @@ def _choice(x: Tensor, fastest: Any, *question: Any) -> Choice | None:
 
 
 def gradients(
-    geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool], sigma: Tensor | None = None
+    geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool], sigma: Tensor | None = None
 ):
-    """Gradients of x and weight, those that are wanted, by ops that are themselves differentiable.
+    """The gradients of x and weight, each if it is `needed`, by ops that are themselves differentiable.
 
-    x's is the adjoint convolution of grad. What PyTorch's kernels do better they do in one call.
+    The gradient of x is the adjoint convolution of grad. Gradients that PyTorch's kernels compute faster take one call.
     """
-    wants_x, wants_weight = wanted
+    needs_x, needs_weight = needed
     weight_spec = spec_of(weight)
     more_channels = x if x.shape[1] > grad.shape[1] else grad
-    of_x = of_weight = grad_x = grad_weight = None
-    if wants_x:
-        of_x = _choice(x, _policy.fastest_input_grad, geometry, x.shape, weight_spec)
-    if wants_weight:
+    x_choice = weight_choice = grad_x = grad_weight = None
+    if needs_x:
+        x_choice = _choice(x, _policy.fastest_input_grad, geometry, x.shape, weight_spec)
+    if needs_weight:
         last = is_channels_last(more_channels)
-        of_weight = _choice(x, _policy.fastest_weight_grad, geometry, x.shape, weight_spec, last)
-    if of_weight is not None:
-        grad_weight = _dispatch.call("convolution_weight_grad", of_weight, grad, x, weight, *geometry.arguments())
-    if of_x is not None:
-        grad_x = input_gradient(geometry, grad, x, weight, sigma, of_x)
-    rest = (wants_x and of_x is None, wants_weight and of_weight is None)
+        weight_choice = _choice(x, _policy.fastest_weight_grad, geometry, x.shape, weight_spec, last)
+    if weight_choice is not None:
+        grad_weight = _dispatch.call("convolution_weight_grad", weight_choice, grad, x, weight, *geometry.arguments())
+    if x_choice is not None:
+        grad_x = input_gradient(geometry, grad, x, weight, sigma, x_choice)
+    rest = (needs_x and x_choice is None, needs_weight and weight_choice is None)
     if any(rest):
-        found = aten_gradients(geometry, grad, x, divided(weight, sigma) if rest[0] else weight, rest)
-        grad_x, grad_weight = (found[0] if rest[0] else grad_x), (found[1] if rest[1] else grad_weight)
+        grads = aten_gradients(geometry, grad, x, divided(weight, sigma) if rest[0] else weight, rest)
+        grad_x, grad_weight = (grads[0] if rest[0] else grad_x), (grads[1] if rest[1] else grad_weight)
     return grad_x, grad_weight
 
 
 def input_gradient(
     geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, sigma: Tensor | None, choice: Choice
 ) -> Tensor:
-    """x's gradient by a kernel of fastgen's: the adjoint convolution of grad."""
+    """The gradient of x by one of fastgen's kernels: the adjoint convolution of grad."""
     plain, read = geometry.without_reflection(x.shape)
     grad_x = convolution(plain.adjoint(read, weight.shape), grad, weight, sigma, choice)
     if geometry.is_adjoint_larger(x.shape, weight.shape):
@@ -117,7 +117,7 @@ def input_gradient(
 
 
 def _unpad_reflect(geometry: Geometry, grad: Tensor, x: Tensor) -> Tensor:
-    """x's gradient, from that of what its convolution reads."""
+    """The gradient of x from the gradient of the padded x that the convolution reads."""
     if not geometry.reflect:
         return grad
     height, width = geometry.padding
@@ -125,14 +125,14 @@ def _unpad_reflect(geometry: Geometry, grad: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.reflection_pad2d_backward.default(grad, x, [width, width, height, height])
 
 
-def aten_gradients(geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]):
+def aten_gradients(geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]):
     plain, _ = geometry.without_reflection(x.shape)
     stride, padding, output_padding, groups, dilation, _ = plain
-    of_x, of_weight, _ = torch.ops.aten.convolution_backward.default(
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
         grad, _reflected(x, geometry.padding) if geometry.reflect else x, weight, None, stride, padding, dilation,
-        geometry.transposed, output_padding or (0, 0), groups, [*wanted, False],
+        geometry.transposed, output_padding or (0, 0), groups, [*needed, False],
     )  # fmt: skip
-    return _unpad_reflect(geometry, of_x, x) if wanted[0] else None, of_weight
+    return _unpad_reflect(geometry, grad_x, x) if needed[0] else None, grad_weight
 
 
 ARGUMENTS = (
@@ -140,14 +140,14 @@ ARGUMENTS = (
 )
 
 
-def wanted_gradients(ctx, bias: int) -> tuple[tuple[bool, bool], bool]:
-    """Whether gradients of x and weight are, the first two inputs, and of the bias, by its place among them."""
+def needed_gradients(ctx, bias: int) -> tuple[tuple[bool, bool], bool]:
+    """Whether the gradients of x and weight (inputs 0 and 1) are needed, and that of the input at position `bias`."""
     parameters = _weight_grads.get()
-    of_weight, of_bias = (parameters and _autograd.is_wanted(ctx, at) for at in (1, bias))
-    return (_autograd.is_wanted(ctx, 0), of_weight), of_bias
+    needs_weight, needs_bias = (parameters and _autograd.needs_gradient(ctx, at) for at in (1, bias))
+    return (_autograd.needs_gradient(ctx, 0), needs_weight), needs_bias
 
 
-# PyTorch's convolution, so that its gradients can be chosen.
+# PyTorch's convolution as a registered op, so that an implementation can be chosen for each of its gradients.
 torch.library.define("fastgen::convolution", f"(Tensor x, Tensor weight, Tensor? bias, {ARGUMENTS}) -> Tensor")
 
 
@@ -168,14 +168,14 @@ def _setup_forward(ctx, inputs, output):
 
 
 def _forward_backward(ctx, grad):
-    wanted, wants_bias = wanted_gradients(ctx, bias=2)
-    found = gradients(ctx.geometry, grad, *ctx.saved_tensors, wanted)
-    return *found, grad.sum((0, 2, 3)) if wants_bias else None, *(None,) * 6
+    needed, needs_bias = needed_gradients(ctx, bias=2)
+    grads = gradients(ctx.geometry, grad, *ctx.saved_tensors, needed)
+    return *grads, grad.sum((0, 2, 3)) if needs_bias else None, *(None,) * 6
 
 
 _autograd.register("fastgen::convolution", _forward_backward, _setup_forward)
 
-# The weight's gradient; weight gives its sizes and strides.
+# The gradient of the weight; the argument weight only gives its sizes and strides.
 torch.library.define(
     "fastgen::convolution_weight_grad", f"(Tensor grad, Tensor x, Tensor weight, {ARGUMENTS}) -> Tensor"
 )
@@ -183,8 +183,8 @@ torch.library.define(
 
 @_dispatch.kernel("convolution_weight_grad", "convolution_weight_grad.weight_grad", cuda=False)
 def _default_weight_grad(grad, x, weight, *geometry):
-    found = aten_gradients(Geometry.of(*geometry), grad, x, weight, (False, True))[1]
-    return torch.empty_like(weight).copy_(found)
+    grad_weight = aten_gradients(Geometry.of(*geometry), grad, x, weight, (False, True))[1]
+    return torch.empty_like(weight).copy_(grad_weight)
 
 
 @torch.library.register_fake("fastgen::convolution_weight_grad")
@@ -199,12 +199,13 @@ def _setup_weight_grad(ctx, inputs, output):
 
 
 def _weight_grad_backward(ctx, direction):
-    """It is linear in both factors: the convolution with `direction` as its weight, and that one's input gradient."""
+    """The op is linear in grad and x: their gradients are the convolution with `direction` as its weight, and the input
+    gradient of that convolution."""
     grad, x = ctx.saved_tensors
-    of_grad, of_x = (_autograd.is_wanted(ctx, at) for at in (0, 1))
+    needs_grad, needs_x = (_autograd.needs_gradient(ctx, at) for at in (0, 1))
     return (
-        convolution(ctx.geometry, x, direction) if of_grad else None,
-        gradients(ctx.geometry, grad, x, direction, (True, False))[0] if of_x else None,
+        convolution(ctx.geometry, x, direction) if needs_grad else None,
+        gradients(ctx.geometry, grad, x, direction, (True, False))[0] if needs_x else None,
         *(None,) * 7,
     )
 
@@ -223,5 +224,5 @@ class _Divided(torch.autograd.Function):
 
 
 def divided(weight: Tensor, sigma: Tensor | None) -> Tensor:
-    """weight / sigma for what cannot divide its sums; its gradient is as in _spectral_convolution."""
+    """weight / sigma, for kernels that cannot divide their sums; its gradient is as in _spectral_convolution."""
     return weight if sigma is None else _Divided.apply(weight, sigma)

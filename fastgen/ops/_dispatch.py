@@ -1,5 +1,5 @@
-"""Which implementation of an op runs, and how it is called: the `impl` argument, then use_impl, then FASTGEN_IMPL, then
-the policy's choice among those that can run here."""
+"""Selects and calls an op's implementation. In order of precedence: the `impl` argument, use_impl, FASTGEN_IMPL, the
+policy's choice among those that can run on this machine."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from fastgen.ops._question import Choice
 from fastgen.ops._requested import requested_impl
 from fastgen.ops._tiers import GPU_TIERS
 
-# .choice: the call under way is to be computed by one of a GPU's tiers, Triton's perhaps with a tile.
+# .choice: the GPU tier (for Triton perhaps with a tile) that has to compute the current call.
 _current_call = threading.local()
 _log = logging.getLogger("fastgen")
-ANY = Choice("")  # of fastgen's kernels, the tier that is asked for, else the first in auto's order
+ANY = Choice("")  # any of fastgen's kernels: the requested tier, else the first in auto's order
 
 
 def kernel(
     op: str, launcher: str = "", leading: int = 0, dtype: int | None = None, cuda: bool = True
 ) -> Callable[[Callable], Callable]:
-    """Registers a function as an op's default kernel, and for a GPU's tensors fastgen.kernels' launcher,
-    "module.function", and the CUDA kernel fastgen_cuda::<op>, if there is one.
+    """Registers a function as an op's default kernel. For tensors on a GPU it registers a launcher of fastgen.kernels
+    ("module.function") and, unless cuda is False, the CUDA kernel fastgen_cuda::<op>.
 
-    Where neither can run, or the tier that would has none, the default does. leading: which argument's device and dtype
-    say so, a tensor or a list; dtype: which argument is the dtype instead.
+    Where neither can run, or the selected tier has no kernel for the op, the default kernel runs. leading: the index of
+    the argument (a tensor or a list) whose device and dtype decide; dtype: the index of a dtype argument to use
+    instead.
     """
     module, _, function = launcher.partition(".")
 
@@ -57,18 +58,18 @@ def kernel(
 
 
 def _tier(op: str, device: str, dtype: torch.dtype) -> tuple[str | None, str]:
-    """The GPU's tier that runs a registered op, the one asked for, else the first in auto's order; and the tile asked
-    for."""
-    wanted = getattr(_current_call, "choice", None) or Choice(requested_impl())
+    """(tier, tile): the GPU tier that runs a registered op, which is the requested one or else the first in auto's
+    order, and the requested tile."""
+    requested = getattr(_current_call, "choice", None) or Choice(requested_impl())
     order = _policy.gpu_tiers(op, device)
-    order = (wanted.implementation, *order) if wanted.implementation in order else order
-    return next((tier for tier in order if _tiers.unavailable(tier, device, dtype) is None), None), wanted.tile
+    order = (requested.implementation, *order) if requested.implementation in order else order
+    return next((tier for tier in order if _tiers.unavailable(tier, device, dtype) is None), None), requested.tile
 
 
 def call(op: str, choice: Choice, *args):
     """torch.ops.fastgen.<op>(*args) by the implementation that `choose` or the policy gave.
 
-    Of a GPU's two tiers a compiled graph takes the one of use_impl or FASTGEN_IMPL, or the first in auto's order.
+    On a GPU, a compiled graph uses the tier of use_impl or FASTGEN_IMPL, or else the first in auto's order.
     """
     if choice.implementation not in GPU_TIERS or torch.compiler.is_compiling():
         return _autograd.call(op, *args)
@@ -80,10 +81,10 @@ def call(op: str, choice: Choice, *args):
 
 
 def choose(op: str, impl: str, x: torch.Tensor, fastest: Choice | None = None, counted: bool = True) -> Choice:
-    """The implementation that runs op on a tensor like x. Raises FastgenError if one was asked for that cannot.
+    """The implementation that runs op on a tensor like x. Raises FastgenError if the requested one cannot run.
 
-    fastest: the policy's choice, for the ops that it knows; where that is PyTorch's convolution, the op is "unfused".
-    counted: whether implementations_used is to know.
+    fastest: the policy's choice, for ops that have one; if it is PyTorch's convolution, the op runs "unfused".
+    counted: whether to count the call in implementations_used.
     """
     device = x.device.type if x.device.index is None else f"{x.device.type}:{x.device.index}"
     if impl == "auto":
@@ -123,8 +124,8 @@ def has_kernels(x: torch.Tensor) -> bool:
 
 
 def is_pytorchs() -> bool:
-    """Whether the calls under way are for what knows PyTorch's ops alone, forward derivatives and ONNX, and no
-    implementation is asked for."""
+    """Whether only PyTorch's ops can be used (in forward-mode differentiation and ONNX export) and no implementation
+    is requested."""
     return (forward_ad._current_level >= 0 or exports_onnx()) and requested_impl() == "auto"
 
 

@@ -1,5 +1,5 @@
-"""The epilogue: what norm_act computes, and the fused convolutions after the convolution: norm, residual,
-activation."""
+"""The epilogue (norm, residual, activation): what norm_act computes, and what the fused convolutions compute after the
+convolution."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 NORMS = ("batch", "instance", "group", "none")
-# KernelEpilogue's fields in the schemas of the registered ops. mean and var: running statistics, or None for those of
-# the values, which are returned: (c), or (n, groups) where each sample has its own.
+# KernelEpilogue's fields in the schemas of the registered ops. mean and var: running statistics, or None to compute
+# them from the input and return them: (c), or (n, groups) if each sample has its own.
 SCHEMA_TENSORS = "Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? var, Tensor? residual"
 SCHEMA_OPTIONS = "str norm, int num_groups, float eps, str activation, float negative_slope"
 SCHEMA = f"{SCHEMA_TENSORS}, {SCHEMA_OPTIONS}"
@@ -61,11 +61,11 @@ class Options(NamedTuple):
     negative_slope: float
 
     def is_identity(self) -> bool:
-        """Whether it computes nothing, but for a residual."""
+        """Whether it computes nothing except perhaps adding a residual."""
         return self.norm == "none" and self.activation == "identity"
 
     def needs_output_alone(self) -> bool:
-        """Whether the gradient follows from the output: from its sign."""
+        """Whether the gradient follows from the sign of the output."""
         return self.norm == "none" and self.activation in OF_OUTPUT
 
 
@@ -100,7 +100,7 @@ class Epilogue(NamedTuple):
         return Options(norm, groups, float(self.eps), activation, float(self.negative_slope))
 
     def update_running(self, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
-        """Moves the running statistics, if any, towards mean and biased var, (C,) or (N, C), of `count` values each."""
+        """Updates the running statistics, if any, with mean and biased var, (C,) or (N, C), of `count` values each."""
         if self.running_mean is None or self.running_var is None or (isinstance(count, int) and count == 0):
             return
         with torch.no_grad():
@@ -113,10 +113,10 @@ class Epilogue(NamedTuple):
                     running.copy_(torch.lerp(running.to(new.dtype), new, self.momentum))
 
     def check(self, x: Tensor, sizes: Sequence[int], affine: tuple[str, str] = ("norm_weight", "norm_bias")) -> bool:
-        """Checks it for values of these sizes, before the norm, of x's dtype and device. affine: what its caller calls
-        the norm's parameters.
+        """Checks the epilogue for an input of these sizes (before the norm) with x's dtype and device. affine: the
+        caller's names of the norm's parameters.
 
-        Returns whether the norm's statistics are those of the values.
+        Returns whether the norm's statistics are computed from the input.
         """
         norm = self.norm or "none"
         if norm not in NORMS:

@@ -1,4 +1,4 @@
-"""The geometry of a convolution: its sizes, and the convolution that is its adjoint. Arithmetic alone."""
+"""The geometry of a convolution: its sizes, and its adjoint convolution. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Geometry(NamedTuple):
 
     @staticmethod
     def of(stride, padding, output_padding, groups, dilation, reflect=False) -> Geometry:
-        """From arguments of a schema; an empty output_padding stands for None where an op serves both kinds."""
+        """From a schema's arguments; in ops for both kinds of convolution an empty output_padding stands for None."""
         return Geometry(
             tuple(stride), tuple(padding), tuple(output_padding) or None, groups, tuple(dilation), reflect
         )  # fmt: skip
 
     def specialized(self) -> Geometry:
-        """With all of its numbers as constants of the graph that is compiled."""
+        """The same with all of its numbers as constants of the graph being compiled."""
         stride, padding, output_padding, dilation = (
             tuple(map(specialize, pair or ()))
             for pair in (self.stride, self.padding, self.output_padding, self.dilation)
@@ -41,23 +41,23 @@ class Geometry(NamedTuple):
         return self.output_padding is not None
 
     def arguments(self) -> tuple:
-        """Those of the ops that serve both kinds."""
+        """The arguments of the ops for both kinds of convolution."""
         return self.stride, self.padding, self.output_padding or (), self.groups, self.dilation, self.reflect
 
     def fused(self) -> tuple[str, tuple]:
-        """The op that serves this kind, with its arguments."""
+        """The fused op for this kind of convolution, with its arguments."""
         op = "conv_transpose2d_norm_act" if self.transposed else "conv2d_norm_act"
         third = self.reflect if self.output_padding is None else self.output_padding
         return op, (self.stride, self.padding, third, self.groups, self.dilation)
 
     def channels(self, weight: Sequence[int]) -> tuple[int, int]:
-        """(input channels, output channels) that a weight of this shape stands for."""
+        """(input channels, output channels) of a weight of this shape."""
         first, second = weight[0], weight[1] * self.groups
         return (first, second) if self.transposed else (second, first)
 
     @memoize
     def sizes(self, x: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
-        """The output's shape, from those of x and the weight."""
+        """The output's shape, given the shapes of x and the weight."""
         return (x[0], self.channels(weight)[1], self._size(x, weight, 0), self._size(x, weight, 1))
 
     def _size(self, x: Sequence[int], weight: Sequence[int], axis: int) -> int:
@@ -68,7 +68,8 @@ class Geometry(NamedTuple):
 
     @memoize
     def without_reflection(self, x: Sequence[int]) -> tuple[Geometry, tuple[int, ...]]:
-        """The same without reflection, and the shape of what it reads of x: of x mirrored at its borders."""
+        """An equal convolution without reflection, and the shape of its input: x with the reflection padding
+        applied."""
         if not self.reflect:
             return self, tuple(x)
         height, width = self.padding
@@ -76,7 +77,8 @@ class Geometry(NamedTuple):
 
     @memoize
     def adjoint(self, x: Sequence[int], weight: Sequence[int]) -> Geometry:
-        """The convolution of the output's gradient that gives the gradient of x, of this shape; without reflection."""
+        """The convolution that maps the output's gradient to the gradient of x, whose shape is given. Needs a geometry
+        without reflection."""
         output_padding = None
         if not self.transposed:  # rows and columns of x that no output reads
             reach = [spread * (size - 1) + 1 for spread, size in zip(self.dilation, weight[2:], strict=True)]
@@ -86,7 +88,7 @@ class Geometry(NamedTuple):
 
     @memoize
     def is_adjoint_larger(self, x: Sequence[int], weight: Sequence[int]) -> bool:
-        """Whether the adjoint convolution gives more than x's gradient, which it starts with: where output_padding is
-        a stride or more."""
+        """Whether the adjoint's output is larger than x, so that only its first rows and columns are the gradient of x:
+        true if output_padding is at least the stride."""
         plain, read = self.without_reflection(x)
         return plain.adjoint(read, weight).sizes(self.sizes(x, weight), weight)[2:] != read[2:]

@@ -1,4 +1,4 @@
-"""What runs here: the table that `fastgen info` prints, and the counts of implementations_used."""
+"""The table that `fastgen info` prints, and the counts of implementations_used."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def count(op: str, implementation: str) -> None:
         _used[op, implementation] += 1
 
 
-if hasattr(os, "register_at_fork"):  # a child begins with the lock free, whatever other threads were doing
+if hasattr(os, "register_at_fork"):  # a forked child starts with a free lock, whichever thread held it
     os.register_at_fork(before=_counting.acquire, after_in_parent=_counting.release, after_in_child=_counting.release)
 
 
 def implementations_used() -> dict[str, dict[str, int]]:
-    """Calls so far in this process: op -> implementation -> count (a compiled graph counts once).
+    """The calls so far in this process: op -> implementation -> count (a compiled graph counts once).
 
     Implementations are fastgen's kernels "cpp", "cuda" and "triton"; "reference", the op in plain PyTorch; "unfused",
     PyTorch's convolution and then fastgen's norm_act; and "modules", a fused layer's PyTorch modules one by one.
@@ -51,9 +51,10 @@ def _triton_version() -> str:
 
 
 def info() -> str:
-    """A table op x implementation with the reason for each absence, and what this machine is. Builds nothing.
+    """A table of ops by implementations with the reason why one cannot run, and facts about the machine. Builds
+    nothing.
 
-    Raises UsageError for a variable of the environment that has no meaning.
+    Raises UsageError for an environment variable with a meaningless value.
     """
     environment.check()
     _requested.checked(_requested.requested_impl(), "FASTGEN_IMPL")

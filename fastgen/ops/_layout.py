@@ -1,4 +1,4 @@
-"""Memory formats, dtypes of accumulation, and what a choice between kernels asks of a tensor."""
+"""Memory formats, accumulation dtypes, and the properties of a tensor that decide which kernel runs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether x (N, C, H, W) lies in channels_last order; a tensor that fits both orders counts as contiguous."""
+    """Whether x (N, C, H, W) is channels_last in memory; a tensor that is in both formats counts as contiguous."""
     if (
         x.dim() != 4 or x.stride(1) != 1
-    ):  # a branch, since a compiled graph's strides may be symbolic, and the answer not
+    ):  # a branch, since in a compiled graph the strides may be symbolic but the answer must not be
         return False
     return not x.is_contiguous()
 
@@ -25,12 +25,12 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which sums over x run, and in which its statistics are returned."""
+    """The dtype in which sums over x are computed and its statistics are returned."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class TensorSpec(NamedTuple):
-    """What a choice between kernels asks of a tensor."""
+    """The properties of a tensor that decide which kernel runs."""
 
     shape: Sequence[int]
     dtype: torch.dtype
@@ -46,8 +46,8 @@ SIZE_OF_ANY = 32
 
 
 def static_sizes(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape to choose kernels by. In a graph that is compiled or exported for sizes that vary, 32 stands for each of
-    those: the choice holds for all of them, and sets no guard on them."""
+    """The shape that kernels are chosen for. In a graph compiled or exported with dynamic sizes, 32 replaces each
+    dynamic size: the choice then holds for all sizes and adds no guard."""
     if not torch.compiler.is_compiling():
         return tuple(shape)
     from torch.fx.experimental.symbolic_shapes import has_static_value  # takes long to import, and compilation has it
@@ -56,6 +56,6 @@ def static_sizes(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def specialize(value: int) -> int:
-    """An integer as a constant of the graph that is compiled. Dynamo keeps int() of one symbolic, the length of a range
-    not."""
+    """An integer as a constant of the graph being compiled. Dynamo keeps int(n) symbolic, but not the length of a
+    range."""
     return len(range(value))

@@ -1,4 +1,4 @@
-"""What is decided once per kind of call: an op's decisions in Python take longer than a small image's convolution."""
+"""Memoizes decisions per kind of call: without it, an op's decisions in Python take longer than a small convolution."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any, TypeVar
 import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
-_LARGEST = 4096  # entries; more kinds of calls than a process has, unless its sizes never repeat
-_memories: list[dict[tuple, Any]] = []
+_LARGEST = 4096  # entries: more kinds of calls than a process makes, unless its sizes never repeat
+_caches: list[dict[tuple, Any]] = []
 
 
 def memoize(function: F) -> F:
-    """The function with a memory of what it returned for the arguments of each call.
+    """The function with a cache of its results by arguments.
 
-    Its results must depend on nothing else; when that changes, call `forget`. torch.compile sees the function alone,
-    and so does a call whose arguments have no hash, as lists and the symbolic sizes of a traced graph.
+    Its results must depend on nothing else; if something else changes, call `forget`. The cache is bypassed under
+    torch.compile and for arguments that cannot be hashed, such as lists and the symbolic sizes of a traced graph.
     """
-    known: dict[tuple, Any] = {}
-    _memories.append(known)
+    results: dict[tuple, Any] = {}
+    _caches.append(results)
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(*args)
         try:
-            return known[args]
+            return results[args]
         except (KeyError, TypeError):
             pass
         result = function(*args)
         try:
-            if len(known) >= _LARGEST:
-                known.clear()
-            known[args] = result
+            if len(results) >= _LARGEST:
+                results.clear()
+            results[args] = result
         except TypeError:
             pass
         return result
@@ -43,7 +43,7 @@ def memoize(function: F) -> F:
 
 
 def dynamo_constant(function: F) -> F:
-    """Marks a function whose result torch.compile takes for a constant of the graph.
+    """Marks a function whose result torch.compile treats as a constant of the graph.
 
     This is torch.compiler.assume_constant_result, which imports torch._dynamo: with it, this package would take twice
     as long to import.
@@ -53,6 +53,6 @@ def dynamo_constant(function: F) -> F:
 
 
 def forget() -> None:
-    """Empties the memory of every function."""
-    for known in _memories:
-        known.clear()
+    """Empties the caches of all memoized functions."""
+    for results in _caches:
+        results.clear()

@@ -1,5 +1,5 @@
-"""The registered ops of norm_act: schema, reference, default and fake kernels, gradients. Also the epilogue's in a
-convolution."""
+"""The registered ops of norm_act: schema, reference, default and fake kernels, gradients. Fused convolutions use them
+for their epilogue too."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def moments(x: Tensor, norm: str, num_groups: int) -> tuple[Tensor, Tensor]:
 
 
 def _mean_of_groups(x: Tensor, norm: str, num_groups: int) -> Tensor:
-    """The mean over each group of values that share statistics, broadcastable against x."""
+    """The mean of each group of values that share statistics, broadcastable against x."""
     if norm == "batch":
         return x.mean([d for d in range(x.dim()) if d != 1], keepdim=True)
     return _of_channels(_in_groups(x, norm, num_groups).mean(2), x)
@@ -98,7 +98,7 @@ def _forward_fake(x, weight, bias, mean, var, residual, norm, num_groups, *optio
 
 
 def fake_moments(x, sizes, mean, norm, num_groups) -> tuple[Tensor, Tensor]:
-    """The statistics that an op returns for values of these sizes."""
+    """The statistics that an op returns, as fake tensors, for an input of these sizes."""
     if norm == "none" or mean is not None:
         return _no_moments(x)
     shape = sizes[1:2] if norm == "batch" else (sizes[0], num_groups if norm == "group" else sizes[1])
@@ -133,10 +133,12 @@ def _backward_formula(
 
 @_dispatch.kernel("norm_act_backward", "norm_act.backward", leading=1)
 def backward(grad_out, x, weight, bias, mean, var, residual, *options):
-    grad_x, *of_parameters, grad_residual = _backward_formula(grad_out, x, weight, bias, mean, var, residual, *options)
+    grad_x, *parameter_grads, grad_residual = _backward_formula(
+        grad_out, x, weight, bias, mean, var, residual, *options
+    )
     layout = memory_format(is_channels_last(x))
     grad_residual = grad_residual if residual is None else grad_residual.contiguous(memory_format=layout)
-    return grad_x.contiguous(memory_format=layout), *of_parameters, grad_residual
+    return grad_x.contiguous(memory_format=layout), *parameter_grads, grad_residual
 
 
 @torch.library.register_fake("fastgen::norm_act_backward")
@@ -172,7 +174,7 @@ def _forward_backward(ctx, grad_out, grad_mean, grad_var):
 
 
 def norm_act_grads(grad_out, x, weight, bias, mean, var, residual, batch_stats, *options):
-    """Gradients of x, weight, bias and residual by the registered backward op; None where there is no such input."""
+    """Gradients of x, weight, bias and residual by the registered backward op; None for an input that is None."""
     grad_x, grad_weight, grad_bias, grad_residual = _autograd.call(
         "norm_act_backward", grad_out, x, weight, bias, mean, var, residual, batch_stats, *options
     )
@@ -193,7 +195,7 @@ def _setup_backward(ctx, inputs, output):
 
 
 def _double_backward(ctx, *grads):
-    """Differentiates the formula of the first backward; the statistics of the batch are functions of x in it."""
+    """Differentiates the formula of the first backward pass, in which batch statistics are functions of x."""
 
     def formula(grad_out, x, weight, bias, residual, mean, var):
         if ctx.batch_stats:
@@ -201,8 +203,8 @@ def _double_backward(ctx, *grads):
         return _backward_formula(grad_out, x, weight, bias, mean, var, residual, ctx.batch_stats, *ctx.options)
 
     *differentiated, mean, var = ctx.saved_tensors
-    of_inputs = _autograd.differentiate(lambda *inputs: formula(*inputs, mean, var), differentiated, grads)
-    return *of_inputs[:4], None, None, of_inputs[4], *(None,) * 6
+    input_grads = _autograd.differentiate(lambda *inputs: formula(*inputs, mean, var), differentiated, grads)
+    return *input_grads[:4], None, None, input_grads[4], *(None,) * 6
 
 
 _autograd.register("fastgen::norm_act", _forward_backward, _setup_forward)

@@ -1,7 +1,7 @@
-"""Who computes a convolution, its gradients, or a whole layer: the one place that answers.
+"""Decides which implementation computes a convolution, its gradients, or a whole layer. No other module does.
 
-In order: what PyTorch computes wrongly, what was measured on this chip (`_choices`), the rules (`_rules`). What a
-caller asks for by `impl`, use_impl or FASTGEN_IMPL takes precedence over all of it (`_dispatch`).
+In order of precedence: cases that PyTorch computes wrongly, measurements on this chip (`_choices`), the rules
+(`_rules`). An implementation requested by `impl`, use_impl or FASTGEN_IMPL overrides all of them (`_dispatch`).
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from fastgen.ops._settings import Setting
 
 _recorder: Setting[dict[Question, Choice] | None] = Setting(
     "recorder", None
-)  # what a thread asks, with the rules' choice
-MODULES = Choice("modules", "", "too small for an op to pay: PyTorch's modules run one by one")
+)  # the questions that a thread asks, each with the rules' choice
+MODULES = Choice("modules", "", "too small for a fused op to pay: PyTorch's modules run one by one")
 
 
 def fastest_forward(geometry: Geometry, x: Sequence[int], weight: TensorSpec, batch_stats: bool = False) -> Choice:
-    """Who computes a convolution of x's shape; batch_stats: statistics of the output are computed too."""
+    """Chooses for a convolution of an input of x's shape; batch_stats: statistics of the output are computed too."""
     return _fastest("forward", geometry, x, weight, batch_stats)
 
 
 def fastest_input_grad(geometry: Geometry, x: Sequence[int], weight: TensorSpec) -> Choice:
-    """Who computes the gradient of x, which is the adjoint convolution of the output's gradient."""
+    """Chooses for the gradient of x, which is the adjoint convolution of the output's gradient."""
     return _fastest("input_grad", geometry, x, weight, False)
 
 
 def fastest_weight_grad(geometry: Geometry, x: Sequence[int], weight: TensorSpec, channels_last: bool) -> Choice:
-    """Who computes the gradient of the weight, where the images with more channels are `channels_last`."""
+    """Chooses for the gradient of the weight. channels_last: the layout of the side (input or output) with more
+    channels."""
     return _fastest("weight_grad", geometry, x, weight, channels_last)
 
 
@@ -61,7 +62,8 @@ def _question(what: str, geometry: Geometry, x: Sequence[int], weight: TensorSpe
 
 
 def _fastest_in_graph(what: str, geometry: Geometry, x: Sequence[int], weight: TensorSpec, flag: bool) -> Choice:
-    """The answer is a constant of the graph. What PyTorch computes wrongly depends on sizes that vary, too: a guard."""
+    """The choice in a compiled graph, a constant of it. Whether PyTorch computes a case wrongly also depends on dynamic
+    sizes: that adds a guard."""
     wrong = False
     if weight.dtype == torch.bfloat16 and not torch.compiler.is_exporting():
         wrong = _rules.torch_is_wrong(_computed(_question(what, geometry, x, weight, flag)))
@@ -77,7 +79,7 @@ def _constant(wrong: bool, what: str, geometry: tuple, *rest) -> Choice:
 
 
 def fastest(question: Question) -> Choice:
-    """The answer to a question."""
+    """The choice for a question."""
     choice = by_rules(question)
     if choice.reason == _rules.WRONG.reason:
         return choice
@@ -85,7 +87,7 @@ def fastest(question: Question) -> Choice:
 
 
 def by_rules(question: Question) -> Choice:
-    """The answer where nothing was measured."""
+    """The choice where nothing was measured."""
     rules = _rules.WEIGHT_GRAD if question.what == "weight_grad" else _rules.FORWARD
     return _choice(_rules.decide(rules, _computed(question)), question)
 
@@ -99,12 +101,12 @@ def _choice(rule: Rule, question: Question) -> Choice:
 
 
 def _computed(question: Question) -> Convolution:
-    """The convolution that a question's answer computes."""
+    """The convolution that a question is about, as the rules see it: for an input's gradient, the adjoint."""
     geometry, x = question.geometry, question.input
     if question.what == "input_grad":
         plain, read = geometry.without_reflection(x)
         geometry, x = plain.adjoint(read, question.weight), geometry.sizes(x, question.weight)
-    of_weight = question.what == "weight_grad"
+    is_weight_grad = question.what == "weight_grad"
     return Convolution(
         _processor.here(),
         geometry,
@@ -112,9 +114,9 @@ def _computed(question: Question) -> Convolution:
         question.weight,
         question.dtype,
         question.device.partition(":")[0],
-        question.flag if of_weight else question.channels_last,
+        question.flag if is_weight_grad else question.channels_last,
         question.what == "forward" and question.flag,
-        of_weight,
+        is_weight_grad,
     )
 
 
@@ -122,18 +124,18 @@ def _computed(question: Question) -> Convolution:
 def is_small(
     geometry: Geometry, x: Sequence[int], weight: tuple[int, ...], dtype: torch.dtype, records_gradients: bool
 ) -> bool:
-    """Whether a layer on the CPU is left to PyTorch's modules: MODULES is the choice."""
+    """Whether a layer on the CPU is so small that PyTorch's modules should run (MODULES)."""
     convolution = Convolution(_processor.here(), geometry, x, weight, dtype, "cpu", False)
     return _rules.is_small(convolution, records_gradients)
 
 
 def runs_auto() -> bool:
-    """Whether no implementation is asked for by use_impl or the environment: auto chooses, among those for a CPU."""
+    """Whether auto chooses, among the CPU's implementations: use_impl and the environment request none."""
     return requested_impl() == "auto" and not _tiers.ON_CPU
 
 
 def auto_tier(op: str, device: str, dtype: torch.dtype | None = None) -> str | None:
-    """The tier that auto takes on a device, if it can run: cpp, the first of a GPU's that can, or none."""
+    """The tier that auto prefers on a device: cpp on the CPU, the first GPU tier that can run on a GPU, else None."""
     if device.startswith("cuda") or (device == "cpu" and _tiers.ON_CPU):
         order = gpu_tiers(op, device)
         return next((tier for tier in order if _tiers.unavailable(tier, device, dtype) is None), order[0])
@@ -141,14 +143,14 @@ def auto_tier(op: str, device: str, dtype: torch.dtype | None = None) -> str | N
 
 
 def gpu_tiers(op: str, device: str) -> tuple[str, ...]:
-    """A GPU's tiers in auto's order: first the one that was measured faster for an op and its gradient."""
+    """The GPU tiers in auto's order: first the one that was measured faster for an op and its gradient."""
     first = _choices.faster_tier(op.removesuffix("_backward").removesuffix("_group"), device)
     return tuple(sorted(_tiers.GPU_TIERS, key=lambda tier: tier != first))
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[dict[Question, Choice]]:
-    """Within the context the questions that this thread asks are written down, each with the rules' choice."""
-    asked: dict[Question, Choice] = {}
-    with _recorder.set_to(asked):
-        yield asked
+    """A context that records the questions that this thread asks, each with the rules' choice."""
+    choices: dict[Question, Choice] = {}
+    with _recorder.set_to(choices):
+        yield choices

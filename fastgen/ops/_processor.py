@@ -1,4 +1,4 @@
-"""What the rules for the CPU ask of a processor."""
+"""The properties of a CPU that the rules depend on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastgen._build import native
 from fastgen.ops._geometry import Geometry
 from fastgen.ops._memo import dynamo_constant
 
-# Whether this processor has an instruction for pairs of bfloat16 that fastgen's kernels may use.
+# Whether this processor has a bfloat16 dot product instruction that fastgen's kernels may use.
 torch.library.define("fastgen::multiplies_bf16", "() -> bool")
 # The algorithm that the C++ kernels use: an index of ALGORITHMS (csrc/cpu/algorithm.h: cpu::Algorithm, choose).
 torch.library.define(
@@ -28,8 +28,8 @@ WINOGRAD = ("winograd_4x2", "winograd_4x3")
 
 
 class Processor(NamedTuple):
-    """A processor as PyTorch's kernels (oneDNN's among them) and fastgen's use it, limits of the environment
-    included."""
+    """The instructions of a processor that PyTorch's kernels (including oneDNN's) and fastgen's use, within the limits
+    that the environment sets."""
 
     vectors: str = "AVX2"  # PyTorch's: torch.backends.cpu.get_cpu_capability()
     torch_bf16: bool = False  # PyTorch's convolutions have instructions for bfloat16,
@@ -37,14 +37,14 @@ class Processor(NamedTuple):
     fastgen_bf16: bool = False  # fastgen's kernels multiply pairs of bfloat16
 
     def torch_multiplies(self, dtype: torch.dtype) -> bool:
-        """Whether PyTorch's convolutions have instructions for a dtype. Without, they take up to a hundred times as
-        long as fastgen's, which multiply in float32."""
+        """Whether PyTorch's convolutions have instructions for a dtype. Without them they take up to a hundred times as
+        long as fastgen's kernels, which multiply in float32."""
         return {torch.bfloat16: self.torch_bf16, torch.float16: self.torch_fp16}.get(dtype, True)
 
 
 @dynamo_constant
 def here() -> Processor:
-    """The processor at hand. A constant of compiled graphs."""
+    """This machine's processor. A constant of compiled graphs."""
     return _found()
 
 
@@ -75,7 +75,7 @@ def algorithm(
 
 @contextlib.contextmanager
 def _untraced() -> Iterator[None]:
-    """Hides calls of operators from torch.jit.trace, which records each and knows none that returns no tensor, and from
+    """Hides op calls from torch.jit.trace, which would record them and supports no op that returns no tensor, and from
     modes such as FakeTensorMode."""
     tracing = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What is asked about a convolution, and the answer: who computes it, and why."""
+"""Question: a convolution to choose an implementation for. Choice: the implementation, and the reason."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _FLAGS = {"forward": "batch_stats", "weight_grad": "channels_last_images"}
 
 
 class Choice(NamedTuple):
-    """Who computes something, and why.
+    """The implementation that computes something, and the reason.
 
-    implementation: "cpp", "cuda" or "triton" are fastgen's kernels, "torch" is PyTorch's kernel for a convolution or a
-    gradient. Of a whole op also "reference" (the op in plain PyTorch) and "unfused" (PyTorch's convolution, then
-    fastgen's norm_act); of a layer also "modules" (PyTorch's modules, one by one).
-    tile: of a Triton kernel, where one was measured, "64x64x64x4x3"; else "".
+    implementation: "cpp", "cuda" and "triton" are fastgen's kernels, "torch" is PyTorch's kernel for a convolution or a
+    gradient. For a whole op it may also be "reference" (the op in plain PyTorch) or "unfused" (PyTorch's convolution,
+    then fastgen's norm_act), and for a layer also "modules" (PyTorch's modules, one by one).
+    tile: the measured tile of a Triton kernel, such as "64x64x64x4x3"; else "".
     """
 
     implementation: str
@@ -31,13 +31,13 @@ class Choice(NamedTuple):
 
     @staticmethod
     def parse(text: str, reason: str = "") -> Choice:
-        """From str() of one."""
+        """The inverse of str()."""
         implementation, _, tile = text.partition(" ")
         return Choice(implementation, tile, reason)
 
 
 class Question(NamedTuple):
-    """What is to be computed, on which tensors; its str() is its key in a file of measured choices."""
+    """What has to be computed, on which tensors; its str() is the key in a file of measured choices."""
 
     what: str  # "forward", "input_grad" or "weight_grad"
     geometry: Geometry
@@ -45,7 +45,7 @@ class Question(NamedTuple):
     weight: tuple[int, ...]
     dtype: torch.dtype
     device: str
-    channels_last: bool  # the weight
+    channels_last: bool  # of the weight
     # "forward": statistics of the batch are computed; "weight_grad": the images with more channels are channels_last.
     flag: bool
 

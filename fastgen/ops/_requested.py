@@ -1,4 +1,4 @@
-"""Which implementation is asked for: by use_impl, then by the environment."""
+"""The implementation that the user requests: by use_impl, otherwise by the environment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastgen.errors import UsageError
 from fastgen.ops._settings import Setting
 
 IMPLEMENTATIONS = ("reference", "cpp", "cuda", "triton")
-override = Setting("impl", "auto")  # of use_impl
+override = Setting("impl", "auto")  # set by use_impl
 
 
 def checked(impl: str, source: str) -> str:
@@ -21,18 +21,19 @@ def checked(impl: str, source: str) -> str:
 
 @contextlib.contextmanager
 def use_impl(impl: str) -> Iterator[None]:
-    """Within the context every op whose `impl` is "auto" runs this implementation, or raises with the reason it cannot.
+    """A context in which every op whose `impl` is "auto" runs this implementation, or raises with the reason why it
+    cannot.
 
-    It holds for the calling thread and the backward passes that it asks for, as torch.autocast does. Threads started
-    within it, such as nn.DataParallel's, begin with auto; FASTGEN_IMPL holds for the whole process. Raises UsageError
-    for an unknown name.
+    Like torch.autocast, it applies to the calling thread and the backward passes that this thread starts. Threads
+    started within it, such as nn.DataParallel's, begin with auto; FASTGEN_IMPL applies to the whole process. Raises
+    UsageError for an unknown name.
     """
     with override.set_to(checked(impl, "use_impl")):
         yield
 
 
 def requested_impl() -> str:
-    """The implementation that use_impl or the environment asks for, or "auto"."""
+    """The implementation requested by use_impl or the environment, or "auto"."""
     impl = override.get()
     return requested_by_environment() if impl == "auto" else impl
 

@@ -1,8 +1,7 @@
-"""Which convolutions fastgen's kernels compute faster than PyTorch's, where nothing was measured on the chip at hand.
+"""Which convolutions fastgen's kernels compute faster than PyTorch's, where nothing was measured on this chip.
 
-Three lists of rules; in each the first rule that applies decides. A rule names the section of benchmarks/NOTES.md with
-the measurements that it came from. Rules are functions of the processor, so that the tests ask them for every kind of
-processor.
+In each list of rules the first rule that applies decides. A rule names the section of benchmarks/NOTES.md with the
+measurements that it is based on. The processor is an argument of the rules, so that tests can cover every kind.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from fastgen.ops._processor import WINOGRAD, Processor, algorithm
 
 
 class Convolution(NamedTuple):
-    """A convolution that rules are asked about. The methods are what they look at."""
+    """A convolution to decide about. Its methods are the properties that the rules depend on."""
 
     processor: Processor
     geometry: Geometry
@@ -26,8 +25,8 @@ class Convolution(NamedTuple):
     weight: Sequence[int]  # its shape
     dtype: torch.dtype
     device: str  # a type: "cpu", "cuda"
-    channels_last: bool  # the weight; for a weight's gradient the images with more channels
-    batch_stats: bool = False  # a norm by statistics of the batch follows
+    channels_last: bool  # of the weight; for the weight's gradient, of the side (input or output) with more channels
+    batch_stats: bool = False  # a norm with batch statistics follows
     weight_gradient: bool = False
 
     @property
@@ -45,7 +44,8 @@ class Convolution(NamedTuple):
 
     @property
     def smaller(self) -> Sequence[int]:
-        """The shape of the side with fewer pixels, when strided: input of a transposed convolution, else output."""
+        """The shape of the side with fewer pixels if strided: the input of a transposed convolution, else the
+        output."""
         return self.input if self.geometry.transposed else self.output
 
     def is_exact(self) -> bool:
@@ -66,8 +66,8 @@ class Convolution(NamedTuple):
         return self.kernel == (4, 4) and self.geometry.stride == (2, 2)
 
     def is_three_by_three(self) -> bool:
-        """A 3x3 kernel with a stride of 1 or 2 in float32, on a processor with AVX2 and no AVX-512: measured only
-        there."""
+        """A 3x3 kernel with a stride of 1 or 2 in float32, on a processor with AVX2 and no AVX-512: only these were
+        measured."""
         plain = self.geometry.stride in ((1, 1), (2, 2)) and (self.geometry.dilation, self.geometry.groups) == (
             (1, 1),
             1,
@@ -76,17 +76,17 @@ class Convolution(NamedTuple):
         return plain and self.kernel == (3, 3) and avx2
 
     def is_winograd(self) -> bool:
-        """fastgen's kernel would use Winograd's algorithm, which pays but for 3x3 kernels with a stride of 2."""
+        """fastgen's kernel would use Winograd's algorithm, which pays except for 3x3 kernels with a stride of 2."""
         if self.kernel == (3, 3) and self.geometry.stride == (2, 2):
             return False
         return algorithm(self.geometry, self.input, self.weight, self.dtype, self.weight_gradient) in WINOGRAD
 
     def pixels(self) -> int:
-        """Of the output, in the whole batch."""
+        """The number of output pixels in the whole batch."""
         return self.output[0] * self.output[2] * self.output[3]
 
     def multiplications(self) -> int:
-        """As many as a direct algorithm needs."""
+        """The number that a direct algorithm needs."""
         n, _, height, width = self.input
         pixels = n * height * width
         if not self.geometry.transposed:
@@ -95,7 +95,7 @@ class Convolution(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """The first that applies decides."""
+    """One line of a list of rules."""
 
     name: str
     applies: Callable[[Convolution], bool]
@@ -111,10 +111,10 @@ def decide(rules: Iterable[Rule], convolution: Convolution) -> Rule:
 def torch_is_wrong(conv: Convolution) -> bool:
     """Whether PyTorch's kernel may compute wrong numbers, read memory that was never written or end the process.
 
-    oneDNN's kernels for bfloat16 do so (PyTorch 2.13) where a stride along the width leaves images that are 1 to 3
-    wide: with AMX the convolution, and with it the gradient of a transposed convolution's input, which is such a
-    convolution; with AVX-512 the weight's gradient. With AMX also where a strided convolution reads only padding along
-    an axis.
+    oneDNN's bfloat16 kernels do so (PyTorch 2.13) where a stride along the width leaves images that are 1 to 3 pixels
+    wide. With AMX this affects the convolution, and therefore also the gradient of a transposed convolution's input;
+    with AVX-512 it affects the weight's gradient. With AMX it also affects strided convolutions that read only padding
+    along an axis.
     """
     if not conv.processor.torch_bf16 or conv.dtype != torch.bfloat16 or conv.device != "cpu":
         return False
@@ -124,7 +124,7 @@ def torch_is_wrong(conv: Convolution) -> bool:
 
 
 def _reads_pixels(conv: Convolution, axis: int) -> bool:
-    """Whether a strided convolution reads any of its input's pixels along an axis, and not padding alone."""
+    """Whether a strided convolution reads any pixel of its input along an axis, and not only padding."""
     size, taps, positions = conv.input[2 + axis], conv.kernel[axis], conv.output[2 + axis]
     firsts = (at * conv.geometry.stride[axis] - conv.geometry.padding[axis] for at in range(positions))
     return any(0 <= first + tap * conv.geometry.dilation[axis] < size for first in firsts for tap in range(taps))
@@ -142,7 +142,7 @@ _FIRST = (
     ),
 )  # fmt: skip
 
-# The forward pass; the gradient of the input too, which is the adjoint convolution.
+# The forward pass, and the gradient of the input, which is the adjoint convolution.
 FORWARD = (
     *_FIRST,
     Rule(
@@ -168,7 +168,7 @@ FORWARD = (
         "to few channels",
         lambda c: c.is_to_few_channels() and not c.batch_stats and c.geometry.groups == 1
         and (c.is_exact() or min(c.kernel) >= 4), True,
-        "at most 4 output channels: the taps of a kernel's row fill the vectors", "Few output channels",
+        "at most 4 output channels: the taps of a kernel row fill the vectors", "Few output channels",
     ),
     Rule(
         "to few channels, statistics or groups", lambda c: c.is_to_few_channels(), False,
@@ -182,11 +182,11 @@ FORWARD = (
     ),
     Rule(
         "16 bits", lambda c: not c.is_exact(), False,
-        "oneDNN multiplies this dtype by instructions of its own", "bfloat16",
+        "oneDNN has dedicated instructions for this dtype", "bfloat16",
     ),
     Rule(
         "fewer than 16 channels", lambda c: not c.is_wide(), False,
-        "vectors are not filled by fewer than 16 channels per group", "Fewer than 16 channels",
+        "fewer than 16 channels per group do not fill the vectors", "Fewer than 16 channels",
     ),
     Rule(
         "transposed, 4x4, stride 2", lambda c: c.geometry.transposed and c.is_four_by_two(), True,
@@ -196,7 +196,7 @@ FORWARD = (
         "3x3 without AVX-512",
         lambda c: c.is_three_by_three() and (c.output[2] <= 8
         or (c.geometry.stride == (2, 2) and (c.geometry.transposed or c.channels_last))), True,
-        "oneDNN's AVX2 kernel is slower on small images, with a stride of 2 too if transposed or channels_last",
+        "oneDNN's AVX2 kernel is slower on small images, and with a stride of 2 if transposed or channels_last",
         "Small images without AVX-512",
     ),
     Rule(
@@ -215,7 +215,7 @@ WEIGHT_GRAD = (
     Rule("GPU", lambda c: c.device == "cuda", False, "cuDNN's kernel; nothing was measured", "fastgen or cuDNN"),
     Rule(
         "fewer than 16 channels", lambda c: max(c.channels) < 16 * c.geometry.groups, False,
-        "vectors are not filled by fewer than 16 channels per group", "Fewer than 16 channels",
+        "fewer than 16 channels per group do not fill the vectors", "Fewer than 16 channels",
     ),
     Rule(
         "to few channels, stride 1",
@@ -262,8 +262,8 @@ WEIGHT_GRAD = (
     Rule("direct", lambda c: True, False, "oneDNN's kernel is as fast", "Weight gradients by Winograd"),
 )  # fmt: skip
 
-# A whole layer: multiplications below which a fused op's way through Python and the dispatcher costs more than it
-# saves.
+# A whole layer: numbers of multiplications below which a fused op's overhead in Python and the dispatcher costs more
+# than the op saves.
 SMALL_WITH_GRADIENTS = 100_000_000
 SMALL = 20_000_000
 

@@ -1,4 +1,4 @@
-"""What a thread sets for itself, for the length of a context."""
+"""Settings that a thread changes for itself, for the duration of a context."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 class Setting(Generic[T]):
-    """A value per thread. Where autograd runs a backward pass in a thread of its own, as it does on GPUs, that one sees
-    the value of the thread that asked for the pass. A thread begins with the default, as with PyTorch's autocast.
+    """A value per thread. If autograd runs a backward pass in another thread, as it does on GPUs, that thread sees the
+    value of the thread that started the pass. A new thread begins with the default, as with PyTorch's autocast.
     """
 
     def __init__(self, name: str, default: T):
         self._key, self._default = f"fastgen.{name}", default
-        self.used = False  # whether any thread has ever set it: without, there is nothing to look up
+        self.used = False  # whether any thread has ever set it; if not, lookups can be skipped
         self._local = threading.local()  # what torch.compile can read and guard
 
     def get(self) -> T:

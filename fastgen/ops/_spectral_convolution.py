@@ -1,7 +1,9 @@
-"""Convolutions by weight / sigma that divide what they sum, so that nothing of the weight's size is written.
+"""Convolutions with weight / sigma that divide their sums instead of the weight, so that no quotient of the weight's
+size is written.
 
-The weight that they take stands for the quotient: its gradient is that of weight / sigma, of which sigma is a part
-(fastgen.nn.spectral_norm). In the kernels it is a normalization with given statistics, 1 / sigma the gain.
+Their weight argument stands for the quotient: the gradient it gets is that of weight / sigma, and
+fastgen.nn.spectral_norm passes it on through the division and sigma. For the kernels the division is a norm with given
+statistics and the gain 1 / sigma.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgen.ops import _autograd, _convolution, _dispatch, _policy
-from fastgen.ops._convolution_grad import ARGUMENTS, gradients, wanted_gradients
+from fastgen.ops._convolution_grad import ARGUMENTS, gradients, needed_gradients
 from fastgen.ops._epilogue import Epilogue, KernelEpilogue, Options
 from fastgen.ops._geometry import Geometry
 from fastgen.ops._layout import is_channels_last, memory_format, spec_of
@@ -24,7 +26,7 @@ torch.library.define(
 
 
 def can_compute(x: Tensor, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> bool:
-    """Whether a kernel of fastgen's runs, and the gradient follows from the output."""
+    """Whether one of fastgen's kernels would run, and the epilogue's gradient follows from its output."""
     options = epilogue.options()
     if x.dim() != 4 or epilogue.residual is not None or not (options.is_identity() or options.needs_output_alone()):
         return False
@@ -38,8 +40,8 @@ def can_compute(x: Tensor, weight: Tensor, geometry: Geometry, epilogue: Epilogu
 def convolution(
     x: Tensor, weight: Tensor, sigma: Tensor, bias: Tensor | None, geometry: Geometry, epilogue: Epilogue
 ) -> Tensor:
-    """activation(convolution by weight / sigma + bias), where it `can_compute`. sigma: a scalar in the accumulation's
-    dtype."""
+    """activation(convolution with weight / sigma + bias), for arguments that `can_compute` accepts. sigma: a scalar in
+    the accumulation dtype."""
     _convolution.check_tensors(x, weight, bias, geometry)
     fastest = _policy.fastest_forward(geometry, x.shape, spec_of(weight))
     chosen = _dispatch.choose(geometry.fused()[0], "auto", x, fastest)
@@ -74,9 +76,9 @@ def _backward(ctx, grad):
     x, weight, sigma, out = ctx.saved_tensors
     if out is not None:
         grad = norm_act_grads(grad, out, None, None, None, None, None, False, *ctx.options)[0]
-    wanted, wants_bias = wanted_gradients(ctx, bias=3)
-    grads = gradients(ctx.geometry, grad, x, weight, wanted, sigma)
-    return *grads, None, grad.sum((0, 2, 3)) if wants_bias else None, *(None,) * 8
+    needed, needs_bias = needed_gradients(ctx, bias=3)
+    grads = gradients(ctx.geometry, grad, x, weight, needed, sigma)
+    return *grads, None, grad.sum((0, 2, 3)) if needs_bias else None, *(None,) * 8
 
 
 _autograd.register("fastgen::spectral_convolution", _backward, _setup)

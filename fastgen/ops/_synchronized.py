@@ -1,4 +1,4 @@
-"""norm_act where one batch lies on several processes: their statistics are merged between its passes
+"""norm_act for a batch distributed over several processes, whose statistics are merged between the passes
 (SyncBatchNorm)."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastgen.ops._question import Choice
 
 
 def norm_act(x: Tensor, epilogue: Epilogue, chosen: Choice) -> Tensor:
-    """The op by the implementation that was chosen, with the statistics of all ranks' x of epilogue.process_group."""
+    """norm_act by the chosen implementation, with statistics over the x of all ranks of epilogue.process_group."""
     out, mean, var, count = _Synchronized.apply(
         x, epilogue.norm_weight, epilogue.norm_bias, epilogue.residual, epilogue, chosen
     )
@@ -45,7 +45,7 @@ class _Synchronized(torch.autograd.Function):
         grad_x, grad_weight, grad_bias, grad_residual = _run(
             ctx.chosen, "norm_act_backward", grads[0], x, weight, bias, mean, var, residual, False, *options
         )
-        # What is missing in grad_x: the way through mean and var, which every rank's values have.
+        # grad_x still lacks the gradient through mean and var, which depend on the values of every rank.
         means = torch.cat([grad_weight, grad_bias]).to(mean.dtype)
         dist.all_reduce(means, group=ctx.epilogue.process_group)
         along, level = (means / count).chunk(2)
@@ -64,16 +64,16 @@ class _Synchronized(torch.autograd.Function):
 
 
 def merged(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """mean and biased var (C,) of all ranks' x (N, C, *), and how many values of a channel they have, one at least.
+    """mean and biased var (C,) of all ranks' x (N, C, *), and their number of values per channel (at least one).
 
     Chan et al., Updating formulae and a pairwise algorithm for computing sample variances, 1979.
     """
     n, z = x.numel() // max(1, x.shape[1]), x.to(accumulation_dtype(x))
-    of_rank = torch.cat(
+    local = torch.cat(
         [*(z.new_zeros(2, x.shape[1]) if n == 0 else _norm_act.moments(z, "batch", 0)), z.new_full((1,), n)]
     )
-    all_ranks = [torch.empty_like(of_rank) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(all_ranks, of_rank, group)
+    all_ranks = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(all_ranks, local, group)
     means, variances, counts = torch.stack(all_ranks).split([x.shape[1], x.shape[1], 1], 1)
     count = counts.sum().clamp(min=1)
     mean = (means * counts).sum(0) / count
@@ -81,7 +81,7 @@ def merged(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _run(chosen: Choice, op: str, *inputs):
-    """A registered op by the implementation chosen; "reference": its formula."""
+    """Calls a registered op by the chosen implementation; for "reference", its formula."""
     if chosen.implementation != "reference":
         return _dispatch.call(op, chosen, *inputs)
     return (_norm_act.forward if op == "norm_act" else _norm_act.backward)(*inputs)

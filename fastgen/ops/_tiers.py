@@ -1,4 +1,4 @@
-"""The tiers: what an op can be implemented in, where each can run, and why it cannot elsewhere."""
+"""The tiers (reference, cpp, cuda, triton): where each can run, and why it cannot run elsewhere."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _defining = threading.Lock()  # held by a thread that defines an op of fastgen_c
 
 
 def register(op: str, *tiers: str) -> None:
-    """Names the tiers that an op has."""
+    """Declares which tiers implement an op."""
     _KERNELS[op] = tiers
 
 
 def ops() -> dict[str, tuple[str, ...]]:
-    """The registered ops, each with its tiers."""
+    """op -> the tiers that implement it."""
     return _KERNELS
 
 
 class Tier:
-    """Plain PyTorch, and the base of the others: each says what keeps it from running on a device ("cpu", "cuda:0") and
-    a dtype."""
+    """The reference tier (plain PyTorch), and the base class of the others. A tier tells what keeps it from running for
+    a device ("cpu", "cuda:0") and a dtype."""
 
     name = "reference"
 
@@ -47,7 +47,7 @@ class Tier:
         return self.why_absent(device, dtype)
 
     def obstacle(self) -> str | None:
-        """What keeps it from running at all on this machine, as far as can be said without building anything."""
+        """What keeps it from running at all on this machine, as far as can be told without building anything."""
         return None
 
 
@@ -55,7 +55,7 @@ class Cpp(Tier):
     name = "cpp"
 
     def why_absent(self, device: str, dtype: torch.dtype | None) -> str | None:
-        return None if device == "cpu" else f"cpp kernels run on the CPU, the input is on {device}"
+        return None if device == "cpu" else f"cpp kernels run on the CPU, but the input is on {device}"
 
     def why_not(self, device: str, dtype: torch.dtype | None) -> str | None:
         return self.why_absent(device, dtype) or native.load()
@@ -66,7 +66,7 @@ class Cpp(Tier):
 
 
 class GPUTier(Tier):
-    """One of the two for a GPU, or, on_cpu, in a process that runs its kernels on the CPU in the C++ kernels' place."""
+    """A tier for GPUs. on_cpu: this process runs its kernels on the CPU instead of the C++ kernels."""
 
     on_cpu = False
 
@@ -74,20 +74,21 @@ class GPUTier(Tier):
         if dtype == torch.float64:
             return f"{self.name} kernels compute float32, bfloat16 and float16, not float64"
         if self.on_cpu:
-            return None if device == "cpu" else f"the {self.name} kernels run on the CPU here, the input is on {device}"
+            if device == "cpu":
+                return None
+            return f"{self.name} kernels run on the CPU in this process, but the input is on {device}"
         if not device.startswith("cuda"):
             hint = " (TRITON_INTERPRET=1 runs them on the CPU, slowly)" if self.name == "triton" else ""
-            return f"{self.name} kernels run on a GPU, the input is on {device}{hint}"
+            return f"{self.name} kernels run on a GPU, but the input is on {device}{hint}"
         if not torch.backends.cuda.is_built():
             return "this PyTorch is built without CUDA"
         if not torch.cuda.is_available():
             return "no CUDA device or driver: see nvidia-smi"
         if torch.version.hip is not None:
             return "the kernels are written for NVIDIA GPUs"
-        if (found := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
-            return (
-                f"the GPU {device} has compute capability {found[0]}.{found[1]}, the kernels need 8.0 (Ampere) or newer"
-            )
+        if (capability := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
+            chip = "{}.{}".format(*capability)
+            return f"{device} has compute capability {chip}, but the kernels need 8.0 (Ampere) or newer"
         return None
 
     def obstacle(self) -> str | None:
@@ -108,7 +109,7 @@ class Triton(GPUTier):
         return self._why_no_driver() if device.startswith("cuda") else None
 
     def _why_no_driver(self) -> str | None:
-        """What keeps Triton from the GPU's driver, for which it compiles a file of C at its first use on a machine."""
+        """Why Triton cannot use the GPU's driver: at its first use on a machine it compiles a C file for that."""
         try:
             from triton.runtime import driver
 
@@ -118,7 +119,7 @@ class Triton(GPUTier):
         return None
 
     def kernels(self, name: str) -> ModuleType:
-        """A module of fastgen.kernels; from the repository's folder where fastgen runs from a checkout that is not
+        """A module of fastgen.kernels, taken from the repository's folder if fastgen runs from a checkout that is not
         installed."""
         if "fastgen.kernels" not in sys.modules and importlib.util.find_spec("fastgen.kernels") is None:
             folder = Path(__file__).parents[2] / "kernels"
@@ -132,7 +133,8 @@ class Triton(GPUTier):
         return importlib.import_module(f"fastgen.kernels.{name}")
 
 
-_SCHEMAS = {"allow_tf32": "(bool allowed) -> ()", "has_code": "(int device) -> bool"}  # of the CUDA library alone
+# Ops that only the CUDA library has.
+_SCHEMAS = {"allow_tf32": "(bool allowed) -> ()", "has_code": "(int device) -> bool"}
 
 
 @functools.cache
@@ -155,7 +157,7 @@ class Cuda(GPUTier):
         return super().obstacle() or (None if self.on_cpu or status.path else status.reason)
 
     def _why_no_code(self, device: str) -> str | None:
-        """Why the CUDA kernels, which may have been built elsewhere, cannot run on this GPU."""
+        """Why the CUDA kernels, which may have been built on another machine, cannot run on this GPU."""
         index = torch.device(device).index
         with _defining:
             has_code = _cuda_op("has_code")
@@ -163,13 +165,12 @@ class Cuda(GPUTier):
             return None
         chip = "{}.{}".format(*torch.cuda.get_device_capability(device))
         return (
-            f"the CUDA kernels were built for other GPUs than {device}, of compute capability {chip}: "
-            f"build them with TORCH_CUDA_ARCH_LIST={chip} or without it on this machine"
+            f"the CUDA kernels were not built for {device}, whose compute capability is {chip}: "
+            f"build them with TORCH_CUDA_ARCH_LIST={chip}, or without that variable on this machine"
         )
 
     def kernel(self, op: str) -> Callable:
-        """fastgen_cuda::<op>, which has the schema of fastgen::<op>; it multiplies float32 as PyTorch's convolutions
-        do."""
+        """fastgen_cuda::<op>, which has the schema of fastgen::<op>. It uses TF32 where PyTorch's convolutions do."""
         with _defining:
             allow_tf32, kernel = _cuda_op("allow_tf32"), _cuda_op(op)
         allow_tf32(float32_is_tf32())
@@ -184,7 +185,7 @@ def float32_is_tf32() -> bool:
 triton, nvcc = Triton(), Cuda()
 TIERS: dict[str, Tier] = {tier.name: tier for tier in (Tier(), Cpp(), nvcc, triton)}
 GPU_TIERS = ("triton", "cuda")  # in auto's order where nothing was measured
-# Whether a GPU's kernels run on the CPU in this process, in the C++ kernels' place.
+# Whether this process runs a GPU tier's kernels on the CPU instead of the C++ kernels.
 ON_CPU = triton.on_cpu or nvcc.on_cpu
 
 

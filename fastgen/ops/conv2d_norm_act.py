@@ -54,29 +54,28 @@ def conv2d_norm_act(
 ) -> Tensor:
     """y = activation(normalize(t) + residual), t = conv2d(input, weight, bias).
 
-    With the defaults it is torch.nn.functional.conv2d: no norm, no activation.
+    With the defaults it equals torch.nn.functional.conv2d: no norm, no activation.
 
     Args:
-        input: (N, C_in, H, W), float32, float64, bfloat16 or float16; any strides. (C_in, H, W) too, unless norm is
-            "batch".
+        input: (N, C_in, H, W), or (C_in, H, W) unless norm is "batch"; float32, float64, bfloat16 or float16; any
+            strides.
         weight: (C_out, C_in / groups, kernel height, kernel width), input's dtype.
         bias: (C_out,), input's dtype, or None.
         norm, running_mean, ..., process_group: as in norm_act, with C = C_out; residual has the output's shape.
         stride, padding, dilation, groups: as in torch.nn.functional.conv2d; padding may be "same" or "valid".
         padding_mode: "zeros" or "reflect" (mirrored at the border's pixel; padding must be smaller than H and W).
-        memory_efficient: keep input for the backward pass and not t, which is computed again then ("reference" keeps
-            both).
+        memory_efficient: save only input for the backward pass, which then recomputes t ("reference" saves both).
         impl: "auto", "reference", "cpp", "cuda" or "triton".
 
     Returns:
         y: (N, C_out, (H + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, the same for W), input's dtype,
         channels_last if input or weight is. Sums run in float32 (float64 for float64).
 
-    Under autocast input, weight and bias are converted to its dtype, the norm's parameters are not.
-    Gradients to input, weight, bias, norm_weight, norm_bias and residual, of any order (reverse mode).
+    Under autocast, input, weight and bias are converted to its dtype; the norm's parameters are not.
+    Gradients of any order (reverse mode) flow to input, weight, bias, norm_weight, norm_bias and residual.
 
-    Raises ValueError or TypeError for an argument that does not fit, naming it; RuntimeError if the implementation
-    asked for cannot run.
+    Raises ValueError or TypeError that names an invalid argument; RuntimeError if the requested implementation cannot
+    run.
 
     Zhu et al., Unpaired Image-to-Image Translation (CycleGAN), 2017 (instance norm and reflection padding); Dumoulin
     and Visin, A guide to convolution arithmetic for deep learning, 2016 (the arithmetic).
@@ -99,7 +98,7 @@ def conv2d_norm_act(
 
 
 def _pad(x: Tensor, weight: Tensor, padding: str, mode: str, stride: HW, dilation: HW) -> tuple[Tensor, HW]:
-    """(x, padding) for padding="same" or "valid": what is not the same on both sides is added to x."""
+    """(x, padding) for padding="same" or "valid". Padding that differs between the sides is applied to x."""
     if padding == "valid":
         return x, (0, 0)
     if padding != "same":
@@ -107,7 +106,7 @@ def _pad(x: Tensor, weight: Tensor, padding: str, mode: str, stride: HW, dilatio
     if stride != (1, 1):
         raise ValueError(f"padding='same' needs a stride of 1, got {list(stride)}")
     if weight.dim() != 4:
-        return x, (0, 0)  # an error of its own
+        return x, (0, 0)  # a later check raises the error
     height, width = (spread * (size - 1) for spread, size in zip(dilation, weight.shape[2:], strict=True))
     if height % 2 == width % 2 == 0:
         return x, (height // 2, width // 2)

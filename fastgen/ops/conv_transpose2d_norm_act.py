@@ -50,29 +50,28 @@ def conv_transpose2d_norm_act(
 ) -> Tensor:
     """y = activation(normalize(t) + residual), t = conv_transpose2d(input, weight, bias).
 
-    With the defaults it is torch.nn.functional.conv_transpose2d: no norm, no activation.
+    With the defaults it equals torch.nn.functional.conv_transpose2d: no norm, no activation.
 
     Args:
-        input: (N, C_in, H, W), float32, float64, bfloat16 or float16; any strides. (C_in, H, W) too, unless norm is
-            "batch".
+        input: (N, C_in, H, W), or (C_in, H, W) unless norm is "batch"; float32, float64, bfloat16 or float16; any
+            strides.
         weight: (C_in, C_out / groups, kernel height, kernel width), input's dtype.
         bias: (C_out,), input's dtype, or None.
         norm, running_mean, ..., process_group: as in norm_act, with C = C_out; residual has the output's shape.
         stride, padding, output_padding, groups, dilation: as in torch.nn.functional.conv_transpose2d.
-        memory_efficient: keep input for the backward pass and not t, which is computed again then ("reference" keeps
-            both).
+        memory_efficient: save only input for the backward pass, which then recomputes t ("reference" saves both).
         impl: "auto", "reference", "cpp", "cuda" or "triton".
 
     Returns:
         y: (N, C_out, (H - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1, the same for W),
-        x's dtype, channels_last if x or weight is. Sums run in float32 (float64 for float64).
+        input's dtype, channels_last if input or weight is. Sums run in float32 (float64 for float64).
 
-    Under autocast input, weight and bias are converted to its dtype, the norm's parameters are not.
-    Gradients to input, weight, bias, norm_weight, norm_bias and residual, of any order (reverse mode); with
-    output_padding of the first two, as in PyTorch.
+    Under autocast, input, weight and bias are converted to its dtype; the norm's parameters are not.
+    Gradients of any order (reverse mode) flow to input, weight, bias, norm_weight, norm_bias and residual; with
+    output_padding they have the first two orders, as in PyTorch.
 
-    Raises ValueError or TypeError for an argument that does not fit, naming it; RuntimeError if the implementation
-    asked for cannot run.
+    Raises ValueError or TypeError that names an invalid argument; RuntimeError if the requested implementation cannot
+    run.
 
     Radford et al., Unsupervised Representation Learning with DCGANs, 2015 (the layer); Dumoulin and Visin, A guide to
     convolution arithmetic for deep learning, 2016 (the arithmetic).

@@ -1,4 +1,4 @@
-"""y = activation(normalize(x) + residual): the epilogue of the fused convolutions, alone."""
+"""y = activation(normalize(x) + residual): the epilogue of the fused convolutions as an op of its own."""
 
 from __future__ import annotations
 
@@ -43,30 +43,32 @@ def norm_act(
         input: (N, C, *), float32, float64, bfloat16 or float16; any strides. A 4-d channels_last input gives a
             channels_last y.
         running_mean, running_var: (C,), input's dtype or float32, for "batch" and "instance". Used when training is
-            False; updated in place with the batch's mean and unbiased var when it is True ("instance": their averages
-            over the samples). "instance" without them always uses the input's statistics.
-        weight, bias: (C,), input's dtype or float32; None stands for 1 and 0. Also norm_weight and norm_bias, as the
-            fused convolutions call them.
-        momentum: weight of the new statistics in the running ones.
+            False; updated in place with the batch's mean and unbiased var when it is True ("instance": with their
+            averages over the samples). "instance" without them always uses the input's statistics.
+        weight, bias: (C,), input's dtype or float32; None stands for 1 and 0. norm_weight and norm_bias, the names in
+            the fused convolutions, are synonyms.
+        momentum: weight of the new statistics in the running statistics.
         norm: "batch" (mean and biased var over N and *), "instance" (over *, per sample), "group" (over * and the
             channels of a group, per sample), "none" or None.
-        num_groups: groups of channels, for "group" alone.
+        num_groups: number of channel groups, only for "group".
         residual: input's shape and dtype, or None.
-        activation: "relu", "leaky_relu" (negative_slope below 0), "tanh", "sigmoid", "silu", "identity" or None.
-        inplace: as in torch.nn's activations: y must not be changed before the backward pass, which may then use y and
-            keep nothing else. Without a norm "leaky_relu" does; "relu" always does, as PyTorch's. No input is written
-            to.
-        process_group: for "batch" in training: the statistics are those of all its ranks' inputs, which may differ in
-            N, as in nn.SyncBatchNorm. Every rank must make the call, and its backward pass. First derivatives alone.
+        activation: "relu", "leaky_relu" (with slope negative_slope for negative values), "tanh", "sigmoid", "silu",
+            "identity" or None.
+        inplace: as in torch.nn's activations: y must not be changed before the backward pass, which may then need y
+            and no other saved tensor. This is so for "leaky_relu" without a norm; for "relu" it is always so, as in
+            PyTorch. No input is overwritten.
+        process_group: for "batch" in training: the statistics are taken over the inputs of all its ranks, which may
+            differ in N, as in nn.SyncBatchNorm. Every rank must make the call and run its backward pass. Only first
+            derivatives exist.
         impl: "auto", "reference", "cpp", "cuda" or "triton".
 
     Returns:
         y, of input's shape and dtype. Sums run in float32 (float64 for float64).
 
-    Gradients to input, weight, bias and residual, of any order (reverse mode); none to the running statistics.
+    Gradients of any order (reverse mode) flow to input, weight, bias and residual, but not to the running statistics.
 
-    Raises ValueError or TypeError for an argument that does not fit, naming it; RuntimeError if the implementation
-    asked for cannot run.
+    Raises ValueError or TypeError that names an invalid argument; RuntimeError if the requested implementation cannot
+    run.
 
     Ioffe and Szegedy, Batch Normalization, 2015; Ulyanov et al., Instance Normalization, 2016; Wu and He, Group
     Normalization, 2018.
@@ -76,7 +78,7 @@ def norm_act(
         raise ValueError(f"input must have at least 2 dimensions (N, C, *), got shape {tuple(input.shape)}")
     for name, first, second in (("weight", weight, norm_weight), ("bias", bias, norm_bias)):
         if first is not None and second is not None:
-            raise ValueError(f"{name} and norm_{name} are one argument: give one of them")
+            raise ValueError(f"{name} and norm_{name} are the same argument: give only one of them")
     affine = ("weight" if norm_weight is None else "norm_weight", "bias" if norm_bias is None else "norm_bias")
     weight, bias = norm_weight if weight is None else weight, norm_bias if bias is None else bias
     epilogue = Epilogue(

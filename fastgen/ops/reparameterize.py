@@ -1,5 +1,5 @@
-"""z = mu + exp(logvar / 2) * noise with the noise drawn inside the kernel, and the KL term of each sample in the same
-pass."""
+"""z = mu + exp(logvar / 2) * noise with the noise drawn inside the kernel, optionally with each sample's KL divergence
+in the same pass."""
 
 from __future__ import annotations
 
@@ -44,22 +44,23 @@ def reparameterize(
     Args:
         mu: (N, *), float32, float64, bfloat16 or float16; any strides. A 4-d channels_last mu gives a channels_last z.
         logvar: natural logarithm of the variance; mu's shape and dtype.
-        num_samples: draws for each input, as importance weighting needs; None: one, without a dimension of its own.
-        logvar_range: (least, greatest), to which logvar is clamped; None for either: no bound. No gradient outside.
-        generator: of mu's device; None: PyTorch's own.
+        num_samples: number of draws per input, as for importance weighting; None: one draw and no extra dimension.
+        logvar_range: (minimum, maximum) to which logvar is clamped; None for either: no bound. The gradient is zero
+            outside.
+        generator: on mu's device; None: PyTorch's default generator.
         impl: "auto", "reference", "cpp", "cuda" or "triton".
 
     Returns:
         z of mu's shape, or (num_samples, N, *), in mu's dtype. Noise and arithmetic are float32 (float64 for float64).
 
-    One key a call is drawn from the generator, and the noise is a function of it (docs/random.md): torch.manual_seed,
-    checkpointing and torch.func.vmap(randomness=) do what they do to torch.randn. The noise is not kept for the
-    backward pass, the key (16 bytes) is.
+    Each call draws one key from the generator, and the noise is a function of the key (docs/random.md):
+    torch.manual_seed, checkpointing and torch.func.vmap(randomness=) work as with torch.randn. The backward pass needs
+    only the key (16 bytes), not the noise.
 
-    Gradients to mu and logvar, of any order (reverse mode).
+    Gradients of any order (reverse mode) flow to mu and logvar.
 
-    Raises ValueError or TypeError for an argument that does not fit, naming it; RuntimeError if the implementation
-    asked for cannot run.
+    Raises ValueError or TypeError that names an invalid argument; RuntimeError if the requested implementation cannot
+    run.
 
     Kingma and Welling, Auto-Encoding Variational Bayes, 2014; Burda et al., Importance Weighted Autoencoders, 2016.
     """
@@ -85,19 +86,17 @@ def reparameterize_kl(
     l = logvar - prior_logvar.
 
     Args:
-        prior_mean, prior_logvar: numbers, or tensors that broadcast to mu's shape, as (*) for one prior of all samples.
-            None
-            stands for 0: the standard normal.
-        free_bits: nats that each element costs at least; 0: no bound. An element below gets no gradient from kl.
+        prior_mean, prior_logvar: numbers, or tensors that broadcast to mu's shape, such as (*) for a prior that all
+            samples share. None stands for 0; with None for both, the prior is the standard normal.
+        free_bits: minimum cost per element in nats; 0: no minimum. An element below it gets no gradient from kl.
         beta: weight of the divergence.
 
-    The other arguments, z and the errors are those of reparameterize. A logvar that logvar_range clamps counts as
-    clamped.
+    The other arguments, z and the errors are those of reparameterize. The divergence uses the clamped logvar.
 
     Returns:
-        z, and kl (N,) in float32 (float64 for float64), which is also where the sum runs in pieces added in float64.
+        z, and kl (N,) in float32 (float64 for float64). Partial sums of kl run in that dtype and are added in float64.
 
-    Gradients to mu, logvar and the prior's tensors, of any order (reverse mode).
+    Gradients of any order (reverse mode) flow to mu, logvar and the prior's tensors.
 
     Kingma and Welling, 2014; Higgins et al., beta-VAE, 2017; free bits: Kingma et al., Improving Variational Inference
     with Inverse Autoregressive Flow, 2016, here for each element of each sample.
@@ -152,7 +151,7 @@ def _sample(
     prior = [_prior(name, value, mu) if given else None
              for name, value in (("prior_mean", prior_mean), ("prior_logvar", prior_logvar))]  # fmt: skip
     checked = options.checked()
-    if _dispatch.exports_onnx():  # which has noise of its own, and no operators for that of a key
+    if _dispatch.exports_onnx():  # ONNX has operators for random numbers, but none for noise from a key
         sizes = (checked[0], *mu.shape) if checked[0] else mu.shape
         eps = torch.randn(sizes, dtype=accumulation_dtype(mu), device=mu.device)
         return _formula(mu, logvar, prior[0], prior[1], eps, 0, *checked)
@@ -176,7 +175,7 @@ def _prior(name: str, value: Tensor | float | None, mu: Tensor) -> Tensor:
         raise ValueError(f"{name} must broadcast to mu's shape {tuple(mu.shape)}, got {tuple(value.shape)}") from None
 
 
-# The noise of a key in plain PyTorch, words as int64. docs/random.md has it as a table.
+# The noise of a key in plain PyTorch, with int64 for the 32-bit words. docs/random.md has it as a table.
 
 
 def _philox(key: Tensor, blocks: int) -> Tensor:
@@ -209,7 +208,7 @@ def reference_normal(key: Tensor, size: Sequence[int], dtype: torch.dtype) -> Te
 
 
 def _noise_like(normal: Any, mu: Tensor, key: Tensor, num_samples: int) -> Tensor:
-    """The noise of z. Elements count in mu's memory order if that is channels_last, else in the order of its
+    """The noise of z. Elements are numbered in mu's memory order if that is channels_last, else in the order of its
     dimensions."""
     size, dtype = mu.shape[key.dim() - 1 :], accumulation_dtype(mu)
     if num_samples:
@@ -327,7 +326,7 @@ def _backward_fake(grad_z, grad_kl, mu, logvar, key, prior_mean, prior_logvar, n
 
 
 def _batched(info, in_dims, tensors) -> list[Tensor | None]:
-    """The tensors with the mapped dimension in front, where the ops have their batch."""
+    """The tensors with the mapped dimension moved to the front, where the ops expect their batch dimension."""
     return [
         None if t is None else t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
         for t, dim in zip(tensors, in_dims, strict=False)
@@ -348,8 +347,8 @@ def _forward_vmap(info, in_dims, *args):
 @torch.library.register_vmap("fastgen::reparameterize_backward")
 def _backward_vmap(info, in_dims, *args):
     tensors = _batched(info, in_dims, args[:7])
-    of_prior = None if tensors[-1] is None else 0
-    return torch.ops.fastgen.reparameterize_backward(*tensors, *args[7:]), (0, 0, of_prior, of_prior)
+    prior_dim = None if tensors[-1] is None else 0
+    return torch.ops.fastgen.reparameterize_backward(*tensors, *args[7:]), (0, 0, prior_dim, prior_dim)
 
 
 def _setup_forward(ctx, inputs, output):
@@ -368,8 +367,8 @@ def _forward_backward(ctx, grad_z, grad_kl):
     grads = _autograd.call(
         "reparameterize_backward", grad_z, grad_kl, mu, logvar, key, *prior, ctx.num_samples, *ctx.options
     )
-    of_prior = (None, None) if prior[0] is None else grads[2:]
-    return *grads[:2], None, *of_prior, *(None,) * 6
+    prior_grads = (None, None) if prior[0] is None else grads[2:]
+    return *grads[:2], None, *prior_grads, *(None,) * 6
 
 
 def _setup_backward(ctx, inputs, output):

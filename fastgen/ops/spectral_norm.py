@@ -1,5 +1,5 @@
-"""weight / sigma, sigma the weight's largest singular value by power iteration: for one weight or for many in one
-call."""
+"""weight / sigma, where sigma is the weight's largest singular value by power iteration: for one weight, or for many in
+one call."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def spectral_norm(
         u: (weight.shape[dim],), v: (the product of the other sizes,), weight's dtype or float32: estimates of the
             singular vectors of the largest singular value. They are not changed.
         n_power_iterations: steps u = W v / max(|W v|, eps), then v = W^T u / max(|W^T u|, eps), if training.
-        training: False: u and v are taken as they are.
-        v_first: a step is v, then u, as in torch.nn.utils.spectral_norm.
-        divide: False: leave weight / sigma out, an empty tensor comes in its place; for what divides by sigma later.
+        training: False: u and v are used as they are.
+        v_first: update v, then u, in each step, as in torch.nn.utils.spectral_norm.
+        divide: False: return an empty tensor instead of weight / sigma, for callers that divide by sigma later.
         impl: "auto", "reference", "cpp", "cuda" or "triton".
 
     Returns:
         weight / sigma; sigma, a scalar in float32 (float64 for float64); u and v after the steps, new tensors in the
-        dtype they came in. Products with the weight run in float32 (float64), norms in float64.
+        dtypes of the arguments. Products with the weight run in float32 (float64 for float64), norms in float64.
 
-    Gradients from weight / sigma and sigma to weight, of any order (reverse mode), with u and v as constants.
+    Gradients of any order (reverse mode) flow from weight / sigma and sigma to weight; u and v are constants.
 
-    Raises ValueError or TypeError for an argument that does not fit, naming it; RuntimeError if the implementation
-    asked for cannot run.
+    Raises ValueError or TypeError that names an invalid argument; RuntimeError if the requested implementation cannot
+    run.
 
     Miyato et al., Spectral Normalization for Generative Adversarial Networks, 2018.
     """
@@ -82,16 +82,17 @@ def spectral_norm_group(
     divide: bool = True,
     impl: str = "auto",
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """spectral_norm of each weight, with its u, v and dimension, in one call.
+    """spectral_norm of several weights, each with its u, v and dim, in one call.
 
-    Arguments, gradients and errors are those of spectral_norm, with lists for tensors; dims: one for each weight, or
-    one for all. Returns the four results as lists.
+    Arguments, gradients and errors are those of spectral_norm, with lists of tensors; dims: one per weight, or one for
+    all. Returns the four results as lists.
     """
     weights, us, vs = list(weights), list(us), list(vs)
     dims = [dims] * len(weights) if isinstance(dims, int) else list(dims)
     if not len(weights) == len(us) == len(vs) == len(dims):
         raise ValueError(
-            f"weights, us, vs and dims must be of one length, got {len(weights)}, {len(us)}, {len(vs)} and {len(dims)}"
+            "weights, us, vs and dims must have the same length, "
+            f"got {len(weights)}, {len(us)}, {len(vs)} and {len(dims)}"
         )
     if not weights:
         return [], [], [], []
@@ -144,7 +145,8 @@ def _formula(weights, us, vs, dims, *options):
 
 def _one(weight, u, v, dim, n_power_iterations, eps, v_first, divide):
     matrix = _matrix(weight, dim)
-    new_u, new_v = u.to(matrix.dtype, copy=True), v.to(matrix.dtype, copy=True)  # the caller may write to its own
+    # Copies, since the caller may overwrite its own u and v.
+    new_u, new_v = u.to(matrix.dtype, copy=True), v.to(matrix.dtype, copy=True)
     with torch.no_grad():
         for _ in range(n_power_iterations):
             if v_first:
@@ -176,7 +178,7 @@ def _forward_fake(weights, us, vs, dims, n_power_iterations, eps, v_first, divid
 
 
 def _backward_formula(grad_outs, grad_sigmas, weights, us, vs, dims):
-    """The gradients of weights in differentiable PyTorch; sigma is a function of the weight in it."""
+    """The gradients of weights in differentiable PyTorch, with sigma as a function of the weight."""
     grads = []
     for grad, grad_sigma, weight, u, v, dim in zip(grad_outs, grad_sigmas, weights, us, vs, dims, strict=True):
         matrix, g = _matrix(weight, dim), _matrix(grad, dim)

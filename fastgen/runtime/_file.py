@@ -21,7 +21,7 @@ _CHECKSUMMED = 16  # the checksum is that of the bytes from here on
 
 
 def encode(steps: Sequence[Step], *, precision: Precision = Precision.float32, error: float = math.nan) -> bytes:
-    """The bytes of a plan file. error: the relative error that was measured for the plan; NaN: none was."""
+    """The bytes of a plan file. error: the relative error measured for the plan; NaN if it was not measured."""
     weights = _Weights()
     records = b"".join(_record(step, weights) for step in steps)
     body = records + b"".join(weights.arrays)
@@ -37,7 +37,7 @@ class _Weights:
         self.size = 0
 
     def add(self, array: np.ndarray) -> int:
-        """The offset of the array, which is stored as float32."""
+        """Stores the array as float32 and returns its offset."""
         self.arrays.append(np.ascontiguousarray(array, "<f4").tobytes())
         self.size += len(self.arrays[-1])
         return self.size - len(self.arrays[-1])
@@ -52,7 +52,7 @@ def _record(step: Step, weights: _Weights) -> bytes:
 
 
 def _numbers(field: Field, owner: Any, weights: _Weights) -> Iterator[int | float]:
-    """What a field is in the file: float64 where it is annotated as float, int64 otherwise."""
+    """The file's representation of a field: float64 if the field is annotated as float, int64 otherwise."""
     value = getattr(owner, field.name)
     if is_dataclass(value):
         for each in fields(value):

@@ -9,7 +9,7 @@ import numpy as np
 from fastgen._build import runtime
 from fastgen.errors import FastgenError
 
-_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # as the file calls them, and as Engine does
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # the file's names -> Engine's names
 
 
 class PlanError(FastgenError):
@@ -17,23 +17,21 @@ class PlanError(FastgenError):
 
 
 class Input(NamedTuple):
-    """What a plan takes: an image's shape, and for labels, which are integers of shape (), how many classes there
-    are."""
+    """An input of a plan: an image's shape, or for labels (integers of shape ()) the number of classes."""
 
     shape: tuple[int, ...]
     classes: int | None = None
 
 
 class Plan:
-    """A network whose weights are packed once, on threads of its own. Several Python threads may call one plan, and
-    processes that are forked from one that has it; copy, deepcopy and pickle make it anew from its bytes, with threads=
-    as given here.
+    """A network whose weights are packed once and which runs on its own threads. Several Python threads may call one
+    plan, and so may forked processes; copy, deepcopy and pickle build it again from its bytes, with the same threads=.
 
     Args:
         data: the bytes of a plan file, as fastgen.Engine.save and `fastgen export` write it: numbers, no code.
-        threads: how many to run on at most; None: as many as there are processors for the process, or FASTGEN_THREADS.
+        threads: maximum number of threads; None: FASTGEN_THREADS, or the number of processors that the process may use.
 
-    Raises PlanError for bytes that are not a whole, undamaged plan of this version, and FastgenError where the native
+    Raises PlanError for bytes that are not a complete, undamaged plan of this version, and FastgenError if the native
     module can neither be found nor built.
     """
 
@@ -45,8 +43,8 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, threads: int | None = None) -> Plan:
-        """The plan of a file. Raises OSError, and what Plan() raises with the path in front."""
-        with open(path, "rb"):  # says why it cannot be opened
+        """Loads a plan file. Raises OSError, and what Plan() raises with the path in front of the message."""
+        with open(path, "rb"):  # raises the error if the file cannot be opened
             pass
         native = runtime.load()
         plan = cls.__new__(cls)
@@ -60,12 +58,12 @@ class Plan:
         self._plan, self._threads = plan, threads
         self.inputs = tuple(Input(shape, None if shape else rows) for shape, rows in plan.inputs)
         self.output_shapes: tuple[tuple[int, ...], ...] = tuple(shape for shape, _ in plan.outputs)
-        self.precision = _PRECISIONS[plan.precision]  # that the file asks for
-        self.runs_as = _PRECISIONS[plan.runs_as]  # on this processor: "fp32" if it does not multiply bfloat16
+        self.precision = _PRECISIONS[plan.precision]  # the file's
+        self.runs_as = _PRECISIONS[plan.runs_as]  # on this processor: "fp32" if it cannot multiply bfloat16
 
     @property
     def error(self) -> float:
-        """The relative L2 error that fastgen.Engine measured when it made the plan; NaN where none was measured."""
+        """The relative L2 error that fastgen.Engine measured when it made the plan; NaN if it was not measured."""
         return self._plan.error
 
     @error.setter
@@ -83,12 +81,12 @@ class Plan:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """An image's shape of the first input; all are in `inputs`."""
+        """The shape of one image of the first input; `inputs` has all inputs."""
         return self.inputs[0].shape
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """An image's shape of the first output; all are in `output_shapes`."""
+        """The shape of one image of the first output; `output_shapes` has all of them."""
         return self.output_shapes[0]
 
     @property
@@ -97,24 +95,25 @@ class Plan:
 
     @property
     def images_at_once(self) -> int:
-        """How many images of a batch run together, so that what lies between layers stays in the cache."""
+        """How many images of a batch run together, so that the values between layers stay in the cache."""
         return self._plan.images_at_once
 
     @property
     def batches_to_tune(self) -> list[int]:
-        """The numbers of images for which tune() should be called: few, and many if so many run together."""
+        """The batch sizes for which tune() should be called: a small one, and a large one if that many images run
+        together."""
         return self._plan.batches_to_tune
 
     def __call__(self, z: np.ndarray, *others: np.ndarray) -> Any:
         """Runs the network.
 
         Args:
-            z: float32 (N, *input_shape) for any N. For an input of shape (C, 1, 1) also (N, C), and the other way
-                round. Labels are integers (N,).
-            others: the other inputs, where the network has several, of the same N.
+            z: float32 (N, *input_shape) for any N. An input of shape (C, 1, 1) may be given as (N, C), and vice versa.
+                Labels are integers (N,).
+            others: the other inputs, if the network has several, with the same N.
 
-        Returns float32 (N, *output_shape), or a tuple of the outputs where there are several. Raises TypeError and
-        ValueError for other dtypes and shapes, and IndexError for a label that is no class.
+        Returns float32 (N, *output_shape), or a tuple if there are several outputs. Raises TypeError and ValueError for
+        other dtypes and shapes, and IndexError for a label that is out of range.
         """
         given = (z, *others)
         if len(given) != len(self.inputs):
@@ -124,14 +123,14 @@ class Plan:
         n = arrays[0].shape[0]
         for name, array in zip(names, arrays, strict=True):
             if array.shape[0] != n:
-                raise ValueError(f"{name} must be of {n} images as inputs[0] is, got shape {array.shape}")
+                raise ValueError(f"{name} must have {n} images as inputs[0] has, got shape {array.shape}")
         outputs = tuple(np.empty((n, *shape), np.float32) for shape in self.output_shapes)
         self.run(n, [array.ctypes.data for array in arrays], [out.ctypes.data for out in outputs])
         return outputs if len(outputs) > 1 else outputs[0]
 
     def run(self, n: int, inputs: list[int], outputs: list[int]) -> None:
-        """The same for `n` images on addresses of contiguous memory: float32, or int64 for labels. Of what lies there
-        only that labels are classes is checked."""
+        """The same for `n` images at addresses of contiguous memory: float32, or int64 for labels. The only check of
+        the contents is that labels are in range."""
         self._plan.run(n, inputs, outputs)
 
     def tune(self, n: int) -> list[int]:
@@ -139,7 +138,7 @@ class Plan:
         return self._plan.tune(_positive("n", n))
 
     def profile(self, n: int = 1, repeats: int = 20) -> list[float]:
-        """The least seconds that each step takes in the network for `n` images, of `repeats` runs."""
+        """The time in seconds of each step in a run of `n` images: the minimum over `repeats` runs."""
         return self._plan.profile(_positive("n", n), _positive("repeats", repeats))
 
 

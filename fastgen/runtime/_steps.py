@@ -13,13 +13,13 @@ HW = tuple[int, int]
 
 
 class Precision(IntEnum):
-    """Of a plan: the type of the values between its steps. Of a weight: the type that it is stored in."""
+    """For a plan: the type of the values between its steps. For a weight: the type in which it is stored."""
 
     float32, bfloat16, float16, int8, float8_e4m3 = range(5)
 
 
 class Norm(IntEnum):
-    """affine: by the mean and var of the file; batch, instance, group: by statistics of the input."""
+    """affine: with the mean and var of the file; batch, instance, group: with statistics of the input."""
 
     none, affine, batch, instance, group = range(5)
 
@@ -31,8 +31,8 @@ class Activation(IntEnum):
 
 
 class Read(NamedTuple):
-    """A value that a step reads, as an image of `size`, which may be another one of as many elements. Value i is what
-    step i computes; it is in memory in the order (h, w, c)."""
+    """A value that a step reads, as an image of `size`, which may be any size with the same number of elements. Step i
+    computes value i; in memory its order is (h, w, c)."""
 
     value: int
     size: Size
@@ -40,7 +40,7 @@ class Read(NamedTuple):
 
 @dataclass
 class Step:
-    """A step: the values that it reads, and the size of the one that it computes. The fields of a kind follow in the
+    """A step: the values that it reads, and the size of the value that it computes. The fields of a kind follow in the
     order of its struct in C++."""
 
     kind: ClassVar[str]
@@ -58,7 +58,7 @@ class Input(Step):
 
 @dataclass
 class Output(Step):
-    """One of the network's outputs, in the order (C, H, W). rank as that of an input, 0: a number per image."""
+    """One of the network's outputs, in the order (C, H, W). rank: as for an input, but 0 is one number per image."""
 
     kind = "output"
     rank: int
@@ -66,7 +66,7 @@ class Output(Step):
 
 @dataclass
 class Epilogue:
-    """What ends a convolution: act(norm(x) + residual). The residual is the second value that the step reads."""
+    """The end of a convolution: act(norm(x) + residual). The residual is the second value that the step reads."""
 
     norm: Norm = Norm.none
     num_groups: int = 1
@@ -94,8 +94,8 @@ class Geometry:
 
 @dataclass
 class Convolution(Step):
-    """weight (oc, ic / groups, kh, kw), transposed (ic, oc / groups, kh, kw). algorithm: of csrc/cpu/convolution.h, for
-    few images and for many; -1: chosen by the sizes."""
+    """weight: (oc, ic / groups, kh, kw), transposed (ic, oc / groups, kh, kw). algorithm: of csrc/cpu/algorithm.h, for
+    small and for large batches; -1: chosen by the sizes."""
 
     kind = "convolution"
     geometry: Geometry
@@ -107,7 +107,7 @@ class Convolution(Step):
 
 @dataclass
 class NormAct(Step):
-    """A norm, a residual and an activation that no convolution takes in."""
+    """A norm, a residual and an activation that are not part of a convolution."""
 
     kind = "norm_act"
     epilogue: Epilogue
@@ -115,14 +115,14 @@ class NormAct(Step):
 
 @dataclass
 class Concat(Step):
-    """All that it reads, along the channels."""
+    """Concatenates all values that it reads along the channels."""
 
     kind = "concat"
 
 
 @dataclass
 class Narrow(Step):
-    """The channels from `start` on."""
+    """Consecutive channels from `start` on."""
 
     kind = "narrow"
     start: int

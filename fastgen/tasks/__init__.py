@@ -1,4 +1,4 @@
-"""What a trained model is used for: functions of a model and images.
+"""Uses of a trained model, as functions of a model and images.
 
 The model may be anybody's: `fastgen.models.capabilities` says which methods a task needs.
 """

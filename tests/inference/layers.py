@@ -144,7 +144,7 @@ def normalized_norm(model):
     return model
 
 
-@pattern("c2 b2", {"b1": "hooks", "c1": "no activation or norm that fuses"}, make=lambda cls: hooked(cls()))
+@pattern("c2 b2", {"b1": "hooks", "c1": "no activation or norm that can be fused"}, make=lambda cls: hooked(cls()))
 class Hooked(Attributes):
     pass
 

@@ -309,17 +309,17 @@ def test_non_finite_values_propagate_as_in_pytorch():
         ({"model": "dcgan"}, TypeError, "torch.nn.Module, got str"),
         ({"example_inputs": (torch.rand(1, 3), 7)}, TypeError, r"a tuple of tensors, got \['Tensor', 'int'\]"),
         ({"example_inputs": ()}, TypeError, "a tuple of tensors, got"),
-        ({"example_inputs": torch.rand(3)}, UsageError, r"at least one, got shape \(3,\)"),
+        ({"example_inputs": torch.rand(3)}, UsageError, r"at least one image, got shape \(3,\)"),
         (
             {"example_inputs": torch.rand(1, 3, 4, 4, device="meta")},
             UsageError,
             "got meta and a model on cpu: move one",
         ),
-        ({"model": nn.LazyLinear(3)}, UsageError, "lazy modules that have not seen an input"),
-        ({"example_inputs": torch.nested.nested_tensor([torch.rand(3)])}, TypeError, "got a nested one"),
+        ({"model": nn.LazyLinear(3)}, UsageError, "uninitialized lazy modules"),
+        ({"example_inputs": torch.nested.nested_tensor([torch.rand(3)])}, TypeError, "got a nested tensor"),
         ({"precision": "fp8"}, UsageError, "fp32, tf32, bf16, fp16, got 'fp8'"),
         ({"precision": "fp16"}, UsageError, "no kernels on a CPU"),
-        ({"impl": "cuda"}, UsageError, "'auto', 'cpp', 'reference', got 'cuda'"),
+        ({"impl": "cuda"}, UsageError, "'auto', 'cpp', 'reference' on a CPU, got 'cuda'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, words):

@@ -75,6 +75,6 @@ def test_a_requested_implementation():
     with fastgen.use_impl("reference"):
         found = fastgen.explain(Net().eval(), torch.randn(1, 64, 16, 16), training=False)
     choices = {row.choice[::2] for row in found.rows if row.layer != "alone"}
-    assert choices == {("reference", "reference is asked for")}
+    assert choices == {("reference", "reference is requested")}
     with pytest.raises(TypeError, match="model must be a"):
         fastgen.explain(3, torch.zeros(1))

@@ -43,7 +43,7 @@ def parts(engine):
     return {part.name: part.reason or part.runs for part in engine.parts}
 
 
-ALONE = "a plan of it alone would gain nothing"
+ALONE = "a plan for it alone would gain nothing"
 CASES = {
     "a constant of the model's code": (
         lambda: Call(lambda m, x: m.conv(x - torch.full((1, 3, 1, 1), 0.4)), conv=conv()),

@@ -250,14 +250,14 @@ def test_wrong_labels_and_inputs_are_named(tmp_path):
         ((z, torch.tensor([0, 1, -(2**63)]), other), IndexError, r"inputs\[1\]"),
         ((z, labels.float(), other), TypeError, r"inputs\[1\] must be .*, got (torch\.)?float32"),
         ((z, labels[:, None], other), ValueError, r"inputs\[1\] must be of shape \(N,\), got \(3, 1\)"),
-        ((z, labels[:2], other), ValueError, r"inputs\[1\] must be of 3 images as inputs\[0\] is, got shape \(2,\)"),
+        ((z, labels[:2], other), ValueError, r"inputs\[1\] must have 3 images as inputs\[0\] has, got shape \(2,\)"),
         ((z[:, :5], labels, other), ValueError, r"inputs\[0\] must be of shape \(N, 6\), got \(3, 5\)"),
     ):
         with pytest.raises(error, match=words):
             engine(*wrong)
         with pytest.raises(error, match=words):
             plan(*(x.numpy() for x in wrong))
-    with pytest.raises(UsageError, match=r"same number of images, got shapes \(3, 6\), \(2,\)"):
+    with pytest.raises(UsageError, match=r"same batch size, got shapes \(3, 6\), \(2,\)"):
         fastgen.Engine(model, (z, labels[:2]))
 
 
@@ -271,7 +271,7 @@ def test_wrong_labels_and_inputs_are_named(tmp_path):
         (lambda x: F.avg_pool2d(x, 2, divisor_override=3), "divisor_override"),
         (lambda x: x[:, ::2], "consecutive channels"),
         (lambda x: x[:, torch.tensor([1, 0, 2])], "by tensors"),
-        (lambda x: x[:, :, 1:], "indexing other than of consecutive channels"),
+        (lambda x: x[:, :, 1:], "indexing of anything but consecutive channels"),
         (lambda x: x.mean((0, 2, 3), keepdim=True) + x, "mean or sum"),
         (lambda x: {"a": x.relu()}, "a dict"),
         (lambda x: (x.relu(), None), "parts of NoneType, Tensor"),

@@ -42,10 +42,15 @@ def test_is_the_sequential_of_its_children(cls, norm, memory_efficient):
     torch.testing.assert_close(again(x), plain.eval()(x))
 
 
-def test_norm_act():
-    module = NormAct(5, norm="batch", activation="tanh")
-    x = torch.randn(4, 5, 3, 3)
+@pytest.mark.parametrize(
+    "options", ({"norm": "batch"}, {"norm": "instance"}, {"norm": "group", "num_groups": 2}), ids=str
+)
+def test_norm_act(options):
+    module = NormAct(6, **options, activation="tanh")
+    x = torch.randn(4, 6, 3, 3)
     torch.testing.assert_close(module(x), layers(module)(x))
+    with pytest.raises(ValueError, match="num_groups must be given"):
+        NormAct(6, norm="batch", num_groups=2)
 
 
 @pytest.mark.parametrize(

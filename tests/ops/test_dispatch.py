@@ -62,7 +62,7 @@ def test_missing_kernel_is_an_error_when_asked_for():
         ({"load": "no CUDA toolkit"}, torch.float32, {"triton": None, "cuda": "no CUDA toolkit"}),
         ({"is_built": False}, torch.float32, "built without CUDA"),
         ({"is_available": False}, torch.float32, "no CUDA device or driver"),
-        ({"get_device_capability": (7, 5)}, torch.float32, "has compute capability 7.5, the kernels need 8.0"),
+        ({"get_device_capability": (7, 5)}, torch.float32, "has compute capability 7.5, but the kernels need 8.0"),
         (
             {"_why_no_driver": "triton cannot use it"},
             torch.float32,
@@ -71,7 +71,7 @@ def test_missing_kernel_is_an_error_when_asked_for():
         (
             {"has_code": False},
             torch.float32,
-            {"triton": None, "cuda": "for other GPUs than cuda:0, of compute capability 9.0"},
+            {"triton": None, "cuda": "not built for cuda:0, whose compute capability is 9.0"},
         ),
         ({}, torch.float64, "not float64"),
         ({}, torch.bfloat16, None),
@@ -112,7 +112,7 @@ def test_triton_without_a_driver_or_a_compiler_for_it_says_so():
 
 def test_cpp_on_another_device():
     with pytest.raises(
-        RuntimeError, match="impl='cpp' cannot run norm_act: cpp kernels run on the CPU, the input is on meta"
+        RuntimeError, match="impl='cpp' cannot run norm_act: cpp kernels run on the CPU, but the input is on meta"
     ):
         ops.norm_act(X.to("meta"), norm="none", impl="cpp")
     assert ops.norm_act(X.to("meta"), norm="none").device.type == "meta"

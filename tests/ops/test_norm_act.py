@@ -75,7 +75,7 @@ def test_pytorchs_samples(sample, activation, impl):
         (
             {"weight": X[0, :, 0, 0], "norm_weight": X[0, :, 0, 0]},
             ValueError,
-            "weight and norm_weight are one argument",
+            "weight and norm_weight are the same argument",
         ),
     ),
 )

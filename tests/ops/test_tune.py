@@ -123,7 +123,7 @@ def test_triton_tiles_are_tried(monkeypatch):
 def test_what_tune_refuses(monkeypatch):
     model = tiny().generator
     with pytest.raises(
-        UsageError, match="example_inputs must hold a tensor, got int: give what the model is called with"
+        UsageError, match="example_inputs must contain a tensor, got int: give the arguments of the model's call"
     ):
         fastgen.tune(model, 3)
     with pytest.raises(UsageError, match="seconds must be positive and finite, not 0"):
@@ -131,7 +131,7 @@ def test_what_tune_refuses(monkeypatch):
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
         fastgen.tune(3, torch.randn(3, 8))
     monkeypatch.setenv("FASTGEN_IMPL", "cpp")
-    with pytest.raises(UsageError, match="tune measures what auto may choose, and 'cpp' is asked for"):
+    with pytest.raises(UsageError, match="tune measures auto's candidates, but 'cpp' is requested"):
         fastgen.tune(model, torch.randn(3, 8))
 
 

@@ -73,7 +73,7 @@ def test_several_inputs_and_outputs():
             TypeError,
             r"inputs\[1\] must be labels of an integer dtype, got float32",
         ),
-        ((x, labels[:4], shift), ValueError, r"inputs\[1\] must be of 9 images as inputs\[0\] is, got shape \(4,\)"),
+        ((x, labels[:4], shift), ValueError, r"inputs\[1\] must have 9 images as inputs\[0\] has, got shape \(4,\)"),
         ((x, labels + 5, shift), IndexError, r"inputs\[1\] must be labels from 0 to 4"),
         ((x, labels - 5, shift), IndexError, r"inputs\[1\] must be labels from 0 to 4, got -\d for image 0"),
         ((x, labels, shift[:, :1]), ValueError, r"inputs\[2\] must be of shape \(N, 2, 1, 1\), got \(9, 1, 1, 1\)"),
