@@ -26,7 +26,7 @@ from fastgen.ops import _memo, _tiers
 from fastgen.ops._question import Choice, Question
 
 FORMAT = 2  # of the files; files of other formats are ignored
-KNOWN = ("torch", "cpp", "cuda", "triton")
+KNOWN = ("torch", *(name for name in _tiers.TIERS if name != "reference"))  # what a file may choose
 SHIPPED = Path(__file__).parent / "choices"
 FOLDER = "choices"  # in the cache folder
 _log = logging.getLogger("fastgen")

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 from fastgen.errors import UsageError
 from fastgen.ops._settings import Setting
+from fastgen.ops._tiers import TIERS
 
-IMPLEMENTATIONS = ("reference", "cpp", "cuda", "triton")
+IMPLEMENTATIONS = tuple(TIERS)
 override = Setting("impl", "auto")  # set by use_impl
 
 
