@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastgen.inference._fuse import fuse
 from fastgen.inference._report import fusion_report
+from fastgen.inference._sandbox import preserved_rng
 from fastgen.nn._run import Call, geometry_of, recorded_calls, weight_shape
 from fastgen.ops import _dispatch, _policy, _tiers
 from fastgen.ops._layout import TensorSpec, is_channels_last
@@ -45,10 +46,11 @@ class Explanation:
 def explain(model: nn.Module, *example_inputs: Any, training: bool = True) -> Explanation:
     """Tells which implementation computes each layer of fuse(model) on these inputs, and why.
 
-    A fused copy of the model runs once on the inputs; the model is not changed. "computed by" is one of fastgen's
-    kernels (cpp, cuda, triton), the op in plain PyTorch (reference), PyTorch's convolution followed by fastgen's
-    norm_act (unfused), PyTorch's modules one by one (modules), or, for a gradient, PyTorch's kernel (torch). The reason
-    names the rule of fastgen/ops/_rules.py, or the measured times.
+    A fused copy of the model runs once on copies of the inputs; the model, the inputs and the random number generators
+    stay as they are. "computed by" is one of fastgen's kernels (cpp, cuda, triton), the op in plain PyTorch
+    (reference), PyTorch's convolution followed by fastgen's norm_act (unfused), PyTorch's modules one by one (modules),
+    or, for a gradient, PyTorch's kernel (torch). The reason names the rule of fastgen/ops/_rules.py, or the measured
+    times.
 
     Args:
         model: any module, on the device that it will run on.
@@ -59,8 +61,9 @@ def explain(model: nn.Module, *example_inputs: Any, training: bool = True) -> Ex
     """
     network = fuse(model).train(training)
     names = {module: name or "model" for name, module in network.named_modules()}
-    with torch.set_grad_enabled(training), recorded_calls() as calls:
-        network(*example_inputs)
+    inputs = [x.clone() if isinstance(x, Tensor) else x for x in example_inputs]  # the model may write into them
+    with preserved_rng(), torch.set_grad_enabled(training), recorded_calls() as calls:
+        network(*inputs)
     rows = [Explained(_name(call, names), *passed) for call in calls for passed in _passes(call, training)]
     explained = {module for call in calls for module in call.layers}
     for left in fusion_report(network).left:

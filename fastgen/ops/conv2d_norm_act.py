@@ -105,7 +105,7 @@ def _pad(x: Tensor, weight: Tensor, padding: str, mode: str, stride: HW, dilatio
         raise ValueError(f"padding must be 'same', 'valid', an int or two ints, got {padding!r}")
     if stride != (1, 1):
         raise ValueError(f"padding='same' needs a stride of 1, got {list(stride)}")
-    if weight.dim() != 4:
+    if weight.dim() != 4 or x.dim() not in (3, 4):
         return x, (0, 0)  # a later check raises the error
     height, width = (spread * (size - 1) for spread, size in zip(dilation, weight.shape[2:], strict=True))
     if height % 2 == width % 2 == 0:

@@ -78,3 +78,11 @@ def test_a_requested_implementation():
     assert choices == {("reference", "reference is requested")}
     with pytest.raises(TypeError, match="model must be a"):
         fastgen.explain(3, torch.zeros(1))
+
+
+def test_inputs_and_random_numbers_stay():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout(0.5))
+    x = torch.randn(2, 3, 8, 8)
+    before, state = x.clone(), torch.get_rng_state()
+    fastgen.explain(model, x)
+    assert x.equal(before) and torch.get_rng_state().equal(state)

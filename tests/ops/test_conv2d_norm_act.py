@@ -76,5 +76,8 @@ def test_padding_same(kernel, mode, impl):
 def test_padding_in_words():
     with pytest.raises(ValueError, match=r"padding='same' needs a stride of 1, got \[2, 2\]"):
         conv2d_norm_act(X, WEIGHT, stride=2, padding="same")
+    for mode in ("zeros", "reflect"):
+        with pytest.raises(ValueError, match=r"input must have 4 dimensions .*, got shape \(9, 9\)"):
+            conv2d_norm_act(torch.ones(9, 9), torch.ones(4, 3, 2, 2), padding="same", padding_mode=mode)
     with pytest.raises(ValueError, match="padding must be 'same', 'valid', an int or two ints, got 'full'"):
         conv2d_norm_act(X, WEIGHT, padding="full")
