@@ -14,7 +14,7 @@ from fastgen import ops
 from fastgen.errors import UsageError
 from fastgen.nn._patterns import ACTIVATIONS, BATCH_NORMS, DIMENSIONS, INSTANCE_NORMS, kind, padding
 from fastgen.nn.spectral_norm import undivided
-from fastgen.ops import _policy, _spectral_convolution
+from fastgen.ops import _policy, _rules, _spectral_convolution
 from fastgen.ops._check import FLOATING
 from fastgen.ops._dispatch import is_pytorchs
 from fastgen.ops._epilogue import Epilogue
@@ -157,9 +157,18 @@ def _is_small(x: Tensor, convolution: Any) -> bool:
         return False
     if getattr(convolution, "memory_efficient", False):
         return False
+    n, _, height, width = x.shape
+    pixels = n * height * width
+    if kind(convolution) is nn.Conv2d:
+        pixels //= convolution.stride[0] * convolution.stride[1]
+    weights = convolution.in_channels * convolution.out_channels // convolution.groups
+    multiplications = pixels * weights * convolution.kernel_size[0] * convolution.kernel_size[1]
+    if not _rules.is_small(multiplications, torch.is_grad_enabled()):
+        return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    geometry = geometry_of(convolution)
-    return _policy.is_small(geometry, x.shape, weight_shape(convolution), dtype, torch.is_grad_enabled())
+    if dtype == torch.float32:  # the usual case, without the way to an answer that is known
+        return True
+    return _policy.torch_can_compute(geometry_of(convolution), x.shape, weight_shape(convolution), dtype)
 
 
 def weight_shape(convolution: Any) -> tuple[int, ...]:

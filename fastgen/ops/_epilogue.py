@@ -137,6 +137,11 @@ class Epilogue(NamedTuple):
         if self.process_group is not None and norm != "batch":
             raise ValueError(f"process_group goes with norm='batch', got norm={norm!r}")
         if norm == "none":
+            for name, tensor in zip(("running_mean", "running_var", *affine), self[1:5], strict=True):
+                if tensor is not None:
+                    raise ValueError(
+                        f"{name} belongs to a norm, and norm is {self.norm!r}: give norm='batch', for example"
+                    )
             return False
         if not self.eps >= 0:
             raise ValueError(f"eps must not be negative, got {self.eps}")

@@ -121,12 +121,12 @@ def _computed(question: Question) -> Convolution:
 
 
 @memoize
-def is_small(
-    geometry: Geometry, x: Sequence[int], weight: tuple[int, ...], dtype: torch.dtype, records_gradients: bool
-) -> bool:
-    """Whether a layer on the CPU is so small that PyTorch's modules should run (MODULES)."""
-    convolution = Convolution(_processor.here(), geometry, x, weight, dtype, "cpu", False)
-    return _rules.is_small(convolution, records_gradients)
+def torch_can_compute(geometry: Geometry, x: Sequence[int], weight: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether PyTorch's kernels compute a layer on the CPU right and without falling back to a loop: a small one is
+    left to PyTorch's modules then, and MODULES is the choice."""
+    processor = _processor.here()
+    convolution = Convolution(processor, geometry, x, weight, dtype, "cpu", False)
+    return processor.torch_multiplies(dtype) and not _rules.torch_is_wrong(convolution)
 
 
 def runs_auto() -> bool:

@@ -6,7 +6,6 @@ measurements that it is based on. The processor is an argument of the rules, so 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -84,14 +83,6 @@ class Convolution(NamedTuple):
     def pixels(self) -> int:
         """The number of output pixels in the whole batch."""
         return self.output[0] * self.output[2] * self.output[3]
-
-    def multiplications(self) -> int:
-        """The number that a direct algorithm needs."""
-        n, _, height, width = self.input
-        pixels = n * height * width
-        if not self.geometry.transposed:
-            pixels //= self.geometry.stride[0] * self.geometry.stride[1]
-        return pixels * math.prod(self.weight)
 
 
 class Rule(NamedTuple):
@@ -268,9 +259,7 @@ SMALL_WITH_GRADIENTS = 100_000_000
 SMALL = 20_000_000
 
 
-def is_small(conv: Convolution, records_gradients: bool) -> bool:
-    """Whether PyTorch's modules, one by one, are faster than an op for a layer on the CPU (benchmarks/NOTES.md, "Small
-    convolutions")."""
-    if not conv.processor.torch_multiplies(conv.dtype) or torch_is_wrong(conv):
-        return False
-    return conv.multiplications() < (SMALL_WITH_GRADIENTS if records_gradients else SMALL)
+def is_small(multiplications: int, records_gradients: bool) -> bool:
+    """Whether PyTorch's modules, one by one, are faster than an op for a layer of so many multiplications on the CPU
+    (benchmarks/NOTES.md, "Small convolutions")."""
+    return multiplications < (SMALL_WITH_GRADIENTS if records_gradients else SMALL)

@@ -72,6 +72,8 @@ def test_pytorchs_samples(sample, activation, impl):
             r"Expected more than 1 value per channel when training, got input size \(1, 3\)",
         ),
         ({"norm": "layer"}, ValueError, "norm must be one of"),
+        ({"norm": None, "weight": torch.ones(3)}, ValueError, "weight belongs to a norm, and norm is None"),
+        ({"norm": "none", "running_mean": torch.ones(3)}, ValueError, "running_mean belongs to a norm"),
         (
             {"weight": X[0, :, 0, 0], "norm_weight": X[0, :, 0, 0]},
             ValueError,
