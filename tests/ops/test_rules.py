@@ -13,6 +13,7 @@ from fastgen.ops._processor import Processor
 from fastgen.ops._question import Choice
 from tests.cases import OWN, PROCESSORS
 from tests.support.process import run_python
+from tests.support.tolerance import UNIT_ROUNDOFF
 
 STRIDED, TRANSPOSED = Geometry((2, 2), (1, 1), None, 1, (1, 1)), Geometry((2, 2), (1, 1), (1, 1), 1, (1, 1))
 PLAIN = STRIDED._replace(stride=(1, 1))
@@ -162,6 +163,20 @@ def test_narrow_images_in_bfloat16(kind, impl, poisoned):
         for value, exact_value in zip((y, *found), (exact_y, *expected), strict=True):
             scale = exact_value.abs().max().clamp_min(1e-6)
             assert (value.double() - exact_value).abs().max() <= 0.02 * scale
+
+
+@pytest.mark.parametrize("kind", (WRONG_IN_BFLOAT16[0], WRONG_IN_BFLOAT16[3]), ids=("transposed", "strided"))
+def test_narrow_images_in_a_compiled_graph(kind):
+    """Where the widths vary, the rule is a guard: a graph for wide images is not taken for narrow ones."""
+    geometry, (n, channels, height, width), weight = rule(kind)
+    options = {"stride": geometry.stride, "padding": geometry.padding, "dilation": geometry.dilation}
+    op = getattr(ops, geometry.fused()[0])
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, w: op(x, w, **options), dynamic=True, fullgraph=True, backend="aot_eager")
+    for size in (24, width):
+        x, w = torch.randn(n, channels, height, size).bfloat16(), torch.randn(weight.shape).bfloat16()
+        exact = op(x.double(), w.double(), **options, impl="reference")
+        assert (compiled(x, w).double() - exact).norm() <= 2 * UNIT_ROUNDOFF[torch.bfloat16] * exact.norm()
 
 
 FOUND = """
