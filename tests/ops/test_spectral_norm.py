@@ -255,7 +255,7 @@ def test_errors():
         ("dim must be", lambda: ops.spectral_norm(weight, u, v, dim=2)),
         ("at least 2 dim", lambda: ops.spectral_norm(u, u, v)),
         ("n_power_iterations must be", lambda: ops.spectral_norm(weight, u, v, n_power_iterations=0)),
-        ("one length", lambda: ops.spectral_norm_group([weight], [u], [])),
+        ("must have the same length", lambda: ops.spectral_norm_group([weight], [u], [])),
     ):
         with pytest.raises(ValueError, match=match):
             call()
