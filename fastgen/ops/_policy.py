@@ -20,9 +20,8 @@ from fastgen.ops._requested import requested_impl
 from fastgen.ops._rules import Convolution, Rule
 from fastgen.ops._settings import Setting
 
-_recorder: Setting[dict[Question, Choice] | None] = Setting(
-    "recorder", None
-)  # the questions that a thread asks, each with the rules' choice
+# The questions that a thread asks, each with the rules' choice.
+_recorder: Setting[dict[Question, Choice] | None] = Setting("recorder", None)
 MODULES = Choice("modules", "", "too small for a fused op to pay: PyTorch's modules run one by one")
 
 
@@ -64,12 +63,11 @@ def _question(what: str, geometry: Geometry, x: Sequence[int], weight: TensorSpe
 def _fastest_in_graph(what: str, geometry: Geometry, x: Sequence[int], weight: TensorSpec, flag: bool) -> Choice:
     """The choice in a compiled graph, a constant of it. Whether PyTorch computes a case wrongly also depends on dynamic
     sizes: that adds a guard."""
-    wrong = False
+    question, wrong = _question(what, geometry, x, weight, flag), False
     if weight.dtype == torch.bfloat16 and not torch.compiler.is_exporting():
-        wrong = _rules.torch_is_wrong(_computed(_question(what, geometry, x, weight, flag)))
-    kind = weight.dtype, str(weight.device), weight.channels_last
-    arguments = geometry.specialized().arguments()
-    return _constant(wrong, what, arguments, static_sizes(x), tuple(map(specialize, weight.shape)), *kind, flag)
+        wrong = _rules.torch_is_wrong(_computed(question))
+    sizes = static_sizes(x), tuple(map(specialize, weight.shape))
+    return _constant(wrong, what, geometry.specialized().arguments(), *sizes, *question[4:])
 
 
 @dynamo_constant
@@ -80,20 +78,23 @@ def _constant(wrong: bool, what: str, geometry: tuple, *rest) -> Choice:
 
 def fastest(question: Question) -> Choice:
     """The choice for a question."""
-    choice = by_rules(question)
-    if choice.reason == _rules.WRONG.reason:
-        return choice
-    return _choices.measured(question) or choice
+    rule = _rule(question)
+    measured = None if rule is _rules.WRONG else _choices.measured(question)
+    return measured or _choice(rule, question)
 
 
 def by_rules(question: Question) -> Choice:
     """The choice where nothing was measured."""
+    return _choice(_rule(question), question)
+
+
+def _rule(question: Question) -> Rule:
     rules = _rules.WEIGHT_GRAD if question.what == "weight_grad" else _rules.FORWARD
-    return _choice(_rules.decide(rules, _computed(question)), question)
+    return _rules.decide(rules, _computed(question))
 
 
 def _choice(rule: Rule, question: Question) -> Choice:
-    reason = f"{rule.reason} (rule {rule.name!r})" if rule is not _rules.WRONG else rule.reason
+    reason = f"{rule.reason} (rule {rule.name!r})"
     if not rule.fastgen:
         return Choice("torch", "", reason)
     tier = auto_tier("conv2d_norm_act", question.device, question.dtype)
