@@ -32,15 +32,15 @@ lint: $(INSTALLED) ## check style, format and types
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
-bench: build ## measure beside PyTorch's own ops and other peers
+bench: build ## measure fastgen, PyTorch's own ops and other peers
 	$(BIN)/python -m pytest benchmarks -p no:xdist --benchmark-json=benchmarks/results/cpu.json
 	$(BIN)/python -m benchmarks.report benchmarks/results/cpu.json > benchmarks/results/cpu.md
 	$(BIN)/python -m benchmarks.plot benchmarks/results/cpu.json benchmarks/results/latency.png
 
-quality: build ## train each system and measure its samples; one row with ROW=name
+quality: build ## train each system and measure its samples; ROW=name for one row
 	$(BIN)/python -m benchmarks.quality $(if $(ROW),--row $(ROW)) $(if $(SEED),--seed $(SEED))
 
-gpu: $(INSTALLED) ## compare the GPU kernels with PyTorch and measure them; without a GPU, the proofs that need none
+gpu: $(INSTALLED) ## compare the GPU kernels with PyTorch and measure them; without a GPU, run the checks that need none
 	$(BIN)/python -m benchmarks.gpu benchmarks/results
 
 clean: ## remove what was built here (but neither .venv nor runs)

@@ -1,4 +1,4 @@
-"""Builds the native code ahead of time if torch, pybind11 and a compiler are there; otherwise at first use."""
+"""Builds the native code ahead of time if torch, pybind11 and a compiler are available; otherwise at first use."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from fastgen._build.library import Library
 
 
 def native_code() -> dict:
-    """The arguments of setup() that build ahead of time: the ops if torch is there, the inference plan if pybind11 is.
+    """The arguments of setup() that build ahead of time: the ops if torch is available, and the plan if pybind11 is.
 
     An isolated build has neither.
     """
@@ -43,7 +43,7 @@ def native_code() -> dict:
         pass
 
     class BuildOrLeaveOut(base):  # type: ignore[misc,valid-type]
-        """A build that fails makes neither the installation nor the other libraries fail."""
+        """A failed build fails neither the installation nor the other libraries."""
 
         def build_extension(self, extension: Extension) -> None:
             with leaving_out():
@@ -66,7 +66,7 @@ def native_code() -> dict:
 def leaving_out() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever a compiler, ninja or setuptools raise
+    except Exception as error:  # whatever a compiler, ninja or setuptools raises
         warnings.warn(f"native code is left out, to be built at first use: {error}", stacklevel=1)
 
 
