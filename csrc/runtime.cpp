@@ -19,9 +19,9 @@ py::tuple shape(const fastgen::plan::End& end) {
 
 // Pairs of an image's shape and, for labels, their number.
 py::list ends(const std::vector<fastgen::plan::End>& ends) {
-  py::list found;
-  for (const auto& end : ends) found.append(py::make_tuple(shape(end), end.label_count));
-  return found;
+  py::list result;
+  for (const auto& end : ends) result.append(py::make_tuple(shape(end), end.label_count));
+  return result;
 }
 
 // fastgen.runtime has already checked the arrays.

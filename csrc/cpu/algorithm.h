@@ -50,9 +50,9 @@ inline bool can_run(Algorithm algorithm, const Geometry& conv) {
 
 // FASTGEN_WINOGRAD: "0" turns Winograd's algorithms off, "always" uses them wherever they can run, even where they are
 // slower (for tests).
-inline bool winograd_is(const char* wanted) {
-  const char* asked = getenv("FASTGEN_WINOGRAD");
-  return asked && !strcmp(asked, wanted);
+inline bool winograd_is(const char* value) {
+  const char* requested = getenv("FASTGEN_WINOGRAD");
+  return requested && !strcmp(requested, value);
 }
 
 enum class UseWinograd { where_fastest, never, always };

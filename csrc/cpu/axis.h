@@ -30,7 +30,7 @@ struct Axis {
     return axis;
   }
 
-  // i = o * stride - padding + k * dilation, mirrored at both ends when the padding reflects
+  // i = o * stride - padding + k * dilation, mirrored at both ends if the padding reflects
   static Axis strided(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
                       bool reflect) {
     Axis axis{kernel, std::vector<int64_t>(static_cast<size_t>(out * kernel), -1), {}};
@@ -53,8 +53,8 @@ struct Axis {
   static constexpr int64_t kShort = 16;
 
   void add(int64_t position, const std::vector<int64_t>& reached) {
-    for (Class& known : classes)
-      if (known.taps == reached) return known.positions.push_back(position);
+    for (Class& existing : classes)
+      if (existing.taps == reached) return existing.positions.push_back(position);
     classes.push_back({reached, {position}});
   }
 };

@@ -40,16 +40,16 @@ inline void with_activation(Activation act, const F& body) {
 // z = act(z)
 template <class A>
 inline void activate_block(Activation act, A* z, int64_t count, A slope) {
-  with_activation(act, [&](auto known) { activate_block<known.value>(z, count, slope); });
+  with_activation(act, [&](auto constant) { activate_block<constant.value>(z, count, slope); });
 }
 
 // out = grad * act'(z)
 template <class A>
 inline void activate_grad_block(Activation act, const A* grad, const A* z, A* out, int64_t count, A slope) {
-  with_activation(act, [&](auto known) { activate_grad_block<known.value>(grad, z, out, count, slope); });
+  with_activation(act, [&](auto constant) { activate_grad_block<constant.value>(grad, z, out, count, slope); });
 }
 
-// The affine map of the normalisation: z = (x - center) * scale + shift, one coefficient per (row of statistics and)
+// The affine map of the normalization: z = (x - center) * scale + shift, one coefficient per (row of statistics and)
 // channel, `repeat` times one after another for blocks of several pixels.
 template <class A>
 struct Affine {

@@ -1,9 +1,9 @@
-// A convolution as a matrix product whose rows are gathered through pointers: no column matrix is ever written.
+// A convolution as a matrix product whose rows are gathered through pointers, so that no column matrix is written.
 // Included once per instruction set (see isa.h), after epilogue.h.
 namespace fastgen::cpu::FASTGEN_ISA {
 
 // joined: how many taps of a kernel row are read as one tap with that many times the channels, from rows with `edge`
-// more pixels at either end. For few channels, where the product over one tap is too short.
+// more pixels at either end. This is for few channels, for which the product over one tap is too short.
 struct Direct {
   Axis rows, columns;
   int64_t joined = 1, edge = 0;
@@ -33,8 +33,8 @@ void multiply(const Output<T, vectors>& output, const Direct& direct, const Acc<
   constexpr int64_t width = Output<T, vectors>::width;
   const Geometry& conv = output.conv;
   const int64_t channels = conv.ic / conv.groups, depth = channels * direct.joined, group = block / output.blocks();
-  const int64_t down = row.taps.size(), beside = column.taps.size(), taps = down * beside, pixel = conv.ic,
-                kernel = conv.kw / direct.joined, across = conv.iw + 2 * direct.edge;
+  const int64_t row_taps = row.taps.size(), column_taps = column.taps.size(), taps = row_taps * column_taps,
+                pixel = conv.ic, kernel = conv.kw / direct.joined, row_pixels = conv.iw + 2 * direct.edge;
   const A** const weights = pointers;
   const A** const sources = pointers + count * taps;
   const A** const lines = sources + taps * kPixels;
@@ -59,17 +59,17 @@ void multiply(const Output<T, vectors>& output, const Direct& direct, const Acc<
   for (int64_t image = band.first_image; image < band.last_image; ++image)
     for (auto at = first_oh; at != last_oh; ++at) {
       const int64_t oh = *at;
-      for (int64_t i = 0; i < down; ++i) {
+      for (int64_t i = 0; i < row_taps; ++i) {
         const int64_t ih = direct.rows.source[oh * conv.kh + row.taps[i]];
-        lines[i] = ih < 0 ? nullptr : x + (image * conv.ih + ih) * across * pixel + group * channels;
+        lines[i] = ih < 0 ? nullptr : x + (image * conv.ih + ih) * row_pixels * pixel + group * channels;
       }
       A* const line =
           z + ((image - band.first_image) * (band.last_row - band.first_row) + oh - band.first_row) * conv.ow * width;
       for (const int64_t ow : column.positions) {
         const int64_t* const columns = direct.columns.source.data() + ow * kernel;
         const A** source = sources + filled;
-        for (int64_t i = 0; i < down; ++i)
-          for (int64_t j = 0; j < beside; ++j, source += kPixels) {
+        for (int64_t i = 0; i < row_taps; ++i)
+          for (int64_t j = 0; j < column_taps; ++j, source += kPixels) {
             const int64_t iw = columns[kws[j]];
             *source = lines[i] && iw >= 0 ? lines[i] + iw * pixel : zeros;
           }
@@ -90,21 +90,22 @@ void run(Output<T, vectors>& output, const Direct& direct, const Acc<T>* x, cons
   const Epilogue& epilogue = output.epilogue;
   output.set_band(kBandPixels / epilogue.s, kBandPixels / conv.ow);
   // Smaller bands where these would make fewer than kItems items of work.
-  const int64_t others = conv.groups * output.blocks() * ceil_div(epilogue.n, output.images);
-  output.set_band(output.images,
-                  std::min(output.band_rows, std::max<int64_t>(4, ceil_div(conv.oh, ceil_div(kItems, others)))));
+  const int64_t items_per_band = conv.groups * output.blocks() * ceil_div(epilogue.n, output.images);
+  output.set_band(output.images, std::min(output.band_rows,
+                                          std::max<int64_t>(4, ceil_div(conv.oh, ceil_div(kItems, items_per_band)))));
   const int64_t bands = ceil_div(epilogue.n, output.images) * output.bands_per_image(),
                 band_size = output.images * output.band_rows * conv.ow * width;
   // Two blocks at once, if that leaves enough work for all threads.
-  const int64_t together = conv.groups * output.blocks() * bands >= 4 * parallel.threads ? 2 : 1;
-  const int64_t parts_per_group = ceil_div(output.blocks(), together);
+  const int64_t blocks_at_once = conv.groups * output.blocks() * bands >= 4 * parallel.threads ? 2 : 1;
+  const int64_t parts_per_group = ceil_div(output.blocks(), blocks_at_once);
   const std::vector<A> zeros(static_cast<size_t>(conv.ic / conv.groups * direct.joined), A(0));
   parallel(conv.groups * parts_per_group * bands, [&](int64_t begin, int64_t end) {
-    A* const memory = thread_scratch<A>(together * band_size);
-    const A** const sources = thread_scratch<const A*>(conv.kh * conv.kw * (kPixels + together) + conv.kh);
+    A* const memory = thread_scratch<A>(blocks_at_once * band_size);
+    const A** const sources = thread_scratch<const A*>(conv.kh * conv.kw * (kPixels + blocks_at_once) + conv.kh);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t group = item / bands / parts_per_group, in_group = item / bands % parts_per_group * together;
-      const int64_t block = group * output.blocks() + in_group, count = std::min(together, output.blocks() - in_group);
+      const int64_t group = item / bands / parts_per_group, in_group = item / bands % parts_per_group * blocks_at_once;
+      const int64_t block = group * output.blocks() + in_group,
+                    count = std::min(blocks_at_once, output.blocks() - in_group);
       const Band band = output.band_at(item % bands);
       for (const Axis::Class& row : direct.rows.classes)
         for (const Axis::Class& column : direct.columns.classes)

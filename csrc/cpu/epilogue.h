@@ -16,11 +16,11 @@ struct Output {
   const Geometry& conv;
   const Epilogue& epilogue;
   const A* bias;            // or null
-  const Affine<A>* affine;  // null: no normalisation here
+  const Affine<A>* affine;  // null: no normalization here
   const T* residual;        // added before the activation, or null
   T* pre;
   T* out;
-  std::vector<Moments<double>>* parts;  // (n, bands per image, c) when statistics are asked for, or null
+  std::vector<Moments<double>>* parts;  // (n, bands per image, c) if statistics are requested, else null
   int64_t images = 0, band_rows = 0;    // of a band
 
   void set_band(int64_t images_, int64_t rows) {
@@ -54,7 +54,7 @@ struct Output {
     return z;
   }
 
-  // Bias, statistics or normalisation + activation, and the store, for one block of channels of some rows of one image.
+  // Bias, statistics or normalization + activation, and the store, for one block of channels of some rows of one image.
   void finish_rows(int64_t block, int64_t image, int64_t first_row, int64_t last_row, A* z) const {
     const int64_t group = block / blocks(), first = group * (epilogue.c / conv.groups) + block % blocks() * width;
     const int64_t valid = std::min(width, (group + 1) * (epilogue.c / conv.groups) - first),
@@ -63,8 +63,8 @@ struct Output {
     if (bias) std::copy_n(bias + first, valid, shift);
     if (out && epilogue.channels_last && valid == width && !pre && !affine && !residual) {
       T* const to = out + at(image, first, first_row * conv.ow);
-      with_activation(epilogue.activation, [&](auto known) {
-        put_activated<known.value>(z, pixels, shift, static_cast<A>(epilogue.negative_slope), to, epilogue.c);
+      with_activation(epilogue.activation, [&](auto constant) {
+        put_activated<constant.value>(z, pixels, shift, static_cast<A>(epilogue.negative_slope), to, epilogue.c);
       });
       return;
     }

@@ -59,8 +59,8 @@ inline const float* normals(uint64_t seed, uint64_t offset, uint64_t first, int6
     uint32_t word[4][kCounters];
     philox(seed, offset, {(begin + at) + lane, (begin + at + 1) + lane}, words);
     for (int i = 0; i < 4; ++i) {
-      const Words both = (words[0][i] & 0xffffffff) | (words[1][i] << 32);  // in the order of the counters
-      memcpy(word[i], &both, sizeof(both));
+      const Words interleaved = (words[0][i] & 0xffffffff) | (words[1][i] << 32);  // in the order of the counters
+      memcpy(word[i], &interleaved, sizeof(interleaved));
     }
     float* to = out + 4 * at;
     for (int64_t i = 0; i < kCounters; ++i) {

@@ -134,7 +134,7 @@ template <class T>
 Moments<double> plane_moments(const T* x, int64_t size) {
   using A = Acc<T>;
   A block[kBlock];
-  Moments<double> all;
+  Moments<double> result;
   for (int64_t i = 0; i < size; i += kBlock) {
     const int64_t count = std::min(kBlock, size - i);
     load_block(x + i, block, count);
@@ -149,9 +149,9 @@ Moments<double> plane_moments(const T* x, int64_t size) {
       sum += d;
       squares += d * d;
     }
-    all.merge(moments_about(mean, sum, squares, count));
+    result.merge(moments_about(mean, sum, squares, count));
   }
-  return all;
+  return result;
 }
 
 template <class T>
@@ -178,14 +178,14 @@ void moments(const Epilogue& epilogue, const void* x_, void* mean, void* var, co
 // Adds the sums of g and of g * (x - center).
 template <class T>
 void add_sums(const Acc<T>* g, const T* x, Acc<T> center, int64_t count, double& sum_g, double& sum_gx) {
-  Acc<T> all_g = 0, all_gx = 0;
-#pragma omp simd reduction(+ : all_g, all_gx)
+  Acc<T> partial_g = 0, partial_gx = 0;
+#pragma omp simd reduction(+ : partial_g, partial_gx)
   for (int64_t i = 0; i < count; ++i) {
-    all_g += g[i];
-    all_gx += g[i] * (load(x + i) - center);
+    partial_g += g[i];
+    partial_gx += g[i] * (load(x + i) - center);
   }
-  sum_g += all_g;
-  sum_gx += all_gx;
+  sum_g += partial_g;
+  sum_gx += partial_gx;
 }
 
 // The gradient through the statistics of x, as coefficients like Affine's: dx = scale * g - offset - (x - mean) *
@@ -199,7 +199,7 @@ struct StatsGrad {
 template <class A>
 StatsGrad<A> merge_sums(const Epilogue& epilogue, const Affine<A>& affine, const std::vector<double>& g,
                         const std::vector<double>& gx, int64_t chunks, A* grad_weight, A* grad_bias) {
-  const int64_t rows = epilogue.rows_of_stats(), merged = epilogue.per_sample ? chunks : epilogue.n * chunks,
+  const int64_t rows = epilogue.rows_of_stats(), parts_per_row = epilogue.per_sample ? chunks : epilogue.n * chunks,
                 size = rows * epilogue.stats_groups;
   const int64_t period = pixels_per_row(epilogue) * epilogue.c;
   const double count =
@@ -209,7 +209,7 @@ StatsGrad<A> merge_sums(const Epilogue& epilogue, const Affine<A>& affine, const
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t channel = 0; channel < epilogue.c; ++channel) {
       double sum_g = 0, sum_gx = 0;
-      for (int64_t part = row * merged; part < (row + 1) * merged; ++part) {
+      for (int64_t part = row * parts_per_row; part < (row + 1) * parts_per_row; ++part) {
         sum_g += g[part * epilogue.c + channel];
         sum_gx += gx[part * epilogue.c + channel];
       }
@@ -315,15 +315,15 @@ void backward(const Epilogue& epilogue, const void* grad_out_, const void* x_, c
       A* const g = staging(grad_x + block.at, buffer);
       grad_block(block, g);
       if (grad_residual) store_block(grad_residual + block.at, g, block.count);
-      const A *offset = stats.offset.get() + block.k, *slope_of_x = stats.slope.get() + block.k;
-      const auto run = [&](auto center, auto scale, auto off, auto along_x) {
+      const A *offsets = stats.offset.get() + block.k, *x_slopes = stats.slope.get() + block.k;
+      const auto run = [&](auto center, auto scale, auto offset, auto x_slope) {
         for (int64_t i = 0; i < block.count; ++i)
-          g[i] = scale[i] * g[i] - off[i] - (load(x + block.at + i) - center[i]) * along_x[i];
+          g[i] = scale[i] * g[i] - offset[i] - (load(x + block.at + i) - center[i]) * x_slope[i];
       };
       with_coefficients(epilogue, affine, block, [&](auto center, auto scale, auto) {
         if constexpr (std::is_same_v<decltype(center), Each<A>>)
-          run(center, scale, Each<A>{offset}, Each<A>{slope_of_x});
-        else run(center, scale, Same<A>{*offset}, Same<A>{*slope_of_x});
+          run(center, scale, Each<A>{offsets}, Each<A>{x_slopes});
+        else run(center, scale, Same<A>{*offsets}, Same<A>{*x_slopes});
       });
       flush(grad_x + block.at, g, block.count);
     });
@@ -351,21 +351,21 @@ namespace fastgen::cpu {
 
 void merge_moments(const Epilogue& epilogue, const std::vector<Moments<double>>& parts, int64_t chunks, void* mean,
                    void* var) {
-  const int64_t merged = epilogue.per_sample ? chunks : epilogue.n * chunks,
+  const int64_t parts_per_row = epilogue.per_sample ? chunks : epilogue.n * chunks,
                 channels = epilogue.c / epilogue.stats_groups;
   for (int64_t row = 0; row < epilogue.rows_of_stats(); ++row)
     for (int64_t group = 0; group < epilogue.stats_groups; ++group) {
-      Moments<double> all;
-      for (int64_t part = row * merged; part < (row + 1) * merged; ++part)
+      Moments<double> total;
+      for (int64_t part = row * parts_per_row; part < (row + 1) * parts_per_row; ++part)
         for (int64_t channel = group * channels; channel < (group + 1) * channels; ++channel)
-          all.merge(parts[part * epilogue.c + channel]);
+          total.merge(parts[part * epilogue.c + channel]);
       const int64_t k = row * epilogue.stats_groups + group;
-      const double variance = all.m2 / all.count;
+      const double variance = total.m2 / total.count;
       if (epilogue.dtype == DType::float64) {
-        static_cast<double*>(mean)[k] = all.mean;
+        static_cast<double*>(mean)[k] = total.mean;
         static_cast<double*>(var)[k] = variance;
       } else {
-        static_cast<float*>(mean)[k] = static_cast<float>(all.mean);
+        static_cast<float*>(mean)[k] = static_cast<float>(total.mean);
         static_cast<float*>(var)[k] = static_cast<float>(variance);
       }
     }

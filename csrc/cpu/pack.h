@@ -52,9 +52,9 @@ void copy_taps(const T* from, int64_t in_step, int64_t out_step, int64_t depth, 
   if (depth < size || valid < width) std::fill_n(to, size * width, Acc<T>(0));
   const auto value = [](const T* at, [[maybe_unused]] int64_t step) {
     if constexpr (pairs) {
-      const uint32_t both = at[0].bits | static_cast<uint32_t>(at[step].bits) << 16;
+      const uint32_t pair = at[0].bits | static_cast<uint32_t>(at[step].bits) << 16;
       float result;
-      memcpy(&result, &both, sizeof(result));
+      memcpy(&result, &pair, sizeof(result));
       return result;
     } else {
       return load(at);
@@ -87,7 +87,7 @@ struct Pixels {
   const S* get() const { return x; }
 };
 
-// x (n, c, s), in either memory order, as (n, s, c) of type S; no copy where x already is.
+// x (n, c, s), in either memory order, as (n, s, c) of type S; no copy if x already is.
 template <class S, class T>
 Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channels_last, const ParallelFor& parallel) {
   if constexpr (std::is_same_v<T, S>)
@@ -125,12 +125,12 @@ Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channel
 template <class S>
 Buffer<S> with_edges(const S* x, int64_t rows, int64_t columns, int64_t c, int64_t edge, bool reflect,
                      const ParallelFor& parallel) {
-  const int64_t wide = columns + 2 * edge;
-  auto copy = scratch<S>(rows * wide * c);
+  const int64_t padded = columns + 2 * edge;
+  auto copy = scratch<S>(rows * padded * c);
   parallel(rows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const S* const from = x + row * columns * c;
-      S* const to = copy.get() + row * wide * c;
+      S* const to = copy.get() + row * padded * c;
       std::copy_n(from, columns * c, to + edge * c);
       for (int64_t i = 1; i <= edge; ++i)
         for (int64_t channel = 0; channel < c; ++channel) {
@@ -157,18 +157,18 @@ inline WeightStrides weight_strides(const Geometry& conv) {
 // bfloat16 weights of channels 2 i and 2 i + 1 in one float.
 template <bool pairs = false, class T>
 Buffer<Acc<T>> pack_weights(const Geometry& conv, int64_t width, const T* weight, const ParallelFor& parallel) {
-  constexpr int64_t together = pairs ? 2 : 1, most = 16;
-  const int64_t depth = conv.ic / conv.groups / together, channels = conv.oc / conv.groups,
+  constexpr int64_t channels_per_value = pairs ? 2 : 1, chunk = 16;
+  const int64_t depth = conv.ic / conv.groups / channels_per_value, channels = conv.oc / conv.groups,
                 blocks = ceil_div(channels, width);
-  const int64_t taps = conv.kh * conv.kw, parts = ceil_div(depth, most);
+  const int64_t taps = conv.kh * conv.kw, parts = ceil_div(depth, chunk);
   const WeightStrides stride = weight_strides(conv);
   auto packed = scratch<Acc<T>>(conv.groups * blocks * taps * depth * width);
   parallel(conv.groups * blocks * parts, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item % parts * most, block = item / parts % blocks, group = item / parts / blocks;
-      const int64_t count = std::min(most, depth - first), valid = std::min(width, channels - block * width);
+      const int64_t first = item % parts * chunk, block = item / parts % blocks, group = item / parts / blocks;
+      const int64_t count = std::min(chunk, depth - first), valid = std::min(width, channels - block * width);
       const T* const from =
-          weight + group * stride.group + first * together * stride.depth + block * width * stride.channel;
+          weight + group * stride.group + first * channels_per_value * stride.depth + block * width * stride.channel;
       for (int64_t tap = 0; tap < taps; ++tap)
         copy_taps<pairs>(from + tap / conv.kw * stride.row + tap % conv.kw * stride.column, stride.depth,
                          stride.channel, count, valid, count, width,

@@ -22,9 +22,9 @@ inline Isa isa() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       best = Isa::avx512;
 #endif
-    const char* asked = getenv("FASTGEN_CPU_ISA");
-    if (asked && !strcmp(asked, "baseline")) return Isa::baseline;
-    if (asked && !strcmp(asked, "avx2") && best == Isa::avx512) return Isa::avx2;
+    const char* requested = getenv("FASTGEN_CPU_ISA");
+    if (requested && !strcmp(requested, "baseline")) return Isa::baseline;
+    if (requested && !strcmp(requested, "avx2") && best == Isa::avx512) return Isa::avx2;
     return best;
   }();
   return chosen;

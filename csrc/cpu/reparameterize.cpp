@@ -10,10 +10,10 @@
 
 namespace fastgen::cpu::FASTGEN_ISA {
 
-constexpr int64_t kElements = 512;         // per block, which stays in the first-level cache
-constexpr int64_t kUnit = 16 * kElements;  // elements per task for any thread count, so that sums do not depend on it
+constexpr int64_t kElements = 512;         // elements per block, which stays in the first-level cache
+constexpr int64_t kUnit = 16 * kElements;  // per unit of work; constant, so that sums do not depend on the thread count
 
-// A key's rows as tasks: whole short rows, or pieces of a long one. Each piece, or short row, has its own sum.
+// A key's rows as units of work: whole short rows, or pieces of a long one. Each piece or short row has its own sum.
 struct Units {
   int64_t rows, size, pieces, rows_per_unit, units;
 
@@ -75,7 +75,7 @@ inline void load_periodic(const T* p, int64_t period, int64_t at, int64_t count,
 // divergence = (ratio - 1 - log_ratio + shift * slope) / 2, where slope = (mu - prior mean) / prior variance
 template <class A>
 struct Divergence {
-  const A *shift, *slope, *log_ratio;  // with the standard normal as prior: mu, mu, logvar
+  const A *shift, *slope, *log_ratio;  // with the standard normal as the prior: mu, mu, logvar
   A ratio[kElements], with_prior[3][kElements];
 
   // at: the block's first element, counted over all keys
@@ -102,39 +102,39 @@ struct Divergence {
     log_ratio = with_prior[2];
   }
 
-  void value(A least, A* out, int64_t count) const {
+  void value(A free_bits, A* out, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) {
       const A d = A(0.5) * (shift[i] * slope[i] + (ratio[i] - A(1) - log_ratio[i]));
-      out[i] = d < least ? least : d;
+      out[i] = d < free_bits ? free_bits : d;
     }
   }
 
-  // No gradient where the divergence is below `least`.
-  void mask(A least, A* grad, int64_t count) const {
+  // No gradient where the divergence is below `free_bits`.
+  void mask(A free_bits, A* grad, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) {
       const A d = A(0.5) * (shift[i] * slope[i] + (ratio[i] - A(1) - log_ratio[i])), g = grad[i];
-      grad[i] = d < least ? A(0) : g;
+      grad[i] = d < free_bits ? A(0) : g;
     }
   }
 
   // Adds the gradients of mu and logvar.
-  void add_grad(const A* grad, A* for_mu, A* for_logvar, int64_t count) const {
+  void add_grad(const A* grad, A* grad_mu, A* grad_logvar, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) {
-      for_mu[i] += grad[i] * slope[i];
-      for_logvar[i] += A(0.5) * grad[i] * (ratio[i] - A(1));
+      grad_mu[i] += grad[i] * slope[i];
+      grad_logvar[i] += A(0.5) * grad[i] * (ratio[i] - A(1));
     }
   }
 
-  void prior_grad(const A* grad, A* for_mean, A* for_logvar, int64_t count) const {
+  void prior_grad(const A* grad, A* grad_mean, A* grad_logvar, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) {
-      for_mean[i] = -grad[i] * slope[i];
-      for_logvar[i] = A(0.5) * grad[i] * (A(1) - ratio[i] - shift[i] * slope[i]);
+      grad_mean[i] = -grad[i] * slope[i];
+      grad_logvar[i] = A(0.5) * grad[i] * (A(1) - ratio[i] - shift[i] * slope[i]);
     }
   }
 };
 
-// Prefetches the next block while the noise of this one is computed. (Prefetching does not pay for memory that is
-// written.)
+// Prefetches the next block while the noise of this one is computed. Prefetching memory that is
+// only written does not help.
 template <class T>
 inline void prefetch_next(const T* p) {
   for (int64_t i = kElements; i < 2 * kElements; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
@@ -148,11 +148,11 @@ inline void sample_block(const Acc<T>* mu, const Acc<T>* sd, const Acc<T>* eps, 
 
 // sum += grad, along += grad * eps
 template <class T>
-inline void accumulate_block(const T* grad, const Acc<T>* eps, Acc<T>* sum, Acc<T>* along, int64_t count) {
+inline void accumulate_block(const T* grad, const Acc<T>* eps, Acc<T>* sum, Acc<T>* noise_sum, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const Acc<T> g = load(grad + i);
     sum[i] += g;
-    along[i] += g * eps[i];
+    noise_sum[i] += g * eps[i];
   }
 }
 
@@ -166,11 +166,11 @@ inline void zero_outside(const T* logvar, Acc<T> low, Acc<T> high, Acc<T>* grad,
   }
 }
 
-// The most frequent case in one loop: one sample, the standard normal as prior. Computes z and the sum of the
+// The most frequent case, in one loop: one sample, and the standard normal as the prior. Computes z and the sum of the
 // divergences.
 template <class T>
-inline Acc<T> sample_and_diverge(const T* mu, const T* logvar, const Acc<T>* eps, Acc<T> low, Acc<T> high, Acc<T> least,
-                                 Acc<T>* z, int64_t count) {
+inline Acc<T> sample_and_diverge(const T* mu, const T* logvar, const Acc<T>* eps, Acc<T> low, Acc<T> high,
+                                 Acc<T> free_bits, Acc<T>* z, int64_t count) {
   using A = Acc<T>;
   A sum = 0;  // of up to 512 elements
 #pragma omp simd reduction(+ : sum)
@@ -182,7 +182,7 @@ inline Acc<T> sample_and_diverge(const T* mu, const T* logvar, const Acc<T>* eps
     const A sd = exp_(A(0.5) * l);
     z[i] = m + sd * eps[i];
     const A d = A(0.5) * (m * m + (sd * sd - A(1) - l));
-    sum += d < least ? least : d;
+    sum += d < free_bits ? free_bits : d;
   }
   return sum;
 }
@@ -190,23 +190,23 @@ inline Acc<T> sample_and_diverge(const T* mu, const T* logvar, const Acc<T>* eps
 // The gradients of this case where free_bits masks none of them; grad_kl is the row's.
 template <bool with_kl, class T>
 inline void differentiate(const T* mu, const T* logvar, const Acc<T>* eps, const T* grad_z, Acc<T> grad_kl, Acc<T> low,
-                          Acc<T> high, Acc<T>* for_mu, Acc<T>* for_logvar, int64_t count) {
+                          Acc<T> high, Acc<T>* grad_mu, Acc<T>* grad_logvar, int64_t count) {
   using A = Acc<T>;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const A m = load(mu + i), g = load(grad_z + i), given = load(logvar + i);
-    A l = given;
+    const A m = load(mu + i), g = load(grad_z + i), unclamped = load(logvar + i);
+    A l = unclamped;
     l = l < low ? low : l;
     l = l > high ? high : l;
     const A sd = exp_(A(0.5) * l);
-    A of_mu = g, of_logvar = g * eps[i] * (A(0.5) * sd);
+    A d_mu = g, d_logvar = g * eps[i] * (A(0.5) * sd);
     if constexpr (with_kl) {
-      of_mu += grad_kl * m;
-      of_logvar += A(0.5) * grad_kl * (sd * sd - A(1));
+      d_mu += grad_kl * m;
+      d_logvar += A(0.5) * grad_kl * (sd * sd - A(1));
     }
-    const bool outside = (given < low) | (given > high);
-    for_mu[i] = of_mu;
-    for_logvar[i] = outside ? A(0) : of_logvar;
+    const bool outside = (unclamped < low) | (unclamped > high);
+    grad_mu[i] = d_mu;
+    grad_logvar[i] = outside ? A(0) : d_logvar;
   }
 }
 
@@ -224,14 +224,14 @@ void noise(const Reparameterize& op, void* out_, const ParallelFor& parallel) {
 }
 
 template <class T>
-void forward(const Reparameterize& op, const ReparameterizeTensors& given, void* z_, void* kl,
+void forward(const Reparameterize& op, const ReparameterizeTensors& tensors, void* z_, void* kl,
              const ParallelFor& parallel) {
   using A = Acc<T>;
   const Units units(op);
   const int64_t size = op.rows * op.size;
   const A low = static_cast<A>(op.logvar_min), high = static_cast<A>(op.logvar_max),
-          least = static_cast<A>(op.free_bits);
-  const bool plain = op.samples == 1 && !given.prior_mean && kl,
+          free_bits = static_cast<A>(op.free_bits);
+  const bool plain = op.samples == 1 && !tensors.prior_mean && kl,
              streams = leaves_cache(3 * op.keys * size * int64_t(sizeof(T)));
   std::vector<double> sums(static_cast<size_t>(kl ? op.keys * op.rows * units.pieces : 0));
   parallel(op.keys * units.units, [&](int64_t begin, int64_t end) {
@@ -240,10 +240,10 @@ void forward(const Reparameterize& op, const ReparameterizeTensors& given, void*
     A buffer[kElements + kNoiseSlack], nats[kElements];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k = i / units.units, unit = i % units.units;
-      const T *mu = static_cast<const T*>(given.mu) + k * size,
-              *logvar = static_cast<const T*>(given.logvar) + k * size;
-      const T *mean = static_cast<const T*>(given.prior_mean),
-              *prior_logvar = static_cast<const T*>(given.prior_logvar);
+      const T *mu = static_cast<const T*>(tensors.mu) + k * size,
+              *logvar = static_cast<const T*>(tensors.logvar) + k * size;
+      const T *mean = static_cast<const T*>(tensors.prior_mean),
+              *prior_logvar = static_cast<const T*>(tensors.prior_logvar);
       T* z = static_cast<T*>(z_) + k * op.samples * size;
       const auto sum_of = [&](int64_t row) -> double& {
         return sums[(k * op.rows + row) * units.pieces + (units.pieces > 1 ? unit % units.pieces : 0)];
@@ -255,7 +255,7 @@ void forward(const Reparameterize& op, const ReparameterizeTensors& given, void*
           units.for_each_row(at, count, [&](int64_t row, int64_t from, int64_t to) {
             const int64_t j = at + from;
             sum_of(row) +=
-                sample_and_diverge(mu + j, logvar + j, eps + from, low, high, least, drawn + from, to - from);
+                sample_and_diverge(mu + j, logvar + j, eps + from, low, high, free_bits, drawn + from, to - from);
           });
           flush(z + at, drawn, count, streams);
           return;
@@ -267,7 +267,7 @@ void forward(const Reparameterize& op, const ReparameterizeTensors& given, void*
         }
         if (!kl) return;
         divergence.load_block(op, q, mean, prior_logvar, k * size + at, count);
-        divergence.value(least, nats, count);
+        divergence.value(free_bits, nats, count);
         units.for_each_row(at, count, [&](int64_t row, int64_t from, int64_t to) {
           A sum = 0;  // of up to 512 elements; the rest in double
 #pragma omp simd reduction(+ : sum)
@@ -286,25 +286,25 @@ void forward(const Reparameterize& op, const ReparameterizeTensors& given, void*
 }
 
 template <class T>
-void backward(const Reparameterize& op, const void* grad_z_, const void* grad_kl_, const ReparameterizeTensors& given,
+void backward(const Reparameterize& op, const void* grad_z_, const void* grad_kl_, const ReparameterizeTensors& tensors,
               const ReparameterizeGrads& grads, const ParallelFor& parallel) {
   using A = Acc<T>;
   const Units units(op);
   const int64_t size = op.rows * op.size;
   const A* grad_kl = static_cast<const A*>(grad_kl_);
   const A low = static_cast<A>(op.logvar_min), high = static_cast<A>(op.logvar_max);
-  const bool plain = op.samples == 1 && !given.prior_mean && grad_z_ && !(grad_kl && op.free_bits > 0);
+  const bool plain = op.samples == 1 && !tensors.prior_mean && grad_z_ && !(grad_kl && op.free_bits > 0);
   const bool streams = leaves_cache(5 * op.keys * size * int64_t(sizeof(T)));
   parallel(op.keys * units.units, [&](int64_t begin, int64_t end) {
     Gaussian<A> q;
     Divergence<A> divergence;
-    A buffer[kElements + kNoiseSlack], sum[kElements], along[kElements], g[kElements];
+    A buffer[kElements + kNoiseSlack], mu_grad[kElements], logvar_grad[kElements], g[kElements];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k = i / units.units, unit = i % units.units;
-      const T *mu = static_cast<const T*>(given.mu) + k * size,
-              *logvar = static_cast<const T*>(given.logvar) + k * size;
-      const T *mean = static_cast<const T*>(given.prior_mean),
-              *prior_logvar = static_cast<const T*>(given.prior_logvar);
+      const T *mu = static_cast<const T*>(tensors.mu) + k * size,
+              *logvar = static_cast<const T*>(tensors.logvar) + k * size;
+      const T *mean = static_cast<const T*>(tensors.prior_mean),
+              *prior_logvar = static_cast<const T*>(tensors.prior_logvar);
       const T* grad_z = static_cast<const T*>(grad_z_) + k * op.samples * size;
       units.for_each_block(unit, [&](int64_t at, int64_t count) {
         const int64_t to = k * size + at;
@@ -313,45 +313,46 @@ void backward(const Reparameterize& op, const void* grad_z_, const void* grad_kl
           prefetch_next(grad_z + at);
           const A* eps = normals(op.key[2 * k], op.key[2 * k + 1], at, count, buffer);
           T *const to_mu = static_cast<T*>(grads.mu) + to, *const to_logvar = static_cast<T*>(grads.logvar) + to;
-          A *const of_mu = staging(to_mu, sum, streams), *const of_logvar = staging(to_logvar, along, streams);
+          A *const staged_mu = staging(to_mu, mu_grad, streams), *const staged_logvar =
+                                                                     staging(to_logvar, logvar_grad, streams);
           units.for_each_row(at, count, [&](int64_t row, int64_t from, int64_t end_of_row) {
             const int64_t j = at + from;
-            const A of_kl = grad_kl ? static_cast<A>(op.beta) * grad_kl[k * op.rows + row] : A(0);
+            const A kl_grad = grad_kl ? static_cast<A>(op.beta) * grad_kl[k * op.rows + row] : A(0);
             (grad_kl ? differentiate<true, T> : differentiate<false, T>)(mu + j, logvar + j, eps + from, grad_z + j,
-                                                                         of_kl, low, high, of_mu + from,
-                                                                         of_logvar + from, end_of_row - from);
+                                                                         kl_grad, low, high, staged_mu + from,
+                                                                         staged_logvar + from, end_of_row - from);
           });
-          flush(to_mu, of_mu, count, streams);
-          flush(to_logvar, of_logvar, count, streams);
+          flush(to_mu, staged_mu, count, streams);
+          flush(to_logvar, staged_logvar, count, streams);
           return;
         }
         q.load_block(op, mu + at, logvar + at, count);
-        std::fill_n(sum, count, A(0));    // of grad_z over the samples
-        std::fill_n(along, count, A(0));  // of grad_z * noise
+        std::fill_n(mu_grad, count, A(0));      // first the sum of grad_z over the samples
+        std::fill_n(logvar_grad, count, A(0));  // first the sum of grad_z * noise
         for (int64_t s = 0; grad_z_ && s < op.samples; ++s) {
           prefetch_next(grad_z + s * size + at);
           const A* eps = normals(op.key[2 * k], op.key[2 * k + 1], s * size + at, count, buffer);
-          accumulate_block(grad_z + s * size + at, eps, sum, along, count);
+          accumulate_block(grad_z + s * size + at, eps, mu_grad, logvar_grad, count);
         }
         if (grad_z_)
-          for (int64_t j = 0; j < count; ++j) along[j] *= A(0.5) * q.sd[j];
+          for (int64_t j = 0; j < count; ++j) logvar_grad[j] *= A(0.5) * q.sd[j];
         if (grad_kl) {
           divergence.load_block(op, q, mean, prior_logvar, to, count);
           units.for_each_row(at, count, [&](int64_t row, int64_t from, int64_t end_of_row) {
             std::fill(g + from, g + end_of_row, static_cast<A>(op.beta) * grad_kl[k * op.rows + row]);
           });
           if (op.free_bits > 0) divergence.mask(static_cast<A>(op.free_bits), g, count);
-          divergence.add_grad(g, sum, along, count);
+          divergence.add_grad(g, mu_grad, logvar_grad, count);
         }
-        zero_outside(logvar + at, low, high, along, count);
-        store_block(static_cast<T*>(grads.mu) + to, sum, count);
-        store_block(static_cast<T*>(grads.logvar) + to, along, count);
+        zero_outside(logvar + at, low, high, logvar_grad, count);
+        store_block(static_cast<T*>(grads.mu) + to, mu_grad, count);
+        store_block(static_cast<T*>(grads.logvar) + to, logvar_grad, count);
         if (!mean) return;
-        if (grad_kl) divergence.prior_grad(g, sum, along, count);
+        if (grad_kl) divergence.prior_grad(g, mu_grad, logvar_grad, count);
         else
-          for (A* p : {sum, along}) std::fill_n(p, count, A(0));
-        store_block(static_cast<T*>(grads.prior_mean) + to, sum, count);
-        store_block(static_cast<T*>(grads.prior_logvar) + to, along, count);
+          for (A* p : {mu_grad, logvar_grad}) std::fill_n(p, count, A(0));
+        store_block(static_cast<T*>(grads.prior_mean) + to, mu_grad, count);
+        store_block(static_cast<T*>(grads.prior_logvar) + to, logvar_grad, count);
       });
     }
     finish_streams(plain && streams);
@@ -363,15 +364,15 @@ inline void noise(const Reparameterize& op, void* out, const ParallelFor& parall
   noise<float>(op, out, parallel);
 }
 
-inline void reparameterize(const Reparameterize& op, const ReparameterizeTensors& given, void* z, void* kl,
+inline void reparameterize(const Reparameterize& op, const ReparameterizeTensors& tensors, void* z, void* kl,
                            const ParallelFor& parallel) {
-  FASTGEN_FOR_DTYPE(op.dtype, forward, op, given, z, kl, parallel)
+  FASTGEN_FOR_DTYPE(op.dtype, forward, op, tensors, z, kl, parallel)
 }
 
 inline void reparameterize_backward(const Reparameterize& op, const void* grad_z, const void* grad_kl,
-                                    const ReparameterizeTensors& given, const ReparameterizeGrads& grads,
+                                    const ReparameterizeTensors& tensors, const ReparameterizeGrads& grads,
                                     const ParallelFor& parallel) {
-  FASTGEN_FOR_DTYPE(op.dtype, backward, op, grad_z, grad_kl, given, grads, parallel)
+  FASTGEN_FOR_DTYPE(op.dtype, backward, op, grad_z, grad_kl, tensors, grads, parallel)
 }
 
 }  // namespace fastgen::cpu::FASTGEN_ISA
@@ -383,15 +384,15 @@ void noise(const Reparameterize& op, void* out, const ParallelFor& parallel) {
   FASTGEN_DISPATCH(noise, op, out, parallel)
 }
 
-void reparameterize(const Reparameterize& op, const ReparameterizeTensors& given, void* z, void* kl,
+void reparameterize(const Reparameterize& op, const ReparameterizeTensors& tensors, void* z, void* kl,
                     const ParallelFor& parallel) {
-  FASTGEN_DISPATCH(reparameterize, op, given, z, kl, parallel)
+  FASTGEN_DISPATCH(reparameterize, op, tensors, z, kl, parallel)
 }
 
 void reparameterize_backward(const Reparameterize& op, const void* grad_z, const void* grad_kl,
-                             const ReparameterizeTensors& given, const ReparameterizeGrads& grads,
+                             const ReparameterizeTensors& tensors, const ReparameterizeGrads& grads,
                              const ParallelFor& parallel) {
-  FASTGEN_DISPATCH(reparameterize_backward, op, grad_z, grad_kl, given, grads, parallel)
+  FASTGEN_DISPATCH(reparameterize_backward, op, grad_z, grad_kl, tensors, grads, parallel)
 }
 
 }  // namespace fastgen::cpu

@@ -9,12 +9,12 @@ namespace fastgen::cpu {
 void noise(const Reparameterize& op, void* out, const ParallelFor& parallel);
 
 // kl: (keys, rows), or null.
-void reparameterize(const Reparameterize& op, const ReparameterizeTensors& given, void* z, void* kl,
+void reparameterize(const Reparameterize& op, const ReparameterizeTensors& tensors, void* z, void* kl,
                     const ParallelFor& parallel);
 
 // grad_z like z, grad_kl like kl; either may be null.
 void reparameterize_backward(const Reparameterize& op, const void* grad_z, const void* grad_kl,
-                             const ReparameterizeTensors& given, const ReparameterizeGrads& grads,
+                             const ReparameterizeTensors& tensors, const ReparameterizeGrads& grads,
                              const ParallelFor& parallel);
 
 }  // namespace fastgen::cpu

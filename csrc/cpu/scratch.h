@@ -20,7 +20,7 @@ class BlockCache {
   static void* allocate(size_t size) {
     const size_t unit = size < 2 * kPage ? kLine : kPage;
     size = (kLine + size + unit - 1) / unit * unit - kLine;
-    if (BlockCache* const cache = size < kMinKept ? nullptr : of_this_thread()) {
+    if (BlockCache* const cache = size < kMinKept ? nullptr : for_this_thread()) {
       const auto at = cache->blocks.lower_bound(size);
       if (at != cache->blocks.end() && at->first <= 2 * size) {
         char* const memory = at->second;
@@ -39,7 +39,7 @@ class BlockCache {
     char* const memory = static_cast<char*>(block) - kLine;
     size_t size;
     memcpy(&size, memory, sizeof(size));
-    BlockCache* const cache = size < kMinKept || size > kMaxKept ? nullptr : of_this_thread();
+    BlockCache* const cache = size < kMinKept || size > kMaxKept ? nullptr : for_this_thread();
     if (!cache) return std::free(memory);
     for (; cache->bytes + size > kMaxKept; cache->blocks.erase(cache->blocks.begin())) {
       cache->bytes -= cache->blocks.begin()->first;
@@ -64,7 +64,7 @@ class BlockCache {
   std::multimap<size_t, char*> blocks;
   size_t bytes = 0;
 
-  static BlockCache* of_this_thread() {  // null during the thread's exit
+  static BlockCache* for_this_thread() {  // null during the thread's exit
     static thread_local bool ended = false;
     static thread_local struct Cache : BlockCache {
       ~Cache() {

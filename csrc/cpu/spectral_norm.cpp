@@ -10,15 +10,15 @@
 
 namespace fastgen::cpu::FASTGEN_ISA {
 
-// The sizes of a weight's chunks (terms: see SpectralMatrix). They do not depend on the thread count, so results do
-// not.
-constexpr int64_t kChunkElements = 1 << 15, kChunkLines = 64, kMostChunks = 16;
+// The sizes of a weight's chunks (terms: see SpectralMatrix). They do not depend on the thread count, so the results
+// do not either.
+constexpr int64_t kChunkElements = 1 << 15, kChunkLines = 64, kMaxChunks = 16;
 constexpr int64_t kRows = 4;
 
 inline int64_t chunk_count(const SpectralMatrix& m) {
   return std::max<int64_t>(
       1, std::min(
-             {kMostChunks, m.lines(), std::max(ceil_div(m.size(), kChunkElements), ceil_div(m.lines(), kChunkLines))}));
+             {kMaxChunks, m.lines(), std::max(ceil_div(m.size(), kChunkElements), ceil_div(m.lines(), kChunkLines))}));
 }
 
 // Some consecutive lines of a weight: the work of one thread.
@@ -36,7 +36,7 @@ inline std::vector<Chunk> chunks_of(const std::vector<SpectralMatrix>& matrices)
   return chunks;
 }
 
-// Calls body(i) for each i < count. As chunks differ in size, a thread that is free takes the next one.
+// Calls body(i) for each i < count. Chunks differ in size, so a thread takes the next one as soon as it is free.
 template <class Body>
 void for_each(int64_t count, const ParallelFor& parallel, const Body& body) {
   std::atomic<int64_t> next{0};
@@ -109,23 +109,23 @@ inline void block_times_u(const T* w, int64_t d, int64_t b, const Acc<T>* u, Acc
 // The elements of the summed product: W v if outer > 1, W^T u if outer == 1 (whose `inner` is then a row's size).
 inline int64_t summed_size(const SpectralMatrix& m) { return m.outer == 1 ? m.inner : m.rows; }
 
-// A chunk's part of the summed product. `both`: of the line product, computed just before from the same elements and
-// not normalized.
+// A chunk's part of the summed product. fused: first computes the chunk's line product, and uses it, not normalized, as
+// the vector.
 template <class T>
-void sum_chunk(const SpectralMatrix& m, const Chunk& chunk, bool both, Acc<T>* sum) {
+void sum_chunk(const SpectralMatrix& m, const Chunk& chunk, bool fused, Acc<T>* sum) {
   using A = Acc<T>;
   const T* w = static_cast<const T*>(m.weight);
   A *u = static_cast<A*>(m.u), *v = static_cast<A*>(m.v);
   std::fill_n(sum, summed_size(m), A(0));
   if (m.outer == 1) {
-    // v is read while u is written: the new v is what is summed.
+    // Reads v and, if fused, writes u; the sum is the new v.
     int64_t i = chunk.begin;
     for (; i + kRows <= chunk.end; i += kRows) {
-      if (both) rows_times_v<kRows>(w + i * m.inner, m.inner, v, u + i);
+      if (fused) rows_times_v<kRows>(w + i * m.inner, m.inner, v, u + i);
       rows_times_u<kRows>(w + i * m.inner, m.inner, u + i, sum);
     }
     for (; i < chunk.end; ++i) {
-      if (both) rows_times_v<1>(w + i * m.inner, m.inner, v, u + i);
+      if (fused) rows_times_v<1>(w + i * m.inner, m.inner, v, u + i);
       rows_times_u<1>(w + i * m.inner, m.inner, u + i, sum);
     }
     return;
@@ -134,7 +134,7 @@ void sum_chunk(const SpectralMatrix& m, const Chunk& chunk, bool both, Acc<T>* s
   std::fill_n(columns.get(), m.rows * m.inner, A(0));
   for (int64_t p = chunk.begin; p < chunk.end; ++p) {
     const T* block = w + p * m.rows * m.inner;
-    if (both) block_times_u(block, m.rows, m.inner, u, v + p * m.inner);
+    if (fused) block_times_u(block, m.rows, m.inner, u, v + p * m.inner);
     block_times_v(block, m.rows, m.inner, v + p * m.inner, sum, columns.get());
   }
   if (m.inner > 1)
@@ -180,7 +180,7 @@ double dot(const A* x, const A* y, int64_t size) {
 // The results of one weight's chunks: their parts of the summed product, (chunks, summed_size).
 template <class T>
 struct Scratch {
-  Buffer<Acc<T>> sums, product;  // product: the second of an iteration, before it is normalized
+  Buffer<Acc<T>> sums, product;  // product: the second product of an iteration, not normalized
 };
 
 template <class T>
@@ -199,35 +199,35 @@ inline void in_blocks(int64_t begin, int64_t end, const Body& body) {
   for (int64_t at = begin; at < end; at += kBlock) body(at, std::min(kBlock, end - at));
 }
 
-// The weights of one dtype.
+// spectral_norm for weights of one dtype.
 template <class T>
 void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first,
                    const ParallelFor& parallel) {
   using A = Acc<T>;
   const std::vector<Chunk> chunks = chunks_of(matrices);
   const int64_t count = static_cast<int64_t>(matrices.size()), chunk_total = static_cast<int64_t>(chunks.size());
-  std::vector<Scratch<T>> of(matrices.size());
+  std::vector<Scratch<T>> buffers(matrices.size());
   for (int64_t k = 0; k < count; ++k) {
-    of[k].sums = scratch<A>(chunk_count(matrices[k]) * summed_size(matrices[k]));
-    of[k].product = scratch<A>(std::max(matrices[k].rows, matrices[k].columns()));
-    std::copy_n(static_cast<const A*>(matrices[k].given_u), matrices[k].rows, static_cast<A*>(matrices[k].u));
-    std::copy_n(static_cast<const A*>(matrices[k].given_v), matrices[k].columns(), static_cast<A*>(matrices[k].v));
+    buffers[k].sums = scratch<A>(chunk_count(matrices[k]) * summed_size(matrices[k]));
+    buffers[k].product = scratch<A>(std::max(matrices[k].rows, matrices[k].columns()));
+    std::copy_n(static_cast<const A*>(matrices[k].input_u), matrices[k].rows, static_cast<A*>(matrices[k].u));
+    std::copy_n(static_cast<const A*>(matrices[k].input_v), matrices[k].columns(), static_cast<A*>(matrices[k].v));
   }
   const auto sum_at = [&](const Chunk& chunk) {
-    return of[chunk.matrix].sums.get() + chunk.index * summed_size(matrices[chunk.matrix]);
+    return buffers[chunk.matrix].sums.get() + chunk.index * summed_size(matrices[chunk.matrix]);
   };
 
   for (int64_t step = 0; step < iterations; ++step) {
     const bool last = step == iterations - 1;
-    // If the line product comes first, one pass over a weight computes both products. Else the first pass computes the
-    // summed product only, and the line product needs a second pass.
-    const auto one_pass = [&](const SpectralMatrix& m) { return (m.outer == 1) != v_first; };
+    // Fused: if the line product comes first, one pass over a weight computes both products. Otherwise the first pass
+    // computes only the summed product, and the line product needs a second pass.
+    const auto is_fused = [&](const SpectralMatrix& m) { return (m.outer == 1) != v_first; };
     const auto finish = [&](const SpectralMatrix& m, A* second, int64_t size, A* product) {
       normalize(second, size, eps);
       if (last) *static_cast<A*>(m.sigma) = static_cast<A>(dot(product, second, size));
     };
     for_each(chunk_total, parallel, [&](int64_t i) {
-      sum_chunk<T>(matrices[chunks[i].matrix], chunks[i], one_pass(matrices[chunks[i].matrix]), sum_at(chunks[i]));
+      sum_chunk<T>(matrices[chunks[i].matrix], chunks[i], is_fused(matrices[chunks[i].matrix]), sum_at(chunks[i]));
     });
     for_each(count, parallel, [&](int64_t k) {
       const SpectralMatrix& m = matrices[k];
@@ -235,47 +235,47 @@ void normalize_all(const std::vector<SpectralMatrix>& matrices, int64_t iteratio
       A* first = v_first ? v : u;
       A* second = v_first ? u : v;
       const int64_t first_size = v_first ? m.columns() : m.rows, second_size = v_first ? m.rows : m.columns();
-      if (!one_pass(m)) {
-        add_chunks<T>(m, of[k].sums.get(), first);
+      if (!is_fused(m)) {
+        add_chunks<T>(m, buffers[k].sums.get(), first);
         normalize(first, first_size, eps);
         return;
       }
       const double divisor = normalize(first, first_size, eps);
-      A* product = of[k].product.get();
-      add_chunks<T>(m, of[k].sums.get(), product);
+      A* product = buffers[k].product.get();
+      add_chunks<T>(m, buffers[k].sums.get(), product);
       for (int64_t i = 0; i < second_size; ++i) product[i] = static_cast<A>(product[i] / divisor);
       std::copy_n(product, second_size, second);
       finish(m, second, second_size, product);
     });
-    if (std::all_of(matrices.begin(), matrices.end(), one_pass)) continue;
+    if (std::all_of(matrices.begin(), matrices.end(), is_fused)) continue;
     for_each(chunk_total, parallel, [&](int64_t i) {
       const SpectralMatrix& m = matrices[chunks[i].matrix];
-      if (!one_pass(m)) line_chunk<T>(m, chunks[i], of[chunks[i].matrix].product.get());
+      if (!is_fused(m)) line_chunk<T>(m, chunks[i], buffers[chunks[i].matrix].product.get());
     });
     for_each(count, parallel, [&](int64_t k) {
       const SpectralMatrix& m = matrices[k];
-      if (one_pass(m)) return;
+      if (is_fused(m)) return;
       A* second = static_cast<A*>(v_first ? m.u : m.v);
       const int64_t size = v_first ? m.rows : m.columns();
-      std::copy_n(of[k].product.get(), size, second);
-      finish(m, second, size, of[k].product.get());
+      std::copy_n(buffers[k].product.get(), size, second);
+      finish(m, second, size, buffers[k].product.get());
     });
   }
   if (iterations == 0) {  // sigma = u^T W v, from the line product
     for_each(chunk_total, parallel, [&](int64_t i) {
-      line_chunk<T>(matrices[chunks[i].matrix], chunks[i], of[chunks[i].matrix].product.get());
+      line_chunk<T>(matrices[chunks[i].matrix], chunks[i], buffers[chunks[i].matrix].product.get());
     });
     for (int64_t k = 0; k < count; ++k) {
       const SpectralMatrix& m = matrices[k];
       const A* other = static_cast<const A*>(m.outer == 1 ? m.u : m.v);
       *static_cast<A*>(m.sigma) =
-          static_cast<A>(dot<A>(of[k].product.get(), other, m.outer == 1 ? m.rows : m.columns()));
+          static_cast<A>(dot<A>(buffers[k].product.get(), other, m.outer == 1 ? m.rows : m.columns()));
     }
   }
   const bool divides =
       std::any_of(matrices.begin(), matrices.end(), [](const SpectralMatrix& m) { return m.out != nullptr; });
   for_each(divides ? chunk_total : 0, parallel,
-           [&](int64_t reversed) {  // in reverse: the lines read last are still cached
+           [&](int64_t reversed) {  // in reverse, because the lines read last are still cached
              const int64_t i = chunk_total - 1 - reversed;
              const SpectralMatrix& m = matrices[chunks[i].matrix];
              const T* w = static_cast<const T*>(m.weight);
@@ -298,7 +298,7 @@ void backward_all(const std::vector<SpectralMatrix>& matrices, const std::vector
                   const ParallelFor& parallel) {
   using A = Acc<T>;
   const std::vector<Chunk> chunks = chunks_of(matrices);
-  std::vector<double> sums(chunks.size()), along(matrices.size());
+  std::vector<double> sums(chunks.size()), dots(matrices.size());
   for_each(static_cast<int64_t>(chunks.size()), parallel, [&](int64_t i) {
     const SpectralMatrix& m = matrices[chunks[i].matrix];
     const T *w = static_cast<const T*>(m.weight), *g = static_cast<const T*>(grads[chunks[i].matrix].grad_out);
@@ -313,17 +313,17 @@ void backward_all(const std::vector<SpectralMatrix>& matrices, const std::vector
     }
     sums[i] = total;
   });
-  for (size_t i = 0; i < chunks.size(); ++i) along[chunks[i].matrix] += sums[i];
+  for (size_t i = 0; i < chunks.size(); ++i) dots[chunks[i].matrix] += sums[i];
   for_each(static_cast<int64_t>(chunks.size()), parallel, [&](int64_t reversed) {
     const int64_t i = static_cast<int64_t>(chunks.size()) - 1 - reversed;
     const SpectralMatrix& m = matrices[chunks[i].matrix];
     const SpectralMatrixGrad& grad = grads[chunks[i].matrix];
     const T* g = static_cast<const T*>(grad.grad_out);
     T* out = static_cast<T*>(grad.grad_weight);
-    const A *u = static_cast<const A*>(m.given_u), *v = static_cast<const A*>(m.given_v);
+    const A *u = static_cast<const A*>(m.input_u), *v = static_cast<const A*>(m.input_v);
     const double sigma = *static_cast<const A*>(m.sigma);
     const A scale = static_cast<A>(1 / sigma);
-    const A slope = static_cast<A>(*static_cast<const A*>(grad.grad_sigma) - along[chunks[i].matrix] / (sigma * sigma));
+    const A slope = static_cast<A>(*static_cast<const A*>(grad.grad_sigma) - dots[chunks[i].matrix] / (sigma * sigma));
     const bool streams = leaves_cache(3 * m.size() * int64_t(sizeof(T)));
     const auto long_row = [&](int64_t at, int64_t width, A factor, const A* vector) {
       in_blocks(0, width, [&](int64_t first, int64_t size) {
@@ -354,11 +354,11 @@ void backward_all(const std::vector<SpectralMatrix>& matrices, const std::vector
 // Calls body(begin, end) for a few weights at a time, so that they are still cached in a second pass.
 template <class Body>
 void few_at_a_time(const std::vector<SpectralMatrix>& matrices, const Body& body) {
-  constexpr int64_t most = (12 << 20) / sizeof(float);  // elements
+  constexpr int64_t max_elements = (12 << 20) / sizeof(float);  // elements
   for (size_t begin = 0, end = 0; begin < matrices.size(); begin = end) {
     int64_t size = 0;
     do size += matrices[end++].size();
-    while (end < matrices.size() && size + matrices[end].size() <= most);
+    while (end < matrices.size() && size + matrices[end].size() <= max_elements);
     body(static_cast<ptrdiff_t>(begin), static_cast<ptrdiff_t>(end));
   }
 }
@@ -375,8 +375,8 @@ inline void spectral_norm_backward(const std::vector<SpectralMatrix>& matrices,
                                    const std::vector<SpectralMatrixGrad>& grads, const ParallelFor& parallel) {
   few_at_a_time(matrices, [&](ptrdiff_t begin, ptrdiff_t end) {
     const std::vector<SpectralMatrix> few(matrices.begin() + begin, matrices.begin() + end);
-    const std::vector<SpectralMatrixGrad> of_few(grads.begin() + begin, grads.begin() + end);
-    FASTGEN_FOR_DTYPE(few[0].dtype, backward_all, few, of_few, parallel)
+    const std::vector<SpectralMatrixGrad> few_grads(grads.begin() + begin, grads.begin() + end);
+    FASTGEN_FOR_DTYPE(few[0].dtype, backward_all, few, few_grads, parallel)
   });
 }
 

@@ -85,12 +85,12 @@ __attribute__((target("avx512bf16"))) void dot_tile(const float* const* x, const
 #endif
 
 // dot: the tiles for pairs of bfloat16.
-template <class A, int vectors, bool dot, int blocks, int... below>
-constexpr auto tiles(std::integer_sequence<int, below...>) {
+template <class A, int vectors, bool dot, int blocks, int... i>
+constexpr auto tiles(std::integer_sequence<int, i...>) {
 #if FASTGEN_HAS_DOT
-  if constexpr (dot) return std::array{&dot_tile<vectors, below + 1, blocks>...};
+  if constexpr (dot) return std::array{&dot_tile<vectors, i + 1, blocks>...};
 #endif
-  return std::array{&tile<A, vectors, below + 1, blocks>...};
+  return std::array{&tile<A, vectors, i + 1, blocks>...};
 }
 
 // The tiles of 1 to kPixels / blocks pixels.

@@ -10,8 +10,8 @@
 // weight (output channels, taps, channels), with the channels padded by zeros to whole chunks; `arrange` copies tensors
 // of any other order. One step of the sum reads a few chunks of each row and column of a tile. Several steps are being
 // copied to shared memory (cp.async) while one is multiplied, by tensor cores or by FMA. The tile's sums then pass
-// through shared memory once more, so that the epilogue (bias; then partial statistics of the batch, or a norm by given
-// statistics, residual and activation) moves whole rows.
+// through shared memory once more, so that the epilogue (bias; then partial statistics of the batch, or a norm with
+// given statistics, residual and activation) moves whole rows.
 //
 // A product of few tiles and a long sum is split along the sum (split-K) into float32 tensors, which `add_splits` adds
 // in a fixed order.
@@ -33,26 +33,26 @@ struct Division {
 };
 
 template <class Tile, class T>
-Division divide(const Problem<T>& p, int64_t most_splits, const Queue& queue) {
+Division divide(const Problem<T>& p, int64_t max_splits, const Queue& queue) {
   Division d;
-  d.row_tiles = ceil_div(p.samples * p.height.most_pixels() * p.width.most_pixels(), Tile::rows);
+  d.row_tiles = ceil_div(p.samples * p.height.max_pixels() * p.width.max_pixels(), Tile::rows);
   d.column_tiles = ceil_div(p.out_channels, Tile::columns);
   d.blocks = d.row_tiles * d.column_tiles * p.groups * p.height.phases * p.width.phases;
   d.steps =
-      ceil_div(p.height.most_taps() * p.width.most_taps() * p.channels * int64_t(sizeof(T)), Tile::chunks * kAccess);
-  d.splits = std::max<int64_t>(1, std::min({most_splits, queue.multiprocessors / d.blocks, d.steps / 4}));
+      ceil_div(p.height.max_taps() * p.width.max_taps() * p.channels * int64_t(sizeof(T)), Tile::chunks * kAccess);
+  d.splits = std::max<int64_t>(1, std::min({max_splits, queue.multiprocessors / d.blocks, d.steps / 4}));
   d.fills = d.blocks * d.splits * 4 >= queue.multiprocessors * 3;
   return d;
 }
 
-// A call of the op: `moments` asks for the batch's statistics.
+// A call of the op: `moments` requests the batch's statistics.
 struct Call {
   const Epilogue& epilogue;
   const Queue& queue;
   bool reflect, moments;
 };
 
-// Launches the product with these tiles and its epilogue. Returns whether it computed statistics that were asked for.
+// Launches the product with these tiles and its epilogue. Returns whether it computed the requested statistics.
 template <class Tile, class T>
 bool multiply_in(Problem<T> p, const Division& d, const Call& call) {
   const Epilogue& epilogue = call.epilogue;
@@ -74,9 +74,9 @@ bool multiply_in(Problem<T> p, const Division& d, const Call& call) {
     const int64_t inner = epilogue.channels_last ? 1 : epilogue.s;
     const bool aligned = is_aligned(e.pre) && is_aligned(e.out) && is_aligned(e.residual);
     const bool wide = aligned && (epilogue.channels_last ? epilogue.c : epilogue.s) % 4 == 0;
-    const dim3 accesses(static_cast<unsigned>(ceil_div(p.size, kAdders * (wide ? 4 : 1))));
-    launch(call.queue, wide ? add_splits<T, 4> : add_splits<T, 1>, accesses, kAdders, 0, e, p.splits, d.splits, p.size,
-           epilogue.c, inner);
+    const dim3 accesses(static_cast<unsigned>(ceil_div(p.size, kAddThreads * (wide ? 4 : 1))));
+    launch(call.queue, wide ? add_splits<T, 4> : add_splits<T, 1>, accesses, kAddThreads, 0, e, p.splits, d.splits,
+           p.size, epilogue.c, inner);
   }
   if (moments) merge_moments(epilogue, p.counts, p.means, p.m2s, parts, epilogue.mean, epilogue.var, call.queue);
   return moments;
@@ -97,7 +97,7 @@ struct FmaTiles {
   using Narrow = Tile<Fma<32, 8, 16, 2>, 128, 8, 4, 4, 4>;
 };
 
-// Takes the largest tile that fills the chip; else the sum is split.
+// Uses the largest tile that fills the chip; if none does, splits the sum.
 template <class Tiles, class T>
 bool multiply(const Problem<T>& p, const Call& call) {
   using Large = typename Tiles::Large;
@@ -105,7 +105,7 @@ bool multiply(const Problem<T>& p, const Call& call) {
   using Small = typename Tiles::Small;
   using Narrow = typename Tiles::Narrow;
   if (p.out_channels <= Narrow::columns) return multiply_in<Narrow>(p, divide<Narrow>(p, 32, call.queue), call);
-  if (p.samples * p.height.most_pixels() * p.width.most_pixels() > 2 * Small::rows) {
+  if (p.samples * p.height.max_pixels() * p.width.max_pixels() > 2 * Small::rows) {
     const Division large = divide<Large>(p, 1, call.queue), medium = divide<Medium>(p, 8, call.queue);
     if (p.out_channels > Medium::columns && large.fills) return multiply_in<Large>(p, large, call);
     if (medium.fills) return multiply_in<Medium>(p, medium, call);
@@ -115,16 +115,15 @@ bool multiply(const Problem<T>& p, const Call& call) {
 
 template <class T>
 void run(const Geometry& geometry, const Epilogue& epilogue, const ConvolutionTensors& tensors, const Queue& queue) {
-  constexpr int64_t values = kAccess / sizeof(T), most = (int64_t{1} << 31) - 1;
+  constexpr int64_t values = kAccess / sizeof(T), max_index = (int64_t{1} << 31) - 1;
   const bool tf32 = std::is_same_v<T, float> && geometry.tf32;
-  const bool later =
-      epilogue.normalize && epilogue.batch_stats;  // norm, residual and activation are then a second pass, over `sum`
+  const bool second_pass = epilogue.normalize && epilogue.batch_stats;  // of norm, residual and activation, over `sum`
   T* const out = static_cast<T*>(tensors.out);
-  T* const sum = later && !tensors.pre ? out : static_cast<T*>(tensors.pre);
+  T* const sum = second_pass && !tensors.pre ? out : static_cast<T*>(tensors.pre);
   const int64_t padded = ceil_div(geometry.ic / geometry.groups, values) * values,
                 out_channels = epilogue.c / geometry.groups;
-  if (geometry.ih * geometry.iw * geometry.groups * padded / values > most || geometry.oh * geometry.ow > most ||
-      geometry.kh * geometry.kw * padded / values * out_channels > most)
+  if (geometry.ih * geometry.iw * geometry.groups * padded / values > max_index ||
+      geometry.oh * geometry.ow > max_index || geometry.kh * geometry.kw * padded / values * out_channels > max_index)
     throw std::runtime_error("fastgen: an image or a weight is larger than the CUDA kernels can index");
 
   Problem<T> p{};
@@ -142,7 +141,7 @@ void run(const Geometry& geometry, const Epilogue& epilogue, const ConvolutionTe
   p.channels_last = epilogue.channels_last;
   p.epilogue.bias = static_cast<const float*>(epilogue.bias);
   p.epilogue.pre = sum;
-  if (!later) {
+  if (!second_pass) {
     p.epilogue.out = out;
     p.epilogue.activation = epilogue.activation;
     p.epilogue.slope = static_cast<float>(epilogue.negative_slope);
@@ -158,12 +157,12 @@ void run(const Geometry& geometry, const Epilogue& epilogue, const ConvolutionTe
   const bool aligned = is_aligned(sum) && is_aligned(p.epilogue.out) && is_aligned(p.epilogue.residual);
   p.wide = epilogue.channels_last && out_channels % values == 0 && aligned;
 
-  const Call call{epilogue, queue, geometry.reflect, later && !epilogue.per_sample};
+  const Call call{epilogue, queue, geometry.reflect, second_pass && !epilogue.per_sample};
   bool moments;
   if constexpr (std::is_same_v<T, float>)
     moments = tf32 ? multiply<TensorTiles<T>>(p, call) : multiply<FmaTiles>(p, call);
   else moments = multiply<TensorTiles<T>>(p, call);
-  if (!later) return;
+  if (!second_pass) return;
   if (!moments) norm_act_moments(epilogue, sum, epilogue.mean, epilogue.var, queue);
   norm_act_apply(epilogue, sum, out, queue);
 }

@@ -68,8 +68,9 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
   const int q = static_cast<int>(part % phases);
   const Phase height = phase_of(p.height, q / p.width.phases), width = phase_of(p.width, q % p.width.phases);
   const unsigned pixels = static_cast<unsigned>(height.size) * width.size;
-  const int64_t first_row = static_cast<int64_t>(part / phases) * Tile::rows, left = p.samples * pixels - first_row;
-  const int count = static_cast<int>(max(int64_t{0}, min(left, int64_t{Tile::rows})));
+  const int64_t first_row = static_cast<int64_t>(part / phases) * Tile::rows,
+                remaining = p.samples * pixels - first_row;
+  const int count = static_cast<int>(max(int64_t{0}, min(remaining, int64_t{Tile::rows})));
   const int first_channel = group * p.out_channels + first_column,
             columns = min(Tile::columns, p.out_channels - first_column);
 
@@ -91,19 +92,19 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
     rows[thread] = row;
   }
   if (thread < columns) {
-    const Affine<1> one = affine_of<1>(p.epilogue, first_channel + thread, 0);
-    affine[thread] = one.bias[0];
-    affine[thread + Tile::columns] = one.center[0];
-    affine[thread + 2 * Tile::columns] = one.gain[0];
-    affine[thread + 3 * Tile::columns] = one.shift[0];
+    const Affine<1> column_affine = affine_of<1>(p.epilogue, first_channel + thread, 0);
+    affine[thread] = column_affine.bias[0];
+    affine[thread + Tile::columns] = column_affine.center[0];
+    affine[thread + 2 * Tile::columns] = column_affine.gain[0];
+    affine[thread + 3 * Tile::columns] = column_affine.shift[0];
   }
   __syncthreads();
 
   // In each step the thread copies the chunk at `position` of some rows and columns. It is chunk number `chunk` of tap
   // (a, b). An image, or the weight of a group, has fewer than 2^31 chunks.
-  constexpr int copiers = kThreads / chunks, rows_per_thread = Tile::rows / copiers;
-  constexpr int columns_per_thread = (Tile::columns + copiers - 1) / copiers;
-  static_assert(Tile::rows % copiers == 0 && copiers % 8 == 0);
+  constexpr int lines_per_pass = kThreads / chunks, rows_per_thread = Tile::rows / lines_per_pass;
+  constexpr int columns_per_thread = (Tile::columns + lines_per_pass - 1) / lines_per_pass;
+  static_assert(Tile::rows % lines_per_pass == 0 && lines_per_pass % 8 == 0);
   const int position = thread % chunks, line = thread / chunks, taps = max(width.taps, 1);
   const int chunks_per_tap = p.channels / values, chunks_per_pixel = p.groups * chunks_per_tap;
   const int chunks_per_column = p.height.kernel * p.width.kernel * chunks_per_tap;
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
   int y[rows_per_thread], z[rows_per_thread];
 #pragma unroll
   for (int i = 0; i < rows_per_thread; ++i) {
-    const Row& row = rows[line + i * copiers];
+    const Row& row = rows[line + i * lines_per_pass];
     from[i] = reinterpret_cast<const Chunk*>(p.x + row.x);
     y[i] = row.y;
     z[i] = row.z;
@@ -126,22 +127,22 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
   const auto copy_step = [&](int slot) {
     Chunk* const to = stages + slot * Tile::stage + swizzle<chunks>(line, position);
     const bool inside = a < height.taps;
-    const int up = inside ? a * p.height.tap_move : kNowhere, along = b * p.width.tap_move;
+    const int move_y = inside ? a * p.height.tap_move : kNowhere, move_z = b * p.width.tap_move;
 #pragma unroll
     for (int i = 0; i < rows_per_thread; ++i) {  // unsigned, so that negative pixels are out of range too
-      const unsigned h = reflect ? mirrored(y[i] + up, p.height.in) : y[i] + up;
-      const unsigned w = reflect ? mirrored(z[i] + along, p.width.in) : z[i] + along;
+      const unsigned h = reflect ? mirrored(y[i] + move_y, p.height.in) : y[i] + move_y;
+      const unsigned w = reflect ? mirrored(z[i] + move_z, p.width.in) : z[i] + move_z;
       const unsigned at = (h * p.width.in + w) * chunks_per_pixel + chunk;
-      copy_async(to + i * copiers * chunks, from[i] + at, h < unsigned(p.height.in) && w < unsigned(p.width.in));
+      copy_async(to + i * lines_per_pass * chunks, from[i] + at, h < unsigned(p.height.in) && w < unsigned(p.width.in));
     }
     const int tap = (height.tap + a * p.height.tap_step) * p.width.kernel + width.tap + b * p.width.tap_step;
-    const unsigned of_tap = tap * chunks_per_tap + chunk;
+    const unsigned tap_offset = tap * chunks_per_tap + chunk;
 #pragma unroll
     for (int i = 0; i < columns_per_thread; ++i) {
-      const int column = line + i * copiers;
-      if (Tile::columns % copiers == 0 || column < Tile::columns)
-        copy_async(to + (Tile::rows + i * copiers) * chunks, weight + (of_tap + unsigned(column * chunks_per_column)),
-                   inside && column < columns);
+      const int column = line + i * lines_per_pass;
+      if (Tile::columns % lines_per_pass == 0 || column < Tile::columns)
+        copy_async(to + (Tile::rows + i * lines_per_pass) * chunks,
+                   weight + (tap_offset + unsigned(column * chunks_per_column)), inside && column < columns);
     }
     for (chunk += chunks; chunk >= chunks_per_tap; chunk -= chunks_per_tap)
       if (++b == taps) {
@@ -150,8 +151,8 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
       }
   };
 
-  constexpr int across = Tile::columns / Product::columns;
-  const int warp_row = warp / across * Product::rows, warp_column = warp % across * Product::columns;
+  constexpr int warps_across = Tile::columns / Product::columns;
+  const int warp_row = warp / warps_across * Product::rows, warp_column = warp % warps_across * Product::columns;
   Product product;
 #pragma unroll
   for (int i = 0; i < Tile::stages - 1; ++i) {
@@ -199,21 +200,21 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
   }
 
   const auto put = [&](auto width_, int r, int column) {
-    constexpr int side = decltype(width_)::value;
+    constexpr int access = decltype(width_)::value;
     if (r >= count || column >= columns) return;
     const int64_t at = rows[r].out + (first_channel + column) * (p.channels_last ? 1 : image);
-    float value[side];
-    load<side>(sums + r * length + column, value);
+    float value[access];
+    load<access>(sums + r * length + column, value);
     if (p.splits) {
-      store<side>(p.splits + blockIdx.y * p.size + at, value);
+      store<access>(p.splits + blockIdx.y * p.size + at, value);
       return;
     }
-    Affine<side> values_of;
-    load<side>(affine + column, values_of.bias);
-    load<side>(affine + column + Tile::columns, values_of.center);
-    load<side>(affine + column + 2 * Tile::columns, values_of.gain);
-    load<side>(affine + column + 3 * Tile::columns, values_of.shift);
-    finish<side>(p.epilogue, at, value, values_of);
+    Affine<access> affine_values;
+    load<access>(affine + column, affine_values.bias);
+    load<access>(affine + column + Tile::columns, affine_values.center);
+    load<access>(affine + column + 2 * Tile::columns, affine_values.gain);
+    load<access>(affine + column + 3 * Tile::columns, affine_values.shift);
+    finish<access>(p.epilogue, at, value, affine_values);
   };
   constexpr int across_values = Tile::columns / values;
   if (p.wide) {
@@ -232,12 +233,12 @@ __global__ void __launch_bounds__(kThreads, Tile::resident) convolve(Problem<T> 
 
 // Adds the splits in order and applies the epilogue. `inner`: elements of one channel that are adjacent. Grid: one
 // thread per access of `count` elements.
-constexpr int kAdders = 256;
+constexpr int kAddThreads = 256;
 
 template <class T, int count>
-__global__ void __launch_bounds__(kAdders) add_splits(TileEpilogue<T> epilogue, const float* splits, int number,
-                                                      int64_t size, int64_t channels, int64_t inner) {
-  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kAdders + threadIdx.x) * count;
+__global__ void __launch_bounds__(kAddThreads) add_splits(TileEpilogue<T> epilogue, const float* splits, int number,
+                                                          int64_t size, int64_t channels, int64_t inner) {
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kAddThreads + threadIdx.x) * count;
   if (at >= size) return;
   float total[count] = {};
 #pragma unroll 8

@@ -10,8 +10,8 @@ __global__ void nothing() {}
 }  // namespace
 
 bool has_code() {
-  cudaFuncAttributes found;
-  const bool has = cudaFuncGetAttributes(&found, nothing) == cudaSuccess;
+  cudaFuncAttributes attributes;
+  const bool has = cudaFuncGetAttributes(&attributes, nothing) == cudaSuccess;
   cudaGetLastError();  // clears the error, or the next launch would report it
   return has;
 }

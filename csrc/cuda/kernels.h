@@ -37,12 +37,13 @@ void convolution_norm_act(const Geometry& geometry, const Epilogue& epilogue, co
 void noise(const Reparameterize& op, void* out, const Queue& queue);
 
 // kl: (keys, rows), or null.
-void reparameterize(const Reparameterize& op, const ReparameterizeTensors& given, void* z, void* kl,
+void reparameterize(const Reparameterize& op, const ReparameterizeTensors& tensors, void* z, void* kl,
                     const Queue& queue);
 
 // grad_z like z, grad_kl like kl; either may be null.
 void reparameterize_backward(const Reparameterize& op, const void* grad_z, const void* grad_kl,
-                             const ReparameterizeTensors& given, const ReparameterizeGrads& grads, const Queue& queue);
+                             const ReparameterizeTensors& tensors, const ReparameterizeGrads& grads,
+                             const Queue& queue);
 
 // As in cpu/spectral_norm.h; all matrices have one dtype.
 void spectral_norm(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first,

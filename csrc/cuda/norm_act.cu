@@ -45,13 +45,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   Moments<float>* const shared = shared_memory<Moments<float>>();
 #pragma unroll
   for (int i = 0; i < channels; ++i) {
-    Moments<float>* const mine = shared + slice.lane * slice.deep + slice.depth;
-    *mine = running[i];
+    Moments<float>* const slot = shared + slice.lane * slice.deep + slice.depth;
+    *slot = running[i];
     __syncthreads();
     for (int half = slice.deep / 2; half > 0; half /= 2) {
       if (slice.depth < half) {
-        running[i].merge(mine[half]);
-        *mine = running[i];
+        running[i].merge(slot[half]);
+        *slot = running[i];
       }
       __syncthreads();
     }
@@ -67,17 +67,18 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // Merges the partial statistics of each group to mean and var: one team per group. `shared_counts`: counts are (splits
 // * n), the same for all channels.
-__global__ void __launch_bounds__(kThreads, 2) merge(StatGroups of, int team, bool shared_counts, const float* counts,
-                                                     const float* means, const float* m2s, float* mean, float* var) {
+__global__ void __launch_bounds__(kThreads, 2)
+    merge(StatGroups stats, int team, bool shared_counts, const float* counts, const float* means, const float* m2s,
+          float* mean, float* var) {
   const int64_t group = static_cast<int64_t>(blockIdx.x) * (kThreads / team) + threadIdx.x / team;
-  const int64_t samples = of.samples(), sample = of.per_sample ? group / of.groups : 0,
-                first = group % of.groups * of.channels;
-  const bool valid = group < of.count();
-  const int64_t parts = valid ? of.splits * samples * of.channels : 0;
+  const int64_t samples = stats.samples(), sample = stats.per_sample ? group / stats.groups : 0,
+                first = group % stats.groups * stats.channels;
+  const bool valid = group < stats.count();
+  const int64_t parts = valid ? stats.splits * samples * stats.channels : 0;
   Moments<float> total;
   for (int64_t i = threadIdx.x % team; i < parts; i += team) {
-    const int64_t row = i / of.channels, line = row / samples * of.n + sample + row % samples,
-                  at = line * of.c + first + i % of.channels;
+    const int64_t row = i / stats.channels, line = row / samples * stats.n + sample + row % samples,
+                  at = line * stats.c + first + i % stats.channels;
     Moments<float> part;
     part.count = counts[shared_counts ? line : at];
     part.mean = means[at];
@@ -92,11 +93,11 @@ __global__ void __launch_bounds__(kThreads, 2) merge(StatGroups of, int team, bo
     other.m2 = __shfl_xor_sync(kAllLanes, total.m2, step);
     total.merge(other);
   }
-  Moments<float>* const of_warps = shared_memory<Moments<float>>();
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = total;
+  Moments<float>* const warp_totals = shared_memory<Moments<float>>();
+  if (threadIdx.x % kWarp == 0) warp_totals[threadIdx.x / kWarp] = total;
   __syncthreads();
   if (!valid || threadIdx.x % team != 0) return;
-  for (int i = 1; i < team / kWarp; ++i) total.merge(of_warps[threadIdx.x / kWarp + i]);
+  for (int i = 1; i < team / kWarp; ++i) total.merge(warp_totals[threadIdx.x / kWarp + i]);
   mean[group] = total.mean;
   var[group] = total.m2 / total.count;
 }
@@ -124,16 +125,16 @@ __global__ void __launch_bounds__(kThreads, 2) apply(Tiling tiling, Epilogue op,
   }
 }
 
-void merge_parts(const StatGroups& of, bool shared_counts, const float* counts, const float* means, const float* m2s,
+void merge_parts(const StatGroups& stats, bool shared_counts, const float* counts, const float* means, const float* m2s,
                  void* mean, void* var, const Queue& queue) {
-  const int team = team_for(of.splits * of.samples() * of.channels, kThreads);
-  launch(queue, merge, grid_of_teams(of.count(), team, kThreads), kThreads,
-         kThreads / kWarp * int(sizeof(Moments<float>)), of, team, shared_counts, counts, means, m2s,
+  const int team = team_for(stats.splits * stats.samples() * stats.channels, kThreads);
+  launch(queue, merge, grid_of_teams(stats.count(), team, kThreads), kThreads,
+         kThreads / kWarp * int(sizeof(Moments<float>)), stats, team, shared_counts, counts, means, m2s,
          static_cast<float*>(mean), static_cast<float*>(var));
 }
 
 template <class T>
-void moments_of(const Epilogue& op, const void* x, void* mean, void* var, const Queue& queue) {
+void launch_moments(const Epilogue& op, const void* x, void* mean, void* var, const Queue& queue) {
   with_layout<T>(
       op,
       [&](auto channels_last, auto access) {
@@ -150,7 +151,7 @@ void moments_of(const Epilogue& op, const void* x, void* mean, void* var, const 
 }
 
 template <class T>
-void apply_of(const Epilogue& op, const void* x, void* out, const Queue& queue) {
+void launch_apply(const Epilogue& op, const void* x, void* out, const Queue& queue) {
   with_layout<T>(
       op,
       [&](auto channels_last, auto access) {
@@ -165,7 +166,7 @@ void apply_of(const Epilogue& op, const void* x, void* out, const Queue& queue) 
 }  // namespace
 
 void norm_act_moments(const Epilogue& op, const void* x, void* mean, void* var, const Queue& queue) {
-  FASTGEN_FOR_GPU_DTYPE(op.dtype, moments_of, op, x, mean, var, queue)
+  FASTGEN_FOR_GPU_DTYPE(op.dtype, launch_moments, op, x, mean, var, queue)
 }
 
 void merge_moments(const Epilogue& op, const float* counts, const float* means, const float* m2s, int64_t parts,
@@ -176,7 +177,7 @@ void merge_moments(const Epilogue& op, const float* counts, const float* means, 
 }
 
 void norm_act_apply(const Epilogue& op, const void* x, void* out, const Queue& queue) {
-  FASTGEN_FOR_GPU_DTYPE(op.dtype, apply_of, op, x, out, queue)
+  FASTGEN_FOR_GPU_DTYPE(op.dtype, launch_apply, op, x, out, queue)
 }
 
 }  // namespace fastgen::cuda

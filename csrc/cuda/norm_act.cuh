@@ -17,7 +17,7 @@
 namespace fastgen::cuda::norm_act {
 
 constexpr int kThreads = 256;
-constexpr int kMostSplits = 64;
+constexpr int kMaxSplits = 64;
 constexpr int kWave = 4;  // blocks per multiprocessor that a pass should have
 
 // The blocks of a pass over x: along channels (channels_last) or lines, times samples, times splits.
@@ -44,10 +44,11 @@ Tiling tile(const Epilogue& op, int access, const Queue& queue) {
   while (tiling.lanes < (channels_last ? kWarp : kThreads) && tiling.lanes < wide) tiling.lanes *= 2;
   const int64_t deep = kThreads / tiling.lanes;  // threads that share a line, or lines per block
   const int64_t blocks = ceil_div(tiling.lines, channels_last ? tiling.lanes : deep) * tiling.samples;
-  const int64_t least = channels_last ? 4 * deep : 4 * tiling.lanes;  // the fewest accesses for which a block pays
-  const int64_t wanted =
-      std::min<int64_t>({kMostSplits, ceil_div(kWave * queue.multiprocessors, blocks), ceil_div(tiling.length, least)});
-  tiling.chunk = ceil_div(tiling.length, std::max<int64_t>(1, wanted));
+  const int64_t min_accesses =
+      channels_last ? 4 * deep : 4 * tiling.lanes;  // the fewest accesses for which a block pays
+  const int64_t chunks = std::min<int64_t>(
+      {kMaxSplits, ceil_div(kWave * queue.multiprocessors, blocks), ceil_div(tiling.length, min_accesses)});
+  tiling.chunk = ceil_div(tiling.length, std::max<int64_t>(1, chunks));
   tiling.splits = static_cast<int>(ceil_div(tiling.length, tiling.chunk));
   return tiling;
 }

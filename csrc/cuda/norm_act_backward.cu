@@ -47,21 +47,21 @@ __global__ void __launch_bounds__(kThreads, 2) backward_sums(Tiling tiling, int6
   float* const shared = shared_memory<float>();
 #pragma unroll
   for (int i = 0; i < channels; ++i) {
-    float* const mine = shared + 2 * (slice.lane * slice.deep + slice.depth);
-    mine[0] = sum[i];
-    mine[1] = dot[i];
+    float* const slot = shared + 2 * (slice.lane * slice.deep + slice.depth);
+    slot[0] = sum[i];
+    slot[1] = dot[i];
     __syncthreads();
     for (int half = slice.deep / 2; half > 0; half /= 2) {
       if (slice.depth < half) {
-        mine[0] += mine[2 * half];
-        mine[1] += mine[2 * half + 1];
+        slot[0] += slot[2 * half];
+        slot[1] += slot[2 * half + 1];
       }
       __syncthreads();
     }
     if (slice.valid && slice.depth == 0) {
       const int64_t at = part_at(tiling, samples, slice.sample, slice.channel + i);
-      sums[at] = mine[0];
-      dots[at] = mine[1];
+      sums[at] = slot[0];
+      dots[at] = slot[1];
     }
     __syncthreads();
   }
@@ -71,21 +71,21 @@ __global__ void __launch_bounds__(kThreads, 2) backward_sums(Tiling tiling, int6
 // group of gain * g and of gain * g * normalized x, one team per group. The first `channels` teams each handle a
 // channel, the next `groups` teams a group.
 __global__ void __launch_bounds__(kThreads, 2)
-    merge_sums(StatGroups of, int team, int64_t channels, int64_t groups, float count, const float* weight,
+    merge_sums(StatGroups stats, int team, int64_t channels, int64_t groups, float count, const float* weight,
                const float* sums, const float* dots, float* grad_bias, float* grad_weight, float* mean_sums,
                float* mean_dots) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * (kThreads / team) + threadIdx.x / team,
                 group = index - channels;
   const bool is_channel = index < channels, is_group = !is_channel && group < groups,
-             one_sample = is_group && of.per_sample;
-  const int64_t width = is_channel ? 1 : of.channels, samples = one_sample ? 1 : of.n,
-                sample = one_sample ? group / of.groups : 0;
-  const int64_t first = is_channel ? index : group % of.groups * of.channels;
-  const int64_t parts = is_channel || is_group ? of.splits * samples * width : 0;
+             one_sample = is_group && stats.per_sample;
+  const int64_t width = is_channel ? 1 : stats.channels, samples = one_sample ? 1 : stats.n,
+                sample = one_sample ? group / stats.groups : 0;
+  const int64_t first = is_channel ? index : group % stats.groups * stats.channels;
+  const int64_t parts = is_channel || is_group ? stats.splits * samples * width : 0;
   float sum = 0, dot = 0;
   for (int64_t i = threadIdx.x % team; i < parts; i += team) {
     const int64_t row = i / width, channel = first + i % width,
-                  at = (row / samples * of.n + sample + row % samples) * of.c + channel;
+                  at = (row / samples * stats.n + sample + row % samples) * stats.c + channel;
     const float gain = is_group && weight ? weight[channel] : 1.f;
     sum += gain * sums[at];
     dot += gain * dots[at];
@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class T>
-void backward_of(const Epilogue& op, const void* grad_out, const void* x, const NormActGrads& grads,
-                 const Queue& queue) {
+void launch_backward(const Epilogue& op, const void* grad_out, const void* x, const NormActGrads& grads,
+                     const Queue& queue) {
   with_layout<T>(
       op,
       [&](auto channels_last, auto access) {
@@ -174,7 +174,7 @@ void backward_of(const Epilogue& op, const void* grad_out, const void* x, const 
 
 void norm_act_backward(const Epilogue& op, const void* grad_out, const void* x, const NormActGrads& grads,
                        const Queue& queue) {
-  FASTGEN_FOR_GPU_DTYPE(op.dtype, backward_of, op, grad_out, x, grads, queue)
+  FASTGEN_FOR_GPU_DTYPE(op.dtype, launch_backward, op, grad_out, x, grads, queue)
 }
 
 }  // namespace fastgen::cuda

@@ -16,8 +16,8 @@ struct Axis {
   int in_step, out_step;   // distance between output pixels of a phase, in the input and in the output
   int tap_step, tap_move;  // distance between taps of a phase, in taps and in the input
 
-  int64_t most_pixels() const { return ceil_div(out, out_step); }  // of any phase
-  int64_t most_taps() const { return ceil_div(kernel, tap_step); }
+  int64_t max_pixels() const { return ceil_div(out, out_step); }  // of any phase
+  int64_t max_taps() const { return ceil_div(kernel, tap_step); }
 };
 
 inline Axis make_axis(bool transposed, int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding,

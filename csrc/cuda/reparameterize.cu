@@ -101,7 +101,7 @@ struct Sampler {
   const int64_t* keys;
   int64_t key_count, lines, samples;
   int64_t mean_period, logvar_period;
-  float low, high, least;
+  float low, high, free_bits;
 };
 
 // The key of a line, and the position of the key's first element.
@@ -148,14 +148,14 @@ __device__ void noise_of(const Key& key, int64_t element, float (&out)[N]) {
 template <class T>
 struct Gaussian {
   static constexpr int N = kGroup<T>;
-  float mu[N], given[N], logvar[N], sd[N];
+  float mu[N], unclamped[N], logvar[N], sd[N];
 
   __device__ Gaussian(const Sampler& op, const ReparameterizeTensors& tensors, const Group<N>& group) {
     load_group(static_cast<const T*>(tensors.mu) + group.at, group, mu);
-    load_group(static_cast<const T*>(tensors.logvar) + group.at, group, given);
+    load_group(static_cast<const T*>(tensors.logvar) + group.at, group, unclamped);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float raised = given[i] < op.low ? op.low : given[i];  // NaN stays NaN
+      const float raised = unclamped[i] < op.low ? op.low : unclamped[i];  // NaN stays NaN
       logvar[i] = raised > op.high ? op.high : raised;
       sd[i] = exp_(0.5f * logvar[i]);
     }
@@ -179,19 +179,19 @@ struct Divergence {
 template <class T, bool plain>
 struct Prior {
   static constexpr int N = kGroup<T>;
-  bool given;
+  bool exists;
   float mean[N] = {}, logvar[N] = {};
 
   __device__ Prior(const Sampler& op, const ReparameterizeTensors& tensors, const Group<N>& group)
-      : given(!plain && tensors.prior_mean) {
-    if (!given) return;
+      : exists(!plain && tensors.prior_mean) {
+    if (!exists) return;
     load_periodic(static_cast<const T*>(tensors.prior_mean), op.mean_period, group, mean);
     load_periodic(static_cast<const T*>(tensors.prior_logvar), op.logvar_period, group, logvar);
   }
 
   // The divergence of element i of the group from q.
   __device__ Divergence divergence(const Gaussian<T>& q, int i) const {
-    return given ? Divergence(q.mu[i], q.logvar[i], mean[i], logvar[i]) : Divergence(q.mu[i], q.logvar[i], q.sd[i]);
+    return exists ? Divergence(q.mu[i], q.logvar[i], mean[i], logvar[i]) : Divergence(q.mu[i], q.logvar[i], q.sd[i]);
   }
 };
 
@@ -211,13 +211,13 @@ __global__ void __launch_bounds__(kThreads, plain ? 6 : 2) draw_noise(Tiling til
 // Grid: `Tiling::grid`.
 template <class T, bool plain>
 __global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 6 : 2))
-    sample(Tiling tiling, Sampler op, ReparameterizeTensors given, T* z, float* sums, float scale) {
+    sample(Tiling tiling, Sampler op, ReparameterizeTensors tensors, T* z, float* sums, float scale) {
   constexpr int N = kGroup<T>;
   const Group<N> group(tiling);
   float sum = 0;
   if (group.count) {
     const Key key(op, tiling, group.line);
-    const Gaussian<T> q(op, given, group);
+    const Gaussian<T> q(op, tensors, group);
     T* to = z + group.at + (plain ? 0 : key.begin * (op.samples - 1));
     int64_t element = group.at - key.begin;
     for (int64_t s = 0; s < (plain ? 1 : op.samples); ++s, element += key.size, to += key.size) {
@@ -228,11 +228,11 @@ __global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 6 : 2))
       store_group(to, group, values);
     }
     if (sums) {
-      const Prior<T, plain> prior(op, given, group);
+      const Prior<T, plain> prior(op, tensors, group);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const float value = prior.divergence(q, i).value;
-        if (i < group.count) sum += value < op.least ? op.least : value;
+        if (i < group.count) sum += value < op.free_bits ? op.free_bits : value;
       }
     }
   }
@@ -255,13 +255,13 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, bool plain>
 __global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 5 : 2))
     differentiate(Tiling tiling, Sampler op, float beta, const T* grad_z, const float* grad_kl,
-                  ReparameterizeTensors given, ReparameterizeGrads grads) {
+                  ReparameterizeTensors tensors, ReparameterizeGrads grads) {
   constexpr int N = kGroup<T>;
   const Group<N> group(tiling);
   if (!group.count) return;
   const Key key(op, tiling, group.line);
-  const Gaussian<T> q(op, given, group);
-  float sum[N] = {}, along[N] = {};  // sums of grad_z and of grad_z * noise over the samples
+  const Gaussian<T> q(op, tensors, group);
+  float mu_grad[N] = {}, logvar_grad[N] = {};  // first the sums of grad_z and of grad_z * noise over the samples
   if (grad_z) {
     const T* from = grad_z + group.at + (plain ? 0 : key.begin * (op.samples - 1));
     int64_t element = group.at - key.begin;
@@ -271,35 +271,35 @@ __global__ void __launch_bounds__(kThreads, blocks_of<T>(plain ? 5 : 2))
       noise_of<plain>(key, element, eps);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        sum[i] += g[i];
-        along[i] += g[i] * eps[i];
+        mu_grad[i] += g[i];
+        logvar_grad[i] += g[i] * eps[i];
       }
     }
 #pragma unroll
-    for (int i = 0; i < N; ++i) along[i] *= 0.5f * q.sd[i];
+    for (int i = 0; i < N; ++i) logvar_grad[i] *= 0.5f * q.sd[i];
   }
-  const Prior<T, plain> prior(op, given, group);
-  const float of_kl = grad_kl ? beta * grad_kl[group.line] : 0.f;
-  float for_mean[N] = {}, for_prior[N] = {};
+  const Prior<T, plain> prior(op, tensors, group);
+  const float kl_grad = grad_kl ? beta * grad_kl[group.line] : 0.f;
+  float prior_mean_grad[N] = {}, prior_logvar_grad[N] = {};
   if (grad_kl) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const Divergence d = prior.divergence(q, i);
-      const float g = d.value < op.least ? 0.f : of_kl;  // none where free_bits apply
-      sum[i] += g * d.slope;
-      along[i] += 0.5f * g * (d.ratio - 1);
-      for_mean[i] = -g * d.slope;
-      for_prior[i] = 0.5f * g * (1 - d.ratio - d.shift * d.slope);
+      const float g = d.value < op.free_bits ? 0.f : kl_grad;  // none where free_bits apply
+      mu_grad[i] += g * d.slope;
+      logvar_grad[i] += 0.5f * g * (d.ratio - 1);
+      prior_mean_grad[i] = -g * d.slope;
+      prior_logvar_grad[i] = 0.5f * g * (1 - d.ratio - d.shift * d.slope);
     }
   }
 #pragma unroll
   for (int i = 0; i < N; ++i)
-    if (q.given[i] < op.low || q.given[i] > op.high) along[i] = 0;  // no gradient through a bound
-  store_group(static_cast<T*>(grads.mu) + group.at, group, sum);
-  store_group(static_cast<T*>(grads.logvar) + group.at, group, along);
-  if (!prior.given) return;
-  store_group(static_cast<T*>(grads.prior_mean) + group.at, group, for_mean);
-  store_group(static_cast<T*>(grads.prior_logvar) + group.at, group, for_prior);
+    if (q.unclamped[i] < op.low || q.unclamped[i] > op.high) logvar_grad[i] = 0;  // no gradient through a bound
+  store_group(static_cast<T*>(grads.mu) + group.at, group, mu_grad);
+  store_group(static_cast<T*>(grads.logvar) + group.at, group, logvar_grad);
+  if (!prior.exists) return;
+  store_group(static_cast<T*>(grads.prior_mean) + group.at, group, prior_mean_grad);
+  store_group(static_cast<T*>(grads.prior_logvar) + group.at, group, prior_logvar_grad);
 }
 
 bool is_plain(const Reparameterize& op, const Tiling& tiling, bool prior) {
@@ -320,17 +320,18 @@ Sampler sampler(const Reparameterize& op, bool by_row) {
 }
 
 template <class T>
-void sample_of(const Reparameterize& op, const ReparameterizeTensors& given, void* z, void* kl, const Queue& queue) {
+void launch_sample(const Reparameterize& op, const ReparameterizeTensors& tensors, void* z, void* kl,
+                   const Queue& queue) {
   const int64_t lines = op.keys * (kl ? op.rows : 1), length = op.keys * op.rows * op.size / lines;
   const Tiling tiling =
-      tile<T>(lines, length, op.samples, given.mu, given.logvar, given.prior_mean, given.prior_logvar, z);
+      tile<T>(lines, length, op.samples, tensors.mu, tensors.logvar, tensors.prior_mean, tensors.prior_logvar, z);
   const float beta = static_cast<float>(op.beta);
   const int shared = kThreads / kWarp * int(sizeof(float));
   const bool in_parts = kl && tiling.splits > 1;
   float* const sums = static_cast<float*>(in_parts ? queue.scratch(lines * tiling.splits * sizeof(float)) : kl);
-  const auto kernel = is_plain(op, tiling, given.prior_mean) ? sample<T, true> : sample<T, false>;
-  launch(queue, kernel, tiling.grid(), kThreads, shared, tiling, sampler(op, kl != nullptr), given, static_cast<T*>(z),
-         sums, in_parts ? 1.f : beta);
+  const auto kernel = is_plain(op, tiling, tensors.prior_mean) ? sample<T, true> : sample<T, false>;
+  launch(queue, kernel, tiling.grid(), kThreads, shared, tiling, sampler(op, kl != nullptr), tensors,
+         static_cast<T*>(z), sums, in_parts ? 1.f : beta);
   if (!in_parts) return;
   const int team = team_for(tiling.splits, kThreads);
   launch(queue, add_parts, grid_of_teams(lines, team, kThreads), kThreads, shared, lines, team, tiling.splits, beta,
@@ -338,16 +339,17 @@ void sample_of(const Reparameterize& op, const ReparameterizeTensors& given, voi
 }
 
 template <class T>
-void differentiate_of(const Reparameterize& op, const void* grad_z, const void* grad_kl,
-                      const ReparameterizeTensors& given, const ReparameterizeGrads& grads, const Queue& queue) {
+void launch_differentiate(const Reparameterize& op, const void* grad_z, const void* grad_kl,
+                          const ReparameterizeTensors& tensors, const ReparameterizeGrads& grads, const Queue& queue) {
   const int64_t lines = op.keys * (grad_kl ? op.rows : 1), length = op.keys * op.rows * op.size / lines;
-  const void* const mean = given.prior_mean ? grads.prior_mean : nullptr;
-  const void* const logvar = given.prior_mean ? grads.prior_logvar : nullptr;
-  const Tiling tiling = tile<T>(lines, length, op.samples, given.mu, given.logvar, given.prior_mean, given.prior_logvar,
-                                grad_z, grads.mu, grads.logvar, mean, logvar);
-  const auto kernel = is_plain(op, tiling, given.prior_mean) ? differentiate<T, true> : differentiate<T, false>;
+  const void* const mean = tensors.prior_mean ? grads.prior_mean : nullptr;
+  const void* const logvar = tensors.prior_mean ? grads.prior_logvar : nullptr;
+  const Tiling tiling = tile<T>(lines, length, op.samples, tensors.mu, tensors.logvar, tensors.prior_mean,
+                                tensors.prior_logvar, grad_z, grads.mu, grads.logvar, mean, logvar);
+  const auto kernel = is_plain(op, tiling, tensors.prior_mean) ? differentiate<T, true> : differentiate<T, false>;
   launch(queue, kernel, tiling.grid(), kThreads, 0, tiling, sampler(op, grad_kl != nullptr),
-         static_cast<float>(op.beta), static_cast<const T*>(grad_z), static_cast<const float*>(grad_kl), given, grads);
+         static_cast<float>(op.beta), static_cast<const T*>(grad_z), static_cast<const float*>(grad_kl), tensors,
+         grads);
 }
 
 }  // namespace
@@ -360,14 +362,15 @@ void noise(const Reparameterize& op, void* out, const Queue& queue) {
   launch(queue, kernel, tiling.grid(), kThreads, 0, tiling, sampler(flat, false), static_cast<float*>(out));
 }
 
-void reparameterize(const Reparameterize& op, const ReparameterizeTensors& given, void* z, void* kl,
+void reparameterize(const Reparameterize& op, const ReparameterizeTensors& tensors, void* z, void* kl,
                     const Queue& queue) {
-  FASTGEN_FOR_GPU_DTYPE(op.dtype, sample_of, op, given, z, kl, queue)
+  FASTGEN_FOR_GPU_DTYPE(op.dtype, launch_sample, op, tensors, z, kl, queue)
 }
 
 void reparameterize_backward(const Reparameterize& op, const void* grad_z, const void* grad_kl,
-                             const ReparameterizeTensors& given, const ReparameterizeGrads& grads, const Queue& queue) {
-  FASTGEN_FOR_GPU_DTYPE(op.dtype, differentiate_of, op, grad_z, grad_kl, given, grads, queue)
+                             const ReparameterizeTensors& tensors, const ReparameterizeGrads& grads,
+                             const Queue& queue) {
+  FASTGEN_FOR_GPU_DTYPE(op.dtype, launch_differentiate, op, grad_z, grad_kl, tensors, grads, queue)
 }
 
 }  // namespace fastgen::cuda

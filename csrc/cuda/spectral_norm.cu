@@ -1,5 +1,5 @@
 // weight / sigma for many weights by power iteration (Miyato et al., Spectral Normalization for Generative Adversarial
-// Networks, 2018): a fixed number of launches for up to kMostWeights weights, which are kernel parameters.
+// Networks, 2018): a fixed number of launches for up to kMaxWeights weights, which are kernel parameters.
 //
 // The terms are defined at SpectralMatrix (shared/problems.h). A weight is `lines` of `line_size` elements, in which
 // `width` columns are adjacent. The `line` vector, (lines, width), is u if the lines are the matrix's rows, else v; the
@@ -18,7 +18,7 @@ namespace {
 
 using namespace spectral;
 
-enum class Pass { first, second, evaluate };  // evaluate: sigma of the given vectors
+enum class Pass { first, second, evaluate };  // evaluate: sigma of the input vectors
 
 static_assert(sizeof(Group<Weight>) + 2 * sizeof(double) <= 4096);
 
@@ -27,7 +27,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) multiply(const __grid_constant__ Group<Weight> group, Pass pass) {
   constexpr int widest = kAccess / sizeof(T);
   const Work work(group);
-  const Weight& m = group.of[work.index];
+  const Weight& m = group.records[work.index];
   const int64_t first = work.number * m.chunk;
   const Chunk chunk{work.number, first, min(static_cast<int64_t>(m.chunk), m.lines - first), pass == Pass::evaluate};
   if (m.fused || pass != Pass::first) {
@@ -46,12 +46,12 @@ __global__ void __launch_bounds__(kThreads) multiply(const __grid_constant__ Gro
   else add_lines<T, 1>(m, chunk, factor);
 }
 
-// The summed product from its parts. Grid: up to kMostSums blocks per weight; a block adds kWarp elements at a time,
+// The summed product from its parts. Grid: up to kMaxSums blocks per weight; a block adds kWarp elements at a time,
 // with the parts divided among its warps in turn.
 __global__ void __launch_bounds__(kThreads) add_parts(const __grid_constant__ Group<Weight> group) {
   constexpr int warps = kThreads / kWarp;
   const Work work(group);
-  const Weight& m = group.of[work.index];
+  const Weight& m = group.records[work.index];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t size = m.summed_vector_size(), chunks = m.chunks();
   float* const scratch = shared_memory<float>();
@@ -104,8 +104,8 @@ struct Divisors {
 template <class T, int access>
 __device__ void finish_block(const Weight& m, const Work& work, double eps, bool iterate, bool scale) {
   const Elements<access> elements{work.number * kBlock, m.size()};
-  float held[kHeld];
-  if (scale && m.out) elements.load_all(static_cast<const T*>(m.weight), held);  // loads while the norms are added
+  float values[kPerThread];
+  if (scale && m.out) elements.load_all(static_cast<const T*>(m.weight), values);  // loads while the norms are added
   const Divisors divisors(m, eps, iterate);
   for (int64_t i = elements.start + threadIdx.x; i < elements.start + kBlock; i += kThreads) {
     if (i < m.line_vector_size())
@@ -118,8 +118,8 @@ __device__ void finish_block(const Weight& m, const Work& work, double eps, bool
   if (work.number == 0 && threadIdx.x == 0) *m.sigma = divisors.sigma;
   if (!m.out) return;
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) held[i] /= divisors.sigma;
-  elements.store_all(static_cast<T*>(m.out), held);
+  for (int i = 0; i < kPerThread; ++i) values[i] /= divisors.sigma;
+  elements.store_all(static_cast<T*>(m.out), values);
 }
 
 // iterate: computes u and v from the products; else copies them. scale: computes sigma and, if out is not null, weight
@@ -128,7 +128,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     finish(const __grid_constant__ Group<Weight> group, double eps, bool iterate, bool scale) {
   const Work work(group);
-  const Weight& m = group.of[work.index];
+  const Weight& m = group.records[work.index];
   if (m.aligned) finish_block<T, kAccess / sizeof(T)>(m, work, eps, iterate, scale);
   else finish_block<T, 1>(m, work, eps, iterate, scale);
 }
@@ -139,7 +139,7 @@ int64_t chunk_of(const Weight& m) {
   if (m.width > 1) return std::max<int64_t>(kBatch, ceil_div(m.lines, 256));
   const int64_t small = ceil_div(4096, std::max<int64_t>(1, m.line_size)),
                 large = std::min<int64_t>(16, ceil_div(m.lines, 128));
-  return std::max({int64_t{1}, std::min(small, m.lines), large, ceil_div(m.lines, 2 * kMostSums)});
+  return std::max({int64_t{1}, std::min(small, m.lines), large, ceil_div(m.lines, 2 * kMaxSums)});
 }
 
 template <class T>
@@ -147,8 +147,8 @@ Weight record_of(const SpectralMatrix& m, bool v_first) {
   Weight record{};
   record.weight = m.weight;
   record.out = m.out;
-  record.line_vector = static_cast<const float*>(m.outer == 1 ? m.given_u : m.given_v);
-  record.summed_vector = static_cast<const float*>(m.outer == 1 ? m.given_v : m.given_u);
+  record.line_vector = static_cast<const float*>(m.outer == 1 ? m.input_u : m.input_v);
+  record.summed_vector = static_cast<const float*>(m.outer == 1 ? m.input_v : m.input_u);
   record.new_line_vector = static_cast<float*>(m.outer == 1 ? m.u : m.v);
   record.new_summed_vector = static_cast<float*>(m.outer == 1 ? m.v : m.u);
   record.sigma = static_cast<float*>(m.sigma);
@@ -172,7 +172,7 @@ int64_t lay_out(Group<Weight>& group, void* base) {
     bytes += ceil_div(count * static_cast<int64_t>(sizeof(*pointer)), 2 * kAccess) * 2 * kAccess;
   };
   for (int i = 0; i < group.count; ++i) {
-    Weight& m = group.of[i];
+    Weight& m = group.records[i];
     allocate(m.products, m.summed_offset() + m.summed_vector_size());
     allocate(m.parts, m.chunks() * m.summed_vector_size());
     allocate(m.sums, m.chunks() + m.summed_blocks());
@@ -183,10 +183,10 @@ int64_t lay_out(Group<Weight>& group, void* base) {
 template <class T>
 void normalize(const std::vector<SpectralMatrix>& matrices, int64_t iterations, double eps, bool v_first,
                const Queue& queue) {
-  for (size_t begin = 0; begin < matrices.size(); begin += kMostWeights) {
+  for (size_t begin = 0; begin < matrices.size(); begin += kMaxWeights) {
     Group<Weight> group{};
-    group.count = static_cast<int>(std::min<size_t>(kMostWeights, matrices.size() - begin));
-    for (int i = 0; i < group.count; ++i) group.of[i] = record_of<T>(matrices[begin + i], v_first);
+    group.count = static_cast<int>(std::min<size_t>(kMaxWeights, matrices.size() - begin));
+    for (int i = 0; i < group.count; ++i) group.records[i] = record_of<T>(matrices[begin + i], v_first);
     lay_out(group, queue.scratch(lay_out(group, nullptr)));
     const auto run_multiply = [&](Pass pass) {
       const dim3 blocks = group.grid([&](const Weight& m) { return pass == Pass::second && m.fused ? 0 : m.chunks(); });
@@ -206,8 +206,8 @@ void normalize(const std::vector<SpectralMatrix>& matrices, int64_t iterations, 
       run_multiply(Pass::second);
       run_finish(true, step == iterations - 1);
       for (int i = 0; i < group.count; ++i) {
-        group.of[i].line_vector = group.of[i].new_line_vector;
-        group.of[i].summed_vector = group.of[i].new_summed_vector;
+        group.records[i].line_vector = group.records[i].new_line_vector;
+        group.records[i].summed_vector = group.records[i].new_summed_vector;
       }
     }
     if (iterations > 0) continue;

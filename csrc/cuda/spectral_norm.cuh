@@ -10,28 +10,28 @@
 namespace fastgen::cuda::spectral {
 
 constexpr int kThreads = 512;
-constexpr int kMostWeights = 32;          // per launch: their records fill the 4 KB of its parameters
-constexpr int kMostSums = 512;            // per weight; every block of the last pass adds them
-constexpr int kHeld = 8;                  // elements per thread in the passes over elements
-constexpr int kBlock = kThreads * kHeld;  // elements per block there
+constexpr int kMaxWeights = 32;                // per launch: their records fill the 4 KB of its parameters
+constexpr int kMaxSums = 512;                  // per weight; every block of the last pass adds them
+constexpr int kPerThread = 8;                  // elements per thread in the passes over elements
+constexpr int kBlock = kThreads * kPerThread;  // elements per block there
 constexpr int kShared = kThreads * 8 * int(sizeof(float));
 
 // The number of blocks of a pass that writes one sum per block.
-FASTGEN_HD int64_t summing_blocks(int64_t blocks) { return blocks < 1 ? 1 : blocks > kMostSums ? kMostSums : blocks; }
+FASTGEN_HD int64_t summing_blocks(int64_t blocks) { return blocks < 1 ? 1 : blocks > kMaxSums ? kMaxSums : blocks; }
 
 // The records of a launch, one per weight, and its blocks: those of record i are starts[i], ..., starts[i + 1] - 1.
 template <class Record>
 struct Group {
-  Record of[kMostWeights];
-  unsigned starts[kMostWeights + 1];
+  Record records[kMaxWeights];
+  unsigned starts[kMaxWeights + 1];
   int count;
 
   template <class Blocks>
   dim3 grid(const Blocks& blocks) {
     starts[0] = 0;
-    for (int i = 0; i < kMostWeights; ++i)
-      starts[i + 1] = starts[i] + (i < count ? static_cast<unsigned>(blocks(of[i])) : 0);
-    return dim3(starts[kMostWeights]);
+    for (int i = 0; i < kMaxWeights; ++i)
+      starts[i + 1] = starts[i] + (i < count ? static_cast<unsigned>(blocks(records[i])) : 0);
+    return dim3(starts[kMaxWeights]);
   }
 };
 
@@ -43,7 +43,7 @@ struct Work {
   template <class Record>
   __device__ explicit Work(const Group<Record>& group) {
 #pragma unroll
-    for (int step = kMostWeights / 2; step > 0; step /= 2)
+    for (int step = kMaxWeights / 2; step > 0; step /= 2)
       if (group.starts[index + step] <= blockIdx.x) index += step;
     number = blockIdx.x - group.starts[index];
     blocks = group.starts[index + 1] - group.starts[index];
@@ -75,7 +75,8 @@ __device__ void load_floats(const float* from, float (&to)[access]) {
   }
 }
 
-// A block's kBlock elements, kHeld per thread, in accesses: the thread's element i is at(i - i % access) + i % access.
+// A block's kBlock elements, kPerThread per thread, in accesses: the thread's element i is at(i - i % access) + i %
+// access.
 template <int access>
 struct Elements {
   int64_t start, size;
@@ -85,9 +86,9 @@ struct Elements {
   }
 
   template <class T>
-  __device__ void load_all(const T* from, float (&to)[kHeld]) const {
+  __device__ void load_all(const T* from, float (&to)[kPerThread]) const {
 #pragma unroll
-    for (int i = 0; i < kHeld; i += access) {
+    for (int i = 0; i < kPerThread; i += access) {
       float values[access] = {};
       if (at(i) < size) load<access>(from + at(i), values);
 #pragma unroll
@@ -96,9 +97,9 @@ struct Elements {
   }
 
   template <class T>
-  __device__ void store_all(T* to, const float (&from)[kHeld]) const {
+  __device__ void store_all(T* to, const float (&from)[kPerThread]) const {
 #pragma unroll
-    for (int i = 0; i < kHeld; i += access) {
+    for (int i = 0; i < kPerThread; i += access) {
       float values[access];
 #pragma unroll
       for (int j = 0; j < access; ++j) values[j] = from[i + j];

@@ -31,21 +31,21 @@ __device__ double dot_of(const WeightGrad& m, const Work& work) {
   double total = 0;
   for (int64_t start = work.number * kBlock; start < m.size(); start += work.blocks * kBlock) {
     const Elements<access> elements{start, m.size()};
-    float weight[kHeld], grad[kHeld], sum = 0;
+    float weight[kPerThread], grad[kPerThread], sum = 0;
     elements.load_all(static_cast<const T*>(m.weight), weight);
     elements.load_all(static_cast<const T*>(m.grad_out), grad);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) sum += weight[i] * grad[i];
+    for (int i = 0; i < kPerThread; ++i) sum += weight[i] * grad[i];
     total += sum;
   }
   return total;
 }
 
-// Partial sums of grad_out . weight. Grid: up to kMostSums blocks per weight.
+// Partial sums of grad_out . weight. Grid: up to kMaxSums blocks per weight.
 template <class T>
 __global__ void __launch_bounds__(kThreads) dot(const __grid_constant__ Group<WeightGrad> group) {
   const Work work(group);
-  const WeightGrad& m = group.of[work.index];
+  const WeightGrad& m = group.records[work.index];
   const double total = block_total(m.aligned ? dot_of<T, kAccess / sizeof(T)>(m, work) : dot_of<T, 1>(m, work));
   if (threadIdx.x == 0) m.sums[work.number] = total;
 }
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kThreads) dot(const __grid_constant__ Group<We
 template <class T, int access>
 __device__ void differentiate_block(const WeightGrad& m, const Work& work) {
   const Elements<access> elements{work.number * kBlock, m.size()};
-  float held[kHeld];
-  elements.load_all(static_cast<const T*>(m.grad_out), held);
+  float values[kPerThread];
+  elements.load_all(static_cast<const T*>(m.grad_out), values);
   const double total = total_of(m.sums, m.blocks());
   float* const shared = shared_memory<float>() + 2 * kThreads / kWarp;
   const float sigma = *m.sigma;
@@ -62,22 +62,22 @@ __device__ void differentiate_block(const WeightGrad& m, const Work& work) {
   __syncthreads();
   const float slope = *shared;
 #pragma unroll
-  for (int i = 0; i < kHeld; i += access) {
+  for (int i = 0; i < kPerThread; i += access) {
     const int64_t at = elements.at(i);
     if (at >= m.size()) break;
     const int64_t line = divide(at, m.line_size), in_line = at - line * m.line_size;
-    float summed[access], lined[access];
+    float summed_values[access], line_values[access];
     if (m.width == 1) {
-      load_floats(m.summed_vector + in_line, summed);
-      const float one = m.line_vector[line];
+      load_floats(m.summed_vector + in_line, summed_values);
+      const float line_value = m.line_vector[line];
 #pragma unroll
-      for (int j = 0; j < access; ++j) lined[j] = one;
+      for (int j = 0; j < access; ++j) line_values[j] = line_value;
     } else {
       int64_t row = divide(in_line, m.width), column = in_line - row * m.width;
 #pragma unroll
       for (int j = 0; j < access; ++j) {
-        summed[j] = m.summed_vector[row];
-        lined[j] = m.line_vector[line * m.width + column];
+        summed_values[j] = m.summed_vector[row];
+        line_values[j] = m.line_vector[line * m.width + column];
         if (++column == m.width) {
           column = 0;
           ++row;
@@ -85,16 +85,16 @@ __device__ void differentiate_block(const WeightGrad& m, const Work& work) {
       }
     }
 #pragma unroll
-    for (int j = 0; j < access; ++j) held[i + j] = held[i + j] / sigma + slope * lined[j] * summed[j];
+    for (int j = 0; j < access; ++j) values[i + j] = values[i + j] / sigma + slope * line_values[j] * summed_values[j];
   }
-  elements.store_all(static_cast<T*>(m.out), held);
+  elements.store_all(static_cast<T*>(m.out), values);
 }
 
 // grad_out / sigma + (grad_sigma - grad_out . weight / sigma^2) u v^T. Grid: one block per kBlock elements.
 template <class T>
 __global__ void __launch_bounds__(kThreads) differentiate(const __grid_constant__ Group<WeightGrad> group) {
   const Work work(group);
-  const WeightGrad& m = group.of[work.index];
+  const WeightGrad& m = group.records[work.index];
   if (m.aligned) differentiate_block<T, kAccess / sizeof(T)>(m, work);
   else differentiate_block<T, 1>(m, work);
 }
@@ -102,15 +102,15 @@ __global__ void __launch_bounds__(kThreads) differentiate(const __grid_constant_
 template <class T>
 void differentiate_all(const std::vector<SpectralMatrix>& matrices, const std::vector<SpectralMatrixGrad>& grads,
                        const Queue& queue) {
-  for (size_t begin = 0; begin < matrices.size(); begin += kMostWeights) {
+  for (size_t begin = 0; begin < matrices.size(); begin += kMaxWeights) {
     Group<WeightGrad> group{};
-    group.count = static_cast<int>(std::min<size_t>(kMostWeights, matrices.size() - begin));
-    double* sums = static_cast<double*>(queue.scratch(group.count * kMostSums * sizeof(double)));
-    for (int i = 0; i < group.count; ++i, sums += kMostSums) {
+    group.count = static_cast<int>(std::min<size_t>(kMaxWeights, matrices.size() - begin));
+    double* sums = static_cast<double*>(queue.scratch(group.count * kMaxSums * sizeof(double)));
+    for (int i = 0; i < group.count; ++i, sums += kMaxSums) {
       const SpectralMatrix& m = matrices[begin + i];
       const SpectralMatrixGrad& grad = grads[begin + i];
-      const float *const u = static_cast<const float*>(m.given_u), *const v = static_cast<const float*>(m.given_v);
-      WeightGrad& record = group.of[i];
+      const float *const u = static_cast<const float*>(m.input_u), *const v = static_cast<const float*>(m.input_v);
+      WeightGrad& record = group.records[i];
       record = {m.weight,
                 grad.grad_out,
                 grad.grad_weight,

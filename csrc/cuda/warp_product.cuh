@@ -47,32 +47,32 @@ struct TensorCores {
     for (int chunk = 0; chunk < chunks; chunk += 2) {
       const Chunk* const from_a = a + swizzle<chunks>(matrix % 2 * 8 + line, chunk + matrix / 2);
       const Chunk* const from_b = b + swizzle<chunks>(matrix / 2 * 8 % columns + line, chunk + matrix % 2);
-      uint32_t of_a[high][4], of_b[wide][2];
+      uint32_t fragment_a[high][4], fragment_b[wide][2];
 #pragma unroll
-      for (int i = 0; i < high; ++i) load_matrices(of_a[i], from_a + i * 16 * chunks);
+      for (int i = 0; i < high; ++i) load_matrices(fragment_a[i], from_a + i * 16 * chunks);
 #pragma unroll
-      for (int j = 0; j < wide; j += 2) {  // two adjacent ones at once; the same one twice if there is only one
-        uint32_t both[4];
-        load_matrices(both, from_b + j * 8 * chunks);
-        of_b[j][0] = both[0];
-        of_b[j][1] = both[1];
+      for (int j = 0; j < wide; j += 2) {  // two adjacent matrices at once, or the same one twice if there is only one
+        uint32_t pair[4];
+        load_matrices(pair, from_b + j * 8 * chunks);
+        fragment_b[j][0] = pair[0];
+        fragment_b[j][1] = pair[1];
         if (j + 1 < wide) {
-          of_b[j + 1][0] = both[2];
-          of_b[j + 1][1] = both[3];
+          fragment_b[j + 1][0] = pair[2];
+          fragment_b[j + 1][1] = pair[3];
         }
       }
       if constexpr (std::is_same_v<T, float>) {  // the weight is already rounded
 #pragma unroll
         for (int i = 0; i < high; ++i)
 #pragma unroll
-          for (int k = 0; k < 4; ++k) of_a[i][k] = to_tf32(float_of_bits(static_cast<int32_t>(of_a[i][k])));
+          for (int k = 0; k < 4; ++k) fragment_a[i][k] = to_tf32(float_of_bits(static_cast<int32_t>(fragment_a[i][k])));
       }
 #pragma unroll
       for (int i = 0; i < high; ++i)
 #pragma unroll
         for (int j = 0; j < wide; ++j) {
-          if constexpr (std::is_same_v<T, float>) multiply_tf32(total[i][j], of_a[i], of_b[j]);
-          else multiply<T>(total[i][j], of_a[i], of_b[j]);
+          if constexpr (std::is_same_v<T, float>) multiply_tf32(total[i][j], fragment_a[i], fragment_b[j]);
+          else multiply<T>(total[i][j], fragment_a[i], fragment_b[j]);
         }
     }
   }
@@ -107,18 +107,19 @@ struct Fma {
     const auto read = [](const Chunk* from, float (&to)[4]) { load<4>(reinterpret_cast<const float*>(from), to); };
     float sum[high][wide];
     const auto add_chunk = [&](int chunk, auto first) {
-      float of_b[wide][4];
+      float fragment_b[wide][4];
 #pragma unroll
-      for (int j = 0; j < wide; ++j) read(b + swizzle<chunks>(column + j * lane_columns, chunk), of_b[j]);
+      for (int j = 0; j < wide; ++j) read(b + swizzle<chunks>(column + j * lane_columns, chunk), fragment_b[j]);
 #pragma unroll
       for (int i = 0; i < high; ++i) {
-        float of_a[4];
-        read(a + swizzle<chunks>(row + i * lane_rows, chunk), of_a);
+        float fragment_a[4];
+        read(a + swizzle<chunks>(row + i * lane_rows, chunk), fragment_a);
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
           for (int j = 0; j < wide; ++j)
-            sum[i][j] = first && k == 0 ? of_a[k] * of_b[j][k] : sum[i][j] + of_a[k] * of_b[j][k];
+            sum[i][j] =
+                first && k == 0 ? fragment_a[k] * fragment_b[j][k] : sum[i][j] + fragment_a[k] * fragment_b[j][k];
       }
     };
     add_chunk(0, std::true_type{});

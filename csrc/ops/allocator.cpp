@@ -1,6 +1,6 @@
 // A caching allocator for PyTorch's CPU tensors: touching fresh pages costs more than a layer's computation, and the C
 // library's heap, which could keep freed memory too, grows with each aligned block that does not fit into a gap. This
-// is the only file that uses PyTorch's C++ classes, which have no stable ABI: under any other version than the one it
+// is the only file that uses PyTorch's C++ classes, which have no stable ABI: with any version other than the one it
 // was built with, it does nothing.
 #undef TORCH_TARGET_VERSION
 #include "ops/allocator.h"
@@ -22,12 +22,12 @@ namespace {
 class CachingAllocator final : public c10::Allocator {
  public:
   static CachingAllocator& instance() {
-    static CachingAllocator* const one = new CachingAllocator;  // outlives the last tensor
-    return *one;
+    static CachingAllocator* const allocator = new CachingAllocator;  // outlives the last tensor
+    return *allocator;
   }
 
   c10::DataPtr allocate(size_t size) override {
-    if (size < kMinCached) return usual->allocate(size);
+    if (size < kMinCached) return default_allocator->allocate(size);
     const size_t rounded = (size + kPage - 1) / kPage * kPage;
     void* memory = reuse(rounded);
     if (!memory) {
@@ -42,7 +42,7 @@ class CachingAllocator final : public c10::Allocator {
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t size) const override { default_copy_data(to, from, size); }
 
-  c10::Allocator* const usual = c10::GetDefaultCPUAllocator();
+  c10::Allocator* const default_allocator = c10::GetDefaultCPUAllocator();
   std::mutex lock;
 
  private:
@@ -51,11 +51,11 @@ class CachingAllocator final : public c10::Allocator {
   // A cached block of this size, or up to 1.5 times as large; null if there is none.
   void* reuse(size_t size) {
     const std::lock_guard<std::mutex> guard(lock);
-    const auto found = cached.lower_bound(size);
-    if (found != cached.end() && found->first <= size + size / 2) {
-      void* const memory = found->second;
-      const size_t actual = found->first;
-      cached.erase(found);
+    const auto entry = cached.lower_bound(size);
+    if (entry != cached.end() && entry->first <= size + size / 2) {
+      void* const memory = entry->second;
+      const size_t actual = entry->first;
+      cached.erase(entry);
       cached_bytes -= actual;
       add(memory, actual);
       return memory;
@@ -101,17 +101,17 @@ class CachingAllocator final : public c10::Allocator {
     CachingAllocator& self = instance();
     {
       const std::lock_guard<std::mutex> guard(self.lock);
-      const auto found = self.used.find(memory);
-      if (found != self.used.end()) {
+      const auto entry = self.used.find(memory);
+      if (entry != self.used.end()) {
         c10::profiledCPUMemoryReporter().Delete(memory);  // before another thread can take it
-        self.cached.emplace(found->second, memory);
-        self.cached_bytes += found->second;
-        self.used_bytes -= found->second;
-        self.used.erase(found);
+        self.cached.emplace(entry->second, memory);
+        self.cached_bytes += entry->second;
+        self.used_bytes -= entry->second;
+        self.used.erase(entry);
         return;
       }
     }
-    self.usual->raw_deleter()(memory);
+    self.default_allocator->raw_deleter()(memory);
   }
 
   std::unordered_map<void*, size_t> used;
@@ -123,7 +123,7 @@ class CachingAllocator final : public c10::Allocator {
 
 bool keep_freed_memory(int64_t major, int64_t minor) {
   if (major != TORCH_VERSION_MAJOR || minor != TORCH_VERSION_MINOR) return false;
-  static const bool once = [] {
+  static const bool installed = [] {
     CachingAllocator& allocator = CachingAllocator::instance();
     // A forked child must not inherit the lock held by a thread that does not exist there.
     pthread_atfork([] { CachingAllocator::instance().lock.lock(); }, [] { CachingAllocator::instance().lock.unlock(); },
@@ -131,7 +131,7 @@ bool keep_freed_memory(int64_t major, int64_t minor) {
     c10::SetCPUAllocator(&allocator, 1);
     return true;
   }();
-  return once;
+  return installed;
 }
 
 }  // namespace fastgen

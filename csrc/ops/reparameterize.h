@@ -113,8 +113,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reparameterize_backward(
   key = torch::stable::contiguous(key);
   if (grad_z) grad_z = in_format(*grad_z, channels_last);
   if (grad_kl) grad_kl = torch::stable::contiguous(*grad_kl);
-  const auto like_mu = [&](bool wanted) {
-    return wanted ? torch::stable::empty_like(mu) : new_tensor(mu, {0}, mu.scalar_type());
+  const auto like_mu = [&](bool needed) {
+    return needed ? torch::stable::empty_like(mu) : new_tensor(mu, {0}, mu.scalar_type());
   };
   Tensor grad_mu = like_mu(true), grad_logvar = like_mu(true);
   Tensor grad_mean = like_mu(prior_mean.has_value()), grad_prior_logvar = like_mu(prior_mean.has_value());

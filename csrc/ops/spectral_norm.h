@@ -8,33 +8,33 @@ namespace {
 
 // A weight as a matrix: dimension `dim` by all others, in the weight's memory order; the vectors have the same order.
 struct SpectralWeight {
-  Tensor weight, given_u, given_v;
+  Tensor weight, input_u, input_v;
   Tensor u, v, sigma;       // see `add_results`
   ScalarType vector_dtype;  // of the caller's u and v
   int64_t swapped = 0;      // channels of a channels_last weight whose v counts them first, and the matrix's last
 
-  SpectralWeight(const Tensor& given, const Tensor& of_u, const Tensor& of_v, int64_t dim)
-      : weight(in_format(given, channels_last(given, dim))),
-        given_u(*accumulated(of_u, accumulation(weight))),
-        given_v(*accumulated(of_v, accumulation(weight))),
-        vector_dtype(of_u.scalar_type()) {
-    if (channels_last(given, dim) && dim == 0) swapped = given.size(1);
-    if (swapped) given_v = transposed(given_v, swapped);
+  SpectralWeight(const Tensor& tensor, const Tensor& u_, const Tensor& v_, int64_t dim)
+      : weight(in_format(tensor, channels_last(tensor, dim))),
+        input_u(*accumulated(u_, accumulation(weight))),
+        input_v(*accumulated(v_, accumulation(weight))),
+        vector_dtype(u_.scalar_type()) {
+    if (channels_last(tensor, dim) && dim == 0) swapped = tensor.size(1);
+    if (swapped) input_v = transposed(input_v, swapped);
     matrix.dtype = dtype_of(weight);
     matrix.rows = weight.size(dim);
     matrix.outer = matrix.inner = 1;
     for (int64_t i = 0; i < weight.dim(); ++i)
       if (i != dim)
-        (i < dim || (dim == 1 && channels_last(given, dim)) ? matrix.outer : matrix.inner) *= weight.size(i);
+        (i < dim || (dim == 1 && channels_last(tensor, dim)) ? matrix.outer : matrix.inner) *= weight.size(i);
     matrix.weight = weight.const_data_ptr();
-    matrix.given_u = given_u.const_data_ptr();
-    matrix.given_v = given_v.const_data_ptr();
+    matrix.input_u = input_u.const_data_ptr();
+    matrix.input_v = input_v.const_data_ptr();
   }
 
   // Allocates the results of the iterations.
   void add_results() {
-    u = torch::stable::empty_like(given_u);
-    v = torch::stable::empty_like(given_v);
+    u = torch::stable::empty_like(input_u);
+    v = torch::stable::empty_like(input_v);
     sigma = new_tensor(weight, {}, accumulation(weight));
     matrix.u = u.mutable_data_ptr();
     matrix.v = v.mutable_data_ptr();
@@ -103,13 +103,14 @@ Tensors spectral_norm_backward(Tensors grad_outs, Tensors grad_sigmas, Tensors w
   }
   for (DType dtype : all_dtypes) {
     std::vector<SpectralMatrix> matrices;
-    std::vector<SpectralMatrixGrad> of;
+    std::vector<SpectralMatrixGrad> matrix_grads;
     for (size_t i = 0; i < items.size(); ++i) {
       if (items[i].matrix.dtype != dtype) continue;
       matrices.push_back(items[i].matrix);
-      of.push_back({grad_outs[i].const_data_ptr(), grad_sigmas[i].const_data_ptr(), grads[i].mutable_data_ptr()});
+      matrix_grads.push_back(
+          {grad_outs[i].const_data_ptr(), grad_sigmas[i].const_data_ptr(), grads[i].mutable_data_ptr()});
     }
-    if (!matrices.empty()) kernels::spectral_norm_backward(matrices, of, Execution(weights[0]));
+    if (!matrices.empty()) kernels::spectral_norm_backward(matrices, matrix_grads, Execution(weights[0]));
   }
   return grads;
 }

@@ -1,4 +1,4 @@
-// Tensors of the libtorch stable ABI, as the kernels want them.
+// Tensors of the libtorch stable ABI, as the kernels take them.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

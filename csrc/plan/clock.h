@@ -17,13 +17,13 @@ inline double seconds_since(Clock::time_point start) {
 
 // The shortest time of `repeats` calls.
 inline double least_seconds(int64_t repeats, const std::function<void()>& body) {
-  double least = std::numeric_limits<double>::infinity();
+  double shortest = std::numeric_limits<double>::infinity();
   for (int64_t i = 0; i < repeats; ++i) {
     const auto start = Clock::now();
     body();
-    least = std::min(least, seconds_since(start));
+    shortest = std::min(shortest, seconds_since(start));
   }
-  return least;
+  return shortest;
 }
 
 }  // namespace fastgen::plan

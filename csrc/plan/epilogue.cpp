@@ -5,7 +5,7 @@ namespace fastgen::plan {
 void EpilogueFields::check(const Check& check, const Step& step) const {
   const int64_t c = step.shape.c;
   check(step.inputs.size() == 1 || (step.inputs.size() == 2 && step.inputs[1].shape == step.shape),
-        "adds what does not fit");
+        "has a residual of another size than its output");
   check(within(static_cast<int64_t>(norm), 0, static_cast<int64_t>(Norm::group)), "has an unknown norm");
   check(within(activation, 0, kActivations - 1), "has an unknown activation");
   check(norm != Norm::group || (within(num_groups, 1, c) && c % num_groups == 0),

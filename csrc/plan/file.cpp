@@ -15,14 +15,14 @@ void check(bool holds, const std::string& what) {
 // zlib's CRC-32, eight bytes at a time: table[k] advances a byte by k bytes.
 uint32_t crc32(const char* bytes, size_t size) {
   static const auto table = [] {
-    std::array<std::array<uint32_t, 256>, 8> made{};
+    std::array<std::array<uint32_t, 256>, 8> tables{};
     for (uint32_t i = 0; i < 256; ++i) {
-      made[0][i] = i;
-      for (int bit = 0; bit < 8; ++bit) made[0][i] = made[0][i] >> 1 ^ (made[0][i] & 1 ? 0xedb88320u : 0);
+      tables[0][i] = i;
+      for (int bit = 0; bit < 8; ++bit) tables[0][i] = tables[0][i] >> 1 ^ (tables[0][i] & 1 ? 0xedb88320u : 0);
     }
     for (size_t k = 1; k < 8; ++k)
-      for (size_t i = 0; i < 256; ++i) made[k][i] = made[k - 1][i] >> 8 ^ made[0][made[k - 1][i] & 0xff];
-    return made;
+      for (size_t i = 0; i < 256; ++i) tables[k][i] = tables[k - 1][i] >> 8 ^ tables[0][tables[k - 1][i] & 0xff];
+    return tables;
   }();
   uint32_t crc = ~0u;
   for (; size >= 8; size -= 8, bytes += 8) {
@@ -56,7 +56,7 @@ void check_numbers(const Header& header) {
   check(within(static_cast<int64_t>(header.precision), 0, kPrecisions - 1), "the plan has an unknown precision");
   check(header.precision <= Precision::bfloat16, std::string("the plan's precision is ") + name(header.precision) +
                                                      ", and this version of fastgen runs float32 and bfloat16");
-  check(!(header.error < 0 || std::isinf(header.error)), "the plan's measured error is no possible one");
+  check(!(header.error < 0 || std::isinf(header.error)), "the plan's measured error is not a valid number");
 }
 
 bool has_possible_size(const Shape& shape) {
@@ -73,7 +73,7 @@ std::string kind_of(const Record& record) {
   return is_name ? std::string(record.kind, last) : std::string();
 }
 
-// A step of the file. `previous`: those before it.
+// Reads and checks a step of the file. `previous`: the steps before it.
 std::unique_ptr<Step> parse_step(const Header& header, const char* bytes, size_t at, size_t end,
                                  const std::vector<std::unique_ptr<Step>>& previous) {
   const auto number = static_cast<int64_t>(previous.size());
@@ -88,7 +88,7 @@ std::unique_ptr<Step> parse_step(const Header& header, const char* bytes, size_t
   constexpr auto kRead = static_cast<int64_t>(sizeof(Read));
   check(within(record.inputs, 0, rest / kRead) && record.inputs * kRead + fields <= rest &&
             record.size == static_cast<int64_t>(sizeof(record)) + record.inputs * kRead + fields,
-        place + "(" + kind + ") has a record of another size");
+        place + "(" + kind + ") has a record of the wrong size");
 
   const Check check_step(number, kind, header);
   step->shape = record.shape;
@@ -99,7 +99,7 @@ std::unique_ptr<Step> parse_step(const Header& header, const char* bytes, size_t
     check_step(has_possible_size(read.shape), "has an impossible size");
     check_step(within(read.value, 0, number - 1) && previous[read.value]->computes() == step->reads() &&
                    previous[read.value]->shape.elements() == read.shape.elements(),
-               "reads what is not there");
+               "reads a value that does not exist");
   }
   step->fields_at = at + static_cast<size_t>(record.size - fields);
   step->read_fields(bytes + step->fields_at);
@@ -117,28 +117,29 @@ File File::read(const std::string& path) {
   char start[sizeof(Header)] = {};
   file.read(start, static_cast<std::streamsize>(std::min<int64_t>(size, sizeof(start))));
   check_header(start, static_cast<size_t>(std::max<int64_t>(size, 0)));
-  File whole{cpu::scratch<char>(size), static_cast<size_t>(size)};
+  File result{cpu::scratch<char>(size), static_cast<size_t>(size)};
   file.seekg(0);
-  if (!file.read(whole.bytes.get(), size)) throw std::runtime_error("it cannot be read to its end");
-  return whole;
+  if (!file.read(result.bytes.get(), size)) throw std::runtime_error("it cannot be read to its end");
+  return result;
 }
 
 Contents parse(const File& file) {
   const char* const bytes = file.bytes.get();
-  Contents found{check_header(bytes, file.size), {}, nullptr};
-  const Header& header = found.header;
+  Contents contents{check_header(bytes, file.size), {}, nullptr};
+  const Header& header = contents.header;
   check(crc32(bytes + kChecksummed, file.size - kChecksummed) == header.checksum,
         "it is damaged: its checksum is wrong");
   check_numbers(header);
   size_t at = sizeof(Header);
   const size_t end = at + static_cast<size_t>(header.records);
   while (at < end) {
-    found.steps.push_back(parse_step(header, bytes, at, end, found.steps));
-    at = found.steps.back()->fields_at + found.steps.back()->fields_size();
+    contents.steps.push_back(parse_step(header, bytes, at, end, contents.steps));
+    at = contents.steps.back()->fields_at + contents.steps.back()->fields_size();
   }
-  check(static_cast<int64_t>(found.steps.size()) == header.steps, "the plan has another number of steps than it says");
-  found.weights = bytes + end;
-  return found;
+  check(static_cast<int64_t>(contents.steps.size()) == header.steps,
+        "the plan does not have the number of steps in its header");
+  contents.weights = bytes + end;
+  return contents;
 }
 
 void seal(std::string& bytes) {

@@ -13,8 +13,8 @@ std::map<std::string, MakeStep>& kinds() {
 Registered::Registered(const char* name, MakeStep make) { kinds().emplace(name, make); }
 
 std::unique_ptr<Step> make_step(const std::string& kind) {
-  const auto found = kinds().find(kind);
-  return found == kinds().end() ? nullptr : found->second();
+  const auto entry = kinds().find(kind);
+  return entry == kinds().end() ? nullptr : entry->second();
 }
 
 void Check::weight(const Weight& weight, int64_t count, bool needed) const {

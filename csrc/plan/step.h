@@ -11,7 +11,7 @@
 
 namespace fastgen::plan {
 
-inline bool within(int64_t value, int64_t least, int64_t most) { return least <= value && value <= most; }
+inline bool within(int64_t value, int64_t min, int64_t max) { return min <= value && value <= max; }
 
 enum class ValueType { image, labels, nothing };  // labels are int64 (n)
 

@@ -73,11 +73,11 @@ class Pool {
 
   static constexpr int kPieceBits = 20;
   static uint64_t pieces_left(uint64_t state) { return state & ((1 << kPieceBits) - 1); }
-  static bool wants(uint64_t state, int worker) {
+  static bool may_join(uint64_t state, int worker) {
     return pieces_left(state) && worker < static_cast<int>((state & 0xffffffff) >> kPieceBits);
   }
 
-  // A taken piece keeps its job alive and `job` unchanged until the piece is finished.
+  // The job stays alive, and `job` unchanged, until every piece that was taken is finished.
   void take_pieces() {
     uint64_t seen = state.load(std::memory_order_acquire);
     while (pieces_left(seen)) {
@@ -94,15 +94,15 @@ class Pool {
     }
   }
 
-  void work(int me) {
+  void work(int worker) {
     for (;;) {
       const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(200);
-      while (!wants(state.load(std::memory_order_acquire), me)) {
-        for (int i = 0; i < 64 && !wants(state.load(std::memory_order_relaxed), me); ++i) pause();
+      while (!may_join(state.load(std::memory_order_acquire), worker)) {
+        for (int i = 0; i < 64 && !may_join(state.load(std::memory_order_relaxed), worker); ++i) pause();
         if (std::chrono::steady_clock::now() < until) continue;
         std::unique_lock<std::mutex> lock(sleep);
         sleeping.fetch_add(1, std::memory_order_seq_cst);
-        awake.wait(lock, [&] { return wants(state.load(std::memory_order_seq_cst), me); });
+        awake.wait(lock, [&] { return may_join(state.load(std::memory_order_seq_cst), worker); });
         sleeping.fetch_sub(1, std::memory_order_seq_cst);
       }
       take_pieces();
@@ -112,20 +112,20 @@ class Pool {
 
 // Pools are never destroyed, their threads detached. A child process has none of its parent's threads, so it creates
 // its own pool.
-std::atomic<Pool*> made{nullptr};
+std::atomic<Pool*> current{nullptr};
 
 void in_child() {
-  made.store(nullptr, std::memory_order_release);
+  current.store(nullptr, std::memory_order_release);
   sharing().unlock();
 }
 
 [[maybe_unused]] const int registered = pthread_atfork([] { sharing().lock(); }, [] { sharing().unlock(); }, in_child);
 
 Pool& pool() {
-  if (Pool* found = made.load(std::memory_order_acquire)) return *found;
-  Pool* const mine = new Pool(thread_count() - 1);
+  if (Pool* existing = current.load(std::memory_order_acquire)) return *existing;
+  Pool* const own = new Pool(thread_count() - 1);
   Pool* other = nullptr;
-  return made.compare_exchange_strong(other, mine) ? *mine : *other;
+  return current.compare_exchange_strong(other, own) ? *own : *other;
 }
 
 }  // namespace
@@ -137,8 +137,8 @@ std::mutex& sharing() {
 
 int thread_count() {
   static const int count = [] {
-    const char* asked = getenv("FASTGEN_THREADS");
-    if (asked && atoi(asked) > 0) return std::min(atoi(asked), 1024);
+    const char* requested = getenv("FASTGEN_THREADS");
+    if (requested && atoi(requested) > 0) return std::min(atoi(requested), 1024);
 #if defined(__linux__)
     cpu_set_t set;
     if (!sched_getaffinity(0, sizeof(set), &set)) return std::max(1, CPU_COUNT(&set));

@@ -17,7 +17,7 @@ int thread_count();
 std::mutex& sharing();
 
 // Runs body(begin, end) over a partition of [0, count) on at most `threads` threads, the calling one included. Several
-// threads may call it at a time: one of them gets the pool, the others run alone. Rethrows an exception of a body.
+// threads may call it at a time: one of them uses the pool, the others run without it. Rethrows an exception of a body.
 void run_parallel(int threads, int64_t count, const std::function<void(int64_t begin, int64_t end)>& body);
 
 }  // namespace fastgen::plan

@@ -5,7 +5,7 @@
 namespace fastgen::plan {
 namespace {
 
-constexpr double kFetched = 1e10;  // least bytes per second at which packed weights are read from memory
+constexpr double kBandwidth = 1e10;  // bytes per second, at least, at which packed weights are read from memory
 
 // Memory for the inputs and outputs of a network.
 struct EndBuffers {
@@ -30,20 +30,20 @@ std::vector<double> Plan::profile(int64_t n, int64_t repeats) const {
   n = std::min(n, images_at_once());
   const EndBuffers ends(*this, n);
   auto workspace = lease(n);
-  std::vector<double> least(steps_.size(), std::numeric_limits<double>::infinity());
+  std::vector<double> fastest(steps_.size(), std::numeric_limits<double>::infinity());
   for (int64_t repeat = 0; repeat < repeats; ++repeat) {
     std::vector<double> seconds(steps_.size());
     run_images(n, ends.in, ends.out, *workspace, seconds.data());
-    for (size_t i = 0; i < seconds.size(); ++i) least[i] = std::min(least[i], seconds[i]);
+    for (size_t i = 0; i < seconds.size(); ++i) fastest[i] = std::min(fastest[i], seconds[i]);
   }
   give_back(std::move(workspace));
-  return least;
+  return fastest;
 }
 
 std::vector<Convolution*> Plan::convolutions() const {
-  std::vector<Convolution*> found;
-  for (const auto& step : steps_) found.push_back(dynamic_cast<Convolution*>(step.get()));
-  return found;
+  std::vector<Convolution*> result;
+  for (const auto& step : steps_) result.push_back(dynamic_cast<Convolution*>(step.get()));
+  return result;
 }
 
 void Plan::use(size_t step, int64_t algorithm, int64_t n) {
@@ -73,17 +73,17 @@ std::vector<int64_t> Plan::tune(int64_t n) {
   };
   for (size_t i = 0; i < all.size(); ++i) {
     const auto from_memory = [&](const Convolution::Timed& timed) {
-      return timed.seconds + static_cast<double>(all[i]->packed_bytes(timed.algorithm)) / kFetched;
+      return timed.seconds + static_cast<double>(all[i]->packed_bytes(timed.algorithm)) / kBandwidth;
     };
     for (size_t k = 1; k < alone[i].size(); ++k) {
       const int64_t best = all[i]->algorithm_for(n), other = alone[i][k].algorithm;
       if (from_memory(alone[i][k]) >= from_memory(alone[i][0])) continue;
-      double of_best = std::numeric_limits<double>::infinity(), of_other = of_best;
-      for (int turn = 0; turn < 3; ++turn) {
-        of_best = std::min(of_best, time_whole(i, best));
-        of_other = std::min(of_other, time_whole(i, other));
+      double best_seconds = std::numeric_limits<double>::infinity(), other_seconds = best_seconds;
+      for (int round = 0; round < 3; ++round) {
+        best_seconds = std::min(best_seconds, time_whole(i, best));
+        other_seconds = std::min(other_seconds, time_whole(i, other));
       }
-      if (of_best <= of_other) use(i, best, n);
+      if (best_seconds <= other_seconds) use(i, best, n);
     }
   }
 

@@ -14,7 +14,7 @@
 
 namespace fastgen {
 
-// All besides identity, which comes first. Their positions are codes in the files of plans: a new one goes to the end.
+// All except identity, which comes first. Plan files store their positions, so a new one is added at the end.
 #define FASTGEN_ACTIVATIONS(X) X(relu) X(leaky_relu) X(tanh) X(sigmoid) X(silu)
 
 #define FASTGEN_ENUMERATOR(name) , name
@@ -50,15 +50,14 @@ FASTGEN_HD float float_of_exponent(int32_t n) {
 // exp, tanh without branches or calls, so that a loop over them becomes SIMD code; within 2 ulp of libm.
 // Range reduction exp(x) = 2^n exp(r), |r| <= ln2/2; polynomials of the Cephes library (Moshier, expf.c and tanhf.c).
 FASTGEN_HD float exp_(float x) {
-  const float shift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, whose low bits are the sum's
+  const float shift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which the sum's low bits hold
   const int32_t zero = 0x4b400000, sum = bits_of_float(x * 1.44269504088896341f + shift);
-  const int32_t least =
-      sum < zero - 200 ? zero - 200 : sum;  // of integers: GCC vectorizes these bounds, not those of x
-  const int32_t bits = least > zero + 200 ? zero + 200 : least;
+  const int32_t raised = sum < zero - 200 ? zero - 200 : sum;  // clamps integers: GCC does not vectorize a clamp of x
+  const int32_t bits = raised > zero + 200 ? zero + 200 : raised;
   const float n = float_of_bits(bits) - shift;
   float r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  r = r < -1.f ? -1.f : r;     // far below, where n is a bound; NaN stays NaN
+  r = r < -1.f ? -1.f : r;     // where n is clamped from below; NaN stays NaN
   const float square = r * r;  // in pairs: short chains of dependent products
   const float p =
       ((1.9875691500e-4f * r + 1.3981999507e-3f) * square + (8.3334519073e-3f * r + 4.1665795894e-2f)) * square +

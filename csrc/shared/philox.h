@@ -17,7 +17,7 @@ FASTGEN_HD void philox_round(Philox& c, uint32_t key0, uint32_t key1) {
   c = {{word0, static_cast<uint32_t>(b), word2, static_cast<uint32_t>(a)}};
 }
 
-// The four words of one counter. Written out: a loop over counters then becomes SIMD code.
+// The four words of one counter. The rounds are unrolled by hand, so that a loop over counters becomes SIMD code.
 FASTGEN_HD Philox philox(uint64_t seed, uint64_t offset, uint64_t block) {
   Philox c{{static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), static_cast<uint32_t>(offset),
             static_cast<uint32_t>(offset >> 32)}};

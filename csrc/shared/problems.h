@@ -66,8 +66,8 @@ struct ConvolutionTensors {
   void* out;
 };
 
-// mu is (keys, rows, size), z is (keys, samples, rows, size), both contiguous. Noise elements are counted within a key
-// of z.
+// mu is (keys, rows, size), z is (keys, samples, rows, size), both contiguous. The elements of the noise are numbered
+// within each key of z.
 struct Reparameterize {
   DType dtype;  // of all tensors except the divergence and its gradient, which have the accumulation type
   int64_t keys, samples, rows, size;
@@ -102,7 +102,7 @@ struct SpectralMatrix {
   DType dtype;  // of weight, out and their gradients
   int64_t outer, rows, inner;
   const void* weight;
-  const void *given_u, *given_v;
+  const void *input_u, *input_v;
   void *u, *v;  // u and v after the iterations
   void* sigma;  // one value
   void* out;    // weight / sigma, like weight; null: not computed

@@ -16,9 +16,10 @@ class Arithmetic final : public Computed<Arithmetic<Operation>, NoFields> {
   void check(const Check& check) const override {
     const auto is_one_or = [](int64_t size, int64_t all) { return size == 1 || size == all; };
     const Shape& shape = this->shape;
-    check(this->inputs.size() == 2 && this->inputs[0].shape == shape, "combines what does not fit");
+    check(this->inputs.size() == 2 && this->inputs[0].shape == shape, "has inputs whose sizes do not fit each other");
     const Shape& y = this->inputs[1].shape;
-    check(is_one_or(y.c, shape.c) && is_one_or(y.h, shape.h) && is_one_or(y.w, shape.w), "combines what does not fit");
+    check(is_one_or(y.c, shape.c) && is_one_or(y.h, shape.h) && is_one_or(y.w, shape.w),
+          "has inputs whose sizes do not fit each other");
   }
 
   template <class T>

@@ -14,10 +14,10 @@ class Concat final : public Computed<Concat, NoFields> {
   void check(const Check& check) const override {
     int64_t channels = 0;
     for (const Read& part : inputs) {
-      check(part.shape.h == shape.h && part.shape.w == shape.w, "joins what does not fit");
+      check(part.shape.h == shape.h && part.shape.w == shape.w, "has inputs whose sizes do not fit each other");
       channels += part.shape.c;
     }
-    check(channels == shape.c, "joins what does not fit");
+    check(channels == shape.c, "has inputs whose sizes do not fit each other");
   }
 
   template <class T>
@@ -43,10 +43,10 @@ struct NarrowFields {
 class Narrow final : public Computed<Narrow, NarrowFields> {
  public:
   void check(const Check& check) const override {
-    check(inputs.size() == 1, "reads not one value");
+    check(inputs.size() == 1, "does not have exactly one input");
     const Shape& x = inputs[0].shape;
     check(x.h == shape.h && x.w == shape.w && shape.c <= x.c && within(fields.start, 0, x.c - shape.c),
-          "takes channels that are not there");
+          "takes channels that do not exist");
   }
 
   template <class T>

@@ -42,11 +42,11 @@ const Registered registered("convolution", Convolution::make);
 }  // namespace
 
 void Convolution::check(const Check& check) const {
-  check(!inputs.empty(), "reads nothing");
+  check(!inputs.empty(), "has no input");
   fields.epilogue.check(check, *this);
   check.flag(fields.reflect);
   check.flag(fields.transposed);
-  check(sizes_fit(fields, inputs[0].shape, shape), "is no possible convolution");
+  check(sizes_fit(fields, inputs[0].shape, shape), "has sizes that do not fit each other");
   int64_t weights = fields.kernel[0] * fields.kernel[1];
   check(!__builtin_mul_overflow(weights, inputs[0].shape.c / fields.groups, &weights) &&
             !__builtin_mul_overflow(weights, shape.c, &weights),

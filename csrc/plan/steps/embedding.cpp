@@ -12,7 +12,7 @@ struct EmbeddingFields {
 class Embedding final : public Computed<Embedding, EmbeddingFields> {
  public:
   void check(const Check& check) const override {
-    check(inputs.size() == 1, "reads not one value");
+    check(inputs.size() == 1, "does not have exactly one input");
     check(shape.pixels() == 1, "computes more than a vector");
     int64_t weights = fields.rows;
     check(fields.rows > 0 && !__builtin_mul_overflow(weights, shape.c, &weights), "has an impossible number of rows");

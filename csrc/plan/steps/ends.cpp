@@ -7,14 +7,15 @@ namespace {
 // power of two apart, would evict each other from the cache.
 template <class From, class To>
 void transpose(const From* from, int64_t n, int64_t rows, int64_t columns, To* to, const cpu::ParallelFor& parallel) {
-  constexpr int64_t side = 16, most = 64 * side;  // columns that one task moves
-  const int64_t down = ceil_div(rows, side), beside = ceil_div(columns, most);
-  parallel(n * down * beside, [&](int64_t begin, int64_t end) {
+  constexpr int64_t side = 16, task_columns = 64 * side;  // columns per task
+  const int64_t square_rows = ceil_div(rows, side), tasks_per_row = ceil_div(columns, task_columns);
+  parallel(n * square_rows * tasks_per_row, [&](int64_t begin, int64_t end) {
     From square[side][side];
     for (int64_t item = begin; item < end; ++item)
-      for (int64_t first = item % beside * most, column = first; column < std::min(columns, first + most);
-           column += side) {
-        const int64_t base = item / beside / down * rows * columns, row = item / beside % down * side;
+      for (int64_t first = item % tasks_per_row * task_columns, column = first;
+           column < std::min(columns, first + task_columns); column += side) {
+        const int64_t base = item / tasks_per_row / square_rows * rows * columns,
+                      row = item / tasks_per_row % square_rows * side;
         const int64_t height = std::min(side, rows - row), width = std::min(side, columns - column);
         const From* const x = from + base + row * columns + column;
         To* const y = to + base + column * rows + row;
@@ -39,7 +40,7 @@ const Registered input("input", Input::make), output("output", Output::make);
 }  // namespace
 
 void Input::check(const Check& check) const {
-  check(inputs.empty() && has_rank(fields.rank, shape), "is no possible input");
+  check(inputs.empty() && has_rank(fields.rank, shape), "is not a valid input");
 }
 
 template <class T>
@@ -49,7 +50,7 @@ void Input::compute(const Run& run) const {
 
 void Output::check(const Check& check) const {
   check(inputs.size() == 1 && inputs[0].shape == shape && (fields.rank == 1 || has_rank(fields.rank, shape)),
-        "is no possible output");
+        "is not a valid output");
 }
 
 template <class T>

@@ -9,7 +9,7 @@ namespace {
 class NormAct final : public Typed<NormAct, EpilogueFields> {
  public:
   void check(const Check& check) const override {
-    check(!inputs.empty() && inputs[0].shape == shape, "changes a size that it cannot");
+    check(!inputs.empty() && inputs[0].shape == shape, "has an output of another size than its input");
     fields.check(check, *this);
   }
 

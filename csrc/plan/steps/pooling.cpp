@@ -33,7 +33,7 @@ class AvgPool final : public Computed<AvgPool, AvgPoolFields> {
  public:
   void check(const Check& check) const override {
     constexpr int64_t dilation[2] = {1, 1};
-    check(inputs.size() == 1, "reads not one value");
+    check(inputs.size() == 1, "does not have exactly one input");
     check.flag(fields.count_include_pad);
     check(windows_fit(inputs[0].shape, shape, fields.kernel, fields.stride, fields.padding, dilation),
           "has windows that do not fit");
@@ -84,7 +84,7 @@ struct MaxPoolFields {
 class MaxPool final : public Computed<MaxPool, MaxPoolFields> {
  public:
   void check(const Check& check) const override {
-    check(inputs.size() == 1, "reads not one value");
+    check(inputs.size() == 1, "does not have exactly one input");
     check(windows_fit(inputs[0].shape, shape, fields.kernel, fields.stride, fields.padding, fields.dilation),
           "has windows that do not fit");
   }
@@ -92,23 +92,23 @@ class MaxPool final : public Computed<MaxPool, MaxPoolFields> {
   template <class T>
   void compute(const Run& run) const {
     const Shape in = inputs[0].shape;
-    const int64_t down = fields.dilation[0], right = fields.dilation[1];
+    const int64_t row_step = fields.dilation[0], column_step = fields.dilation[1];
     over_blocks(shape, run, [&](int64_t image, int64_t oy, int64_t first, int64_t count) {
       const auto [top, bottom] = taps(0, oy, in.h);
       for (int64_t ox = 0; ox < shape.w; ++ox) {
         const auto [left, end] = taps(1, ox, in.w);
-        float most[kBlock];
-        std::fill_n(most, kBlock, -std::numeric_limits<float>::infinity());
-        for (int64_t y = top; y < bottom; y += down)
-          for (int64_t x = left; x < end; x += right) {
+        float maximum[kBlock];
+        std::fill_n(maximum, kBlock, -std::numeric_limits<float>::infinity());
+        for (int64_t y = top; y < bottom; y += row_step)
+          for (int64_t x = left; x < end; x += column_step) {
             const T* const from = run.input<T>(0) + ((image * in.h + y) * in.w + x) * in.c + first;
             for (int64_t c = 0; c < count; ++c) {
               const float value = cpu::load(from + c);
-              most[c] = value > most[c] || value != value ? value : most[c];  // a NaN stays
+              maximum[c] = value > maximum[c] || value != value ? value : maximum[c];  // NaN stays NaN
             }
           }
         T* const to = run.output<T>() + ((image * shape.h + oy) * shape.w + ox) * shape.c + first;
-        for (int64_t c = 0; c < count; ++c) cpu::store(to + c, most[c]);
+        for (int64_t c = 0; c < count; ++c) cpu::store(to + c, maximum[c]);
       }
     });
   }

@@ -57,7 +57,7 @@ struct PixelShuffleFields {
 class PixelShuffle final : public Computed<PixelShuffle, PixelShuffleFields> {
  public:
   void check(const Check& check) const override {
-    check(inputs.size() == 1, "reads not one value");
+    check(inputs.size() == 1, "does not have exactly one input");
     check.flag(fields.channels_last);
     const Shape& x = inputs[0].shape;
     const int64_t factor = shape.h / x.h;
@@ -71,13 +71,13 @@ class PixelShuffle final : public Computed<PixelShuffle, PixelShuffleFields> {
     const Shape in = inputs[0].shape;
     const int64_t factor = shape.h / in.h,
                   row = factor * shape.c;  // elements of an output row that come from one input pixel
-    const bool whole = fields.channels_last;
+    const bool copies_pixels = fields.channels_last;
     over_rows(shape, run, [&](int64_t image, int64_t oy) {
       const T* const from =
-          run.input<T>(0) + (image * in.h + oy / factor) * in.w * in.c + oy % factor * (whole ? row : factor);
+          run.input<T>(0) + (image * in.h + oy / factor) * in.w * in.c + oy % factor * (copies_pixels ? row : factor);
       T* const to = run.output<T>() + (image * shape.h + oy) * shape.w * shape.c;
       for (int64_t ix = 0; ix < in.w; ++ix) {
-        if (whole) {
+        if (copies_pixels) {
           memcpy(to + ix * row, from + ix * in.c, static_cast<size_t>(row) * sizeof(T));
           continue;
         }

@@ -30,7 +30,7 @@ struct UpsampleNearestFields {
 class UpsampleNearest final : public Computed<UpsampleNearest, UpsampleNearestFields> {
  public:
   void check(const Check& check) const override {
-    check(inputs.size() == 1 && inputs[0].shape.c == shape.c, "changes the channels");
+    check(inputs.size() == 1 && inputs[0].shape.c == shape.c, "changes the number of channels");
     check.flag(fields.exact);
   }
 
@@ -48,12 +48,12 @@ class UpsampleNearest final : public Computed<UpsampleNearest, UpsampleNearestFi
   }
 };
 
-struct Between {
+struct Interpolation {
   int64_t low, high;
   float low_weight, high_weight;
 };
 
-inline Between between(int64_t at, int64_t in, int64_t out, bool align_corners) {
+inline Interpolation interpolation(int64_t at, int64_t in, int64_t out, bool align_corners) {
   if (in == out) return {at, at, 1, 0};
   float coordinate;
   if (align_corners) {
@@ -74,7 +74,7 @@ struct UpsampleBilinearFields {
 class UpsampleBilinear final : public Computed<UpsampleBilinear, UpsampleBilinearFields> {
  public:
   void check(const Check& check) const override {
-    check(inputs.size() == 1 && inputs[0].shape.c == shape.c, "changes the channels");
+    check(inputs.size() == 1 && inputs[0].shape.c == shape.c, "changes the number of channels");
     check.flag(fields.align_corners);
   }
 
@@ -83,11 +83,11 @@ class UpsampleBilinear final : public Computed<UpsampleBilinear, UpsampleBilinea
     const Shape in = inputs[0].shape;
     const int64_t channels = shape.c;
     over_rows(shape, run, [&](int64_t image, int64_t oy) {
-      const Between rows = between(oy, in.h, shape.h, fields.align_corners);
+      const Interpolation rows = interpolation(oy, in.h, shape.h, fields.align_corners);
       const T* const top = run.input<T>(0) + (image * in.h + rows.low) * in.w * channels;
       const T* const bottom = run.input<T>(0) + (image * in.h + rows.high) * in.w * channels;
       for (int64_t ox = 0; ox < shape.w; ++ox) {
-        const Between columns = between(ox, in.w, shape.w, fields.align_corners);
+        const Interpolation columns = interpolation(ox, in.w, shape.w, fields.align_corners);
         const int64_t left = columns.low * channels, right = columns.high * channels;
         const float a = rows.low_weight * columns.low_weight, b = rows.low_weight * columns.high_weight;
         const float d = rows.high_weight * columns.low_weight, e = rows.high_weight * columns.high_weight;
