@@ -88,18 +88,18 @@ def convolve(
         a = tap // taps_w
         b = tap % taps_w
         if FLAT:
-            of_tap = tl.reshape((tap_h + a * TH) * wh + (tap_w + b * TW) * ww, (DEPTH, 1))
+            tap_offset = tl.reshape((tap_h + a * TH) * wh + (tap_w + b * TW) * ww, (DEPTH, 1))
         else:
-            of_tap = (tap_h + a * TH) * wh + (tap_w + b * TW) * ww
+            tap_offset = (tap_h + a * TH) * wh + (tap_w + b * TW) * ww
         h = y[:, None] + a * STEP_H
         w = z[:, None] + b * STEP_W
         if REFLECT:
             h = mirror(h, height)
             w = mirror(w, width)
-        seen = valid[:, None] & inside[None, :] & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-        pixels = tl.load(from_x[:, None] + h * xh + w * xw + (channel * xc)[None, :], seen, 0.0)
+        in_image = valid[:, None] & inside[None, :] & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        pixels = tl.load(from_x[:, None] + h * xh + w * xw + (channel * xc)[None, :], in_image, 0.0)
         taps = tl.load(
-            from_weight[None, :] + (channel * wi)[:, None] + of_tap, inside[:, None] & in_columns[None, :], 0.0
+            from_weight[None, :] + (channel * wi)[:, None] + tap_offset, inside[:, None] & in_columns[None, :], 0.0
         )
         if INTERPRETED:  # the interpreter multiplies the bits of bfloat16
             pixels = pixels.to(tl.float32)
@@ -197,15 +197,15 @@ def forward(
     x, weight = in_order(x, channels_last), in_order(weight, True)  # the weight is read with its channels contiguous
     layout = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty(geometry.output_shape(x, weight), dtype=x.dtype, device=x.device, memory_format=layout)
-    nothing = x.new_empty(0)
+    unused = x.new_empty(0)
     if out.numel() == 0:
-        return out, torch.empty_like(out) if save else nothing, *epilogue.empty_stats(out)
+        return out, torch.empty_like(out) if save else unused, *epilogue.empty_stats(out)
     epilogue = epilogue.residual_like(out)
-    fused = not save and not epilogue.batch_stats and epilogue.residual is None  # more would need too many registers
+    fused = not save and not epilogue.batch_stats and epilogue.residual is None  # fusing more takes too many registers
     division = divide(x, weight, out, geometry, channels_last, fused, tile)
     if fused and division.splits == 1:
         multiply(x, weight, out, epilogue, geometry, division, None)
-        return out, nothing, *new_pair(x, 0)
+        return out, unused, *new_pair(x, 0)
 
     pre, parts = out, None
     if division.splits == 1 and epilogue.norm == "batch" and epilogue.batch_stats:
@@ -218,6 +218,6 @@ def forward(
     if epilogue.batch_stats and parts is None:
         parts = statistics(pre, epilogue.stats_shape(pre))
     if epilogue.norm == "none" and epilogue.activation == "identity" and epilogue.residual is None and summands is None:
-        return pre, pre.clone() if save else nothing, *new_pair(x, 0)
+        return pre, pre.clone() if save else unused, *new_pair(x, 0)
     y, mean, var = normalize(pre, epilogue, parts, summands)
-    return y, pre if save else nothing, mean, var
+    return y, pre if save else unused, mean, var

@@ -15,9 +15,10 @@ from torch import Tensor
 
 
 class Epilogue(NamedTuple):
-    """activation((z + bias - mean) / sqrt(var + eps) * norm_weight + norm_bias + residual); its defaults do nothing.
+    """activation((z + bias - mean) / sqrt(var + eps) * norm_weight + norm_bias + residual); by default, z.
 
-    With a norm, mean and var None mean the statistics of z.
+    The fields before bias are the arguments of the ops, in the order of their schemas. With a norm, mean and var None
+    mean the statistics of z.
     """
 
     norm_weight: Tensor | None = None

@@ -15,7 +15,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 # A launch as tests and benchmarks see it: (kernel, grid, arguments by name, options).
 Launch = tuple[Any, tuple[int, ...], dict[str, Any], dict[str, Any]]
 _recorder: Callable[[Launch], None] | None = None
-_MOST = (2**31 - 1, 65535, 65535)  # programs that CUDA launches along each dimension of a grid
+_MAX_GRID = (2**31 - 1, 65535, 65535)  # programs that CUDA launches along each dimension of a grid
 
 
 @contextlib.contextmanager
@@ -23,11 +23,11 @@ def recorded():
     """A context in which launches are not run but appended to the list that it yields; tensors may be on "meta"."""
     global _recorder
     launches: list[Launch] = []
-    before, _recorder = _recorder, launches.append
+    previous, _recorder = _recorder, launches.append
     try:
         yield launches
     finally:
-        _recorder = before
+        _recorder = previous
 
 
 def launch(
@@ -42,10 +42,11 @@ def launch(
 ) -> None:
     """Runs the kernel on the device and the current stream of `like`. Raises ValueError if the grid is too large for a
     GPU."""
-    if any(size > most for size, most in zip(grid, _MOST, strict=False)):
+    if any(size > limit for size, limit in zip(grid, _MAX_GRID, strict=False)):
         raise ValueError(
-            f"{kernel.fn.__name__} needs a grid of {grid} programs, a GPU takes {_MOST[: len(grid)]}: compute fewer "
-            "images or groups at a time, or ask for another implementation (impl='reference')"
+            f"{kernel.fn.__name__} needs a grid of {grid} programs, but a GPU launches at most "
+            f"{_MAX_GRID[: len(grid)]}: compute fewer images or groups at a time, or use another implementation "
+            "(impl='reference')"
         )
     options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": maxnreg} if maxnreg else {})
     if _recorder is not None:
@@ -83,5 +84,5 @@ def new_pair(like: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def program_id(WIDE: tl.constexpr):
-    """The program's index; with WIDE it has 64 bits, and so has everything computed from it."""
+    """The program's index; with WIDE it has 64 bits, and so does everything computed from it."""
     return tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)

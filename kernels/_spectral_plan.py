@@ -35,8 +35,8 @@ class Plan:
         lines, sums, vectors, elements, fields = [], [], [], [], []
         self.t = self.parts = self.s = 0  # sizes of the scratch tensors
         for index, (rows, inner, columns, spread) in enumerate(matrices):
-            of_t, of_s = (columns, rows) if transposed else (rows, columns)
-            tiles, chunks = triton.cdiv(of_t, ROWS), triton.cdiv(of_s, WIDTH)
+            t_size, s_size = (columns, rows) if transposed else (rows, columns)
+            tiles, chunks = triton.cdiv(t_size, ROWS), triton.cdiv(s_size, WIDTH)
             fields += [
                 rows, inner, columns, spread, self.t, self.parts, self.s, len(lines), tiles, len(sums), chunks,
                 len(elements),
@@ -45,7 +45,7 @@ class Plan:
             sums += [(index, chunk) for chunk in range(chunks)]
             vectors += [(index, chunk) for chunk in range(triton.cdiv(max(rows, columns), CHUNK))]
             elements += [(index, chunk) for chunk in range(triton.cdiv(max(rows * columns, rows, columns), CHUNK))]
-            self.t, self.parts, self.s = self.t + of_t, self.parts + tiles * of_s, self.s + of_s
+            self.t, self.parts, self.s = self.t + t_size, self.parts + tiles * s_size, self.s + s_size
         self.count = len(matrices)
         self.table, self.lines, self.sums, self.elements, self.vectors = _permanent(
             (fields, lines, sums, elements, vectors), device

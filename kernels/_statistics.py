@@ -15,7 +15,7 @@ from fastgen.kernels._launch import launch, multiprocessors, new_pair, program_i
 from fastgen.kernels._layout import Lines, channel_lines, is_channels_last, line_base, line_step
 from torch import Tensor
 
-MOST_SPLITS = 64  # per line; every program of the second pass merges them all
+MAX_SPLITS = 64  # per line; every program of the second pass merges them all
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def split(lines: Lines, like: Tensor, tile: tuple[int, int]) -> tuple[int, int]:
     """(splits, chunk): the number of programs that share a line so that the chip is full, and the values per
     program."""
     groups = triton.cdiv(lines.lines, tile[0])
-    splits = min(MOST_SPLITS, triton.cdiv(4 * multiprocessors(like), groups), triton.cdiv(lines.length, tile[1]))
+    splits = min(MAX_SPLITS, triton.cdiv(4 * multiprocessors(like), groups), triton.cdiv(lines.length, tile[1]))
     chunk = triton.cdiv(triton.cdiv(lines.length, max(1, splits)), tile[1]) * tile[1]
     return triton.cdiv(lines.length, chunk), chunk
 
@@ -129,11 +129,11 @@ class Parts(NamedTuple):
         return Parts(*new_pair(like, splits, lines), new_pair(like, splits)[0])
 
     def fewer(self) -> Parts:
-        """The same statistics in at most MOST_SPLITS parts."""
+        """The same statistics in at most MAX_SPLITS parts."""
         parts, lines = self.means.shape
-        if parts <= MOST_SPLITS:
+        if parts <= MAX_SPLITS:
             return self
-        chunk = triton.cdiv(parts, MOST_SPLITS)
+        chunk = triton.cdiv(parts, MAX_SPLITS)
         merged = Parts.empty(self.means, triton.cdiv(parts, chunk), lines)
         splits = len(merged.counts)
         launch(

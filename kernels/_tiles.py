@@ -82,6 +82,6 @@ def choose_tile(kind: str, rows: int, columns: int, products: int, programs: int
     return fitting[-1]
 
 
-def splits_of(programs: int, steps: int, target: int, most: int = 32) -> int:
+def splits_of(programs: int, steps: int, target: int, max_splits: int = 32) -> int:
     """The number of parts of the sum: enough to fill the chip, with at least 4 steps each."""
-    return max(1, min(target // max(1, programs), steps // 4, most))
+    return max(1, min(target // max(1, programs), steps // 4, max_splits))

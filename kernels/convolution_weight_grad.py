@@ -24,7 +24,7 @@ from fastgen.kernels._layout import in_order, is_channels_last
 from fastgen.kernels._statistics import merge_sums
 from torch import Tensor
 
-MOST_SPLITS = 128
+MAX_SPLITS = 128
 FEW = 64  # fewer channels are flattened with the taps if loads are of single values anyway
 
 
@@ -81,10 +81,10 @@ def correlate(
         if REFLECT:
             h = mirror(h, height)
             w = mirror(w, width)
-        seen = valid[:, None] & in_columns[None, :] & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        in_image = valid[:, None] & in_columns[None, :] & (h >= 0) & (h < height) & (w >= 0) & (w < width)
         at = (sample * xn + i * xh + j * xw)[None, :]
         left = tl.load(from_inner[:, None] + at, in_rows[:, None] & valid[None, :], 0.0)
-        right = tl.load(from_outer[None, :] + (sample * yn)[:, None] + h * yh + w * yw, seen, 0.0)
+        right = tl.load(from_outer[None, :] + (sample * yn)[:, None] + h * yh + w * yw, in_image, 0.0)
         if INTERPRETED:  # the interpreter multiplies the bits of bfloat16
             left = left.to(tl.float32)
             right = right.to(tl.float32)
@@ -120,7 +120,7 @@ def weight_grad(
     output_padding: Sequence[int], groups: int, dilation: Sequence[int], reflect: bool, tile: str = "",
 ) -> Tensor:  # fmt: skip
     """The op fastgen::convolution_weight_grad; output_padding is empty for a strided convolution. tile: the str() of
-    the fastest one, if known."""
+    the fastest tile, if known."""
     geometry = Geometry(stride, padding, dilation, groups, bool(output_padding), output_padding, reflect)
     inner, outer = operands(grad, x, geometry.transposed)
     out = torch.empty_like(weight)
@@ -135,7 +135,7 @@ def weight_grad(
     chosen = _tiles.choose_tile(kind, rows, columns, products * groups, chip, tile)
     tiles = products * triton.cdiv(rows, chosen.rows) * triton.cdiv(columns, chosen.columns)
     steps = triton.cdiv(pixels, chosen.depth)
-    chunk = triton.cdiv(steps, _tiles.splits_of(tiles * groups, steps, chip, MOST_SPLITS)) * chosen.depth
+    chunk = triton.cdiv(steps, _tiles.splits_of(tiles * groups, steps, chip, MAX_SPLITS)) * chosen.depth
     splits = triton.cdiv(pixels, chunk)
     target = out if splits == 1 else x.new_empty((splits, out.numel()), dtype=torch.float32)
     launch(

@@ -107,13 +107,13 @@ def backward_apply(
     tl.store(grad_x + at, g.to(grad_x.dtype.element_ty), inside)
 
 
-def forward(x: Tensor, *epilogue) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
     """The op fastgen::norm_act."""
     x = in_order(x, is_channels_last(x))
-    after = Epilogue.of(*epilogue).residual_like(x)
+    epilogue = Epilogue.of(*arguments).residual_like(x)
     if x.numel() == 0:
-        return torch.empty_like(x), *after.empty_stats(x)
-    return normalize(x, after, statistics(x, after.stats_shape(x)) if after.batch_stats else None)
+        return torch.empty_like(x), *epilogue.empty_stats(x)
+    return normalize(x, epilogue, statistics(x, epilogue.stats_shape(x)) if epilogue.batch_stats else None)
 
 
 def backward(

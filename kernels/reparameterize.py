@@ -83,9 +83,9 @@ def noise(key, start, column, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COUNTER
         values = tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (ROWS, 4 * COUNTERS))
     else:
         a, b, c, d = words(key, (start + column) // 4)
-        of_counter = (start + column) % 4
-        even, odd = box_muller(tl.where(of_counter < 2, a, c), tl.where(of_counter < 2, b, d))
-        values = tl.where(of_counter % 2 == 0, even, odd)
+        position = (start + column) % 4
+        even, odd = box_muller(tl.where(position < 2, a, c), tl.where(position < 2, b, d))
+        values = tl.where(position % 2 == 0, even, odd)
     return values
 
 
@@ -107,7 +107,7 @@ def tile_of(rows, length, WIDE: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.c
 
 @triton.jit
 def clamp(value, low, high):
-    """NaN stays NaN; None means no bound."""
+    """value within the bounds; NaN stays NaN, and None means no bound."""
     if low is not None:
         value = tl.where(value < low, low, value)
     if high is not None:
@@ -165,33 +165,33 @@ def sample_backward(
     mean = tl.load(mu + at, inside, 0.0).to(tl.float32)
     unbounded = tl.load(logvar + at, inside, 0.0).to(tl.float32)
     log = clamp(unbounded, low, high)
-    for_mu = tl.zeros((ROWS, 4 * COUNTERS), tl.float32)
-    along = tl.zeros((ROWS, 4 * COUNTERS), tl.float32)
+    mu_grad = tl.zeros((ROWS, 4 * COUNTERS), tl.float32)
+    noise_sum = tl.zeros((ROWS, 4 * COUNTERS), tl.float32)
     if grad_z is not None:
         source = grad_z + batch * samples * size + start + column
         for _ in range(0, samples):
             grad = tl.load(source, inside, 0.0).to(tl.float32)
-            for_mu += grad
-            along += grad * noise(key + 2 * batch, start, column, ALIGNED, ROWS, COUNTERS)
+            mu_grad += grad
+            noise_sum += grad * noise(key + 2 * batch, start, column, ALIGNED, ROWS, COUNTERS)
             start += size
             source += size
-    for_logvar = along * 0.5 * tl.exp(0.5 * log)
+    logvar_grad = noise_sum * 0.5 * tl.exp(0.5 * log)
     if grad_kl is not None:
         term, shift, slope, ratio = divergence(mean, log, prior_mean, prior_logvar, at, inside)
         grad = beta * tl.load(grad_kl + batch * rows + row, row < rows, 0.0)[:, None]
         grad = tl.where(term < free_bits, 0.0, grad)
-        for_mu += grad * slope
-        for_logvar += 0.5 * grad * (ratio - 1)
+        mu_grad += grad * slope
+        logvar_grad += 0.5 * grad * (ratio - 1)
         if prior_mean is not None:
             tl.store(grad_prior_mean + at, (-grad * slope).to(mu.dtype.element_ty), inside)
-            of_logvar = 0.5 * grad * (1 - ratio - shift * slope)
-            tl.store(grad_prior_logvar + at, of_logvar.to(mu.dtype.element_ty), inside)
+            prior_logvar_grad = 0.5 * grad * (1 - ratio - shift * slope)
+            tl.store(grad_prior_logvar + at, prior_logvar_grad.to(mu.dtype.element_ty), inside)
     if low is not None:
-        for_logvar = tl.where(unbounded < low, 0.0, for_logvar)
+        logvar_grad = tl.where(unbounded < low, 0.0, logvar_grad)
     if high is not None:
-        for_logvar = tl.where(unbounded > high, 0.0, for_logvar)
-    tl.store(grad_mu + at, for_mu.to(mu.dtype.element_ty), inside)
-    tl.store(grad_logvar + at, for_logvar.to(mu.dtype.element_ty), inside)
+        logvar_grad = tl.where(unbounded > high, 0.0, logvar_grad)
+    tl.store(grad_mu + at, mu_grad.to(mu.dtype.element_ty), inside)
+    tl.store(grad_logvar + at, logvar_grad.to(mu.dtype.element_ty), inside)
 
 
 def _launch(kernel, mu: Tensor, key: Tensor, num_samples: int, by_row: bool, **arguments) -> None:

@@ -26,7 +26,7 @@ from fastgen.kernels._layout import in_order, is_channels_last
 from fastgen.kernels._spectral_plan import CHUNK, COLUMNS, FIELDS, PARTS, ROWS, WIDTH, Plan, matrix
 from torch import Tensor
 
-MOST_WEIGHTS = 32  # per launch
+MAX_WEIGHTS = 32  # per launch
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def part_of(table, blocks, ticket, WIDE: tl.constexpr):
     matrix.
 
     Element (r, m) is at m / inner * rows * inner + r * inner + m % inner, where m counts columns in memory order: m is
-    column m % spread * (columns / spread) + m / spread of the matrix. WIDE: they have 64 bits, and so has everything
+    column m % spread * (columns / spread) + m / spread of the matrix. WIDE: they have 64 bits, and so does everything
     computed from them.
     """
     at = blocks + 2 * ticket
@@ -140,9 +140,9 @@ def add_parts(
     for first in range(0, count, PARTS):
         i = (first + tl.arange(0, PARTS))[:, None]
         total += load_shared(source + i * length, (i < count) & (m < length)[None, :], 0.0)
-    of_all = tl.sum(total, 0)
-    tl.store(s + field(table, index, 6) + m, of_all, m < length)
-    tl.store(norms + ticket, tl.sum(of_all * of_all, 0))
+    totals = tl.sum(total, 0)
+    tl.store(s + field(table, index, 6) + m, totals, m < length)
+    tl.store(norms + ticket, tl.sum(totals * totals, 0))
     return index
 
 
@@ -161,7 +161,7 @@ def finish(
     COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, ITERATE: tl.constexpr, LAST: tl.constexpr, DIVIDE: tl.constexpr,
     WIDE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """u and v, from t and s if they ITERATE. LAST: sigma. DIVIDE: weight / sigma."""
+    """Writes u and v: from t and s if ITERATE, else unchanged. LAST: sigma too. DIVIDE: weight / sigma too."""
     index, number, rows, _, columns, spread = part_of(table, blocks, ticket, WIDE)
     at = number * CHUNK + tl.arange(0, CHUNK)
     inside = at < rows * columns
@@ -177,13 +177,13 @@ def finish(
     new_u = pick(new_us, index, COUNT)
     new_v = pick(new_vs, index, COUNT)
     if ITERATE:
-        of_t = tl.maximum(tl.sqrt(sigma), eps)
-        of_s = tl.sqrt(add_up(s_norms + field(table, index, 9), sums)) / of_t
-        sigma = of_s * (of_s / tl.maximum(of_s, eps))
+        t_norm = tl.maximum(tl.sqrt(sigma), eps)
+        s_norm = tl.sqrt(add_up(s_norms + field(table, index, 9), sums)) / t_norm
+        sigma = s_norm * (s_norm / tl.maximum(s_norm, eps))
         lines = columns if TRANSPOSED else rows
         length = rows if TRANSPOSED else columns
-        first = load_shared(t + field(table, index, 4) + at, at < lines, 0.0) / of_t
-        second = load_shared(s + field(table, index, 6) + at, at < length, 0.0) / of_t / tl.maximum(of_s, eps)
+        first = load_shared(t + field(table, index, 4) + at, at < lines, 0.0) / t_norm
+        second = load_shared(s + field(table, index, 6) + at, at < length, 0.0) / t_norm / tl.maximum(s_norm, eps)
         position = at % spread * (columns // spread) + at // spread
         if TRANSPOSED:
             tl.store(new_v + position, first, at < lines)
@@ -263,13 +263,11 @@ def _dense(weight: Tensor, dim: int) -> Tensor:
 
 
 def _groups(weights: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of weights that share a launch: of one dtype, MOST_WEIGHTS at most."""
+    """Indices of weights that share a launch: of one dtype, MAX_WEIGHTS at most."""
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, weight in enumerate(weights):
         by_dtype.setdefault(weight.dtype, []).append(i)
-    return [
-        indices[i : i + MOST_WEIGHTS] for indices in by_dtype.values() for i in range(0, len(indices), MOST_WEIGHTS)
-    ]
+    return [indices[i : i + MAX_WEIGHTS] for indices in by_dtype.values() for i in range(0, len(indices), MAX_WEIGHTS)]
 
 
 def forward(weights, us, vs, dims, n_power_iterations, eps, v_first, divide):
@@ -289,8 +287,8 @@ def _forward(weights, us, vs, dims, n_power_iterations, eps, v_first, divide):
     plan = Plan.of(tuple(matrix(w, dim) for w, dim in zip(dense, dims, strict=True)), v_first, like.device)
     outs = [torch.empty_like(weight) if divide else weight.new_empty(0) for weight in dense]
     sigmas = [weight.new_empty((), dtype=torch.float32) for weight in dense]
-    given = [[t.float().contiguous() for t in of] for of in (us, vs)]
-    news = [[torch.empty_like(t) for t in of] for of in given]
+    vectors = [[t.float().contiguous() for t in tensors] for tensors in (us, vs)]
+    new_vectors = [[torch.empty_like(t) for t in tensors] for tensors in vectors]
     t, parts, s, t_norms, s_norms = (
         like.new_empty(max(1, size), dtype=torch.float32)
         for size in (plan.t, plan.parts, plan.s, len(plan.lines), len(plan.sums))
@@ -304,19 +302,20 @@ def _forward(weights, us, vs, dims, n_power_iterations, eps, v_first, divide):
         elements, sums = plan.elements if divides else plan.vectors, len(plan.sums) if iterates else 0
         launch(
             iterate, (len(plan.lines) + sums + len(elements),), like, weights=tuple(dense), outs=tuple(outs),
-            us=tuple(given[0]), vs=tuple(given[1]), new_us=tuple(news[0]), new_vs=tuple(news[1]), sigmas=tuple(sigmas),
-            table=plan.table, lines=plan.lines, sums=plan.sums, elements=elements, line_count=len(plan.lines),
-            sum_count=sums, counters=counters[i], t=t, parts=parts, s=s, t_norms=t_norms, s_norms=s_norms, eps=eps,
-            COUNT=plan.count, TRANSPOSED=v_first, ITERATE=iterates, LAST=last, DIVIDE=divides, ROWS=ROWS,
-            COLUMNS=COLUMNS, PARTS=PARTS, WIDTH=WIDTH, CHUNK=CHUNK, WIDE=wide(*dense), warps=8,
+            us=tuple(vectors[0]), vs=tuple(vectors[1]), new_us=tuple(new_vectors[0]), new_vs=tuple(new_vectors[1]),
+            sigmas=tuple(sigmas), table=plan.table, lines=plan.lines, sums=plan.sums, elements=elements,
+            line_count=len(plan.lines), sum_count=sums, counters=counters[i], t=t, parts=parts, s=s, t_norms=t_norms,
+            s_norms=s_norms, eps=eps, COUNT=plan.count, TRANSPOSED=v_first, ITERATE=iterates, LAST=last,
+            DIVIDE=divides, ROWS=ROWS, COLUMNS=COLUMNS, PARTS=PARTS, WIDTH=WIDTH, CHUNK=CHUNK, WIDE=wide(*dense),
+            warps=8,
         )  # fmt: skip
-        given = news  # a weight's vectors are written after all its products
+        vectors = new_vectors  # a weight's vectors are written after all its products
     if divide:
         outs = [in_order(out, is_channels_last(weight)) for out, weight in zip(outs, weights, strict=True)]
     return (
         outs,
         sigmas,
-        *([new.to(t.dtype) for new, t in zip(*of, strict=True)] for of in zip(news, (us, vs), strict=True)),
+        *([new.to(t.dtype) for new, t in zip(*pair, strict=True)] for pair in zip(new_vectors, (us, vs), strict=True)),
     )
 
 
@@ -342,8 +341,8 @@ def _backward(grad_outs, grad_sigmas, weights, sigmas, us, vs, dims):
     grid = (len(plan.elements),)
     launch(grad_dots, grid, like, weights=tuple(dense), dots=dots, **shared)
     vectors = {
-        name: tuple(t.float().contiguous() for t in of)
-        for name, of in (("sigmas", sigmas), ("grad_sigmas", grad_sigmas), ("us", us), ("vs", vs))
+        name: tuple(t.float().contiguous() for t in tensors)
+        for name, tensors in (("sigmas", sigmas), ("grad_sigmas", grad_sigmas), ("us", us), ("vs", vs))
     }
     launch(grad_weights, grid, like, outs=tuple(outs), dots=dots, **vectors, **shared)
     return [in_order(out, is_channels_last(weight)) for out, weight in zip(outs, weights, strict=True)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastgen._build import cuda, toolchain
 
-# Architecture -> KiB of shared memory per multiprocessor; a block takes 1 KiB more than it asks for.
+# Architecture -> KiB of shared memory per multiprocessor; a block takes 1 KiB more than it requests.
 ARCHITECTURES = {"80": 164, "90a": 228, "100": 228}
 RECORDED = Path(__file__).with_name("resources.json")
 _FLAGS = (*cuda.NVCC_FLAGS, "-Werror", "all-warnings", "-Xptxas", "-v")
@@ -31,20 +31,20 @@ def resources(source: Path, architecture: str) -> dict[str, dict[str, int]]:
     block (the dynamic part if takes_shared_memory names it), threads per block, and how many blocks one multiprocessor
     can then run.
 
-    Raises RuntimeError with the compiler's output where it fails or warns. The host's part of the file, which is the
+    Raises RuntimeError with the compiler's output if it fails or warns. The host's part of the file, which is the
     same for all, is compiled for the first of the ARCHITECTURES only.
     """
     parts = "-c" if architecture == next(iter(ARCHITECTURES)) else "-cubin"
-    chosen = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    gencode = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     with tempfile.TemporaryDirectory() as folder:
-        kept = ("--keep", "--keep-dir", folder)
-        command = [nvcc(), parts, *_FLAGS, *kept, chosen, f"-I{toolchain.CSRC}", source, "-o", f"{folder}/object.o"]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        if done.returncode or "warning" in done.stderr:
-            raise RuntimeError(done.stderr or done.stdout)
+        keep = ("--keep", "--keep-dir", folder)
+        command = [nvcc(), parts, *_FLAGS, *keep, gencode, f"-I{toolchain.CSRC}", source, "-o", f"{folder}/object.o"]
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if result.returncode or "warning" in result.stderr:
+            raise RuntimeError(result.stderr or result.stdout)
         ptx = "\n".join(file.read_text() for file in Path(folder).glob("*.ptx"))
-    blocks = re.split(r"Compiling entry function '", done.stdout + done.stderr)[1:]
-    found = {}
+    blocks = re.split(r"Compiling entry function '", result.stdout + result.stderr)[1:]
+    kernels = {}
     for block in blocks:
         name = block[: block.index("'")]
         stack, stores, loads = map(
@@ -55,7 +55,7 @@ def resources(source: Path, architecture: str) -> dict[str, dict[str, int]]:
         shared = sum(map(int, re.findall(r"(\d+) bytes smem", block) + re.findall(r"// shared memory: (\d+)", body)))
         bound = re.search(rf"\.entry {name}\(.*?\)\s*\.maxntid (\d+)", ptx, re.S)
         threads = int(bound[1]) if bound else 1024
-        found[name] = {
+        kernels[name] = {
             "registers": registers,
             "local": stack + stores + loads,
             "shared": shared,
@@ -67,10 +67,10 @@ def resources(source: Path, architecture: str) -> dict[str, dict[str, int]]:
                 32,
             ),
         }
-    if not found:  # without arguments c++filt would read its standard input
+    if not kernels:  # without arguments c++filt would read its standard input
         return {}
-    names = subprocess.run(["c++filt", *found], capture_output=True, text=True, check=True).stdout.splitlines()
-    return dict(sorted(zip(map(_short, names), found.values(), strict=True)))
+    names = subprocess.run(["c++filt", *kernels], capture_output=True, text=True, check=True).stdout.splitlines()
+    return dict(sorted(zip(map(_short, names), kernels.values(), strict=True)))
 
 
 def _short(name: str) -> str:
@@ -80,13 +80,13 @@ def _short(name: str) -> str:
 
 
 def main() -> None:
-    found = {
+    kernels = {
         architecture: {
             source.stem: resources(source, architecture) for source in cuda.library.sources() if source.suffix == ".cu"
         }
         for architecture in ARCHITECTURES
     }
-    text = json.dumps({"nvcc": cuda.nvcc_release(nvcc()), **found}, indent=1)
+    text = json.dumps({"nvcc": cuda.nvcc_release(nvcc()), **kernels}, indent=1)
     RECORDED.write_text(re.sub(r"\n {4,}|\n {3}(?=\})", "", text).replace(',"', ', "') + "\n")  # one line per kernel
 
 

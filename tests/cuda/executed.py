@@ -60,9 +60,9 @@ def compile_program(source: str, target: Path) -> None:
 
 
 def _run(command: list) -> None:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        raise RuntimeError(done.stderr or f"{command[0]} failed with exit code {done.returncode}")
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace")
+    if result.returncode:
+        raise RuntimeError(result.stderr or f"{command[0]} failed with exit code {result.returncode}")
 
 
 def environment() -> dict[str, str]:
@@ -79,8 +79,8 @@ def environment() -> dict[str, str]:
 
 
 def _file_of_compiler(name: str) -> str:
-    asked = [*toolchain.compiler_command(), f"-print-file-name={name}"]
-    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    command = [*toolchain.compiler_command(), f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":  # python -m tests.cuda.executed: what to export

@@ -1,4 +1,4 @@
-// Kernels with one fault each for the shim to find, and kernels without a fault.
+// Kernels that each have one fault, which the shim must find, and kernels without a fault.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -87,8 +87,8 @@ __global__ void product_tf32(const float* a, const float* b, float* out) {  // o
   for (int i = 0; i < 4; ++i) out[(group + i / 2 * 8) * 8 + 2 * column + i % 2] = total[i];
 }
 
-void check(bool right, const char* what) {
-  if (!right) throw std::runtime_error(what);
+void check(bool holds, const char* what) {
+  if (!holds) throw std::runtime_error(what);
 }
 
 }  // namespace
@@ -110,7 +110,7 @@ int main(int, char** arguments) {
     if (fault == "no wait") {
       std::vector<int> out(128);
       launch(queue, copies, dim3(1), 32, 512, more.data(), out.data(), false);
-      check(out[0] == 1, "what was read had not arrived");
+      check(out[0] == 1, "the data was read before it arrived");
     }
     if (fault == "a copy too early") launch(queue, copies_twice, dim3(1), 32, 512, more.data(), data.data(), false);
     if (fault == "block after block") {
@@ -121,7 +121,7 @@ int main(int, char** arguments) {
     if (fault == "none") {
       std::vector<int> out(128);
       launch(queue, copies_twice, dim3(1), 32, 512, more.data(), out.data(), true);
-      check(out[0] == 5 && out[1] == 1, "copies, twice");
+      check(out[0] == 5 && out[1] == 1, "copies_twice");
       launch(queue, reverse, dim3(1), 64, 256, data.data(), true);
       check(data[0] == 63 && data[63] == 0, "reverse");
       launch(queue, neighbours, dim3(1), 32, 128, data.data(), true);
@@ -138,7 +138,7 @@ int main(int, char** arguments) {
           for (int j = 0; j < 8; ++j) {
             float sum = 0;
             for (int k = 0; k < depth; ++k) sum += a[i * depth + k] * b[j * depth + k];
-            check(products[i * 8 + j] == sum, "a product of matrices");
+            check(products[i * 8 + j] == sum, "product of matrices");
           }
       };
       launch(queue, product, dim3(1), 32, 512, a16.data(), b16.data(), products.data());

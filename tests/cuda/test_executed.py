@@ -32,6 +32,6 @@ def test_against_the_reference():
     options = ("-q", "-x", "-rp", "-p", "no:xdist", "--capture=sys")  # which also shows the address sanitizer's output
     command = [sys.executable, "-m", "pytest", *options, *CHOSEN, "-k", chosen]
     environment = os.environ | executed.environment()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert all(f"PASSED {file}::" in done.stdout for file in CHOSEN)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert all(f"PASSED {file}::" in result.stdout for file in CHOSEN)

@@ -15,9 +15,9 @@ FAULTS = {
     "none": "",
     "no barrier": "race for byte",
     "no warp barrier": "race for byte",
-    "half a barrier": "ended where others of its block wait",
-    "half a warp": "wait for ever",
-    "no wait": "had not arrived",
+    "half a barrier": "ended while others of its block wait",
+    "half a warp": "deadlock",
+    "no wait": "before it arrived",
     "a copy too early": "race for byte",
     "block after block": "in any order",
     "too much shared memory": "not every GPU",
@@ -36,6 +36,6 @@ def program(tmp_path_factory):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault(program, fault):
-    done = subprocess.run([program, fault], capture_output=True, text=True)
-    assert (done.returncode == 0) == (fault == "none"), done.stdout + done.stderr
-    assert FAULTS[fault] in done.stdout + done.stderr
+    result = subprocess.run([program, fault], capture_output=True, text=True)
+    assert (result.returncode == 0) == (fault == "none"), result.stdout + result.stderr
+    assert FAULTS[fault] in result.stdout + result.stderr

@@ -89,5 +89,5 @@ def _compiled(kernel, kinds, options, capability) -> Compiled:
         file.flush()
         tool = [_TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
         usage = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
-    found = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    return Compiled(built.asm["ptx"], found["REG"], found["STACK"] + found["LOCAL"], built.metadata.shared)
+    resources = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return Compiled(built.asm["ptx"], resources["REG"], resources["STACK"] + resources["LOCAL"], built.metadata.shared)

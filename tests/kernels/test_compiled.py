@@ -42,10 +42,10 @@ def convolution(n, c, size, out, kernel, dtype, *, training=True, transposed=Tru
     size = 2 * size if transposed else size if reflect else size // 2
     norm = [vector(out), vector(out), *([None, None] if training else [vector(out), vector(out)])]
     added = meta(n, out, size, size, dtype=dtype, channels_last=channels_last) if residual else None
-    tail = [x, w, vector(out) if bias else None, *norm, added, "batch", 0, 1e-5, activation, 0.2, stride, [1, 1]]
+    arguments = [x, w, vector(out) if bias else None, *norm, added, "batch", 0, 1e-5, activation, 0.2, stride, [1, 1]]
     name, rest = ("conv_transpose2d_norm_act", [0, 0]) if transposed else ("conv2d_norm_act", reflect)
     with _launch.recorded() as launches:
-        kernels(name).forward(*tail, rest, groups, [1, 1], training, tile=tile)
+        kernels(name).forward(*arguments, rest, groups, [1, 1], training, tile=tile)
     return launches
 
 
@@ -60,11 +60,11 @@ def of_tile(precision, tile, dtype, **layer):
 
 
 def check(launch, capability):
-    found = compiled(launch, capability)
+    result = compiled(launch, capability)
     name = launch[0].__name__
-    assert found.local == 0, f"{name} keeps {found.local} bytes of a thread in memory"
-    assert found.shared <= TARGETS[capability], name
-    return found
+    assert result.local == 0, f"{name} keeps {result.local} bytes of a thread in memory"
+    assert result.shared <= TARGETS[capability], name
+    return result
 
 
 every_tile = pytest.mark.parametrize(
@@ -81,13 +81,13 @@ def test_tiles(precision, tile, capability):
     for dtype in PRECISIONS[precision]:
         launch = of_tile(precision, tile, dtype)
         assert (launch[2]["ROWS"], launch[2]["COLUMNS"], launch[2]["DEPTH"]) == tile[:3]
-        found = check(launch, capability)
+        result = check(launch, capability)
         if precision == "ieee":
-            assert not found.matrix_instructions and "fma.rn.f32" in found.ptx
+            assert not result.matrix_instructions and "fma.rn.f32" in result.ptx
             continue
         newest = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
-        assert found.matrix_instructions == {newest if tile.rows >= 64 else "mma.sync"}
-        assert precision == "gathered" or "cp.async" in found.ptx  # the loads run ahead of the products
+        assert result.matrix_instructions == {newest if tile.rows >= 64 else "mma.sync"}
+        assert precision == "gathered" or "cp.async" in result.ptx  # the loads run ahead of the products
 
 
 OTHER_LAYERS = {
@@ -142,13 +142,13 @@ def test_tiles_of_weight_gradients(precision, tile, channels, capability, monkey
     launch = weight_gradient(64, 256, 8, channels, dtype, **layer, tile=str(tile))[0]
     assert (launch[2]["ROWS"], launch[2]["COLUMNS"], launch[2]["DEPTH"]) == tile[:3]
     assert launch[2]["FLAT"] == (channels == 3)
-    found = check(launch, capability)
-    assert ("cp.async.cg" if precision == "16 bits" else "cp.async") in found.ptx
+    result = check(launch, capability)
+    assert ("cp.async.cg" if precision == "16 bits" else "cp.async") in result.ptx
     if precision == "ieee":
-        assert not found.matrix_instructions and "fma.rn.f32" in found.ptx
+        assert not result.matrix_instructions and "fma.rn.f32" in result.ptx
     else:
         newest = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
-        assert found.matrix_instructions == {newest if tile.rows >= 64 else "mma.sync"}
+        assert result.matrix_instructions == {newest if tile.rows >= 64 else "mma.sync"}
 
 
 OTHER_WEIGHT_GRADIENTS = {
@@ -169,8 +169,8 @@ def test_other_weight_gradients(name, capability):
     assert [launch[0].__name__ for launch in launches] == ["correlate", *["add"] * (name != "one-part")]
     assert launches[0][2]["WIDE"] == (name == "wide")
     for launch in launches:
-        found = check(launch, capability)
-        assert found.matrix_instructions or launch[0].__name__ == "add"
+        result = check(launch, capability)
+        assert result.matrix_instructions or launch[0].__name__ == "add"
 
 
 OTHER_CONVOLUTIONS = {
@@ -203,8 +203,8 @@ def test_other_convolutions(name, capability):
     assert launches[0][2]["SPLIT"] == (name == "split") and launches[0][2]["FLAT"] == (name == "few-channels")
     assert launches[0][2]["WIDE"] == name.startswith("wide")
     for launch in launches:
-        found = check(launch, capability)
-        assert found.matrix_instructions or launch[0].__name__ != "convolve"
+        result = check(launch, capability)
+        assert result.matrix_instructions or launch[0].__name__ != "convolve"
 
 
 def norm_act_launches(dtype, channels_last, norm, activation):

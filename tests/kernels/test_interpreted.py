@@ -29,6 +29,6 @@ def test_against_the_reference(file):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", f"tests/ops/{file}", "-k", CHOSEN[file]]
     # A requested implementation also computes all gradients.
     environment = os.environ | {"TRITON_INTERPRET": "1", "FASTGEN_IMPL": "triton"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout
+    assert " passed" in result.stdout

@@ -24,10 +24,10 @@ def test_programs_wait_for_as_many_as_arrive(v_first):
     plan = _plan.Plan.of(matrices, v_first, torch.device("cpu"))
     fields = plan.table.view(len(SHAPES), _plan.FIELDS.value).tolist()
     for i, (rows, _, columns, *_, first_line, lines, first_sum, sums, _) in enumerate(fields):
-        of_t, of_s = (columns, rows) if v_first else (rows, columns)
+        t_size, s_size = (columns, rows) if v_first else (rows, columns)
         assert plan.lines[first_line : first_line + lines].tolist() == [[i, k] for k in range(lines)]
         assert plan.sums[first_sum : first_sum + sums].tolist() == [[i, k] for k in range(sums)]
-        assert lines * _plan.ROWS >= of_t and sums * _plan.WIDTH >= of_s
+        assert lines * _plan.ROWS >= t_size and sums * _plan.WIDTH >= s_size
 
 
 def test_plans_are_outside_of_a_graphs_memory(monkeypatch):

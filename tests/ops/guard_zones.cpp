@@ -16,8 +16,8 @@ constexpr char kUntouched = '\xa5';
 class GuardedAllocator final : public c10::Allocator {
  public:
   static GuardedAllocator& instance() {
-    static GuardedAllocator* const one = new GuardedAllocator;  // outlives the last tensor
-    return *one;
+    static GuardedAllocator* const allocator = new GuardedAllocator;  // outlives the last tensor
+    return *allocator;
   }
 
   c10::DataPtr allocate(size_t size) override {
@@ -50,14 +50,15 @@ class GuardedAllocator final : public c10::Allocator {
     return touched(data - kZone) || touched(data + size);
   }
 
-  // Also frees what the usual allocator returned: PyTorch asks the present one to free what an earlier one allocated.
+  // Also frees memory of the default allocator: PyTorch asks the current allocator to free what an earlier one
+  // allocated.
   static void release(void* data) {
     GuardedAllocator& self = instance();
     {
       const std::lock_guard<std::mutex> guard(self.lock_);
-      if (const auto found = self.sizes_.find(data); found != self.sizes_.end()) {
-        self.violations_ += is_violated(static_cast<const char*>(data), found->second);
-        self.sizes_.erase(found);
+      if (const auto entry = self.sizes_.find(data); entry != self.sizes_.end()) {
+        self.violations_ += is_violated(static_cast<const char*>(data), entry->second);
+        self.sizes_.erase(entry);
         return std::free(static_cast<char*>(data) - kZone);
       }
     }
@@ -69,15 +70,15 @@ class GuardedAllocator final : public c10::Allocator {
   int64_t violations_ = 0;  // of tensors that were freed
 };
 
-c10::Allocator* before = nullptr;
+c10::Allocator* previous = nullptr;
 
 }  // namespace
 
 extern "C" void install() {
-  before = c10::GetCPUAllocator();
+  previous = c10::GetCPUAllocator();
   c10::SetCPUAllocator(&GuardedAllocator::instance(), 1);
 }
 
-extern "C" void uninstall() { c10::SetCPUAllocator(before, 1); }
+extern "C" void uninstall() { c10::SetCPUAllocator(previous, 1); }
 
 extern "C" int64_t violations() { return GuardedAllocator::instance().violations(); }

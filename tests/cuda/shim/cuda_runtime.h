@@ -45,9 +45,10 @@ void* shared_memory();
 void sync_block();
 void sync_warp();
 
-// Every lane of the warp calls it with its `size` bytes; `combine` reads those of all lanes and writes all results.
-void with_warp(const void* mine, size_t size, void* result, size_t result_size,
-               const std::function<void(const unsigned char* of_lanes, unsigned char* results)>& combine);
+// Every lane of the warp calls it with its `size` bytes at `value`; `combine` reads the bytes of all lanes and writes
+// all results.
+void with_warp(const void* value, size_t size, void* result, size_t result_size,
+               const std::function<void(const unsigned char* inputs, unsigned char* results)>& combine);
 
 void copy_async(void* to, const void* from, bool valid);
 void commit_copies();
@@ -69,9 +70,9 @@ inline void __syncwarp(unsigned = 0xffffffffu) { shim::sync_warp(); }
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
   T result;
-  shim::with_warp(&x, sizeof(T), &result, sizeof(T), [=](const unsigned char* given, unsigned char* results) {
+  shim::with_warp(&x, sizeof(T), &result, sizeof(T), [=](const unsigned char* inputs, unsigned char* results) {
     for (int lane = 0; lane < 32; ++lane)
-      memcpy(results + lane * sizeof(T), given + (lane ^ mask) * sizeof(T), sizeof(T));
+      memcpy(results + lane * sizeof(T), inputs + (lane ^ mask) * sizeof(T), sizeof(T));
   });
   return result;
 }

@@ -4,8 +4,8 @@
 //
 // The kernels are compiled with -fsanitize=thread, so that each of their memory accesses calls a function at the end of
 // this file (that sanitizer's own library is not linked). These functions look for races in shared memory: two accesses
-// race if different threads make them, at least one writes, and there is no barrier of the block (within a warp: of the
-// warp) between them. The address sanitizer's library, which is loaded, tells them of accesses out of bounds.
+// race if different threads make them, at least one writes, and there is no barrier of the block (or, within a warp, of
+// the warp) between them. The address sanitizer's library, which is loaded, reports accesses out of bounds to them.
 #include <sanitizer/asan_interface.h>
 #include <ucontext.h>
 
@@ -32,7 +32,7 @@ struct Copy {
 
 struct Fibre {
   void* at[5];  // where it continues, from __builtin_setjmp
-  bool begun = false;
+  bool started = false;
   ucontext_t context;  // where it starts
   std::unique_ptr<char[]> stack{new char[kStack]};
   Position position;
@@ -41,11 +41,11 @@ struct Fibre {
   std::vector<std::vector<Copy>> copies;  // groups under way, the oldest first; the last one still grows
 };
 
-// The operation that the lanes of a warp are in.
+// The operation in which the lanes of a warp are.
 struct Warp {
   int arrived = 0;
   unsigned epoch = 0;  // barriers of the warp so far
-  std::vector<unsigned char> given, results;
+  std::vector<unsigned char> inputs, results;
 };
 
 // The last accesses to a byte of shared memory. Epoch 0: none.
@@ -84,9 +84,9 @@ thread_local std::vector<Fibre> fibres;  // of all launches
 }
 
 void wait_as(decltype(Fibre::state) state) {
-  Fibre& me = *block->current;
-  me.state = state;
-  change(me.at, block->scheduler);
+  Fibre& fibre = *block->current;
+  fibre.state = state;
+  change(fibre.at, block->scheduler);
 }
 
 void run_fibre() {
@@ -97,7 +97,7 @@ void run_fibre() {
   }
 }
 
-Warp& my_warp() { return block->warps[block->current->number / kLanes]; }
+Warp& current_warp() { return block->warps[block->current->number / kLanes]; }
 
 void open_barrier() {
   ++block->epoch;
@@ -128,10 +128,10 @@ void run_block(const Position& position, int threads) {
       if (fibre.state != Fibre::running) continue;
       ran = true;
       block->current = &fibre;
-      if (fibre.begun) {
+      if (fibre.started) {
         change(block->scheduler, fibre.at);
       } else {
-        fibre.begun = true;
+        fibre.started = true;
         getcontext(&fibre.context);
         fibre.context.uc_stack = {fibre.stack.get(), 0, kStack};
         fibre.context.uc_link = nullptr;
@@ -141,11 +141,10 @@ void run_block(const Position& position, int threads) {
       if (!block->error.empty()) throw std::runtime_error(block->error);
     }
     if (block->at_barrier && block->at_barrier == block->left) {
-      if (block->left < threads)
-        throw std::runtime_error("a thread ended where others of its block wait for it at a barrier");
+      if (block->left < threads) throw std::runtime_error("a thread ended while others of its block wait at a barrier");
       open_barrier();
     } else if (!ran && block->left) {
-      throw std::runtime_error("threads wait for ever: not all of a warp or block reach an operation of it");
+      throw std::runtime_error("deadlock: not all threads of a warp or block reach its operation");
     }
   }
 }
@@ -194,15 +193,15 @@ void sync_block() {
   wait_as(Fibre::at_block_barrier);
 }
 
-void with_warp(const void* mine, size_t size, void* result, size_t result_size,
+void with_warp(const void* value, size_t size, void* result, size_t result_size,
                const std::function<void(const unsigned char*, unsigned char*)>& combine) {
-  Warp& warp = my_warp();
+  Warp& warp = current_warp();
   const int lane = block->current->number % kLanes;
-  warp.given.resize(size * kLanes);
-  memcpy(warp.given.data() + lane * size, mine, size);
+  warp.inputs.resize(size * kLanes);
+  memcpy(warp.inputs.data() + lane * size, value, size);
   if (++warp.arrived == kLanes) {
     warp.results.resize(result_size * kLanes);
-    combine(warp.given.data(), warp.results.data());
+    combine(warp.inputs.data(), warp.results.data());
     open_warp(block->current->number / kLanes);
   } else {
     wait_as(Fibre::in_warp);
@@ -217,12 +216,12 @@ void sync_warp() {
   char nothing = 0, result;
   with_warp(&nothing, 1, &result, 1, [](const unsigned char*, unsigned char* results) {
     memset(results, 0, kLanes);
-    ++my_warp().epoch;
+    ++current_warp().epoch;
   });
 }
 
-// A copy may arrive at any time between its start and the wait for it: it counts as a write at both times, and in
-// between the target is NaN.
+// A copy may arrive at any time between its start and the wait for it: it counts as a write at both times, and
+// between them the target is NaN.
 extern "C" void __tsan_write16(void*);
 extern "C" void __tsan_read16(void*);
 
@@ -257,10 +256,10 @@ void load_matrices(uint32_t (&to)[4], const void* row) {
   __tsan_read16(const_cast<void*>(row));
   struct Row {
     uint16_t values[8];
-  } mine;
-  memcpy(&mine, row, sizeof(mine));
-  with_warp(&mine, sizeof(mine), to, sizeof(to), [](const unsigned char* given, unsigned char* results) {
-    const Row* const rows = reinterpret_cast<const Row*>(given);
+  } value;
+  memcpy(&value, row, sizeof(value));
+  with_warp(&value, sizeof(value), to, sizeof(to), [](const unsigned char* inputs, unsigned char* results) {
+    const Row* const rows = reinterpret_cast<const Row*>(inputs);
     uint16_t* out = reinterpret_cast<uint16_t*>(results);
     for (int lane = 0; lane < kLanes; ++lane)
       for (int matrix = 0; matrix < 4; ++matrix)
@@ -274,18 +273,18 @@ struct Fragments {
   uint32_t a[4], b[2];
 };
 
-// total += a b for all lanes; `a_of` and `b_of` find an element of a matrix among the lanes' fragments.
-template <class OfA, class OfB>
-void multiply_fragments(float (&total)[4], const Fragments& mine, int depth, const OfA& a_of, const OfB& b_of) {
+// total += a b for all lanes; `a_at` and `b_at` find an element of a matrix among the lanes' fragments.
+template <class AtA, class AtB>
+void multiply_fragments(float (&total)[4], const Fragments& value, int depth, const AtA& a_at, const AtB& b_at) {
   float sums[4];
-  with_warp(&mine, sizeof(mine), sums, sizeof(sums), [&](const unsigned char* given, unsigned char* results) {
-    const Fragments* const of = reinterpret_cast<const Fragments*>(given);
+  with_warp(&value, sizeof(value), sums, sizeof(sums), [&](const unsigned char* inputs, unsigned char* results) {
+    const Fragments* const lanes = reinterpret_cast<const Fragments*>(inputs);
     float* const out = reinterpret_cast<float*>(results);
     for (int lane = 0; lane < kLanes; ++lane)
       for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
         float sum = 0;
-        for (int k = 0; k < depth; ++k) sum += a_of(of, row, k) * b_of(of, k, column);
+        for (int k = 0; k < depth; ++k) sum += a_at(lanes, row, k) * b_at(lanes, k, column);
         out[lane * 4 + i] = sum;
       }
   });
@@ -310,27 +309,29 @@ float float_of(uint32_t bits) {
 }  // namespace
 
 void multiply_16_bits(float (&total)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat16) {
-  Fragments mine;
-  memcpy(mine.a, a, sizeof(a));
-  memcpy(mine.b, b, sizeof(b));
+  Fragments value;
+  memcpy(value.a, a, sizeof(a));
+  memcpy(value.b, b, sizeof(b));
   multiply_fragments(
-      total, mine, 16,
-      [=](const Fragments* of, int row, int k) {
-        return half_of(of[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2], k % 2, bfloat16);
+      total, value, 16,
+      [=](const Fragments* lanes, int row, int k) {
+        return half_of(lanes[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2], k % 2, bfloat16);
       },
-      [=](const Fragments* of, int k, int column) {
-        return half_of(of[column * 4 + k % 8 / 2].b[k / 8], k % 2, bfloat16);
+      [=](const Fragments* lanes, int k, int column) {
+        return half_of(lanes[column * 4 + k % 8 / 2].b[k / 8], k % 2, bfloat16);
       });
 }
 
 void multiply_tf32(float (&total)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  Fragments mine;
-  memcpy(mine.a, a, sizeof(a));
-  memcpy(mine.b, b, sizeof(b));
+  Fragments value;
+  memcpy(value.a, a, sizeof(a));
+  memcpy(value.b, b, sizeof(b));
   multiply_fragments(
-      total, mine, 8,
-      [](const Fragments* of, int row, int k) { return float_of(of[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]); },
-      [](const Fragments* of, int k, int column) { return float_of(of[column * 4 + k % 4].b[k / 4]); });
+      total, value, 8,
+      [](const Fragments* lanes, int row, int k) {
+        return float_of(lanes[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]);
+      },
+      [](const Fragments* lanes, int k, int column) { return float_of(lanes[column * 4 + k % 4].b[k / 4]); });
 }
 
 uint32_t to_tf32(float x) {
