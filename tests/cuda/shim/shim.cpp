@@ -278,13 +278,13 @@ template <class AtA, class AtB>
 void multiply_fragments(float (&total)[4], const Fragments& value, int depth, const AtA& a_at, const AtB& b_at) {
   float sums[4];
   with_warp(&value, sizeof(value), sums, sizeof(sums), [&](const unsigned char* inputs, unsigned char* results) {
-    const Fragments* const lanes = reinterpret_cast<const Fragments*>(inputs);
+    const Fragments* const warp = reinterpret_cast<const Fragments*>(inputs);
     float* const out = reinterpret_cast<float*>(results);
     for (int lane = 0; lane < kLanes; ++lane)
       for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
         float sum = 0;
-        for (int k = 0; k < depth; ++k) sum += a_at(lanes, row, k) * b_at(lanes, k, column);
+        for (int k = 0; k < depth; ++k) sum += a_at(warp, row, k) * b_at(warp, k, column);
         out[lane * 4 + i] = sum;
       }
   });
@@ -314,11 +314,11 @@ void multiply_16_bits(float (&total)[4], const uint32_t (&a)[4], const uint32_t 
   memcpy(value.b, b, sizeof(b));
   multiply_fragments(
       total, value, 16,
-      [=](const Fragments* lanes, int row, int k) {
-        return half_of(lanes[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2], k % 2, bfloat16);
+      [=](const Fragments* warp, int row, int k) {
+        return half_of(warp[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2], k % 2, bfloat16);
       },
-      [=](const Fragments* lanes, int k, int column) {
-        return half_of(lanes[column * 4 + k % 8 / 2].b[k / 8], k % 2, bfloat16);
+      [=](const Fragments* warp, int k, int column) {
+        return half_of(warp[column * 4 + k % 8 / 2].b[k / 8], k % 2, bfloat16);
       });
 }
 
@@ -328,10 +328,8 @@ void multiply_tf32(float (&total)[4], const uint32_t (&a)[4], const uint32_t (&b
   memcpy(value.b, b, sizeof(b));
   multiply_fragments(
       total, value, 8,
-      [](const Fragments* lanes, int row, int k) {
-        return float_of(lanes[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]);
-      },
-      [](const Fragments* lanes, int k, int column) { return float_of(lanes[column * 4 + k % 4].b[k / 4]); });
+      [](const Fragments* warp, int row, int k) { return float_of(warp[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]); },
+      [](const Fragments* warp, int k, int column) { return float_of(warp[column * 4 + k % 4].b[k / 4]); });
 }
 
 uint32_t to_tf32(float x) {
