@@ -87,7 +87,7 @@ struct Pixels {
   const S* get() const { return x; }
 };
 
-// x (n, c, s), in either memory order, as (n, s, c) of type S; no copy if x already is.
+// x (n, c, s), in either memory order, as (n, s, c) of type S; no copy where x already is.
 template <class S, class T>
 Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channels_last, const ParallelFor& parallel) {
   if constexpr (std::is_same_v<T, S>)
