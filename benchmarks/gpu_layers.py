@@ -44,7 +44,7 @@ def peers(case: OpCase):
 
 
 def large() -> list[OpCase]:
-    """The layers at each batch size; layers for a single image keep theirs."""
+    """The layers at each batch size; layers for a single image keep their batch size."""
     cases = []
     for batch in BATCHES:
         for case in LAYERS:

@@ -54,11 +54,11 @@ def networks(clock: Clock, device: str = "cuda", batch: int = 512) -> Iterator[d
         "max-autotune channels_last": (torch.compile(half, mode="max-autotune"), z.bfloat16()),
         "fastgen Engine": (engine, z),
     }
-    for name, (call, given) in peers.items():
+    for name, (call, x) in peers.items():
         with torch.no_grad():
-            worst = error(call(given), exact_image)
+            worst = error(call(x), exact_image)
             found = {
-                "ms": clock(functools.partial(call, given)),
+                "ms": clock(functools.partial(call, x)),
                 "floor_ms_h200": 1e3 * Work(size, 0).floor(H200, "16 bits"),
             }
         yield facts | {"peer": name} | found | {"error": worst, "correct": worst < 3e-2}

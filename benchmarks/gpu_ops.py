@@ -51,10 +51,10 @@ def spectral_norm(scratch: torch.Tensor) -> Iterator[dict]:
         return [layer.weight for layer in model]
 
     size = 4 * sum(math.prod(shape) for shape in BIGGAN_128)
-    theirs = torch.nn.utils.parametrizations.spectral_norm
+    parametrization = torch.nn.utils.parametrizations.spectral_norm
     exact = None
     for peer in ("eager", "max-autotune", *(f"fastgen {tier}" for tier in _able())):
-        model = layers(nn.spectral_norm if "fastgen" in peer else theirs)
+        model = layers(nn.spectral_norm if "fastgen" in peer else parametrization)
         group = nn.SpectralNormGroup(model) if "fastgen" in peer else None
         access = torch.compile(accesses, mode="max-autotune-no-cudagraphs") if peer == "max-autotune" else accesses
         originals = [layer.parametrizations.weight.original for layer in model]
@@ -66,13 +66,13 @@ def spectral_norm(scratch: torch.Tensor) -> Iterator[dict]:
         model.train()
         facts = {"case": "spectral_norm BigGAN-128 D", "batch": 1, "dtype": "torch.float32", "peer": peer}
 
-        def run(backward: bool, peer=peer, group=group, access=access, model=model, given=(originals, upstream)):
+        def run(backward: bool, peer=peer, group=group, access=access, model=model, grad_args=(originals, upstream)):
             with torch.set_grad_enabled(backward), ops.use_impl(tier_of(peer)):
                 if group is not None:
                     group.update()
                 out = access(model)
                 if backward:
-                    torch.autograd.grad(out, *given)
+                    torch.autograd.grad(out, *grad_args)
 
         for found in _passes(run, 3 * size, 7 * size, scratch):
             yield facts | found | {"error": worst, "correct": worst < 1e-4}

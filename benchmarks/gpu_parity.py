@@ -86,19 +86,19 @@ def wrong_of(index: int, device: str = "cuda") -> list[str]:
             with ops.use_impl(impl):
                 return observe(case, {n: t.to(device) for n, t in tensors.items()}, upstream.to(device), impl)
 
-        theirs = on_gpu("reference")
+        reference = on_gpu("reference")
         for tier in able:
             what = f"{tier}: {case.id} {dtype} channels_last={channels_last}"
             try:
-                ours = on_gpu(tier)
+                actual = on_gpu(tier)
             except Exception as failed:  # a kernel that does not run is wrong; go on with the others
                 wrong.append(f"{what}: {' '.join(str(failed).split())}"[:300])
                 continue
             for name in exact:
                 if name == "grad of bias" and case.batch_stats:
                     continue
-                allowed = case.allowed(error(theirs[name].cpu(), exact[name]), dtype, name)
-                if not error(ours[name].cpu(), exact[name]) <= allowed:
+                allowed = case.allowed(error(reference[name].cpu(), exact[name]), dtype, name)
+                if not error(actual[name].cpu(), exact[name]) <= allowed:
                     wrong.append(f"{what}: {name}")
     return wrong
 
@@ -116,7 +116,7 @@ def agrees(case: OpCase, tier: str, device: str) -> bool:
             leaves = list(tensors.values())
             grads = torch.autograd.grad(outs, leaves, [torch.ones_like(t) for t in outs], allow_unused=True)
         found.append([t for t in (*outs, *grads) if t is not None])
-    return all(error(ours.detach(), theirs.detach()) < 1e-4 for theirs, ours in zip(*found, strict=True))
+    return all(error(actual.detach(), reference.detach()) < 1e-4 for reference, actual in zip(*found, strict=True))
 
 
 def sanitized() -> list[str]:

@@ -61,7 +61,7 @@ def table(document: dict) -> str:
     lines = [
         f"{about}. cudnn.benchmark, cold L2 cache, medians. Parity: {'; '.join(document['wrong']) or 'all right'}. "
         f"Tiers: {document['tiers']}. Sanitizer: {'; '.join(document['sanitizer']) or 'nothing found'}. "
-        f"Left out for time: {', '.join(document['left_out']) or 'nothing'}. "
+        f"Left out for lack of time: {', '.join(document['left_out']) or 'nothing'}. "
         f"Failed: {'; '.join(document['failed']) or 'nothing'}. An H200's floor: of fastgen's passes by the shapes, "
         "and of all that Triton's launches move and multiply.",
         "", "| case | batch | precision | pass | peer | ms | floor, ms | as launched, ms | right |", "|---" * 9 + "|",

@@ -167,14 +167,14 @@ def main(row: str = "", seed: int = 0) -> None:
         seed: Seed of weights, noise, data order and samples.
     """
     if row and row not in ROWS:
-        sys.exit(f"unknown row {row!r}: there are: {', '.join(ROWS)}")
+        sys.exit(f"unknown row {row!r}: choose from: {', '.join(ROWS)}")
     for name in [row] if row else ROWS:
         chosen = ROWS[name]
         config = replace(CONFIGS[chosen.system](), seed=seed, **chosen.options)
         folder = _RUNS / f"{name}-{seed}"
         result = training.train(config, folder, resume=(folder / "checkpoint.json").exists())
         if result.interrupted:
-            sys.exit(f"{name} is stopped at step {result.step}: the same command continues it")
+            sys.exit(f"{name} stopped at step {result.step}: the same command continues it")
         measures = list(chosen.measure(folder, seed))
         _keep(name, _entry(config, folder, measures))
         for measure in measures:

@@ -43,11 +43,11 @@ def report(document: dict) -> str:
         for row in rows:
             cells = row["cells"]
             right = {column: cell["median"] for column, cell in cells.items() if cell["correct"]}
-            ours = {column: median for column, median in right.items() if column.startswith("fastgen")}
-            peers = {column: median for column, median in right.items() if column not in ours}
+            fastgen = {column: median for column, median in right.items() if column.startswith("fastgen")}
+            peers = {column: median for column, median in right.items() if column not in fastgen}
             texts = [_cell(cells.get(column), right and min(right.values())) for column in columns]
-            if ours and peers:
-                best = min(ours.values())
+            if fastgen and peers:
+                best = min(fastgen.values())
                 ratios.append(min(peers.values()) / best)
                 texts.append(f"{ratios[-1]:.2f}")
                 for fact, (_, ceiling) in ceilings.items():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastgen
-from tests.inference.networks import ResnetGenerator, VanillaVAE
+from tests.support.networks import ResnetGenerator, VanillaVAE
 from tests.support.tolerance import error
 
 
@@ -66,9 +66,9 @@ def oracle(name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, int, int]
     model, x = model_of(name), torch.randn(shape, generator=torch.Generator().manual_seed(1))
     values = 0
 
-    def count(layer: nn.Module, given: tuple[Tensor], out: Tensor) -> None:
+    def count(layer: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:
         nonlocal values
-        values += given[0].numel() + layer.weight.numel() + out.numel()
+        values += inputs[0].numel() + layer.weight.numel() + out.numel()
 
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
     hooks = [layer.register_forward_hook(count) for layer in layers]

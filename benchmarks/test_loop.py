@@ -9,10 +9,10 @@ from PIL import Image
 
 from fastgen.data import BatchSampler, ImageDataset, load_dataset, read_image
 from fastgen.data.files import ImageFiles, LeftOut
-from fastgen.inference._record import unfused
+from fastgen.inference._record import unfused  # not public: users have no need to run layers one by one
 from fastgen.training import CONFIGS
 from fastgen.training.config import DCGANTraining
-from fastgen.training.loop import _means
+from fastgen.training.loop import mean_losses
 from fastgen.training.recipes import RECIPES
 
 TABLE = "Training loop, DCGAN-64, batch 64"
@@ -74,7 +74,7 @@ def test_overhead(measure):
     def rest():
         trained.next_batches()
         trained.ema.update(1)
-        _means([losses], 1)
+        mean_losses([losses], 1)
 
     calls = {"step": lambda: trained.advance(1), "fastgen rest": rest}
     measure(calls, dict.fromkeys(calls, same), table=TABLE, row="what surrounds a step")

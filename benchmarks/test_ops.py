@@ -61,8 +61,8 @@ def test_training(case, measure):
         found = gradients(call, tensors, exact_upstream)
         names = ["out", *(name for name, t in tensors.items() if t.requires_grad)]
         worst = max(
-            error(mine, true)
-            for name, mine, true in zip(names, found, exact, strict=True)
+            error(actual, expected)
+            for name, actual, expected in zip(names, found, exact, strict=True)
             if name != "bias" or not case.batch_stats  # with batch statistics its gradient is zero up to rounding
         )
         column = f"{peer} {'channels_last' if channels_last else 'contiguous'}"

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastgen
 from benchmarks.memory import peak_mebibytes
-from tests.inference.networks import DCGANDiscriminator, DCGANGenerator, ResnetGenerator, VanillaVAE
+from tests.support.networks import DCGANDiscriminator, DCGANGenerator, ResnetGenerator, VanillaVAE
 
 PEERS = {"eager": {}, "compile": {}, "fastgen": {}, "fastgen memory_efficient": {"memory_efficient": True}}
 PRECISIONS = ("fp32", "bf16")

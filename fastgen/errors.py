@@ -49,4 +49,4 @@ def unknown_name(kind: str, name: object, names: Iterable[str], note: str = "") 
     names = sorted(names)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return UsageError(f"unknown {kind} {name!r}: {hint}there are: {', '.join(names)}{note}")
+    return UsageError(f"unknown {kind} {name!r}: {hint}choose from: {', '.join(names)}{note}")

@@ -16,7 +16,7 @@ from tests.support.tolerance import UNIT_ROUNDOFF
 
 # The implementation that the tests compare with the reference: triton with TRITON_INTERPRET=1, as tests/kernels sets
 # it.
-OWN = "triton" if INTERPRETED else "cuda" if CUDA_ON_CPU else "cpp"
+TESTED = "triton" if INTERPRETED else "cuda" if CUDA_ON_CPU else "cpp"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class OpCase:
     bench: bool = False  # a real layer's shape: benchmarked, and too large for gradcheck
     dtypes: tuple[torch.dtype, ...] = tuple(UNIT_ROUNDOFF)
     factor: float = 2.0  # the error may be this many times that of PyTorch's own ops in the same precision,
-    floor: float = 4.0  # or this many units of roundoff if theirs happens to be smaller,
+    floor: float = 4.0  # or this many units of roundoff if PyTorch's error happens to be smaller,
     sum_floor: float = 16.0  # or this many in a parameter's gradient, a sum whose terms may cancel,
     float64_floor: float = (
         16.0  # times the floor, as there is no wider oracle: the reference's error is in the difference,
@@ -63,12 +63,12 @@ class OpCase:
             made[name] = value.to(dtype)
         return made
 
-    def allowed(self, theirs: float, dtype: torch.dtype, name: str, winograd: bool = False) -> float:
+    def allowed(self, reference_error: float, dtype: torch.dtype, name: str, winograd: bool = False) -> float:
         """The largest relative L2 error of an output or gradient, given that of PyTorch's own ops."""
         floor = self.sum_floor if name.startswith("grad") and name != "grad of x" else self.floor
         if dtype == torch.float64:
             floor *= self.float64_floor
-        return max(self.factor * theirs, floor * UNIT_ROUNDOFF[dtype], self.winograd if winograd else 0)
+        return max(self.factor * reference_error, floor * UNIT_ROUNDOFF[dtype], self.winograd if winograd else 0)
 
     def call(self, tensors: dict[str, Tensor], **options: Any) -> Tensor:
         first = [tensors[name] for name in tensors if name == "x"]  # by position: its name is the op's own

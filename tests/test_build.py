@@ -69,8 +69,8 @@ def tree(tmp_path: Path) -> Path:
 @pytest.fixture
 def env(tmp_path: Path, tree: Path) -> dict[str, str]:
     """An environment in which `import fastgen` finds the copy, and its cache is empty."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("FASTGEN_", "XDG_", "CXX"))}
-    return ours | {"PYTHONPATH": str(tree), "FASTGEN_CACHE_DIR": str(tmp_path / "cache")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FASTGEN_", "XDG_", "CXX"))}
+    return inherited | {"PYTHONPATH": str(tree), "FASTGEN_CACHE_DIR": str(tmp_path / "cache")}
 
 
 @pytest.fixture
@@ -220,12 +220,12 @@ def test_unwritable_cache_falls_back_to_a_private_temporary_folder(env, tmp_path
     (tmp_path / "tmp").mkdir()
     env |= {"FASTGEN_CACHE_DIR": str(tmp_path / "file" / "cache"), "TMPDIR": str(tmp_path / "tmp")}
     assert run(USE, env)[0][0] == WORKS
-    own = tmp_path / "tmp" / f"fastgen-{os.geteuid()}"
-    assert own.stat().st_mode & 0o777 == 0o700
+    fallback = tmp_path / "tmp" / f"fastgen-{os.geteuid()}"
+    assert fallback.stat().st_mode & 0o777 == 0o700
     out, log = run("from fastgen._build import native; native.load(); print(native.status().path.parent)", env)
-    assert out == [str(own)] and log == ""
+    assert out == [str(fallback)] and log == ""
 
-    own.chmod(0o777)  # like a folder that another user planted for us to load from
+    fallback.chmod(0o777)  # like a folder that another user planted for us to load from
     out, _ = run(LOAD, env)
     assert out[0].startswith(f"cannot write in {env['FASTGEN_CACHE_DIR']}: ")
 

@@ -113,7 +113,7 @@ def test_commands_are_what_the_command_line_takes(page, monkeypatch):
         return instead
 
     monkeypatch.setattr(cli, "_COMMANDS", {name: parse_alone(run) for name, run in cli._COMMANDS.items()})
-    monkeypatch.setattr(cli, "run_train", lambda kind, given: parsed.append(train._parse(kind(), given)) or 0)
+    monkeypatch.setattr(cli, "run_train", lambda kind, args: parsed.append(train._parse(kind(), args)) or 0)
     for command in commands(page):
         assert cli.main(command) == 0, command
     assert len(parsed) == len(commands(page))

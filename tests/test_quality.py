@@ -13,7 +13,7 @@ def test_every_row_can_be_trained_and_is_in_the_table():
     for name, row in quality.ROWS.items():
         assert CONFIGS[row.system](**row.options)
         assert f"| {name}" in quality.table({}) and quality.table({}).count("not yet measured") == len(quality.ROWS)
-    with pytest.raises(SystemExit, match="unknown row 'none': there are: gan-digits"):
+    with pytest.raises(SystemExit, match="unknown row 'none': choose from: gan-digits"):
         quality.main("none")
 
 

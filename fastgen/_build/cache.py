@@ -21,17 +21,17 @@ def _folders() -> list[Path]:
     """The cache folders: the chosen one, and, if that cannot be written, a temporary folder of this user too."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     chosen = Path(os.environ.get("FASTGEN_CACHE_DIR") or Path(cache, "fastgen")).absolute()
-    there = next(folder for folder in (chosen, *chosen.parents) if os.path.exists(folder))
-    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+    existing = next(folder for folder in (chosen, *chosen.parents) if os.path.exists(folder))
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         return [chosen]
     import tempfile
 
-    own = Path(tempfile.gettempdir(), f"fastgen-{os.geteuid()}")
+    fallback = Path(tempfile.gettempdir(), f"fastgen-{os.geteuid()}")
     with contextlib.suppress(OSError):
-        own.mkdir(mode=0o700, exist_ok=True)
-        facts = own.lstat()  # the name can be guessed: never load from a folder that another user made
-        if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o077:
-            return [chosen, own]
+        fallback.mkdir(mode=0o700, exist_ok=True)
+        info = fallback.lstat()  # the name can be guessed: never load from a folder that another user made
+        if stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o077:
+            return [chosen, fallback]
     return [chosen]
 
 

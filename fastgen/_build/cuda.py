@@ -49,9 +49,9 @@ class Cuda(Library):
             return f"no CUDA toolkit: nvcc is not on PATH and CUDA_HOME is {home or 'not set'}"
         release = nvcc_release(nvcc)
         if release is None or release.split(".")[0] != torch.version.cuda.split(".")[0]:
-            version = f"is {release}" if release else "says no version"
-            wanted = f"PyTorch was built with {torch.version.cuda}: install a toolkit of its major version"
-            return f"the CUDA toolkit in {home} {version}, {wanted}"
+            version = f"is {release}" if release else "reports no version"
+            advice = f"PyTorch was built with {torch.version.cuda}: install a toolkit of its major version"
+            return f"the CUDA toolkit in {home} {version}, {advice}"
         if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.device_count():
             return "this machine has no GPU to build the CUDA kernels for, and TORCH_CUDA_ARCH_LIST names none"
         return None

@@ -75,7 +75,7 @@ class Library(ABC):
         """
         with self._lock:
             found = None if force else next(self._made(), None)
-            path, how = found or (self._make(asked=True, force=force, verbose=verbose), "just in time")
+            path, how = found or (self._make(requested=True, force=force, verbose=verbose), "just in time")
             if self._outcome is None or not self._outcome.loaded:
                 self._outcome = self.open(path, how)
             return path

@@ -34,7 +34,7 @@ def load(build: bool = False) -> ModuleType:
             names = [f"_runtime_{made_from}{suffix}" for suffix in suffixes]
             prebuilt = [toolchain.PACKAGE / name for name in names if (toolchain.PACKAGE / name).is_file()]
             prebuilt += cache.cached(f"{key}.so")
-            path = prebuilt[0] if prebuilt else toolchain.make(key, sources(), _compile_into, asked=build)
+            path = prebuilt[0] if prebuilt else toolchain.make(key, sources(), _compile_into, requested=build)
             loader = importlib.machinery.ExtensionFileLoader("fastgen._runtime", str(path))
             spec = importlib.util.spec_from_file_location("fastgen._runtime", path, loader=loader)
             assert spec is not None

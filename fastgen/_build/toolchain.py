@@ -95,13 +95,13 @@ def search_path() -> str:
     return os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
 
 
-def obstacle(sources: list[Path], asked: bool = False) -> str | None:
-    """Why no build can be tried here, or None. `asked`: the user requests it, which overrides FASTGEN_BUILD."""
+def obstacle(sources: list[Path], requested: bool = False) -> str | None:
+    """Why no build can be tried here, or None. `requested` by the user, a build overrides FASTGEN_BUILD."""
     import shutil
 
     if os.name != "posix":
         return f"the native ops are not built on {platform.system()}"
-    if os.environ.get("FASTGEN_BUILD") == "0" and not asked:
+    if os.environ.get("FASTGEN_BUILD") == "0" and not requested:
         return "building is turned off (FASTGEN_BUILD=0)"
     if not sources:
         return f"no C++ sources in {CSRC}"
@@ -121,20 +121,20 @@ def make(
     key: str,
     sources: list[Path],
     compile_into: Callable[[str], str],
-    asked: bool = False,
+    requested: bool = False,
     force: bool = False,
     verbose: bool = False,
 ) -> Path:
     """Build into the cache, unless another process has meanwhile; return the library's path."""
     import shutil
 
-    if reason := obstacle(sources, asked):
+    if reason := obstacle(sources, requested):
         raise FastgenError(reason)
     with cache.locked() as folder:
         library, failed = folder / f"{key}.so", folder / f"{key}.failed"
         if library.is_file() and not force:
             return library
-        if not asked and (failure := remembered_failure(key)):
+        if not requested and (failure := remembered_failure(key)):
             raise FastgenError(failure)
         for left_behind in folder.glob("build-*"):  # by a killed process: this one holds the lock now
             shutil.rmtree(left_behind, ignore_errors=True)

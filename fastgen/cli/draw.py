@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fastgen.runtime import Plan
 
-_MAX_VALUES = 2**26  # of the noise that a plan is given at once
+_MAX_VALUES = 2**26  # of the noise passed to a plan in one call
 
 
 def generate(

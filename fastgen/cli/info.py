@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+
 from fastgen.cli._networks import Device, Dtype, networks
+from fastgen.errors import UsageError
 
 
 def info(
@@ -27,6 +30,7 @@ def info(
     if not explain:
         from fastgen import ops
 
+        _refuse(batch=batch, dtype=dtype, channels_last=channels_last, device=device, training=training)
         print(ops.info())
         return
     import fastgen
@@ -35,6 +39,15 @@ def info(
     for i, (title, network, inputs) in enumerate(parts):
         with autocast():
             print(f"{chr(10) * (i > 0)}{title}\n{fastgen.explain(network, *inputs, training=training)}")
+
+
+def _refuse(**options: object) -> None:
+    """Raises UsageError if one of the options that only `--explain` uses was changed."""
+    defaults = inspect.signature(info).parameters
+    for name, value in options.items():
+        if value != defaults[name].default:
+            flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+            raise UsageError(f"{flag} belongs to --explain: say which model to explain, for example --explain dcgan")
 
 
 def build() -> None:

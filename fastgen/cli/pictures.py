@@ -68,7 +68,7 @@ def inpaint(run: Run, pictures: Pictures, mask: Path, out: Path, steps: int = 10
     model, size = _load_vae(run)
     missing = torch.from_numpy(read_image(mask, 1, image_size=size)[0] >= 128)
     if not missing.any():
-        raise UsageError(f"mask {mask} is nowhere white (128 of 255 or more): nothing would be filled in")
+        raise UsageError(f"mask {mask} has no white pixels (128 of 255 or more): nothing would be filled in")
     _restore(model, pictures, out, strict, size, lambda image: inpaint(model, image, missing, steps=steps))
 
 

@@ -119,7 +119,7 @@ def _check(path: Path, image: Image.Image, image_size: int | None) -> None:
     if image_size is not None and min(image.size) < image_size:
         raise UnusableImageError(
             f"{path} is {image.width}x{image.height} pixels: too small for images of {image_size}x{image_size}; "
-            "ask for smaller ones, or enlarge it"
+            "choose a smaller image_size, or enlarge it"
         )
     if image.mode == "LAB":
         raise UnusableImageError(f"{path} is refused: its colours are CIELAB; save it as RGB")

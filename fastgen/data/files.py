@@ -151,6 +151,6 @@ class ImageFiles:
         try:
             return read_image(self.paths[index], channels, image_size=image_size)
         except FileNotFoundError:
-            return UnusableImageError(f"{self.paths[index]} is no longer there")
+            return UnusableImageError(f"{self.paths[index]} no longer exists")
         except UnusableImageError as error:
             return error

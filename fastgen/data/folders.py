@@ -56,7 +56,7 @@ def load_folder(path: Path, image_size: int, split: Split, *, strict: bool) -> I
         DataError: the folder is not a data set; the message says what it holds.
     """
     if not path.is_dir():
-        raise DataError(f"{path} is not a folder" if path.exists() else f"{path} is not there")
+        raise DataError(f"{path} is not a folder" if path.exists() else f"{path} does not exist")
     if data := published.load(path, image_size, split):
         return data
     folders, training = _part(path, split)
@@ -103,7 +103,7 @@ def _part(path: Path, split: Split) -> tuple[list[Path], list[Path]]:
     for domain, folder in zip(domains, parts[split], strict=True):
         if folder is None:
             kind = NoTestPartError if split == "test" and not any(parts[split]) else DataError
-            raise kind(f"{path / (split + domain.upper())} is not there")
+            raise kind(f"{path / (split + domain.upper())} does not exist")
     if not any(parts["test"]) and (ignored := [child.name for child in others if image_paths(child)]):
         _log.warning(
             "in %s only %s is used for training, and %s is ignored", path, training[0].name, ", ".join(ignored[:5])

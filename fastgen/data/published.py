@@ -34,7 +34,7 @@ def load(path: Path, image_size: int, split: Split) -> ImageDataset | None:
         if images := _find(folder, f"{stem}-images-idx3-ubyte"):
             labels = _find(folder, f"{stem}-labels-idx1-ubyte")
             if labels is None:
-                raise DataError(f"{images} is there, but {stem}-labels-idx1-ubyte is not")
+                raise DataError(f"{images} exists, but {stem}-labels-idx1-ubyte does not")
             pixels = _read_idx(images, 3)[:, None]
             return _dataset(images, pixels, _read_idx(labels, 1), DIGITS, image_size)
     for folder in (path, path / "cifar-10-batches-bin", path / "cifar-10-batches-py"):
@@ -45,7 +45,7 @@ def load(path: Path, image_size: int, split: Split) -> ImageDataset | None:
                 continue
             for file in files:
                 if not file.is_file():
-                    raise DataError(f"{files[0]} is there, but {file.name} is not")
+                    raise DataError(f"{files[0]} exists, but {file.name} does not")
             parts = [read(file) for file in files]
             pixels, labels_ = (np.concatenate(column) for column in zip(*parts, strict=True))
             return _dataset(files[0], pixels, labels_, _CIFAR10, image_size)

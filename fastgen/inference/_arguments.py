@@ -35,7 +35,7 @@ def argument_combinations(forward: FunctionType, functions: Sequence[FunctionTyp
     names = {parameter.name for parameter in parameters}
     compared_in_forward, checked = argument_checks(forward.__code__)
     if checked & names:
-        raise UntraceableError(f"it asks what {' and '.join(sorted(checked & names))} is")
+        raise UntraceableError(f"it checks the type, identity or attributes of {' and '.join(sorted(checked & names))}")
     compared_elsewhere = set().union(*(argument_checks(f.__code__).for_none for f in functions if f is not forward))
     compared = compared_in_forward if compared_in_forward <= names and not compared_elsewhere else names
     values: dict[str, list[Any]] = {}

@@ -98,7 +98,7 @@ def _relative_error(actual: list[Inputs], expected: list[Inputs]) -> float:
                 raise UnsupportedError(f"the output is {shapes}")
             finite = exact.isfinite()
             if not torch.equal(y.isfinite(), finite):
-                raise UnsupportedError("the output has non-finite values in other places than the module's")
+                raise UnsupportedError("the output has non-finite values at other positions than the module's")
             y, exact = y[finite].double(), exact[finite].double()
             difference, norm = squares.get(i, (0.0, 0.0))
             squares[i] = difference + float((y - exact).square().sum()), norm + float(exact.square().sum())
@@ -125,7 +125,7 @@ class _Rounding(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            # In place, so that views stay views. An expanded tensor was rounded before.
+            # In place, so that views remain views. An expanded tensor was rounded before.
             if isinstance(value, Tensor) and value.dtype == torch.float32 and 0 not in value.stride():
                 _round(value, self.bits)
         return result
@@ -162,9 +162,11 @@ def changes(module: nn.Module, inputs: Inputs) -> dict[nn.Module, str]:
 
 def _state(module: nn.Module) -> Iterator[tuple[tuple[nn.Module, str, int], Any]]:
     for part in module.modules():
-        own = {name: value for name, value in vars(part).items() if name not in ("_parameters", "_buffers", "_modules")}
-        own |= {**dict(part.named_parameters(recurse=False)), **dict(part.named_buffers(recurse=False))}
-        for name, value in own.items():
+        attributes = {
+            name: value for name, value in vars(part).items() if name not in ("_parameters", "_buffers", "_modules")
+        }
+        attributes |= {**dict(part.named_parameters(recurse=False)), **dict(part.named_buffers(recurse=False))}
+        for name, value in attributes.items():
             for i, leaf in enumerate(tree_leaves(value)):
                 if isinstance(leaf, Tensor | np.ndarray | int | float | str):
                     yield (part, name, i), leaf

@@ -11,12 +11,17 @@ from torch import Tensor, nn
 
 from fastgen.inference._fuse import fuse
 from fastgen.inference._report import fusion_report
-from fastgen.inference._sandbox import preserved_rng
+from fastgen.inference._sandbox import copy_inputs, preserved_rng
 from fastgen.nn._run import Call, geometry_of, recorded_calls, weight_shape
 from fastgen.ops import _dispatch, _policy, _tiers
 from fastgen.ops._layout import TensorSpec, is_channels_last
 from fastgen.ops._question import Choice
 from fastgen.ops._requested import requested_impl
+
+_NOTHING = (
+    "nothing to explain: the call ran no layers that fastgen's ops can compute "
+    "(a convolution, or a norm followed by an activation)"
+)
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,13 @@ class Explained:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The passes of a model's layers in the order of their calls. str() of it is a table."""
+    """The passes of a model's layers in the order of their calls. str() of it is a table; a sentence if it is empty."""
 
     rows: tuple[Explained, ...]
 
     def __str__(self) -> str:
+        if not self.rows:
+            return _NOTHING
         cells = [("layer", "pass", "computed by", "because")]
         cells += [(row.layer, row.what, str(row.choice), row.choice.reason) for row in self.rows]
         widths = [max(len(row[i]) for row in cells) for i in range(4)]
@@ -60,9 +67,8 @@ def explain(model: nn.Module, *example_inputs: Any, training: bool = True) -> Ex
     """
     network = fuse(model).train(training)
     names = {module: name or "model" for name, module in network.named_modules()}
-    inputs = [x.clone() if isinstance(x, Tensor) else x for x in example_inputs]  # the model may write into them
     with preserved_rng(), torch.set_grad_enabled(training), recorded_calls() as calls:
-        network(*inputs)
+        network(*copy_inputs(example_inputs))
     rows = [Explained(_name(call, names), *passed) for call in calls for passed in _passes(call, training)]
     explained = {module for call in calls for module in call.layers}
     for left in fusion_report(network).left:

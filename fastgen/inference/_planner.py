@@ -20,7 +20,9 @@ from fastgen.runtime._file import encode
 from fastgen.runtime._steps import Precision
 
 TORCHSCRIPT = "it is a TorchScript module, whose calls cannot be seen"
-_WORTH = nn.Conv2d | nn.ConvTranspose2d | nn.Linear  # without one of these, calling a plan costs more than it saves
+_WORTH_A_PLAN = (
+    nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+)  # without one of these, calling a plan costs more than it saves
 
 
 class Planner:
@@ -129,7 +131,7 @@ class Planner:
 
 
 def _is_worth_it(module: nn.Module) -> bool:
-    return any(isinstance(part, _WORTH) for part in module.modules())
+    return any(isinstance(part, _WORTH_A_PLAN) for part in module.modules())
 
 
 def _inputs_of_modules(model: nn.Module, example: Inputs) -> dict[nn.Module, Inputs | None]:

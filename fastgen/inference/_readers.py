@@ -48,17 +48,17 @@ def _linear(input, weight, bias=None):
 
 
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    given = {"mean": None, "var": None} if training else {"mean": running_mean, "var": running_var}
+    moments = {"mean": None, "var": None} if training else {"mean": running_mean, "var": running_var}
     norm = Norm.batch if training else Norm.affine
-    return "norm", (input,), {"norm": norm, **given, "weight": weight, "bias": bias, "eps": eps}
+    return "norm", (input,), {"norm": norm, **moments, "weight": weight, "bias": bias, "eps": eps}
 
 
 def _instance_norm(
     input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
 ):
-    given = {"mean": None, "var": None} if use_input_stats else {"mean": running_mean, "var": running_var}
+    moments = {"mean": None, "var": None} if use_input_stats else {"mean": running_mean, "var": running_var}
     norm = Norm.instance if use_input_stats else Norm.affine
-    return "norm", (input,), {"norm": norm, **given, "weight": weight, "bias": bias, "eps": eps}
+    return "norm", (input,), {"norm": norm, **moments, "weight": weight, "bias": bias, "eps": eps}
 
 
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):

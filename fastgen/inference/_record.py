@@ -223,9 +223,9 @@ def tensors(result: object) -> tuple[Tensor, ...]:
 
 def record(module: nn.Module, *inputs: Tensor) -> tuple[list[Node], list[Node]]:
     """(inputs, outputs) of module(*inputs). Raises UnsupportedError."""
-    given = [x.clone() for x in inputs]
-    recorder = _Recorder(given)
-    outputs = _outputs(module, given, recorder)
+    copies = [x.clone() for x in inputs]
+    recorder = _Recorder(copies)
+    outputs = _outputs(module, copies, recorder)
     if recorder.reads_batch_size:
         _check_numbers(module, inputs, recorder, outputs)
     for node in outputs:
@@ -239,10 +239,10 @@ def record(module: nn.Module, *inputs: Tensor) -> tuple[list[Node], list[Node]]:
 def _check_numbers(module: nn.Module, inputs: tuple[Tensor, ...], recorded: _Recorder, outputs: list[Node]) -> None:
     """Raises UnsupportedError unless the module calls the same functions for any batch size."""
     for n in _NUMBERS:
-        given = [_without_memory((n, *x.shape[1:]), x.dtype) for x in inputs]
-        replay = _Replay(given, recorded)
+        blanks = [_without_memory((n, *x.shape[1:]), x.dtype) for x in inputs]
+        replay = _Replay(blanks, recorded)
         try:
-            same = _outputs(module, given, replay) == outputs and replay.at == len(recorded.calls)
+            same = _outputs(module, blanks, replay) == outputs and replay.at == len(recorded.calls)
         except _OtherCallError:
             same = False
         except Exception as error:  # the model's own code may raise anything
@@ -261,9 +261,9 @@ def _are_equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def _outputs(module: nn.Module, given: list[Tensor], recorder: _Recorder) -> list[Node]:
+def _outputs(module: nn.Module, inputs: list[Tensor], recorder: _Recorder) -> list[Node]:
     with torch.no_grad(), unfused(module), recorder:
-        result = module(*given)
+        result = module(*inputs)
     outputs: list[Node] = []
     for value in tensors(result):
         node = recorder.node(value)

@@ -158,7 +158,7 @@ def _reason(module: nn.Module, name: str, model: nn.Module, analysis: Analysis) 
         parent = model.get_submodule(name)
         if parent in analysis.untraced:
             return f"it is in {name or type(parent).__name__}: {analysis.untraced[parent]}"
-    if module not in analysis.sites:
+    if module not in analysis.sites and module is not model:  # the user calls the model
         return "no forward calls it"
     if isinstance(module, (_CONVOLUTIONS, *_NORMS)):
         return "no activation or norm that can be fused comes right after it"

@@ -8,7 +8,7 @@ import copy
 import pickle
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -36,9 +36,9 @@ def clone(model: M, *, share_parameters: bool = False) -> M:
         return copy.deepcopy(model, memo)
 
 
-def copy_inputs(inputs: Inputs) -> Inputs:
-    """Copies of the inputs, for a module that may write into them."""
-    return tuple(x.clone() for x in inputs)
+def copy_inputs(inputs: Iterable[Any]) -> tuple[Any, ...]:
+    """The inputs with copies of the tensors, for a module that may write into them."""
+    return tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
 
 
 @contextlib.contextmanager

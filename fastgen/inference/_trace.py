@@ -65,7 +65,7 @@ def trace(module: nn.Module) -> Trace:
         modes += [(True, False), (False, True)]
     for name in ("is_autocast_enabled", "is_inference_mode_enabled"):
         if name in names:
-            raise UntraceableError(f"it asks {name}")
+            raise UntraceableError(f"it calls {name}")
     if any("checkpoint" in name for name in names):
         # The first call of a checkpoint imports torch._dynamo. Imported while torch.fx has replaced the functions of
         # `math`, it would break every graph that is compiled later.
@@ -168,7 +168,7 @@ class _Tracer(fx.Tracer):
                 context.append(object())  # equal to no other: a checkpoint's second pass may end between two calls
             in_torch = str(frame.f_globals.get("__name__")).startswith("torch.")
             if not in_torch and _arguments.checks_types(frame):
-                raise UntraceableError("it asks whether a value is a Tensor")
+                raise UntraceableError("it checks whether a value is a Tensor")
             module = frame.f_locals.get("self")
             path = self.path_of_module(module) if isinstance(module, nn.Module) else None
             self.traced.executed.add((path, location(frame.f_code)))

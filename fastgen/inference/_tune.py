@@ -91,8 +91,8 @@ def tune(
     or while an implementation is requested; FastgenError if the choices cannot be written.
     """
     if not any(isinstance(leaf, Tensor) for leaf in _pytree.tree_leaves(example_inputs)):
-        given = ", ".join(type(given).__name__ for given in example_inputs) or "nothing"
-        raise UsageError(f"example_inputs must contain a tensor, got {given}: give the arguments of the model's call")
+        types = ", ".join(type(value).__name__ for value in example_inputs) or "nothing"
+        raise UsageError(f"example_inputs must contain a tensor, got {types}: pass the arguments of the model's call")
     network = fuse(model).train(training)
 
     def run() -> None:

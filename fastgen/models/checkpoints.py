@@ -182,12 +182,12 @@ def _networks(name: str, state: State) -> Iterator[_Network]:
     """The networks of known kinds among the tensors of one dictionary."""
     for kind in KINDS:
         for prefix in kind.prefixes(state):
-            own = {full[len(prefix) :]: value for full, value in state.items() if full.startswith(prefix)}
-            yield _Network(".".join(filter(None, (name, prefix[:-1]))), kind, own)
+            network_state = {full[len(prefix) :]: value for full, value in state.items() if full.startswith(prefix)}
+            yield _Network(".".join(filter(None, (name, prefix[:-1]))), kind, network_state)
 
 
 def _choose(networks: list[_Network], dialect: str, name: str | None) -> _Network | None:
-    """The network that was asked for; None if there is none of this dialect."""
+    """The requested network; None if there is none of this dialect."""
     networks = [one for one in networks if dialect in ("auto", one.kind.dialect)]
     if name is not None and networks:
         exact = [one for one in networks if one.name == name]

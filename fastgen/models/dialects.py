@@ -74,7 +74,7 @@ def _examples_vae(state: State, _: bool | None) -> nn.Module:
     sizes = [(math.isqrt(pixels // channels), channels) for channels in (1, 3)]
     fitting = [(size, channels) for size, channels in sizes if channels * size**2 == pixels]
     if not fitting:
-        raise CheckpointError(f"its {pixels} pixels are no square image of 1 or 3 channels")
+        raise CheckpointError(f"its {pixels} pixels are not a square image of 1 or 3 channels")
     image_size, channels = fitting[0]
     with torch.device("meta"):
         return MLPVAE(MLPVAEConfig(image_size=image_size, channels=channels, nz=nz, width=width))
@@ -87,7 +87,7 @@ def _pytorch_vae(state: State, _: bool | None) -> nn.Module:
     nz, flat = _shape(state, "fc_mu.weight", 2)
     pixels = math.isqrt(flat // widths[-1])
     if pixels**2 * widths[-1] != flat:
-        raise CheckpointError(f"fc_mu.weight takes {flat} features, which are no square of {widths[-1]} channels")
+        raise CheckpointError(f"fc_mu.weight takes {flat} features, which are not a square of {widths[-1]} channels")
     decoded, width = _shape(state, "final_layer.3.weight")[:2]
     with torch.device("meta"):
         vae = VAE(VAEConfig(pixels * 2**levels, channels, nz, widths))

@@ -14,7 +14,7 @@ from torch.nn.modules.module import (
 )
 
 from fastgen.ops._activations import ACTIVATIONS as _ROWS
-from fastgen.ops._geometry import HW
+from fastgen.ops._geometry import HW, for_both_axes
 
 # Modules whose forward pre-hooks do nothing but compute a module's weight.
 _WEIGHT_HOOKS = (
@@ -73,7 +73,8 @@ def padding(convolution: nn.Conv2d | nn.ConvTranspose2d) -> HW | None:
         return convolution.padding  # type: ignore[return-value]
     if convolution.padding == "valid":
         return 0, 0
-    height, width = (d * (k - 1) for d, k in zip(convolution.dilation, convolution.kernel_size, strict=True))
+    dilation = for_both_axes(convolution.dilation)
+    height, width = (d * (k - 1) for d, k in zip(dilation, convolution.kernel_size, strict=True))
     return None if height % 2 or width % 2 else (height // 2, width // 2)
 
 

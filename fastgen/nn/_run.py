@@ -160,7 +160,7 @@ def _is_small(x: Tensor, convolution: Any) -> bool:
     n, _, height, width = x.shape
     pixels = n * height * width
     if kind(convolution) is nn.Conv2d:
-        pixels //= convolution.stride[0] * convolution.stride[1]
+        pixels //= convolution.stride[0] * convolution.stride[-1]  # it may have one element for both axes
     weights = convolution.in_channels * convolution.out_channels // convolution.groups
     multiplications = pixels * weights * convolution.kernel_size[0] * convolution.kernel_size[1]
     if not _rules.is_small(multiplications, torch.is_grad_enabled()):

@@ -152,7 +152,7 @@ def needs_gradient(ctx: Any, at: int) -> bool:
         return True
     try:
         return torch._C._will_engine_execute_node(ctx.next_functions[at][0])
-    except RuntimeError:  # a leaf whose gradient is asked for
+    except RuntimeError:  # a leaf whose gradient is requested
         return True
 
 

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgen.ops._geometry import HW
+from fastgen.ops._geometry import HW, for_both_axes
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def to_2d(name: str, value: int | Sequence[int], least: int) -> HW:
-    """value as (height, width); both at least `least`."""
-    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, Sequence)) else ()
+    """value as (height, width); both at least `least`. One number, alone or in a sequence, is for both."""
+    values = (value,) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, Sequence)) else ()
+    pair = for_both_axes(values)
     if len(pair) != 2 or not (isinstance(pair[0], int) and isinstance(pair[1], int)):
         raise ValueError(f"{name} must be an int or two ints, got {value!r}")
     if pair[0] < least or pair[1] < least:

@@ -51,14 +51,14 @@ def call(
         return _norm_act.reference(convolve(geometry, x, weight, bias), epilogue)
     options = epilogue.options()
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None, *given: Tensor | None) -> tuple[Tensor, Any, Any]:
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, Any, Any]:
         if chosen.implementation == "unfused":
-            return _unfused(geometry, x, weight, bias, KernelEpilogue.of(given, options))
+            return _unfused(geometry, x, weight, bias, KernelEpilogue.of(tensors, options))
         needs_grad = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x, weight, bias, *given)
+            t is not None and t.requires_grad for t in (x, weight, bias, *tensors)
         )
         save = needs_grad and not (options.is_identity() or options.needs_output_alone())
-        out, _, mean, var = _dispatch.call(op, chosen, x, weight, bias, *given, *options, *arguments, save)
+        out, _, mean, var = _dispatch.call(op, chosen, x, weight, bias, *tensors, *options, *arguments, save)
         return out, mean, var
 
     inputs: tuple[Any, ...] = (x, weight, bias, *epilogue.tensors(batch_stats))

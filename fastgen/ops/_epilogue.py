@@ -131,16 +131,16 @@ class Epilogue(NamedTuple):
                 )
         groups = self.num_groups
         if (norm == "group") != (groups is not None):
-            raise ValueError(f"num_groups goes with norm='group', got num_groups={groups} and norm={norm!r}")
+            raise ValueError(f"num_groups needs norm='group', got num_groups={groups} and norm={norm!r}")
         if groups is not None and (groups < 1 or sizes[1] % groups):
             raise ValueError(f"num_groups must divide the {sizes[1]} channels, got {groups}")
         if self.process_group is not None and norm != "batch":
-            raise ValueError(f"process_group goes with norm='batch', got norm={norm!r}")
+            raise ValueError(f"process_group needs norm='batch', got norm={norm!r}")
         if norm == "none":
             for name, tensor in zip(("running_mean", "running_var", *affine), self[1:5], strict=True):
                 if tensor is not None:
                     raise ValueError(
-                        f"{name} belongs to a norm, and norm is {self.norm!r}: give norm='batch', for example"
+                        f"{name} belongs to a norm, and norm is {self.norm!r}: pass norm='batch', for example"
                     )
             return False
         if not self.eps >= 0:

@@ -11,6 +11,11 @@ from fastgen.ops._memo import memoize
 HW = tuple[int, int]  # height, width
 
 
+def for_both_axes(values: Sequence[int]) -> tuple[int, ...]:
+    """The values; a single one is for height and width, as in PyTorch's convolutions."""
+    return (*values, *values) if len(values) == 1 else tuple(values)
+
+
 class Geometry(NamedTuple):
     """output_padding is None unless transposed."""
 
@@ -24,9 +29,8 @@ class Geometry(NamedTuple):
     @staticmethod
     def of(stride, padding, output_padding, groups, dilation, reflect=False) -> Geometry:
         """From a schema's arguments; in ops for both kinds of convolution an empty output_padding stands for None."""
-        return Geometry(
-            tuple(stride), tuple(padding), tuple(output_padding) or None, groups, tuple(dilation), reflect
-        )  # fmt: skip
+        stride, padding, output_padding, dilation = map(for_both_axes, (stride, padding, output_padding, dilation))
+        return Geometry(stride, padding, output_padding or None, groups, dilation, reflect)
 
     def specialized(self) -> Geometry:
         """The same with all of its numbers as constants of the graph being compiled."""

@@ -16,7 +16,7 @@ override = Setting("impl", "auto")  # set by use_impl
 
 def checked(impl: str, source: str) -> str:
     if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise UsageError(f"{source}: unknown implementation {impl!r}; there are auto, {', '.join(IMPLEMENTATIONS)}")
+        raise UsageError(f"{source}: unknown implementation {impl!r}: choose from: auto, {', '.join(IMPLEMENTATIONS)}")
     return impl
 
 

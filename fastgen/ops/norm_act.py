@@ -78,7 +78,7 @@ def norm_act(
         raise ValueError(f"input must have at least 2 dimensions (N, C, *), got shape {tuple(input.shape)}")
     for name, first, second in (("weight", weight, norm_weight), ("bias", bias, norm_bias)):
         if first is not None and second is not None:
-            raise ValueError(f"{name} and norm_{name} are the same argument: give only one of them")
+            raise ValueError(f"{name} and norm_{name} are the same argument: pass only one of them")
     affine = ("weight" if norm_weight is None else "norm_weight", "bias" if norm_bias is None else "norm_bias")
     weight, bias = norm_weight if weight is None else weight, norm_bias if bias is None else bias
     epilogue = Epilogue(

@@ -147,8 +147,8 @@ def _sample(
         raise ValueError(f"logvar must have mu's shape {tuple(mu.shape)} (expand it), got {tuple(logvar.shape)}")
     if mu.dim() < 1:
         raise ValueError("mu must have at least 1 dimension (N, *), got a scalar")
-    given = prior_mean is not None or prior_logvar is not None
-    prior = [_prior(name, value, mu) if given else None
+    has_prior = prior_mean is not None or prior_logvar is not None
+    prior = [_prior(name, value, mu) if has_prior else None
              for name, value in (("prior_mean", prior_mean), ("prior_logvar", prior_logvar))]  # fmt: skip
     checked = options.checked()
     if _dispatch.exports_onnx():  # ONNX has operators for random numbers, but none for noise from a key

@@ -115,11 +115,11 @@ class Plan:
         Returns float32 (N, *output_shape), or a tuple if there are several outputs. Raises TypeError and ValueError for
         other dtypes and shapes, and IndexError for a label that is out of range.
         """
-        given = (z, *others)
-        if len(given) != len(self.inputs):
-            raise TypeError(f"the plan takes {len(self.inputs)} inputs, got {len(given)}")
-        names = [f"inputs[{i}]" for i in range(len(given))] if others else ["z"]
-        arrays = [_array(*each) for each in zip(names, given, self.inputs, strict=True)]
+        inputs = (z, *others)
+        if len(inputs) != len(self.inputs):
+            raise TypeError(f"the plan takes {len(self.inputs)} inputs, got {len(inputs)}")
+        names = [f"inputs[{i}]" for i in range(len(inputs))] if others else ["z"]
+        arrays = [_array(*each) for each in zip(names, inputs, self.inputs, strict=True)]
         n = arrays[0].shape[0]
         for name, array in zip(names, arrays, strict=True):
             if array.shape[0] != n:
@@ -160,11 +160,11 @@ def _positive(name: str, value: int) -> int:
     return value
 
 
-def _array(name: str, value: object, wanted: Input) -> np.ndarray:
+def _array(name: str, value: object, expected: Input) -> np.ndarray:
     """The value as the plan reads it."""
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be a numpy.ndarray, got {type(value).__name__}")
-    if wanted.classes is not None:
+    if expected.classes is not None:
         if not np.issubdtype(value.dtype, np.integer):
             raise TypeError(f"{name} must be labels of an integer dtype, got {value.dtype}")
         if value.ndim != 1:
@@ -172,9 +172,9 @@ def _array(name: str, value: object, wanted: Input) -> np.ndarray:
         return np.ascontiguousarray(value, np.int64)
     if value.dtype != np.float32:
         raise TypeError(f"{name} must be float32, got {value.dtype}: pass {name}.astype(numpy.float32)")
-    if value.ndim < 2 or _squeezed(value.shape[1:]) != _squeezed(wanted.shape):
-        expected = ", ".join(map(str, ("N", *wanted.shape)))
-        raise ValueError(f"{name} must be of shape ({expected}), got {value.shape}")
+    if value.ndim < 2 or _squeezed(value.shape[1:]) != _squeezed(expected.shape):
+        shape = ", ".join(map(str, ("N", *expected.shape)))
+        raise ValueError(f"{name} must be of shape ({shape}), got {value.shape}")
     return np.ascontiguousarray(value)
 
 

@@ -87,7 +87,7 @@ def interpolate(
         raise UsageError(f"frames must be between points and 10000, and points at least 2, not {frames} and {points}")
     declared, values = capabilities(model), conditions(model, frames, label=label, text=text)
     if declared.latent_shape is None:
-        raise UsageError(f"a {type(model).__name__} draws nothing from noise")
+        raise UsageError(f"a {type(model).__name__} does not draw from noise")
     if missing := [condition.name for condition in declared.conditions if condition.name not in values]:
         raise UsageError(f"this {type(model).__name__} draws with {' and '.join(missing)}: say which class or text")
     ends = model.latent(points, generator=generator)

@@ -47,7 +47,7 @@ def transform_pictures(
     """
     paths = [source] if source.is_file() else image_paths(source) if source.is_dir() else []
     if not paths:
-        raise DataError(f"{source} is not there" if not source.exists() else f"{source} holds no pictures")
+        raise DataError(f"{source} does not exist" if not source.exists() else f"{source} holds no pictures")
     if out.resolve() == paths[0].parent.resolve():
         raise DataError(f"{out} holds the pictures themselves: write to another folder")
     stems = Counter(path.stem for path in paths)

@@ -37,7 +37,7 @@ def translate(
     """
     declared = capabilities(model)
     if not declared.directions:
-        raise UsageError(f"a {type(model).__name__} translates nothing: use a CycleGAN")
+        raise UsageError(f"a {type(model).__name__} does not translate: use a CycleGAN")
     multiple, least = declared.size_multiple, declared.least_size
     return in_tiles(lambda part: model.translate(part, direction), images, tile, overlap, multiple, least)
 

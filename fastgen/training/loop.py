@@ -119,7 +119,7 @@ def _train(
             saves = stops or step % config.save_every == 0
             if not saves and step % config.log_every:
                 continue
-            means = _means(losses, step)
+            means = mean_losses(losses, step)
             elapsed = time.perf_counter() - started
             rate = (recipe.position - position) / elapsed
             run.append_metrics(folder, {"step": step, "losses": means, "images_per_second": round(rate, 1)})
@@ -152,7 +152,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
 
 
-def _means(losses: list[dict[str, Tensor]], step: int) -> dict[str, float]:
+def mean_losses(losses: list[dict[str, Tensor]], step: int) -> dict[str, float]:
     """Mean of each loss over the last steps up to `step`."""
     means = {}
     for name in sorted({name for report in losses for name in report}):

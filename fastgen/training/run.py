@@ -123,7 +123,7 @@ def sample(model: Any, n: int, seed: int, **conditions: Any) -> Tensor:
     """`n` images of the model, drawn with the given `labels` or `captions`; the same seed gives the same images on the
     same machine."""
     if not capabilities(model).draws:
-        raise UsageError(f"a {type(model).__name__} draws nothing from noise: give it images with `fastgen translate`")
+        raise UsageError(f"a {type(model).__name__} does not draw from noise: give it images with `fastgen translate`")
     _check_count(model, n)
     check_seed(seed)
     return model.sample(n, generator=torch.Generator().manual_seed(seed), **conditions)

@@ -65,6 +65,11 @@ def test_tune_names_what_it_does_not_know(run, fails):
     assert "seconds must be positive" in fails(2, "tune", "lsgan", "--batch", 1, "--seconds", 0)
 
 
+def test_info_refuses_the_options_of_explain_alone(fails):
+    for option in (["--batch", 4], ["--dtype", "bf16"], ["--no-channels-last"], ["--device", "cpu"], ["--no-training"]):
+        assert f"{option[0]} belongs to --explain" in fails(2, "info", *option)
+
+
 def test_resume_takes_the_stored_settings(run, tmp_path, capsys):
     folder = tmp_path / "run"
     assert main(["train", "dcgan", "--steps", "2", "--seed", "3", "--out", str(folder), *TINY]) == 0

@@ -45,7 +45,7 @@ def test_the_tasks_of_a_vae(trained, pictures, capsys, fails):
     assert "mask must leave at least one pixel" in fails(2, "inpaint", *arguments, "--mask", pictures / "mask.png")
     assert "factor must be 2 or more and divide" in fails(2, "upscale", *arguments, "--factor", 3)
     assert "holds a CGAN, but this needs a VAE" in fails(2, "denoise", trained("cgan"), pictures, "--out", out / "x")
-    assert "is not there" in fails(1, "reconstruct", trained("vae"), pictures / "none", "--out", out / "x")
+    assert "does not exist" in fails(1, "reconstruct", trained("vae"), pictures / "none", "--out", out / "x")
 
 
 def test_translate_takes_any_size(trained, pictures, fails):

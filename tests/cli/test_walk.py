@@ -44,15 +44,15 @@ TINY = {
 }  # fmt: skip
 
 
-def edges(wanted):
+def edges(annotation):
     """Values of a type at and beyond its edges."""
-    if typing.get_origin(wanted) is typing.Annotated:
-        return edges(typing.get_args(wanted)[0])
-    if typing.get_origin(wanted) is typing.Literal:
-        return list(typing.get_args(wanted))
-    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
-        return edges(typing.get_args(wanted)[0])
-    return EDGES[wanted]
+    if typing.get_origin(annotation) is typing.Annotated:
+        return edges(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) is typing.Literal:
+        return list(typing.get_args(annotation))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return edges(typing.get_args(annotation)[0])
+    return EDGES[annotation]
 
 
 @functools.cache
@@ -88,10 +88,10 @@ def quick(tmp_path_factory):
 def settings_at_edges(system):
     """Tiny settings with one option at its edge and a batch of one image; refused settings are left out."""
     kind = CONFIGS[system]
-    hints, own = typing.get_type_hints(kind), {*vars(kind)["__annotations__"]}
+    hints, declared = typing.get_type_hints(kind), {*vars(kind)["__annotations__"]}
     tiny = TINY.get(system, GAN) | {"steps": 1, "batch_size": 1}
     for field in dataclasses.fields(kind):
-        if system != "gan" and field.name not in own | {"batch_size"}:
+        if system != "gan" and field.name not in declared | {"batch_size"}:
             continue  # settings of all systems are tested once
         for value in edges(hints[field.name]):
             try:
@@ -136,9 +136,9 @@ def check(capsys, arguments):
 
 
 @pytest.fixture(scope="module")
-def things(quick, trained, tmp_path_factory):
+def examples(quick, trained, tmp_path_factory):
     """Paths by name: runs of four systems, a plan, pictures, a mask, an empty folder and a file of text."""
-    root = tmp_path_factory.mktemp("things")
+    root = tmp_path_factory.mktemp("examples")
     for system in ("gan", "vae", "cgan", "cyclegan"):
         shutil.copytree(trained(system), root / system)
     (root / "pictures").mkdir()
@@ -151,10 +151,10 @@ def things(quick, trained, tmp_path_factory):
     return root
 
 
-def test_training_with_paths_at_their_edges(things, capsys, monkeypatch):
+def test_training_with_paths_at_their_edges(examples, capsys, monkeypatch):
     monkeypatch.setattr(loop, "load_dataset", fastgen.data.load_dataset)
     base = ["train", "gan", "--steps", 1, "--batch-size", 1]
-    for path in ("", "nothing", "no/thing", things / "empty", things / "text", things / "pictures", things / "vae"):
+    for path in ("", "nothing", "no/thing", *(examples / name for name in ("empty", "text", "pictures", "vae"))):
         assert check(capsys, [*base, "--out", "a", "--data", path]) in (1, 2)
         if path != "no/thing":
             check(capsys, [*base, "--out", path, "--resume"])
@@ -162,7 +162,7 @@ def test_training_with_paths_at_their_edges(things, capsys, monkeypatch):
     assert check(capsys, [*base[:3], "nan", "--out", "a"]) == check(capsys, [*base, "--lr", "nan", "--out", "a"]) == 2
 
 
-COMMANDS = {  # arguments that work; a name of `things` stands for its path
+COMMANDS = {  # arguments that work; the name of a file in `examples` stands for its path
     "generate": ["cgan", "--n", "2", "--out", "a.png"],
     "reconstruct": ["vae", "pictures", "--out", "out"],
     "denoise": ["vae", "pictures", "--out", "out", "--steps", "1"],
@@ -183,19 +183,19 @@ def test_every_command_is_covered():
 
 
 @pytest.mark.parametrize("command", [name for name, base in COMMANDS.items() if base is not None])
-def test_commands_with_options_at_their_edges(command, things, capsys, monkeypatch):
+def test_commands_with_options_at_their_edges(command, examples, capsys, monkeypatch):
     monkeypatch.setattr("fastgen.training.evaluation.load_dataset", held_small)
     monkeypatch.setattr("fastgen.training.evaluation.train_classifier", functools.partial(train_classifier, steps=1))
     monkeypatch.setattr("fastgen.training.evaluation.classifier_for", lambda name: None)
-    base = [str(things / part) if (things / part).exists() else part for part in COMMANDS[command]]
+    base = [str(examples / part) if (examples / part).exists() else part for part in COMMANDS[command]]
     assert check(capsys, [command, *base]) == 0
     hints = typing.get_type_hints(cli._COMMANDS[command], include_extras=True)
     position = 0
     for name in inspect.signature(cli._COMMANDS[command]).parameters:
         positional = conf.Positional in typing.get_args(hints[name])
-        paths = ["", "nothing", things / "empty", things / "text", things / "pictures"]
-        wanted = typing.get_args(hints[name])[0] if positional else hints[name]
-        for value in paths if wanted is Path else edges(wanted):
+        paths = ["", "nothing", examples / "empty", examples / "text", examples / "pictures"]
+        annotation = typing.get_args(hints[name])[0] if positional else hints[name]
+        for value in paths if annotation is Path else edges(annotation):
             if positional:
                 check(capsys, [command, *base[:position], value, *base[position + 1 :]])
             elif isinstance(value, bool):

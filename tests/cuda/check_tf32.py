@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastgen import ops
-from tests.cases import OWN, SMALL
+from tests.cases import SMALL, TESTED
 from tests.support.tolerance import error
 
 GEOMETRY = ("stride", "padding", "output_padding", "padding_mode", "groups", "dilation")
@@ -18,6 +18,6 @@ def test_tf32(case, channels_last):
     x, weight = (case.tensors(torch.float32, channels_last)[name] for name in ("x", "weight"))
     op = getattr(ops, case.op)
     torch.backends.cudnn.conv.fp32_precision = "tf32"  # tests/conftest.py restores it
-    actual = op(x, weight, **options, impl=OWN)
+    actual = op(x, weight, **options, impl=TESTED)
     expected = op(x.double(), weight.double(), **options, impl="reference")
     assert 1e-6 < error(actual, expected) < 1e-3  # 2^-11 of each factor

@@ -26,7 +26,7 @@ def library() -> Path:
     )
     for file in sorted(SHIM.iterdir()):
         key.update(file.read_bytes())
-    return toolchain.make(f"executed-{key.hexdigest()[:16]}", cuda.library.sources(), _compile_into, asked=True)
+    return toolchain.make(f"executed-{key.hexdigest()[:16]}", cuda.library.sources(), _compile_into, requested=True)
 
 
 def _compile_into(folder: str) -> str:

@@ -71,7 +71,7 @@ def test_two_domains(tmp_path):
     fill(tmp_path / "trainB", COLOURS)
     pair = load(tmp_path)
     assert isinstance(pair, DomainPair) and (len(pair.a), len(pair.b)) == (2, 4)
-    with pytest.raises(DataError, match="testA is not there"):
+    with pytest.raises(DataError, match="testA does not exist"):
         load(tmp_path, split="test")
     fill(tmp_path / "trainB", (10, 20, 30, 40))
     pair = load(tmp_path)
@@ -154,7 +154,7 @@ def test_a_replacement_has_its_own_label_and_caption(tmp_path, monkeypatch, capl
     fill(tmp_path / "b", COLOURS[1:2], size=(3, 3))
     assert data.batch(torch.tensor([0, 2])).labels.tolist() == [1, 1]
     assert [record.message.split("/")[-1][:21] for record in caplog.records] == [
-        "1.png is no longer th", "1.png is 3x3 pixels: ",
+        "1.png no longer exist", "1.png is 3x3 pixels: ",
     ]  # fmt: skip
     for path in tmp_path.rglob("*.png"):
         path.write_bytes(b"no image")
@@ -184,7 +184,7 @@ def test_unusable_folders_say_what_they_hold(tmp_path, monkeypatch):
         load(tmp_path / "classes")
     with pytest.raises(DataError, match="no test part"):
         load(tmp_path / "one", split="test")
-    with pytest.raises(DataError, match="nowhere is not there"):
+    with pytest.raises(DataError, match="nowhere does not exist"):
         load(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"1\.png is not a folder"):
         load(tmp_path / "one" / "1.png")
@@ -240,7 +240,7 @@ def test_mnist(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / "train-images-idx3-ubyte").write_bytes(idx(images))
-    with pytest.raises(DataError, match="train-labels-idx1-ubyte is not"):
+    with pytest.raises(DataError, match="train-labels-idx1-ubyte does not"):
         load(tmp_path)
     (raw / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
     batch = load(tmp_path, 28).all()

@@ -109,8 +109,8 @@ def test_transparency_is_white(tmp_path):
         ("palette in part", grey.quantize(16), None),
     ):  # fmt: skip
         index = image.getpixel((2, 0)) if transparency is None else transparency
-        given = bytes(255 * (at != index) for at in range(16)) if name.endswith("part") else index
-        image.save(tmp_path / "a.png", transparency=given)
+        stored = bytes(255 * (at != index) for at in range(16)) if name.endswith("part") else index
+        image.save(tmp_path / "a.png", transparency=stored)
         assert read_image(tmp_path / "a.png", 1).ravel().tolist() == [255 if at == 34 else at for at in GREY], name
 
 

@@ -38,10 +38,10 @@ def test_parts_are_found_in_any_case(tmp_path, names):
 def test_domains_are_found_in_any_case_and_have_the_channels_of_training(tmp_path):
     fill(tmp_path / "TrainA", (10, 20))
     fill(tmp_path / "trainb", (30, 40))
-    with pytest.raises(NoTestPartError, match="testA is not there"):
+    with pytest.raises(NoTestPartError, match="testA does not exist"):
         load(tmp_path, split="test")
     fill(tmp_path / "testA")
-    with pytest.raises(DataError, match="testB is not there") as raised:
+    with pytest.raises(DataError, match="testB does not exist") as raised:
         load(tmp_path, split="test")
     assert not isinstance(raised.value, NoTestPartError)
     fill(tmp_path / "TESTB", (50, 60))

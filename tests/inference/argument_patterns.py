@@ -123,8 +123,8 @@ class SetsOfArguments(Base):
         return self.b1(h * 2 if mode in {"double", "twice"} else h)
 
 
-@pattern("", {"": "it asks what mode is"}, calls=[((True,), {}), ((None,), {})])
-class AsksWhatAnArgumentIs(Base):
+@pattern("", {"": "it checks the type, identity or attributes of mode"}, calls=[((True,), {}), ((None,), {})])
+class ChecksAnArgument(Base):
     def forward(self, x, mode=False):
         h = self.c1(x)
         return self.b1(h * 2 if mode is True else h)

@@ -191,7 +191,7 @@ class ModuleThatDoesNotTrace(Base):
 
 
 @pattern("c2 b2", {"c1": "goes to the function sin"})
-class AsksForTheType(Base):
+class ChecksTheType(Base):
     def forward(self, x):
         h = self.c1(x)
         if isinstance(h, torch.Tensor):
@@ -199,8 +199,8 @@ class AsksForTheType(Base):
         return self.b2(self.c2(self.b1(h)))
 
 
-@pattern("", {"": "asks whether a value is a Tensor"})
-class AsksForTheTypeElsewhere(Base):
+@pattern("", {"": "checks whether a value is a Tensor"})
+class ChecksTheTypeElsewhere(Base):
     def _finish(self, h):
         return self.b1(h.sin() if torch.is_tensor(h) else h)
 
@@ -267,7 +267,7 @@ class WithADecoratedMethod(Base):
 
 
 @pattern("c1 b1 act", {"c2": "used in 2 places"})
-class AsksForGradients(Base):
+class ReadsGradMode(Base):
     def forward(self, x):
         h = self.c2(self.act(self.b1(self.c1(x))))
         return self.b2(h + h.square() if self.training and not torch.is_grad_enabled() else h)

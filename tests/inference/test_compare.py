@@ -16,9 +16,9 @@ from fastgen.errors import FastgenError
 from fastgen.inference import _compare
 from fastgen.inference._compare import changes, compare
 from fastgen.inference._readers import UnsupportedError
-from tests.inference.networks import ResnetGenerator, VanillaVAE
 from tests.inference.parity import FEW_LAYERS, FLOOR, NETWORK, prepared, relative_error
 from tests.inference.test_engine import Decoder
+from tests.support.networks import ResnetGenerator, VanillaVAE
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -226,7 +226,7 @@ class OfBatch(nn.Module):
         return self.function(self.conv(x), x)
 
 
-LOOKS = {
+DEPENDENT = {
     "shape": lambda y, x: y if x.shape[0] <= 8 else y * 2,
     "size": lambda y, x: y if x.size(0) <= 100 else y.relu(),
     "len": lambda y, x: y if len(x) != 5 else y + 1,
@@ -240,9 +240,9 @@ LOOKS = {
 }
 
 
-@pytest.mark.parametrize("name", LOOKS)
+@pytest.mark.parametrize("name", DEPENDENT)
 def test_a_forward_that_depends_on_the_batch_size(name):
-    model, x = OfBatch(LOOKS[name]).eval(), torch.randn(2, 3, 8, 8)
+    model, x = OfBatch(DEPENDENT[name]).eval(), torch.randn(2, 3, 8, 8)
     with pytest.raises(FastgenError, match=r"(images than for 2|takes 2 images, but not|differs|but the module)"):
         fastgen.Engine(model, x, impl="cpp")
     engine = fastgen.Engine(model, x)
@@ -253,7 +253,7 @@ def test_a_forward_that_depends_on_the_batch_size(name):
             torch.testing.assert_close(engine(inputs), model(inputs).detach(), **NETWORK)
 
 
-LOOKS_AT_NOTHING_ELSE = {
+INDEPENDENT = {
     "a view": lambda y, x: y.view(x.shape[0], -1).view(len(x), 4, 6, 6),
     "a size": lambda y, x: F.interpolate(y, size=x.shape[2:]),
     "a check": lambda y, x: y if x.shape[0] == y.shape[0] and x.size(1) == 3 else None,
@@ -262,9 +262,9 @@ LOOKS_AT_NOTHING_ELSE = {
 }
 
 
-@pytest.mark.parametrize("name", LOOKS_AT_NOTHING_ELSE)
+@pytest.mark.parametrize("name", INDEPENDENT)
 def test_a_forward_that_reads_the_batch_size_without_effect(name):
-    model, x = OfBatch(LOOKS_AT_NOTHING_ELSE[name]).eval(), torch.randn(2, 3, 8, 8)
+    model, x = OfBatch(INDEPENDENT[name]).eval(), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         if name == "parts":  # plans do not write to views
             with pytest.raises(FastgenError, match="in place on a view"):

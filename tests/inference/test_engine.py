@@ -20,7 +20,8 @@ from fastgen.errors import FastgenError, UsageError
 from fastgen.inference._lower import lower
 from fastgen.runtime import Plan
 from fastgen.runtime._file import encode
-from tests.inference.networks import (
+from tests.inference.parity import FEW_LAYERS, NETWORK, assert_parity, prepared
+from tests.support.networks import (
     NETWORKS,
     DCGANDiscriminator,
     DCGANGenerator,
@@ -31,7 +32,6 @@ from tests.inference.networks import (
     VanillaVAE,
     unet,
 )
-from tests.inference.parity import FEW_LAYERS, NETWORK, assert_parity, prepared
 
 
 class Decoder(nn.Module):
@@ -323,9 +323,9 @@ def test_non_finite_values_propagate_as_in_pytorch():
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, words):
-    given = {"model": nn.Linear(3, 3), "example_inputs": torch.rand(1, 3), **arguments}
+    options = {"model": nn.Linear(3, 3), "example_inputs": torch.rand(1, 3), **arguments}
     with pytest.raises(error, match=words):
-        fastgen.Engine(given.pop("model"), given.pop("example_inputs"), **given)
+        fastgen.Engine(options.pop("model"), options.pop("example_inputs"), **options)
 
 
 def test_a_model_whose_shape_depends_on_the_batch_is_not_a_plan():

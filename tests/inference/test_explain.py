@@ -7,9 +7,9 @@ from torch import nn
 import fastgen
 from fastgen import ops
 from fastgen.ops import _memo, _processor
-from tests.cases import OWN, PROCESSORS
+from tests.cases import PROCESSORS, TESTED
 
-pytestmark = pytest.mark.skipif(OWN != "cpp", reason="another's kernels run in the C++ kernels' place")
+pytestmark = pytest.mark.skipif(TESTED != "cpp", reason="another's kernels run in the C++ kernels' place")
 
 
 class Net(nn.Module):
@@ -86,3 +86,27 @@ def test_inputs_and_random_numbers_stay():
     before, state = x.clone(), torch.get_rng_state()
     fastgen.explain(model, x)
     assert x.equal(before) and torch.get_rng_state().equal(state)
+
+
+def test_a_model_without_convolutions():
+    table = str(fastgen.explain(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(1, 3)))
+    assert table.startswith("nothing to explain: the call ran no layers")
+
+
+def test_a_single_layer_as_the_model():
+    (row,) = fastgen.explain(nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)).rows
+    assert row.layer == "model" and row.choice.implementation == "modules"
+    assert row.choice.reason == "no activation or norm that can be fused comes right after it"
+
+
+def test_inputs_that_are_no_tensors():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+
+        def forward(self, x, factor):
+            return self.layers(x.mul_(factor))
+
+    x = torch.ones(1, 3, 8, 8)
+    assert fastgen.explain(Scaled(), x, 2.0).rows and x.equal(torch.ones_like(x))

@@ -16,9 +16,9 @@ from torch.nn.utils import parametrizations, parametrize
 import fastgen
 from tests.inference.argument_patterns import RefusalBeforeOtherCalls
 from tests.inference.layers import PATTERNS, ConvNormAct
-from tests.inference.networks import NETWORKS, DCGANDiscriminator, DCGANGenerator, PatchGAN
 from tests.inference.parity import FLOAT32, FLOAT64, TOLERANCE, assert_close, assert_same_calls, assert_same_state
 from tests.inference.patterns import VALUE, Attributes, OneActivationForTwoRuns
+from tests.support.networks import NETWORKS, DCGANDiscriminator, DCGANGenerator, PatchGAN
 
 ROUNDINGS = 1e-12  # of float64, where one layer is compared
 LAYER = 1e-5  # about 100 roundings of float32

@@ -16,7 +16,7 @@ from fastgen.inference._backends import TorchBackend
 from fastgen.inference._engine import graph_backend
 from fastgen.inference._graphs import Graphs, Recorded, multiplying
 from fastgen.ops import implementations_used
-from tests.inference.networks import ResnetGenerator
+from tests.support.networks import ResnetGenerator
 
 
 class Recorder:
@@ -169,7 +169,7 @@ def test_precision_and_implementation_hold_while_recording():
 
 
 def test_the_reference_of_an_engines_check_is_exact():
-    """PyTorch's convolutions may use TF32 on a GPU by default. The module must not, and graphs only if asked."""
+    """PyTorch's convolutions may use TF32 on a GPU by default. The module must not, and graphs only on request."""
     seen = []
 
     class Sees(nn.Conv2d):

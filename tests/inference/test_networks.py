@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import fastgen
-from tests.inference.networks import NETWORKS
 from tests.inference.parity import FLOAT64, TOLERANCE, assert_same_calls, assert_same_state, assert_same_training
+from tests.support.networks import NETWORKS
 
 TEN_STEPS_OF_ADAM = 100 * FLOAT64  # it divides by the root of small second moments, which amplifies differences
 

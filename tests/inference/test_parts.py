@@ -34,9 +34,9 @@ def run_of(channels, length):
     return nn.Sequential(*[m for _ in range(length) for m in (conv(channels, channels), nn.ReLU())])
 
 
-def assert_same(engine, model, *given):
+def assert_same(engine, model, *inputs):
     with torch.no_grad():
-        torch.testing.assert_close(engine(*given), model(*given), **NETWORK)
+        torch.testing.assert_close(engine(*inputs), model(*inputs), **NETWORK)
 
 
 def parts(engine):

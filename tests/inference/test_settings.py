@@ -120,10 +120,10 @@ def test_labels_under_another_default():
 
     net = Call()
     net.last = nn.Linear(8, 4)
-    given = torch.randn(3, 3), torch.tensor([0, 4, 2])
+    inputs = torch.randn(3, 3), torch.tensor([0, 4, 2])
     with SETTINGS["default device"](), SETTINGS["default dtype"]():
-        found = fastgen.Engine(net.eval(), given, impl="cpp")
-    np.testing.assert_allclose(found(*given).numpy(), net(*given).detach().numpy(), **FEW_LAYERS)
+        found = fastgen.Engine(net.eval(), inputs, impl="cpp")
+    np.testing.assert_allclose(found(*inputs).numpy(), net(*inputs).detach().numpy(), **FEW_LAYERS)
 
 
 def test_models_and_examples_made_in_inference_mode():
@@ -131,8 +131,8 @@ def test_models_and_examples_made_in_inference_mode():
         model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(2, 3, 8, 8)
         expected = model(x)
     engine = fastgen.Engine(model, x, impl="cpp")
-    for given in (x, x.clone()):
-        assert torch.allclose(engine(given), expected, **FEW_LAYERS)
+    for inputs in (x, x.clone()):
+        assert torch.allclose(engine(inputs), expected, **FEW_LAYERS)
 
 
 def test_layouts_and_views(made):
@@ -270,7 +270,7 @@ def test_hooks_of_all_modules_are_called(register, caplog):
 
 def test_a_modules_own_hooks_are_part_of_the_plan():
     model, x = iterated(nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.ReLU())), torch.randn(2, 3, 8, 8)
-    model[1].register_forward_hook(lambda module, given, output: output * 2)
+    model[1].register_forward_hook(lambda module, inputs, output: output * 2)
     model.eval()
     engine = fastgen.Engine(model, x, impl="cpp")
     assert torch.allclose(engine(x), model(x), **FEW_LAYERS)

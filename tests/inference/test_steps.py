@@ -11,8 +11,8 @@ from torch import nn
 import fastgen
 from fastgen.errors import FastgenError, UsageError
 from fastgen.runtime import Plan
-from tests.inference.networks import SNGANGenerator, VanillaVAE
 from tests.inference.parity import FEW_LAYERS, NETWORK, prepared, relative_error
+from tests.support.networks import SNGANGenerator, VanillaVAE
 
 
 class Call(nn.Module):
@@ -82,20 +82,20 @@ def assert_engine(model, inputs, others, tmp_path, precision="fp32"):
     exact_model = copy.deepcopy(model).double()
     lower = torch.bfloat16 if precision == "bf16" else torch.float32
     lower_model = copy.deepcopy(model).to(lower)
-    for given in (inputs, *others):
-        given = given if isinstance(given, tuple) else (given,)
+    for batch in (inputs, *others):
+        batch = batch if isinstance(batch, tuple) else (batch,)
         with torch.no_grad():
             exact, expected = (
-                as_tuple(each(*(x.to(dtype) if x.is_floating_point() else x for x in given)))
+                as_tuple(each(*(x.to(dtype) if x.is_floating_point() else x for x in batch)))
                 for each, dtype in ((exact_model, torch.float64), (lower_model, lower))
             )
-        found = as_tuple(engine(*given))
+        found = as_tuple(engine(*batch))
         assert len(found) == len(exact)
-        for each, e, wanted in zip(found, exact, expected, strict=True):
+        for each, e, reference in zip(found, exact, expected, strict=True):
             assert each.shape == e.shape and each.dtype == torch.float32
             least = 1e-2 if precision == "bf16" else 1e-5
-            assert relative_error(each, e) <= max(2 * relative_error(wanted, e), least)
-        from_file = (as_tuple(loaded(*given)), as_tuple(plan(*(x.numpy() for x in given))))
+            assert relative_error(each, e) <= max(2 * relative_error(reference, e), least)
+        from_file = (as_tuple(loaded(*batch)), as_tuple(plan(*(x.numpy() for x in batch))))
         for each, a, b in zip(found, *from_file, strict=True):
             assert torch.equal(a, each)
             np.testing.assert_array_equal(b, each.numpy())
@@ -156,10 +156,10 @@ class Conditional(nn.Module):
 
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))
 def test_noise_and_labels(precision, tmp_path):
-    def given(n):
+    def inputs_of(n):
         return torch.randn(n, 6), torch.randint(7, (n,)), torch.randint(4, (n,))
 
-    assert_engine(prepared(Conditional), given(2), [given(1), given(9), given(0)], tmp_path, precision)
+    assert_engine(prepared(Conditional), inputs_of(2), [inputs_of(1), inputs_of(9), inputs_of(0)], tmp_path, precision)
 
 
 class Discriminator(nn.Module):
@@ -178,10 +178,10 @@ class Discriminator(nn.Module):
 
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))
 def test_labels_come_first_and_a_number_comes_out(precision, tmp_path):
-    def given(n):
+    def inputs_of(n):
         return torch.randint(5, (n,)), torch.rand(n, 3, 8, 8)
 
-    assert_engine(prepared(Discriminator), given(1), [given(2), given(11)], tmp_path, precision)
+    assert_engine(prepared(Discriminator), inputs_of(1), [inputs_of(2), inputs_of(11)], tmp_path, precision)
 
 
 def test_several_outputs(tmp_path):
@@ -209,11 +209,11 @@ def test_several_outputs(tmp_path):
             b = self.b(a).relu()
             return b, a, y, (b + a).flatten(1), b
 
-    def given(n):
+    def inputs_of(n):
         return torch.rand(n, 3, 6, 7), torch.rand(n, 2, 3, 2)
 
-    assert_engine(prepared(Mixed), given(2), [given(5)], tmp_path)
-    assert_engine(prepared(Mixed), given(2), [given(5)], tmp_path, "bf16")
+    assert_engine(prepared(Mixed), inputs_of(2), [inputs_of(5)], tmp_path)
+    assert_engine(prepared(Mixed), inputs_of(2), [inputs_of(5)], tmp_path, "bf16")
 
 
 def test_networks_of_this_package_and_of_others(tmp_path):
@@ -233,7 +233,7 @@ def test_wrong_labels_and_inputs_are_named(tmp_path):
     engine = fastgen.Engine(model, (z, labels, other), impl="cpp")
     engine.save(tmp_path / "a.fgplan")
     plan = Plan.load(tmp_path / "a.fgplan")
-    assert [given.classes for given in plan.inputs] == [None, 7, 4]
+    assert [declared.classes for declared in plan.inputs] == [None, 7, 4]
     torch.testing.assert_close(engine(z, labels.int(), other), model(z, labels, other).detach(), **NETWORK)
     for wrong, error, words in (
         ((z,), TypeError, "takes 3 inputs, got 1"),

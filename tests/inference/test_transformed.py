@@ -9,9 +9,9 @@ from torch import nn
 
 import fastgen
 from tests.inference.layers import ConvNormAct
-from tests.inference.networks import GBlock, unet
 from tests.inference.parity import FLOAT32, assert_close, assert_same_state
 from tests.inference.patterns import OneActivationForTwoRuns
+from tests.support.networks import GBlock, unet
 
 pytestmark = pytest.mark.usefixtures("fused_when_small")
 

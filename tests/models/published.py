@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import nn
 
-from tests.inference import networks
+from tests.support import networks
 
 
 class ExamplesVAE(nn.Module):

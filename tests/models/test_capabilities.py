@@ -103,9 +103,9 @@ class Tilted(nn.Module):
 
 def test_a_new_condition_needs_no_other_code():
     model = Tilted()
-    for given, message in (({"label": 1}, "draws without classes"), ({"text": "a"}, "draws without captions")):
+    for options, message in (({"label": 1}, "draws without classes"), ({"text": "a"}, "draws without captions")):
         with pytest.raises(UsageError, match=message):
-            tasks.conditions(model, 2, **given)
+            tasks.conditions(model, 2, **options)
     with pytest.raises(UsageError, match="a Tilted draws with tilts, and not with noise and labels alone"):
         tasks.Drawing(model)
     with pytest.raises(UsageError, match="this Tilted draws with tilts"):

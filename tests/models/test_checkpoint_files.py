@@ -11,8 +11,8 @@ from torch import nn
 
 import fastgen
 from fastgen.errors import CheckpointError, UsageError
-from tests.inference import networks
 from tests.models.published import ExamplesVAE, published, unet
+from tests.support import networks
 from tests.support.tolerance import FLOAT32
 
 
@@ -108,7 +108,7 @@ def test_one_of_several_networks(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds 2 networks: 'nets\.G' .*, 'ema\.G' "):
         fastgen.load_checkpoint(path, network="G")
     with pytest.raises(
-        UsageError, match=r"unknown network 'nets\.g': did you mean .*there are: all\.disc, all\.gen, ema\.G, "
+        UsageError, match=r"unknown network 'nets\.g': did you mean .*choose from: all\.disc, all\.gen, ema\.G, "
     ):
         fastgen.load_checkpoint(path, network="nets.g")
     with pytest.raises(UsageError, match="network must be a name, not 3"):
@@ -188,7 +188,7 @@ def zeros(*shape):
 NETG, VAE, MLP = networks.DCGANGenerator, networks.VanillaVAE, ExamplesVAE
 RESNET, PATCH, PIXEL = networks.ResnetGenerator, networks.PatchGAN, networks.PixelDiscriminator
 # name -> (function that writes the file, the error message)
-OF_NO_USE = {
+UNUSABLE = {
     "missing": (lambda path: None, "cannot be read: No such file"),
     "a folder": (lambda path: path.mkdir(), r"cannot be read: Is a directory; fastgen\.training\.load_model reads"),
     "empty": (lambda path: path.write_bytes(b""), "is not a checkpoint: it is empty"),
@@ -204,7 +204,7 @@ OF_NO_USE = {
     "an archive": (archive, r"an archive that torch\.save did not write: it has no data\.pkl"),
     "a whole module": (
         lambda path: torch.save(NETG(), path),
-        r"none of its code was run \(it names tests\.inference\.networks\.DCGANGenerator\)\. If you trust it, save "
+        r"none of its code was run \(it names tests\.support\.networks\.DCGANGenerator\)\. If you trust it, save "
         r"only the network's state_dict\(\) and load that",
     ),
     "settings beside": (
@@ -261,7 +261,7 @@ OF_NO_USE = {
         lambda path: torch.save({"main.0.weight": zeros(1), "module.main.0.weight": zeros(1)}, path),
         r"net\.pth holds main\.0\.weight twice, once as module\.main\.0\.weight",
     ),
-    "vae of no square": (changed(lambda: ExamplesVAE(785)), "its 785 pixels are no square image of 1 or 3 channels"),
+    "vae of no square": (changed(lambda: ExamplesVAE(785)), "its 785 pixels are not a square image of 1 or 3 channels"),
     "vae without a layer": (changed(MLP, fc1__bias=None), r"it has no fc1\.bias"),
     "vae of no square of features": (changed(VAE, fc_mu__weight=zeros(5, 33)), "fc_mu.weight takes 33 features"),
     "vae, no last layer": (changed(VAE, final_layer__3__weight=None), r"it has no final_layer\.3\.weight"),
@@ -301,9 +301,9 @@ OF_NO_USE = {
 }
 
 
-@pytest.mark.parametrize("name", OF_NO_USE)
+@pytest.mark.parametrize("name", UNUSABLE)
 def test_unusable_files(tmp_path, name):
-    write, message = OF_NO_USE[name]
+    write, message = UNUSABLE[name]
     write(tmp_path / "net.pth")
     with pytest.raises(CheckpointError, match=message):
         fastgen.load_checkpoint(tmp_path / "net.pth")

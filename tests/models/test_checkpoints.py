@@ -8,8 +8,8 @@ from torch import nn
 import fastgen
 from fastgen.errors import CheckpointError, UsageError
 from fastgen.models.checkpoints import DIALECTS
-from tests.inference import networks
 from tests.models.published import NORMS, PUBLISHED, call_unet, published, unet
+from tests.support import networks
 from tests.support.tolerance import FLOAT32
 
 
@@ -19,11 +19,11 @@ def test_computes_what_the_original_does(name, tmp_path):
     original = published(name)
     torch.save(original.state_dict(), tmp_path / "net.pth")
     x = torch.randn(shape).tanh()
-    for asked in ("auto", dialect):
-        network = fastgen.load_checkpoint(tmp_path / "net.pth", asked)
+    for requested in ("auto", dialect):
+        network = fastgen.load_checkpoint(tmp_path / "net.pth", requested)
         assert not network.training
-        ours = (called(network) if called else network)(x)
-        torch.testing.assert_close(ours, call_original(original, x), **FLOAT32)
+        actual = (called(network) if called else network)(x)
+        torch.testing.assert_close(actual, call_original(original, x), **FLOAT32)
     expected = call_original(original, x)
     for tensor in original.state_dict().values():
         tensor.zero_()
@@ -36,12 +36,12 @@ def test_computes_what_the_original_does(name, tmp_path):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("asked", [None, False, True])
-def test_dropout_of_a_unet(tmp_path, norm, asked):
+@pytest.mark.parametrize("dropout", [None, False, True])
+def test_dropout_of_a_unet(tmp_path, norm, dropout):
     """By default pix2pix trains with batch norm and dropout, CycleGAN with instance norm and no dropout."""
-    original = unet(NORMS[norm], dropout=norm == "batch" if asked is None else asked)
+    original = unet(NORMS[norm], dropout=norm == "batch" if dropout is None else dropout)
     torch.save(original.state_dict(), tmp_path / "net.pth")
-    network = fastgen.load_checkpoint(tmp_path / "net.pth", dropout=asked).train()
+    network = fastgen.load_checkpoint(tmp_path / "net.pth", dropout=dropout).train()
     x, images = torch.randn(2, 3, 64, 64), []
     for draw in (network, lambda x: call_unet(original, x)):  # in training mode, in which pix2pix also generates
         torch.manual_seed(0)
@@ -49,7 +49,7 @@ def test_dropout_of_a_unet(tmp_path, norm, asked):
     torch.testing.assert_close(*images, **FLOAT32)
 
 
-def test_dropout_that_the_names_show_is_not_asked_for(tmp_path):
+def test_dropout_that_the_names_show_cannot_be_refused(tmp_path):
     torch.save(networks.ResnetGenerator(use_dropout=True).state_dict(), tmp_path / "net.pth")
     fastgen.load_checkpoint(tmp_path / "net.pth", dropout=True)
     with pytest.raises(UsageError, match=r"dropout must be True or left out for .*net\.pth: the names"):
@@ -135,5 +135,7 @@ def test_fastgens_own_checkpoints_load_too(tmp_path):
 
 
 def test_an_unknown_dialect(tmp_path):
-    with pytest.raises(UsageError, match="unknown dialect 'cyclegan': there are: auto, pytorch-cyclegan-and-pix2pix, "):
+    with pytest.raises(
+        UsageError, match="unknown dialect 'cyclegan': choose from: auto, pytorch-cyclegan-and-pix2pix, "
+    ):
         fastgen.load_checkpoint(tmp_path / "net.pth", "cyclegan")

@@ -81,5 +81,5 @@ def test_every_option_at_its_edges(name, monkeypatch):
 
 @pytest.mark.parametrize("name", [None, 3, ["gan"], "", "GAN", "gan ", ("gan",), math.nan])
 def test_names_of_models(name):
-    with pytest.raises(UsageError, match=r"unknown model .*: .*there are: cgan, cyclegan, dcgan"):
+    with pytest.raises(UsageError, match=r"unknown model .*: .*choose from: cgan, cyclegan, dcgan"):
         create_model(name)

@@ -92,7 +92,7 @@ def test_discriminator_without_norm_has_biases_and_no_norm():
     [
         (
             lambda: create_model("dcgn"),
-            r"unknown model 'dcgn': did you mean dcgan.*\? there are: cgan, cyclegan, dcgan",
+            r"unknown model 'dcgn': did you mean dcgan.*\? choose from: cgan, cyclegan, dcgan",
         ),
         (lambda: create_model("dcgan", image_sise=32), r"option of model dcgan 'image_sise': did you mean image_size"),
         (lambda: create_model("dcgan", image_size=48), "image_size must be one of 32, 64, 128, not 48"),

@@ -8,8 +8,8 @@ import fastgen
 from fastgen.errors import FastgenError, UsageError
 from fastgen.models import create_model, list_models, make_vocabulary
 from fastgen.models.text_encoder import HuggingFaceTextEncoder
-from tests.inference import networks
 from tests.models.tiny import SMALL, TINY, defaults, make
+from tests.support import networks
 from tests.support.tolerance import FLOAT32, units
 
 

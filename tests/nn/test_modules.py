@@ -106,10 +106,10 @@ def test_pytorch_computes_small_convolutions(kind):
     fused = fastgen.fuse(copy.deepcopy(plain))
     x = torch.randn(3, 4, 8, 8)
     op = "conv2d_norm_act" if kind is nn.Conv2d else "conv_transpose2d_norm_act"
-    plainly, own = calls(op)
+    by_torch, by_fastgen = calls(op)
     for one in (fused, plain):
         one(x).square().sum().backward()
-    assert calls(op) == (plainly + 1, own)
+    assert calls(op) == (by_torch + 1, by_fastgen)
     for actual, expected in zip(fused.state_dict().values(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(actual, expected)
     for actual, expected in zip(fused.parameters(), plain.parameters(), strict=True):
@@ -119,11 +119,11 @@ def test_pytorch_computes_small_convolutions(kind):
 
     with fastgen.use_impl("cpp"):
         fused(x)
-    assert calls(op) == (plainly + 1, own + 1)
+    assert calls(op) == (by_torch + 1, by_fastgen + 1)
     many = torch.randn(3, 4, 400, 400)
     with torch.no_grad():
         fused(many)
-    assert calls(op) == (plainly + 1, own + 2)
+    assert calls(op) == (by_torch + 1, by_fastgen + 2)
 
 
 @pytest.mark.parametrize("labels", ([0], [[0], [1]], 0))

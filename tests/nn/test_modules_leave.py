@@ -89,11 +89,11 @@ def test_the_same_result_or_error(run, fused, request):
             for model in models:
                 model.train(training)
             expected, *found = [observe(model, x) for model in models]
-            for mine in found:
-                assert mine[0] is expected[0], (name, training, mine[0], expected[0])
+            for actual in found:
+                assert actual[0] is expected[0], (name, training, actual[0], expected[0])
                 near = BFLOAT16 if name == "torch.bfloat16" else FLOAT32
                 torch.testing.assert_close(
-                    mine[1:], expected[1:], **near, msg=lambda text, name=name: f"{name}: {text}"
+                    actual[1:], expected[1:], **near, msg=lambda text, name=name: f"{name}: {text}"
                 )
 
 

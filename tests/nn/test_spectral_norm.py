@@ -307,19 +307,19 @@ def test_the_divided_weight_is_not_written(monkeypatch):
     layer = fastgen.nn.spectral_norm(nn.Conv2d(64, 128, 4, 2, 1))
     model, x = fastgen.nn.Sequential(layer, nn.ReLU()), torch.randn(16, 64, 16, 16)
     group = fastgen.nn.SpectralNormGroup(model)
-    asked = []
+    divided = []
     update = fastgen.ops.spectral_norm_group
     monkeypatch.setattr(
-        fastgen.ops, "spectral_norm_group", lambda *a, **b: asked.append(b["divide"]) or update(*a, **b)
+        fastgen.ops, "spectral_norm_group", lambda *a, **b: divided.append(b["divide"]) or update(*a, **b)
     )
     y = model(x)
-    assert asked == [False]
+    assert divided == [False]
     torch.testing.assert_close(y, F.relu(F.conv2d(x, layer.weight, layer.bias, 2, 1)), **SUMMED)
     group.update()
-    assert asked == [False, True]
+    assert divided == [False, True]
     layer.register_forward_hook(lambda *_: None)  # now the module's own forward runs, with its weight
     model(x)
-    assert asked == [False, True]
+    assert divided == [False, True]
 
 
 @pytest.mark.parametrize("output_padding", ((), (1, 1)))

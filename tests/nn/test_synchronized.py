@@ -101,7 +101,7 @@ def test_a_group_of_one(alone):
     model, plain = fastgen.nn.Sequential(layer, nn.ReLU()), nn.BatchNorm2d(6)
     torch.testing.assert_close(model(x), F.relu(plain(x)))
     torch.testing.assert_close(layer.running_var, plain.running_var)
-    with pytest.raises(ValueError, match="process_group goes with norm='batch'"):
+    with pytest.raises(ValueError, match="process_group needs norm='batch'"):
         ops.norm_act(x, norm="instance", process_group=alone)
     y = ops.norm_act(x.requires_grad_(), norm="batch", training=True, process_group=alone)
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)

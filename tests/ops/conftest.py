@@ -3,7 +3,7 @@ import pytest
 from fastgen._build import native
 from fastgen.ops import _choices, _policy, _processor
 from fastgen.ops._question import Choice
-from tests.cases import OWN, PROCESSORS
+from tests.cases import PROCESSORS, TESTED
 
 
 @pytest.fixture
@@ -20,6 +20,6 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def own_kernels(monkeypatch):
+def fastgen_kernels(monkeypatch):
     """The backward of a convolution runs fastgen's kernels even where they are slower."""
-    monkeypatch.setattr(_policy, "_fastest", lambda *_: Choice(OWN))
+    monkeypatch.setattr(_policy, "_fastest", lambda *_: Choice(TESTED))

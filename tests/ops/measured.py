@@ -32,7 +32,7 @@ def run(case, impl="auto"):
     return seen, {name for name, count in after.items() if count > before.get(name, 0)}
 
 
-def asked(case) -> dict:
+def recorded_choices(case) -> dict:
     with _policy.recorded() as questions:
         run(case)
     return {question: choice for question, choice in questions.items() if question.device == "cpu"}

@@ -6,9 +6,9 @@ import torch
 from fastgen import ops
 from fastgen._build import native
 from fastgen.ops import _processor  # noqa: F401 (it defines fastgen::algorithm)
-from tests.cases import OWN
+from tests.cases import TESTED
 
-pytestmark = pytest.mark.skipif(OWN != "cpp", reason="the C++ kernels are replaced")
+pytestmark = pytest.mark.skipif(TESTED != "cpp", reason="the C++ kernels are replaced")
 
 DIRECT, ROWS, WINOGRAD_4X2, WINOGRAD_4X3 = range(4)
 

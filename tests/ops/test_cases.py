@@ -13,11 +13,11 @@ from fastgen import ops
 from fastgen.ops import _policy
 from fastgen.ops._activations import activate
 from fastgen.ops._question import Choice
-from tests.cases import CASES, LARGE, OWN, SAMPLER, SMALL, SPECTRAL, OpCase
+from tests.cases import CASES, LARGE, SAMPLER, SMALL, SPECTRAL, TESTED, OpCase
 from tests.support.observe import by_id, differentiable, observe
 from tests.support.tolerance import FLOAT64, UNIT_ROUNDOFF, error, units
 
-IMPLEMENTATIONS = ("reference", OWN)
+IMPLEMENTATIONS = ("reference", TESTED)
 
 
 def check_parity(case: OpCase, dtype: torch.dtype, channels_last: bool, winograd: bool = False) -> None:
@@ -30,7 +30,7 @@ def check_parity(case: OpCase, dtype: torch.dtype, channels_last: bool, winograd
     upstream *= z.abs() > (64 if winograd else 16) * UNIT_ROUNDOFF[dtype] * z.abs().amax()
     exact = observe(case, exact_inputs, upstream, "reference")
     reference = observe(case, tensors, upstream, "reference")
-    actual = observe(case, tensors, upstream, OWN)
+    actual = observe(case, tensors, upstream, TESTED)
     for name in exact:
         if name == "grad of bias" and case.batch_stats:
             continue  # mathematically zero: all three results are only rounding
@@ -45,13 +45,13 @@ def check_parity(case: OpCase, dtype: torch.dtype, channels_last: bool, winograd
 @by_id(SMALL)
 @pytest.mark.parametrize("channels_last", (False, True), ids=("contiguous", "channels_last"))
 @pytest.mark.parametrize("dtype", UNIT_ROUNDOFF, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def test_parity(case, dtype, channels_last, poisoned, own_kernels):
+def test_parity(case, dtype, channels_last, poisoned, fastgen_kernels):
     check_parity(case, dtype, channels_last)
 
 
 @by_id(LARGE)
 @pytest.mark.parametrize("winograd", (False, True), ids=("direct", "winograd"))
-def test_parity_of_real_layers(case, winograd, poisoned, own_kernels, monkeypatch):
+def test_parity_of_real_layers(case, winograd, poisoned, fastgen_kernels, monkeypatch):
     """With at most eight images, because the reference is slow."""
     monkeypatch.setenv("FASTGEN_WINOGRAD", "always" if winograd else "0")
     x = case.shapes["x"]
@@ -61,7 +61,7 @@ def test_parity_of_real_layers(case, winograd, poisoned, own_kernels, monkeypatc
 
 @by_id([case for case in SMALL if case.op.startswith("conv")])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
-def test_parity_of_winograd(case, dtype, poisoned, own_kernels, monkeypatch):
+def test_parity_of_winograd(case, dtype, poisoned, fastgen_kernels, monkeypatch):
     """Odd sizes, few channels and all kinds of padding, where auto does not choose the algorithm."""
     monkeypatch.setenv("FASTGEN_WINOGRAD", "always")
     check_parity(case, dtype, True, winograd=True)
@@ -69,7 +69,7 @@ def test_parity_of_winograd(case, dtype, poisoned, own_kernels, monkeypatch):
 
 @by_id(SMALL)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_gradcheck(case, impl, own_kernels):
+def test_gradcheck(case, impl, fastgen_kernels):
     """First and second derivatives against finite differences, in float64."""
     tensors = differentiable(case.tensors(torch.float64))
     leaves = {name: t for name, t in tensors.items() if t.requires_grad}
@@ -148,7 +148,7 @@ def test_without_weight_grads():
         found.append(torch.autograd.grad(grad.square().sum(), weight)[0])
     torch.testing.assert_close(*found)
     with ops.without_weight_grads():
-        out = ops.conv2d_norm_act(x, weight, norm="instance", activation="relu", impl=OWN).sum()
+        out = ops.conv2d_norm_act(x, weight, norm="instance", activation="relu", impl=TESTED).sum()
         assert torch.autograd.grad(out, weight, allow_unused=True) == (None,)
 
 
@@ -184,12 +184,12 @@ def elementary(case: OpCase, tensors: dict[str, Tensor]) -> Tensor:
 
 
 @by_id(SMALL)
-def test_third_derivative(case, own_kernels):
+def test_third_derivative(case, fastgen_kernels):
     """Third derivatives: the gradient of a gradient penalty's gradient."""
     if "output_padding" in case.options:
         pytest.skip("PyTorch has no third derivative of a transposed convolution with output_padding")
     found = []
-    for call in (lambda t: case.call(t, impl=OWN), lambda t: elementary(case, t)):
+    for call in (lambda t: case.call(t, impl=TESTED), lambda t: elementary(case, t)):
         tensors = differentiable(case.tensors(torch.float64))
         leaves = [t for t in tensors.values() if t.requires_grad]
         value = call(tensors).pow(3).mean()
@@ -281,7 +281,7 @@ def test_thread_count_does_not_matter(case):
             torch.set_num_threads(count)
             tensors = case.tensors(torch.float32)
             seen.append(
-                (case.call(tensors, impl=OWN), tensors["x"], *(t for n, t in tensors.items() if "running" in n))
+                (case.call(tensors, impl=TESTED), tensors["x"], *(t for n, t in tensors.items() if "running" in n))
             )
     finally:
         torch.set_num_threads(threads)

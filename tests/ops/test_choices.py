@@ -9,7 +9,7 @@ import torch
 from fastgen import ops
 from fastgen.ops import _autograd, _choices, _convolution_grad
 from fastgen.ops._tiers import ON_CPU
-from tests.ops.measured import FASTGENS, TORCHS, asked, forward, keep, key, run
+from tests.ops.measured import FASTGENS, TORCHS, forward, keep, key, recorded_choices, run
 from tests.support.process import run_ranks
 from tests.support.tolerance import error
 
@@ -24,14 +24,14 @@ pytestmark = pytest.mark.usefixtures("folder")
 def test_the_table_decides(case, forward, backward, monkeypatch):
     """The table overrules the rules for forward and both gradients, and the results are right."""
     exact, _ = run(case, "reference")
-    questions = asked(case)
+    questions = recorded_choices(case)
     assert {q.what for q in questions} == {"forward", "input_grad", "weight_grad"}
     keep(questions, backward)
     keep([question for question in questions if question.what == "forward"], forward)
     called, by_aten = [], []
     call, grads = _autograd.call, _convolution_grad.aten_gradients
     monkeypatch.setattr(_autograd, "call", lambda op, *inputs: called.append(op) or call(op, *inputs))
-    monkeypatch.setattr(_convolution_grad, "aten_gradients", lambda *given: by_aten.append(given[-1]) or grads(*given))
+    monkeypatch.setattr(_convolution_grad, "aten_gradients", lambda *args: by_aten.append(args[-1]) or grads(*args))
     seen, ran = run(case)
     assert ran == {"cpp" if forward == "cpp" else "unfused"}
     assert ("convolution_weight_grad" in called) == (backward == "cpp")
@@ -42,7 +42,7 @@ def test_the_table_decides(case, forward, backward, monkeypatch):
 
 
 def test_what_takes_precedence_over_the_table(monkeypatch):
-    keep(asked(FASTGENS), "torch")
+    keep(recorded_choices(FASTGENS), "torch")
     assert run(FASTGENS)[1] == {"unfused"}
     assert run(FASTGENS, "cpp")[1] == {"cpp"}
     with ops.use_impl("cpp"):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import OWN, SMALL, OpCase
+from tests.cases import SMALL, TESTED, OpCase
 from tests.support.observe import by_id, differentiable, observe
 from tests.support.tolerance import FLOAT32, OPCHECK
 
-IMPLEMENTATIONS = ("reference", OWN)
+IMPLEMENTATIONS = ("reference", TESTED)
 
 
 def recorded_calls(case: OpCase, dtype: torch.dtype, channels_last: bool):
@@ -22,7 +22,7 @@ def recorded_calls(case: OpCase, dtype: torch.dtype, channels_last: bool):
             return func(*args, **(kwargs or {}))
 
     with Record():
-        case.call(differentiable(case.tensors(dtype, channels_last)), impl=OWN).sum().backward()
+        case.call(differentiable(case.tensors(dtype, channels_last)), impl=TESTED).sum().backward()
     return calls
 
 
@@ -35,7 +35,7 @@ SYMBOLIC = list({(case.op, case.options.get("norm", "batch")): case for case in 
 @pytest.mark.parametrize(
     "dtype, channels_last", ((torch.float32, False), (torch.bfloat16, True)), ids=("float32", "bfloat16-channels_last")
 )
-def test_opcheck(case, dtype, channels_last, own_kernels):
+def test_opcheck(case, dtype, channels_last, fastgen_kernels):
     """Schema, fake kernel and autograd registration of each registered op, forward and backward, agree with what it
     does."""
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
@@ -52,13 +52,13 @@ def test_opcheck(case, dtype, channels_last, own_kernels):
 
 
 @by_id(SMALL)
-def test_compile(case, own_kernels):
+def test_compile(case, fastgen_kernels):
     """One graph, forward and backward, with the eager result."""
     tensors = case.tensors(torch.float32)
     upstream = torch.ones_like(case.call({name: t.clone() for name, t in tensors.items()}, impl="reference"))
-    eager = observe(case, tensors, upstream, OWN)
+    eager = observe(case, tensors, upstream, TESTED)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda t: case.call(t, impl=OWN), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda t: case.call(t, impl=TESTED), fullgraph=True, backend="aot_eager")
     again = differentiable({name: t.clone() for name, t in case.tensors(torch.float32).items()})
     out = compiled(again)
     out.sum().backward()
@@ -73,7 +73,7 @@ def test_compile(case, own_kernels):
 def test_compile_with_inductor(case):
     """The default backend, with a dynamic batch size, in training."""
     torch._dynamo.reset()
-    compiled = torch.compile(lambda t: case.call(t, impl=OWN).sin(), fullgraph=True, dynamic=True)
+    compiled = torch.compile(lambda t: case.call(t, impl=TESTED).sin(), fullgraph=True, dynamic=True)
     for seed, samples in ((0, 3), (1, 5)):
         tensors = case.tensors(torch.float32, seed=seed)
         tensors["x"] = torch.randn(samples, *tensors["x"].shape[1:], generator=torch.Generator().manual_seed(seed))

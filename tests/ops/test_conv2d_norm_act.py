@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.testing._internal.common_methods_invocations import op_db
 
 from fastgen.ops import conv2d_norm_act
+from tests.support.tolerance import FLOAT32
 
 X, WEIGHT = torch.ones(2, 3, 6, 5), torch.ones(4, 3, 3, 3)
 SAMPLES = [
@@ -71,6 +72,14 @@ def test_padding_same(kernel, mode, impl):
     layer.weight.data = weight
     found = conv2d_norm_act(x, weight, None, 1, "same", (1, 2), padding_mode=mode, impl=impl)
     torch.testing.assert_close(found, layer(x))
+
+
+@pytest.mark.parametrize("impl", ("reference", "cpp"))
+def test_a_sequence_of_one_number_is_for_height_and_width(impl):
+    options = {"stride": [2], "padding": (1,), "dilation": [2]}
+    x, weight = torch.randn(2, 3, 9, 8), torch.randn(4, 3, 3, 3)
+    found = conv2d_norm_act(x, weight, **options, impl=impl)
+    torch.testing.assert_close(found, torch.nn.functional.conv2d(x, weight, **options), **FLOAT32)
 
 
 def test_padding_in_words():

@@ -6,6 +6,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 from fastgen.ops import conv_transpose2d_norm_act
 from fastgen.ops._activations import ACTIVATIONS
+from tests.support.tolerance import FLOAT32
 
 X, WEIGHT = torch.ones(2, 3, 4, 4), torch.ones(3, 5, 4, 4)
 SAMPLES = [
@@ -55,6 +56,7 @@ def test_pytorchs_samples(sample, activation, impl):
         ({"bias": torch.ones(5).double()}, TypeError, "bias is torch.float64"),
         ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
         ({"stride": (1, 2, 3)}, ValueError, r"stride must be an int or two ints, got \(1, 2, 3\)"),
+        ({"stride": []}, ValueError, r"stride must be an int or two ints, got \[\]"),
         ({"stride": 1.5}, ValueError, "stride must be an int or two ints, got 1.5"),
         ({"padding": -1}, ValueError, "padding must be at least 0, got -1"),
         ({"padding": 9}, ValueError, r"padding \[9, 9\] leaves an output of height -11"),
@@ -65,7 +67,7 @@ def test_pytorchs_samples(sample, activation, impl):
         ({"eps": -1e-5}, ValueError, "eps must not be negative, got -1e-05"),
         ({"eps": float("nan")}, ValueError, "eps must not be negative, got nan"),
         ({"norm": "layer"}, ValueError, "norm must be one of batch, .* or None, got 'layer'"),
-        ({"norm": "group"}, ValueError, "num_groups goes with norm='group', got num_groups=None"),
+        ({"norm": "group"}, ValueError, "num_groups needs norm='group', got num_groups=None"),
         ({"norm": "group", "num_groups": 2}, ValueError, "num_groups must divide the 5 channels, got 2"),
         ({"residual": X}, ValueError, r"residual must have the output's shape \(2, 5, 7, 7\), got \(2, 3, 4, 4\)"),
         ({"residual": torch.ones(2, 5, 7, 7).half()}, TypeError, "residual is torch.float16"),
@@ -90,6 +92,14 @@ def test_bad_arguments(arguments, kind, message, impl):
     arguments = {"input": X, "weight": WEIGHT, "norm": "batch", "training": True, "impl": impl} | arguments
     with pytest.raises(kind, match=message):
         conv_transpose2d_norm_act(**arguments)
+
+
+@pytest.mark.parametrize("impl", ("reference", "cpp"))
+def test_a_sequence_of_one_number_is_for_height_and_width(impl):
+    options = {"stride": [2], "padding": (1,), "output_padding": [1], "dilation": torch.Size([2])}
+    x, weight = torch.randn(2, 3, 4, 5), torch.randn(3, 5, 4, 4)
+    found = conv_transpose2d_norm_act(x, weight, norm=None, activation=None, **options, impl=impl)
+    torch.testing.assert_close(found, torch.nn.functional.conv_transpose2d(x, weight, **options), **FLOAT32)
 
 
 def test_non_finite_values_pass_as_in_pytorch():

@@ -7,10 +7,10 @@ from fastgen import ops
 from fastgen.ops import _tiers
 from fastgen.ops._convolution_grad import aten_gradients
 from fastgen.ops._geometry import Geometry
-from tests.cases import OWN
+from tests.cases import TESTED
 from tests.support.tolerance import UNIT_ROUNDOFF, error
 
-assert _tiers.why_not("conv2d_norm_act", OWN, "cpu") is None  # loads the library if it is built
+assert _tiers.why_not("conv2d_norm_act", TESTED, "cpu") is None  # loads the library if it is built
 # name: geometry, shapes of x and weight
 ROWS = {
     "odd": (Geometry((2, 1), (1, 0), None, 1, (1, 1)), (2, 5, 7, 6), (7, 5, 3, 2)),

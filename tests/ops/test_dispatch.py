@@ -76,11 +76,11 @@ def test_missing_kernel_is_an_error_when_asked_for():
         ({}, torch.float64, "not float64"),
         ({}, torch.bfloat16, None),
     ],
-    ids=lambda v: next(iter(v), "all there") if isinstance(v, dict) else str(v),
+    ids=lambda v: next(iter(v), "nothing missing") if isinstance(v, dict) else str(v),
 )
 def test_each_reason_why_a_tier_cannot_run(tier, found, dtype, reason, monkeypatch):
     """Each requirement of the GPU tiers, missing alone."""
-    there = {
+    environment = {
         "find_spec": True,
         "is_built": True,
         "is_available": True,
@@ -89,19 +89,19 @@ def test_each_reason_why_a_tier_cannot_run(tier, found, dtype, reason, monkeypat
         "_why_no_driver": None,
         "has_code": True,
     }
-    there |= found
-    has_code = there.pop("has_code")
+    environment |= found
+    has_code = environment.pop("has_code")
     monkeypatch.setattr(_tiers, "_cuda_op", lambda op: {"has_code": lambda index: has_code}[op])
     owners = (importlib.util, torch.backends.cuda, torch.cuda, torch.cuda, cuda, _tiers.triton)
     reason = reason[tier] if isinstance(reason, dict) else reason
-    for (name, value), owner in zip(there.items(), owners, strict=True):
+    for (name, value), owner in zip(environment.items(), owners, strict=True):
         monkeypatch.setattr(owner, name, lambda *_, value=value: value)
     _tiers._gpu_unavailable.cache_clear()
     try:
-        said = _tiers.why_not("norm_act", tier, "cuda:0", dtype)
+        found = _tiers.why_not("norm_act", tier, "cuda:0", dtype)
     finally:
         _tiers._gpu_unavailable.cache_clear()
-    assert said is None if reason is None else reason in said
+    assert found is None if reason is None else reason in found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -119,7 +119,7 @@ def test_cpp_on_another_device():
 
 
 def test_unknown_names(monkeypatch):
-    with pytest.raises(UsageError, match="impl: unknown implementation 'cudnn'; there are auto, reference, cpp"):
+    with pytest.raises(UsageError, match="impl: unknown implementation 'cudnn': choose from auto, reference, cpp"):
         ops.norm_act(X, norm="none", impl="cudnn")
     with pytest.raises(UsageError, match="use_impl: unknown"), ops.use_impl("fast"):
         pass
@@ -174,8 +174,8 @@ from tests.cases import SMALL
 from tests.support.observe import observe
 from tests.support.tolerance import FLOAT64
 
-said = []
-logging.getLogger("fastgen").addFilter(lambda record: said.append(record.getMessage()))
+messages = []
+logging.getLogger("fastgen").addFilter(lambda record: messages.append(record.getMessage()))
 choose = _dispatch._choose
 for case in SMALL:
     tensors = case.tensors(torch.float64, channels_last=True)
@@ -185,7 +185,7 @@ for case in SMALL:
     _dispatch._choose = lambda *_: "cpp"  # on to the registered op, whose default kernel runs
     torch.testing.assert_close(observe(case, tensors, upstream, "auto"), expected, **FLOAT64)
     _dispatch._choose = choose
-assert len(said) == 1 and "FASTGEN_BUILD=0" in said[0], said
+assert len(messages) == 1 and "FASTGEN_BUILD=0" in messages[0], messages
 """
 
 

@@ -14,11 +14,11 @@ import torch
 
 from fastgen import ops
 from fastgen._build import cache, toolchain
-from tests.cases import OWN, SAMPLER, SMALL, SPECTRAL, UNIT_ROUNDOFF, OpCase
+from tests.cases import SAMPLER, SMALL, SPECTRAL, TESTED, UNIT_ROUNDOFF, OpCase
 
 SOURCE = Path(__file__).parent / "guard_zones.cpp"
 
-pytestmark = pytest.mark.skipif(OWN != "cpp", reason="the C++ kernels are replaced")
+pytestmark = pytest.mark.skipif(TESTED != "cpp", reason="the C++ kernels are replaced")
 
 
 def build(folder: str) -> str:
@@ -40,7 +40,7 @@ def guard_zones():
     overwritten."""
     made_from = hashlib.sha256(SOURCE.read_bytes() + repr((torch.__version__, toolchain.compiler())).encode())
     key = f"guard-zones-{made_from.hexdigest()[:16]}"
-    library = next(cache.cached(f"{key}.so"), None) or toolchain.make(key, [SOURCE], build, asked=True)
+    library = next(cache.cached(f"{key}.so"), None) or toolchain.make(key, [SOURCE], build, requested=True)
     zones = ctypes.CDLL(str(library))
     zones.violations.restype = ctypes.c_int64
     zones.install()
@@ -55,7 +55,7 @@ def run(case: OpCase, dtype: torch.dtype, channels_last: bool) -> None:
     tensors = {
         name: t.requires_grad_(not name.startswith("running")) for name, t in case.tensors(dtype, channels_last).items()
     }
-    with ops.use_impl(OWN):  # for the gradients too
+    with ops.use_impl(TESTED):  # for the gradients too
         outputs = case.call(tensors) if "x" in tensors else getattr(ops, case.op)(**tensors, **case.options)
         outputs = [t for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if t.requires_grad]
         inputs = [t for t in tensors.values() if t.requires_grad]

@@ -9,15 +9,15 @@ import torch
 from fastgen import ops
 from fastgen.ops import _tiers
 from fastgen.ops.reparameterize import reference_normal
-from tests.cases import OWN, SAMPLER
+from tests.cases import SAMPLER, TESTED
 from tests.support.tolerance import units
 
-IMPLEMENTATIONS = ("reference", OWN)
+IMPLEMENTATIONS = ("reference", TESTED)
 SHORT = [case for case in SAMPLER if case.name != "long-rows"]
 
 
 def noise(count, seed=0, offset=0, dtype=torch.float32):
-    ops.reparameterize(torch.zeros(1), torch.zeros(1), impl=OWN)  # loads the native op
+    ops.reparameterize(torch.zeros(1), torch.zeros(1), impl=TESTED)  # loads the native op
     return torch.ops.fastgen.philox_normal(torch.tensor([seed, offset]), (count,), dtype)
 
 
@@ -51,7 +51,7 @@ def test_all_implementations_draw_the_same(dtype):
         torch.testing.assert_close(noise(count, *key, dtype), expected, **NOISE[dtype])
 
 
-@pytest.mark.skipif(OWN != "cuda", reason="the CUDA kernels, run on the CPU")
+@pytest.mark.skipif(TESTED != "cuda", reason="the CUDA kernels, run on the CPU")
 def test_noise_alone_is_drawn_by_the_cuda_kernel(monkeypatch):
     drawn, kernel = [], _tiers.nvcc.kernel
     monkeypatch.setattr(_tiers.nvcc, "kernel", lambda op: drawn.append(op) or kernel(op))

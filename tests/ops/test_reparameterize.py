@@ -10,16 +10,16 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgen import ops
 from fastgen.ops.reparameterize import reference_normal
-from tests.cases import OWN, SAMPLER
+from tests.cases import SAMPLER, TESTED
 from tests.support.observe import by_id, observe, random_like
 from tests.support.process import run_python
 from tests.support.tolerance import FLOAT64, OPCHECK, UNIT_ROUNDOFF, error, units
 
-IMPLEMENTATIONS = ("reference", OWN)
+IMPLEMENTATIONS = ("reference", TESTED)
 SHORT = [case for case in SAMPLER if case.name != "long-rows"]
 
 
-def sample(case, tensors, impl=OWN, seed=0):
+def sample(case, tensors, impl=TESTED, seed=0):
     """z and kl with the noise of this seed."""
     torch.manual_seed(seed)
     return case.call(tensors, impl=impl)
@@ -88,7 +88,7 @@ def test_opcheck(case, dtype):
             return func(*args, **(kwargs or {}))
 
     with Record():
-        observe(case, case.tensors(dtype), None, OWN)
+        observe(case, case.tensors(dtype), None, TESTED)
     assert len(calls) == 2
     for func, args in calls:
         args = tuple(a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
@@ -101,8 +101,8 @@ def test_compile(case):
     """One graph, forward and backward; the same noise as the eager call for the same seed, and new noise at the next
     call."""
     torch._dynamo.reset()
-    compiled = torch.compile(lambda t: case.call(t, impl=OWN), fullgraph=True, backend="aot_eager")
-    eager = observe(case, case.tensors(torch.float32), None, OWN)
+    compiled = torch.compile(lambda t: case.call(t, impl=TESTED), fullgraph=True, backend="aot_eager")
+    eager = observe(case, case.tensors(torch.float32), None, TESTED)
     tensors = {name: t.requires_grad_() for name, t in case.tensors(torch.float32).items()}
     torch.manual_seed(0)
     z, kl = compiled(tensors)
@@ -116,7 +116,7 @@ def test_compile(case):
 def test_compile_with_inductor():
     """The default backend with a dynamic batch: each call has its own key, and backward uses the forward's noise."""
     torch._dynamo.reset()
-    compiled = torch.compile(lambda m, s: ops.reparameterize(m, s, impl=OWN), fullgraph=True, dynamic=True)
+    compiled = torch.compile(lambda m, s: ops.reparameterize(m, s, impl=TESTED), fullgraph=True, dynamic=True)
     for samples in (3, 5):
         mu, logvar = torch.zeros(samples, 40), torch.zeros(samples, 40, requires_grad=True)
         z, again = compiled(mu, logvar), compiled(mu, logvar)
@@ -162,7 +162,7 @@ def test_channels_last():
     torch.testing.assert_close(*seen)
     assert seen[1][2].is_contiguous(memory_format=torch.channels_last)
     torch.manual_seed(0)
-    flat = ops.reparameterize(*(t.permute(0, 2, 3, 1).reshape(2, -1) for t in (mu, logvar)), impl=OWN)
+    flat = ops.reparameterize(*(t.permute(0, 2, 3, 1).reshape(2, -1) for t in (mu, logvar)), impl=TESTED)
     assert torch.equal(flat, z.permute(0, 2, 3, 1).reshape(2, -1))
 
 
@@ -191,17 +191,17 @@ def test_keys():
         assert torch.equal(first, again) and torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.skipif(OWN != "cpp", reason="what the C++ kernels write past the caches")
+@pytest.mark.skipif(TESTED != "cpp", reason="what the C++ kernels write past the caches")
 def test_sizes_that_leave_the_caches():
     """Large rows that do not start at a cache line."""
     mu, logvar = torch.randn(2, 7, 300_001, generator=torch.Generator().manual_seed(0)).requires_grad_().unbind()
     upstream = (mu.detach().sin(), torch.ones(7))
     results = {}
-    for impl in ("reference", OWN):
+    for impl in ("reference", TESTED):
         generator = torch.Generator().manual_seed(3)
         outputs = ops.reparameterize_kl(mu, logvar, generator=generator, impl=impl)
         results[impl] = *outputs, *torch.autograd.grad(outputs, (mu, logvar), upstream)
-    for actual, expected in zip(results[OWN], results["reference"], strict=True):
+    for actual, expected in zip(results[TESTED], results["reference"], strict=True):
         torch.testing.assert_close(actual, expected)
 
 
@@ -210,7 +210,7 @@ def test_thread_count_does_not_matter():
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            seen.append(observe(case, case.tensors(torch.float32), None, OWN))
+            seen.append(observe(case, case.tensors(torch.float32), None, TESTED))
     finally:
         torch.set_num_threads(threads)
     for first, second in itertools.pairwise(seen):
@@ -225,7 +225,7 @@ def test_checkpoint(use_reentrant):
         mu, logvar = torch.zeros(20, 9, requires_grad=True), torch.zeros(20, 9, requires_grad=True)
 
         def f(m, s):
-            return ops.reparameterize(m, s, impl=OWN).square()
+            return ops.reparameterize(m, s, impl=TESTED).square()
 
         torch.manual_seed(0)
         z = checkpoint(f, mu, logvar, use_reentrant=use_reentrant) if wrap else f(mu, logvar)
@@ -238,7 +238,7 @@ def test_memory_saved_for_backward():
     """Only mu, logvar and a key of 16 bytes are saved."""
     mu, logvar, kept = torch.randn(8, 5, requires_grad=True), torch.randn(8, 5, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        ops.reparameterize_kl(mu, logvar, impl=OWN)
+        ops.reparameterize_kl(mu, logvar, impl=TESTED)
     assert sorted(t.nbytes for t in kept) == [16, mu.nbytes, logvar.nbytes]
 
 
@@ -289,7 +289,7 @@ def test_extremes(dtype):
         kl.sum().backward()
         seen.append((z, kl, *grads, m.grad, s.grad))
     torch.testing.assert_close(*seen, equal_nan=True, **EXTREMES[dtype])
-    z = ops.reparameterize(mu, logvar, logvar_range=(-30, 20), impl=OWN)
+    z = ops.reparameterize(mu, logvar, logvar_range=(-30, 20), impl=TESTED)
     assert z[:-1].isfinite().all() and z[-1].isnan().all()
 
 

@@ -11,7 +11,7 @@ from fastgen.ops._geometry import Geometry
 from fastgen.ops._layout import TensorSpec
 from fastgen.ops._processor import Processor
 from fastgen.ops._question import Choice
-from tests.cases import OWN, PROCESSORS
+from tests.cases import PROCESSORS, TESTED
 from tests.support.process import run_python
 from tests.support.tolerance import UNIT_ROUNDOFF
 
@@ -35,8 +35,8 @@ def weight_grad(name, geometry, x, kind, last):
 def decided(rules, name, geometry, x, kind, last, batch_stats=False):
     """Whether the rules choose fastgen's kernel."""
     of_weight = rules is _rules.WEIGHT_GRAD
-    asked = (PROCESSORS[name], geometry, x, kind.shape, kind.dtype, kind.device.type, last, batch_stats, of_weight)
-    return _rules.decide(rules, _rules.Convolution(*asked)).fastgen
+    question = (PROCESSORS[name], geometry, x, kind.shape, kind.dtype, kind.device.type, last, batch_stats, of_weight)
+    return _rules.decide(rules, _rules.Convolution(*question)).fastgen
 
 
 @by_processor
@@ -126,7 +126,7 @@ def test_fastgen_computes_what_pytorch_computes_wrongly(name, kind, monkeypatch)
     _memo.forget()
     geometry, x, weight = rule(kind)
     wrong = PROCESSORS[name].torch_bf16
-    expected = OWN if wrong else "torch"
+    expected = TESTED if wrong else "torch"
     assert _policy.fastest_forward(geometry, x, weight).implementation == expected
     assert _policy.fastest_weight_grad(geometry, x, weight, False).implementation == expected
     if geometry.transposed:

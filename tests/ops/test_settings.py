@@ -11,7 +11,7 @@ from torch import nn
 import fastgen
 from fastgen import losses, ops
 from fastgen.ops import _convolution, _policy, _spectral_convolution
-from tests.cases import OWN
+from tests.cases import TESTED
 
 X = torch.ones(2, 3, 8, 8)
 
@@ -30,7 +30,7 @@ def network() -> nn.Module:
 
 def lacks_gradients() -> bool:
     model = network()
-    with ops.use_impl(OWN):
+    with ops.use_impl(TESTED):
         model(X).sum().backward()
     return any(parameter.grad is None for parameter in model.parameters())
 
@@ -44,7 +44,7 @@ def test_another_threads_backward_keeps_its_gradients():
         logits.register_hook(lambda grad: found.append(in_another_thread(lacks_gradients)))
         return logits
 
-    with ops.use_impl(OWN):
+    with ops.use_impl(TESTED):
         losses.gradient_penalty(discriminator, X, 1 - X)
     with ops.without_weight_grads():
         found.append(in_another_thread(lacks_gradients))
@@ -53,17 +53,17 @@ def test_another_threads_backward_keeps_its_gradients():
 
 
 def test_use_impl_does_not_affect_other_threads():
-    def asked() -> str:
+    def implementation() -> str:
         before = ops.implementations_used().get("norm_act", {}).get("reference", 0)
         ops.norm_act(X, norm="none")
         return "reference" if ops.implementations_used()["norm_act"].get("reference", 0) > before else "auto"
 
     with ops.use_impl("reference"):
-        assert (asked(), in_another_thread(asked)) == ("reference", "auto")
+        assert (implementation(), in_another_thread(implementation)) == ("reference", "auto")
         with ops.use_impl("auto"):
-            assert asked() == "auto"
-        assert asked() == "reference"
-    assert asked() == "auto"
+            assert implementation() == "auto"
+        assert implementation() == "reference"
+    assert implementation() == "auto"
 
 
 def test_each_thread_records_its_own_questions():
@@ -73,11 +73,11 @@ def test_each_thread_records_its_own_questions():
         ops.conv2d_norm_act(torch.ones(1, 3, size, size), weight, norm="none")
 
     ask(9)  # memoized by now
-    with _policy.recorded() as asked:
+    with _policy.recorded() as questions:
         ask(9)
         in_another_thread(lambda: ask(11))
         ask(10)
-    assert {question.input for question in asked} == {(1, 3, 9, 9), (1, 3, 10, 10)}
+    assert {question.input for question in questions} == {(1, 3, 9, 9), (1, 3, 10, 10)}
 
 
 NAMES = ("x", "weight", "bias")
@@ -100,7 +100,7 @@ def test_gradients_that_are_not_requested_are_not_computed(names, spectral, monk
             inputs = (tensors["x"], tensors["weight"], torch.tensor(2.0), tensors["bias"], "relu", 0.0)
             out = torch.ops.fastgen.spectral_convolution(*inputs, (1, 1), (0, 0), (), 1, (1, 1), False)
         else:
-            out = ops.conv2d_norm_act(*tensors.values(), norm="none", activation="relu", impl=OWN)
+            out = ops.conv2d_norm_act(*tensors.values(), norm="none", activation="relu", impl=TESTED)
         found = torch.autograd.grad(out.sum(), [tensors[name] for name in names], retain_graph=True)
         everything = torch.autograd.grad(out.sum(), list(tensors.values()))
         for name, grad in zip(names, found, strict=True):
@@ -137,7 +137,7 @@ def everything(impl: str) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("impl", ("reference", OWN))
+@pytest.mark.parametrize("impl", ("reference", TESTED))
 def test_defaults_of_the_process_decide_nothing(impl):
     """A tensor created without dtype or device would be float64 or on "meta", and the results would differ."""
     expected = everything(impl)

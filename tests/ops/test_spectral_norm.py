@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from fastgen import ops
-from tests.cases import OWN, SPECTRAL
+from tests.cases import SPECTRAL, TESTED
 from tests.support.observe import by_id, observe
 from tests.support.process import run_python
 from tests.support.tolerance import FLOAT32, FLOAT64, OPCHECK, UNIT_ROUNDOFF, error, units
 
-IMPLEMENTATIONS = ("reference", OWN)
+IMPLEMENTATIONS = ("reference", TESTED)
 SHORT = [case for case in SPECTRAL if case.shapes["v"][0] < 1000]
 
 
@@ -38,7 +38,7 @@ def check_parity(case, dtype, channels_last):
         assert error(actual[name], exact[name]) <= case.allowed(error(reference[name], exact[name]), dtype, name), name
     for name in ("out", "grad of weight"):
         assert actual[name].stride() == tensors["weight"].stride()
-    quotient, *others = ops.spectral_norm(*tensors.values(), **case.options, divide=False, impl=OWN)
+    quotient, *others = ops.spectral_norm(*tensors.values(), **case.options, divide=False, impl=TESTED)
     assert quotient.numel() == 0
     assert all(torch.equal(actual[name], other) for name, other in zip(("sigma", "u", "v"), others, strict=True))
 
@@ -107,7 +107,7 @@ def test_opcheck(case, dtype):
         True,
     )
     torch.library.opcheck(torch.ops.fastgen.spectral_norm.default, arguments, **OPCHECK)
-    out, sigma, u, v = (t.detach() for t in case.call(tensors, impl=OWN))
+    out, sigma, u, v = (t.detach() for t in case.call(tensors, impl=TESTED))
     grads = ([torch.randn_like(out).requires_grad_()], [torch.randn_like(sigma).requires_grad_()])
     arguments = (*grads, [weight], [sigma], [u], [v], [case.options["dim"]])
     torch.library.opcheck(torch.ops.fastgen.spectral_norm_backward.default, arguments, **OPCHECK)
@@ -116,9 +116,9 @@ def test_opcheck(case, dtype):
 @by_id(SHORT)
 def test_compile(case):
     torch._dynamo.reset()
-    compiled = torch.compile(lambda t: case.call(t, impl=OWN), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda t: case.call(t, impl=TESTED), fullgraph=True, backend="aot_eager")
     found = []
-    for call in (compiled, lambda t: case.call(t, impl=OWN)):
+    for call in (compiled, lambda t: case.call(t, impl=TESTED)):
         tensors = inputs(case, torch.float32)
         weight = tensors["weight"].requires_grad_()
         out, sigma, u, v = call(tensors)
@@ -130,7 +130,7 @@ def test_compile(case):
 def test_compile_with_inductor():
     torch._dynamo.reset()
     weight, u, v = (t.requires_grad_(t.dim() > 1) for t in inputs(SPECTRAL[0], torch.float32).values())
-    call = torch.compile(lambda w: ops.spectral_norm(w, u, v, impl=OWN)[0].sin(), fullgraph=True)
+    call = torch.compile(lambda w: ops.spectral_norm(w, u, v, impl=TESTED)[0].sin(), fullgraph=True)
     found = [torch.autograd.grad(f(weight).sum(), weight)[0]
              for f in (call, lambda w: ops.spectral_norm(w, u, v, impl="reference")[0].sin())]  # fmt: skip
     torch.testing.assert_close(*found)
@@ -202,10 +202,10 @@ def test_group_is_the_single_op_for_each():
             torch.set_num_threads(count)
             weights, us, vs = ([t[name].detach().requires_grad_() for t in tensors] for name in ("weight", "u", "v"))
             if grouped:
-                outs, sigmas, us, vs = ops.spectral_norm_group(weights, us, vs, dims=dims, impl=OWN)
+                outs, sigmas, us, vs = ops.spectral_norm_group(weights, us, vs, dims=dims, impl=TESTED)
             else:
                 single = (
-                    ops.spectral_norm(*t, dim=dim, impl=OWN) for *t, dim in zip(weights, us, vs, dims, strict=True)
+                    ops.spectral_norm(*t, dim=dim, impl=TESTED) for *t, dim in zip(weights, us, vs, dims, strict=True)
                 )
                 outs, sigmas, us, vs = (list(of) for of in zip(*single, strict=True))
             loss = sum(out.double().square().sum() + sigma for out, sigma in zip(outs, sigmas, strict=True))
@@ -217,7 +217,7 @@ def test_group_is_the_single_op_for_each():
     assert ops.spectral_norm_group([], [], []) == ([], [], [], [])
 
 
-@pytest.mark.skipif(OWN != "cpp", reason="what the C++ kernels write past the caches")
+@pytest.mark.skipif(TESTED != "cpp", reason="what the C++ kernels write past the caches")
 @pytest.mark.parametrize("shape", ((1500, 1501), (33, 257, 16, 17), (257, 33, 16, 17)))
 @pytest.mark.parametrize("dim", (0, 1))
 def test_weights_that_leave_the_caches(shape, dim):

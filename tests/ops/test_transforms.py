@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 from fastgen import ops
-from tests.cases import OWN
+from tests.cases import TESTED
 from tests.support.process import run_python
 from tests.support.tolerance import FLOAT32
 
@@ -31,10 +31,10 @@ def test_vmap(function, dim, requires_grad):
     fallback."""
     many = torch.stack([WEIGHT, 2 * WEIGHT, 1 - WEIGHT]).requires_grad_(requires_grad)
     expected = torch.stack([function(w, "reference") for w in many])
-    torch.testing.assert_close(vmap(lambda w: function(w, OWN), dim)(many.movedim(0, dim)), expected)
-    torch.testing.assert_close(vmap(vmap(lambda w: function(w, OWN)))(many[None])[0], expected)
+    torch.testing.assert_close(vmap(lambda w: function(w, TESTED), dim)(many.movedim(0, dim)), expected)
+    torch.testing.assert_close(vmap(vmap(lambda w: function(w, TESTED)))(many[None])[0], expected)
     with torch.no_grad():
-        torch.testing.assert_close(vmap(lambda w: function(w, OWN))(many), expected)
+        torch.testing.assert_close(vmap(lambda w: function(w, TESTED))(many), expected)
 
 
 def test_vmap_of_gradients(function):
@@ -45,7 +45,7 @@ def test_vmap_of_gradients(function):
     for over in (lambda impl: vmap(grad(lambda w: loss(w, impl))),
                  lambda impl: grad(lambda m: vmap(lambda w: loss(w, impl))(m).sum()),
                  lambda impl: vmap(grad(lambda w: grad(lambda w: loss(w, impl))(w).square().sum()))):  # fmt: skip
-        torch.testing.assert_close(over(OWN)(many), over("reference")(many), **FLOAT32)
+        torch.testing.assert_close(over(TESTED)(many), over("reference")(many), **FLOAT32)
 
 
 @pytest.mark.parametrize("transform", (grad, lambda f: vmap(grad(f))), ids=("grad", "vmap-grad"))
@@ -53,7 +53,7 @@ def test_compile(function, transform):
     """One graph, although torch.compile does not know whether a gradient is needed."""
     torch._dynamo.reset()
     at = WEIGHT if transform is grad else torch.stack([WEIGHT, 2 * WEIGHT])
-    compiled = torch.compile(transform(lambda w: function(w, OWN).pow(3).sum()), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(transform(lambda w: function(w, TESTED).pow(3).sum()), backend="aot_eager", fullgraph=True)
     expected = transform(lambda w: function(w, "reference").pow(3).sum())(at)
     torch.testing.assert_close(compiled(at), expected, **FLOAT32)
 
@@ -67,12 +67,12 @@ def test_forward_derivatives(function):
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(WEIGHT, tangent)
         torch.testing.assert_close(tuple(forward_ad.unpack_dual(function(dual, "auto"))), expected)
-        assert torch.equal(function(WEIGHT, OWN), function(WEIGHT.clone(), OWN))
+        assert torch.equal(function(WEIGHT, TESTED), function(WEIGHT.clone(), TESTED))
         with pytest.raises(NotImplementedError, match="no forward derivatives: use impl='reference'"):
-            function(dual, OWN)
+            function(dual, TESTED)
     for transform in (torch.func.jacfwd, torch.func.hessian, lambda f: torch.func.linearize(f, WEIGHT)[1]):
         with pytest.raises(NotImplementedError, match="no forward derivatives"):
-            transform(lambda w: function(w, OWN).pow(2).sum())(WEIGHT)
+            transform(lambda w: function(w, TESTED).pow(2).sum())(WEIGHT)
 
 
 TRACED = """

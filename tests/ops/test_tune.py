@@ -13,7 +13,7 @@ from fastgen.inference import _tune as tuning
 from fastgen.ops import _candidates, _choices, _policy
 from fastgen.ops._question import Choice
 from fastgen.ops._tiers import ON_CPU
-from tests.ops.measured import BY_NAME, FASTGENS, TORCHS, asked
+from tests.ops.measured import BY_NAME, FASTGENS, TORCHS, recorded_choices
 from tests.support.tolerance import FLOAT32
 
 if ON_CPU:
@@ -68,7 +68,7 @@ def test_tune_without_gradients(monkeypatch):
 def test_every_candidate_computes_the_same():
     """All candidates that tune measures give the same results."""
     for case in (FASTGENS, TORCHS, BY_NAME["conv2d_norm_act-cyclegan-first"]):
-        for question in asked(case):
+        for question in recorded_choices(case):
             found = []
             for name in _candidates.names(question):
                 torch.manual_seed(0)
@@ -123,7 +123,7 @@ def test_triton_tiles_are_tried(monkeypatch):
 def test_what_tune_refuses(monkeypatch):
     model = tiny().generator
     with pytest.raises(
-        UsageError, match="example_inputs must contain a tensor, got int: give the arguments of the model's call"
+        UsageError, match="example_inputs must contain a tensor, got int: pass the arguments of the model's call"
     ):
         fastgen.tune(model, 3)
     with pytest.raises(UsageError, match="seconds must be positive and finite, not 0"):

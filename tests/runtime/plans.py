@@ -90,7 +90,7 @@ def several(precision: Precision = Precision.float32) -> bytes:
 PLANS = {"small": small, "several": several}
 
 
-def given(plan: Plan, n: int) -> list[np.ndarray]:
+def example_inputs(plan: Plan, n: int) -> list[np.ndarray]:
     """Inputs for a plan: ones, and labels of class 0."""
     return [
         np.ones((n, *end.shape), np.float32) if end.classes is None else np.zeros(n, np.int64) for end in plan.inputs

@@ -49,7 +49,7 @@ def test_it_computes_what_numpy_does():
 
 def test_several_inputs_and_outputs():
     plan = Plan(several())
-    assert [wanted.classes for wanted in plan.inputs] == [None, 5, None]
+    assert [declared.classes for declared in plan.inputs] == [None, 5, None]
     assert plan.output_shapes == ((16,), (2, 8, 8), ())
     rng = np.random.default_rng(1)
     x, labels, shift = rng.random((9, 3, 4, 4), np.float32), rng.integers(0, 5, 9), rng.random((9, 2, 1, 1), np.float32)

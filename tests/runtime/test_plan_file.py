@@ -14,7 +14,7 @@ from fastgen.runtime import Plan, PlanError
 from fastgen.runtime import _steps as steps_module
 from fastgen.runtime._file import HEADER, READ, RECORD, encode
 from fastgen.runtime._steps import Input, Norm, Output, Precision, Read, Step
-from tests.runtime.plans import PLANS, given, records, sealed, several, shapes, small
+from tests.runtime.plans import PLANS, example_inputs, records, sealed, several, shapes, small
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,7 +128,7 @@ def test_no_header_or_step_makes_it_crash_even_with_the_right_checksum(name, pre
             return
         loaded += 1
         if np.prod([math.prod(end) for end in (*plan.output_shapes, *(x.shape for x in plan.inputs))]) < 1 << 20:
-            assert shapes(plan(*given(plan, 2))) == [(2, *shape) for shape in plan.output_shapes]
+            assert shapes(plan(*example_inputs(plan, 2))) == [(2, *shape) for shape in plan.output_shapes]
 
     for at in range(16, end, 8):
         for number in numbers:

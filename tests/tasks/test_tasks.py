@@ -146,9 +146,9 @@ def test_interpolation_between_parallel_vectors_is_linear():
 def test_conditions_that_the_model_does_not_have():
     assert tasks.conditions(ClassDrawer(), 3, label=2)["labels"].tolist() == [2, 2, 2]
     assert tasks.conditions(Drawer(), 3) == {}
-    for given, message in (({"label": 1}, "a class was given"), ({"text": "x"}, "a text was given")):
+    for options, message in (({"label": 1}, "a class was given"), ({"text": "x"}, "a text was given")):
         with pytest.raises(UsageError, match=message):
-            tasks.conditions(Drawer(), 3, **given)
+            tasks.conditions(Drawer(), 3, **options)
 
 
 def test_an_animation_holds_every_image(tmp_path):
@@ -186,7 +186,7 @@ def test_tiles_of_different_brightness_fade_into_each_other():
     assert drawn.min() == -1 and drawn.max() == 1 and 0 < steps.max() < 1 / 6, "1 apart, over 8 pixels or more"
     with pytest.raises(UsageError, match="tile must be a multiple of 4 and at least twice overlap, not 30"):
         in_tiles(lambda part: part, torch.zeros(1, 1, 64, 64), 30, 8, 4)
-    with pytest.raises(UsageError, match="translates nothing"):
+    with pytest.raises(UsageError, match="does not translate"):
         tasks.translate(Drawer(), torch.zeros(1, 3, 8, 8))
 
 
@@ -215,7 +215,7 @@ def test_pictures_of_a_folder(tmp_path, caplog):
         assert picture.size == (4, 4) and picture.mode == "L"
     for arguments, message in (
         ((source, source), "write to another folder"),
-        ((tmp_path / "none", out), "is not there"),
+        ((tmp_path / "none", out), "does not exist"),
         ((tmp_path, out), "holds no pictures"),
         ((source / "c.png", out), "not an image"),
     ):

@@ -52,8 +52,8 @@ RUNS = {
 
 
 def tiny(name, **options):
-    system, own = RUNS[name]
-    return CONFIGS[system](**({"steps": 5, "log_every": 1, "save_every": 3} | own | options))
+    system, settings = RUNS[name]
+    return CONFIGS[system](**({"steps": 5, "log_every": 1, "save_every": 3} | settings | options))
 
 
 def recipe_of(config, data=None):
