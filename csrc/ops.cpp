@@ -25,6 +25,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgen_cuda, FASTGEN_CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CompositeExplicitAutograd, m) {
   m.impl("algorithm", TORCH_BOX(&algorithm));
   m.impl("multiplies_bf16", TORCH_BOX(&cpu::can_dot_bf16));
+  m.impl("amx", TORCH_BOX(&amx));
   m.impl("keep_freed_memory", TORCH_BOX(&keep_freed_memory));
 }
 

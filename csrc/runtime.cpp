@@ -51,7 +51,7 @@ PYBIND11_MODULE(_runtime, m) {
                              int threads) { return std::make_unique<Plan>(fastgen::plan::File::read(path), threads); })
       .def("file", [](const Plan& plan) { return py::bytes(plan.file()); })
       .def("run", run)
-      .def("tune", &Plan::tune, py::call_guard<py::gil_scoped_release>())
+      .def("tune", &Plan::tune, py::arg("n"), py::arg("split"), py::call_guard<py::gil_scoped_release>())
       .def("profile", &Plan::profile, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("inputs", [](const Plan& plan) { return ends(plan.inputs()); })
       .def_property_readonly("outputs", [](const Plan& plan) { return ends(plan.outputs()); })

@@ -291,6 +291,6 @@ PROCESSORS = {
     "avx2": Processor(),
     "avx512": Processor("AVX512", torch_bf16=True),
     "avx512_bf16": Processor("AVX512", torch_bf16=True, fastgen_bf16=True),
-    "amx": Processor("AVX512", torch_bf16=True, torch_fp16=True, fastgen_bf16=True),
+    "amx": Processor("AVX512", torch_bf16=True, torch_fp16=True, fastgen_bf16=True, fastgen_amx=True),
     "neon": Processor("DEFAULT"),
 }

@@ -6,15 +6,27 @@
 #include <limits>
 
 #include "cpu/kernel.h"
-#include "cpu/processor.h"
+#include "cpu/amx.h"
 
 namespace fastgen::cpu {
 
 // winograd_{m}x{r} computes tiles of m x m outputs from r x r taps. `rows`, for few output channels: one matrix product
 // computes the taps of a kernel row as if they were output channels, and the output is their sum. direct_bf16 and
 // rows_bf16, for bfloat16 only, multiply pairs of channels with one instruction that not all processors have. Plan
-// files store these numbers, so a new algorithm is added at the end.
-enum class Algorithm { direct, rows, winograd_4x2, winograd_4x3, direct_bf16, rows_bf16, end };
+// files store these numbers, so a new algorithm is added at the end. amx_*: products of tiles of bfloat16; for float32,
+// each number is the sum of two (bf16x3: three products) or three (bf16x6) of them.
+enum class Algorithm {
+  direct,
+  rows,
+  winograd_4x2,
+  winograd_4x3,
+  direct_bf16,
+  rows_bf16,
+  amx_bf16,
+  amx_bf16x3,
+  amx_bf16x6,
+  end
+};
 constexpr int64_t kAlgorithms = static_cast<int64_t>(Algorithm::end);
 
 constexpr bool is_winograd(Algorithm algorithm) {
@@ -23,6 +35,15 @@ constexpr bool is_winograd(Algorithm algorithm) {
 constexpr bool is_bf16_dot(Algorithm algorithm) {
   return algorithm == Algorithm::direct_bf16 || algorithm == Algorithm::rows_bf16;
 }
+constexpr bool is_amx(Algorithm algorithm) {
+  return algorithm == Algorithm::amx_bf16 || algorithm == Algorithm::amx_bf16x3 || algorithm == Algorithm::amx_bf16x6;
+}
+// Into how many bfloat16 an algorithm by tiles splits each number.
+constexpr int parts_of(Algorithm algorithm) {
+  return algorithm == Algorithm::amx_bf16 ? 1 : algorithm == Algorithm::amx_bf16x3 ? 2 : 3;
+}
+// Whether an algorithm is for tensors of bfloat16 only.
+constexpr bool needs_bf16(Algorithm algorithm) { return is_bf16_dot(algorithm) || algorithm == Algorithm::amx_bf16; }
 // The same algorithm for float32.
 constexpr Algorithm without_bf16_dot(Algorithm algorithm) {
   return algorithm == Algorithm::direct_bf16 ? Algorithm::direct
@@ -43,6 +64,9 @@ inline bool can_run(Algorithm algorithm, const Geometry& conv) {
     case Algorithm::rows: return conv.groups == 1 && conv.oc <= 4;
     case Algorithm::winograd_4x2: return plain && (conv.kh == 4 || conv.kh == 3) && conv.stride[0] == 2;
     case Algorithm::winograd_4x3: return plain && conv.kh == 3 && conv.stride[0] == 1;
+    case Algorithm::amx_bf16:
+    case Algorithm::amx_bf16x3:
+    case Algorithm::amx_bf16x6: return conv.groups == 1;
     case Algorithm::end: break;
   }
   return false;
@@ -86,6 +110,12 @@ inline Algorithm choose_for_weight_grad(const Geometry& conv, const Epilogue& ou
   return is_winograd(algorithm) ? algorithm : Algorithm::direct;
 }
 
+// Whether a bfloat16 convolution, or its weight's gradient, multiplies tiles.
+inline bool uses_amx(const Geometry& conv, const Epilogue& epilogue) {
+  return epilogue.dtype == DType::bfloat16 && amx() != Amx::none && can_run(Algorithm::amx_bf16, conv) &&
+         !winograd_is("always");
+}
+
 // Whether a bfloat16 convolution multiplies pairs of channels with one instruction.
 inline bool uses_bf16_dot(const Geometry& conv, const Epilogue& epilogue) {
   return epilogue.dtype == DType::bfloat16 && can_dot_bf16() && can_run(Algorithm::direct_bf16, conv) && conv.oc > 4 &&
@@ -105,6 +135,7 @@ inline bool transforms_in_bands(const Geometry& conv, int64_t pixels) {
 // Bytes of the packed weights of a PackedConvolution.
 inline int64_t packed_bytes(Algorithm algorithm, const Geometry& conv) {
   const int64_t plain = conv.ic / conv.groups * conv.oc * conv.kh * conv.kw;
+  if (is_amx(algorithm)) return plain * 2 * parts_of(algorithm);
   if (is_bf16_dot(algorithm)) return plain * 2;
   const bool transformed = is_winograd(algorithm) && !transforms_in_bands(conv, std::numeric_limits<int64_t>::max());
   return 4 * (transformed ? transformed_size(conv) : plain);

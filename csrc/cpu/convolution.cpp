@@ -25,6 +25,17 @@ void convolve_by_bf16_dot(const Geometry& conv, const Epilogue& epilogue, const 
 }
 #endif
 
+inline void convolve_by_tiles(const Geometry& conv, const Epilogue& epilogue, const ConvolutionTensors& tensors,
+                              const ParallelFor& parallel) {
+  using T = BFloat16;
+  const AmxConvolution how(conv, 1);
+  const auto x = pixels_first<T>(static_cast<const T*>(tensors.x), epilogue.n, conv.ic, conv.ih * conv.iw,
+                                 conv.x_channels_last, parallel);
+  const auto packed = how.pack(static_cast<const T*>(tensors.weight), parallel);
+  run_amx<1>(how, packed.get(), epilogue, x.get(), static_cast<T*>(tensors.pre), static_cast<T*>(tensors.out),
+             parallel);
+}
+
 template <class T, int vectors>
 void convolve(const Geometry& conv, const Epilogue& epilogue, const ConvolutionTensors& tensors,
               const ParallelFor& parallel) {
@@ -37,6 +48,8 @@ void convolve(const Geometry& conv, const Epilogue& epilogue, const ConvolutionT
 template <class T>
 void convolve_as(const Geometry& conv, const Epilogue& epilogue, const ConvolutionTensors& tensors,
                  const ParallelFor& parallel) {
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (uses_amx(conv, epilogue)) return convolve_by_tiles(conv, epilogue, tensors, parallel);
 #if FASTGEN_HAS_DOT
   if constexpr (std::is_same_v<T, BFloat16>)
     if (uses_bf16_dot(conv, epilogue)) {

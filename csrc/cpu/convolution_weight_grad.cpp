@@ -10,6 +10,12 @@
 #include "cpu/axis.h"
 #include "cpu/winograd_transform.h"
 #include "cpu/weight_gradient.h"
+#include "cpu/band.h"
+#include "cpu/amx_tiles.h"
+#include "cpu/amx_axis.h"
+#include "cpu/amx_weights.h"
+#include "cpu/amx_lines.h"
+#include "cpu/amx_weight_gradient.h"
 
 namespace fastgen::cpu::FASTGEN_ISA {
 
@@ -18,11 +24,34 @@ struct WinogradSize {
   static constexpr int m = m_, r = r_;
 };
 
+// The strided convolution of the same weight from the larger image to the smaller.
+inline Geometry from_big_to_small(Geometry conv) {
+  if (conv.transposed) {
+    std::swap(conv.ic, conv.oc);
+    std::swap(conv.ih, conv.oh);
+    std::swap(conv.iw, conv.ow);
+    conv.transposed = false;
+  }
+  return conv;
+}
+
 template <class T>
 void weight_grad(const Geometry& conv, const Epilogue& output, const void* grad_, const void* x_, void* out,
                  const ParallelFor& parallel) {
   using A = Acc<T>;
   const int64_t* const s = conv.weight_strides;
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (uses_amx(conv, output))
+      return with_tiles([&](auto* kind) {
+        const auto x = pixels_first<T>(static_cast<const T*>(x_), output.n, conv.ic, conv.ih * conv.iw,
+                                       conv.x_channels_last, parallel);
+        const auto grad =
+            pixels_first<T>(static_cast<const T*>(grad_), output.n, output.c, output.s, output.channels_last, parallel);
+        const AmxWeightGradient<std::remove_pointer_t<decltype(kind)>, 1> gradient{
+            AmxConvolution(from_big_to_small(conv), 1), output.n};
+        gradient.run((conv.transposed ? grad : x).get(), (conv.transposed ? x : grad).get(), static_cast<T*>(out),
+                     {s[1], s[0], s[2], s[3]}, parallel);
+      });
 
   if constexpr (std::is_same_v<A, float>) {
     const auto winograd = [&](auto tile) {

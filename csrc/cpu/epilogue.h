@@ -2,11 +2,6 @@
 // per instruction set (see isa.h), after tile.h.
 namespace fastgen::cpu::FASTGEN_ISA {
 
-// Some whole rows of some images of the output: the unit of work.
-struct Band {
-  int64_t first_image, last_image, first_row, last_row;
-};
-
 // The output in blocks of `vectors` vectors of channels. z is a block of a band before the epilogue: (image, row,
 // column, width).
 template <class T, int vectors>
@@ -22,6 +17,7 @@ struct Output {
   T* out;
   std::vector<Moments<double>>* parts;  // (n, bands per image, c) if statistics are requested, else null
   int64_t images = 0, band_rows = 0;    // of a band
+  bool rounds_by_instruction = false;   // to bfloat16; the processor must have it, and subnormal numbers become zero
 
   void set_band(int64_t images_, int64_t rows) {
     images = std::clamp<int64_t>(images_, 1, epilogue.n);
@@ -81,6 +77,9 @@ struct Output {
       std::copy_n(affine->scale.get() + first, valid, scale);
       std::copy_n(affine->shift.get() + first, valid, offset);
     }
+    if (out && valid <= width / 2 && valid == epilogue.c && epilogue.channels_last && !pre && !affine && !residual &&
+        !parts)
+      return finish_few(z, pixels, shift, out + at(image, 0, first_row * conv.ow));
     for (int64_t start = 0; start < pixels; start += kChunk) {  // a chunk stays in the first-level cache
       A* const chunk = z + start * width;
       const int64_t count = std::min(kChunk, pixels - start), pixel = first_row * conv.ow + start;
@@ -96,10 +95,38 @@ struct Output {
     }
   }
 
+  // The same for few channels of an output that has no others: they are moved together, so that no activation of the
+  // block's unused channels is computed.
+  void finish_few(A* z, int64_t pixels, const A* shift, T* to) const {
+    const int64_t c = epilogue.c;
+    for (int64_t pixel = 0; pixel < pixels; ++pixel)
+      for (int64_t k = 0; k < c; ++k) z[pixel * c + k] = z[pixel * width + k] + shift[k];
+    activate_block(epilogue.activation, z, pixels * c, static_cast<A>(epilogue.negative_slope));
+    store_block(to, z, pixels * c);
+  }
+
   template <Activation act>
-  static void put_activated(const A* z, int64_t pixels, const A* shift, A slope, T* __restrict to, int64_t step) {
-    for (int64_t pixel = 0; pixel < pixels; ++pixel, z += width, to += step)
-      for (int64_t k = 0; k < width; ++k) store(to + k, activate<act>(z[k] + shift[k], slope));
+  void put_activated(const A* z, int64_t pixels, const A* shift, A slope, T* __restrict to, int64_t step) const {
+    for (int64_t pixel = 0; pixel < pixels; ++pixel, z += width, to += step) {
+      A values[width];
+      for (int64_t k = 0; k < width; ++k) values[k] = activate<act>(z[k] + shift[k], slope);
+      put_pixel(values, to);
+    }
+  }
+
+  // Stores a pixel's block of channels.
+  inline __attribute__((always_inline)) void put_pixel(const A* values, T* to) const {
+#if FASTGEN_HAS_DOT
+    if constexpr (std::is_same_v<T, BFloat16> && width == 32)
+      if (rounds_by_instruction) {
+        __m512i rounded;
+        asm("vcvtne2ps2bf16 %2, %1, %0"
+            : "=v"(rounded)
+            : "v"(_mm512_loadu_ps(values + 16)), "v"(_mm512_loadu_ps(values)));
+        return _mm512_storeu_si512(to, rounded);
+      }
+#endif
+    for (int64_t k = 0; k < width; ++k) store(to + k, values[k]);
   }
 
   static constexpr int64_t kChunk = 64;  // pixels
@@ -113,9 +140,19 @@ struct Output {
   // Writes the pixels z of the block of channels at `first` to a tensor in the output's memory order.
   void put(const A* z, T* tensor, int64_t image, int64_t pixel, int64_t pixels, int64_t first, int64_t valid) const {
     if (!epilogue.channels_last) {
-      for (int64_t channel = 0; channel < valid; ++channel)
-        for (int64_t i = 0; i < pixels; ++i)
-          store(tensor + at(image, first + channel, pixel + i), z[i * width + channel]);
+      constexpr int64_t size = Vector<A>::size;
+      const int64_t whole = pixels / size * size;
+      alignas(64) A square[size * size];
+      for (int64_t channel = 0; channel < valid; channel += size) {
+        const int64_t channels = std::min(size, valid - channel);
+        for (int64_t i = 0; i < whole; i += size) {
+          transpose(z + i * width + channel, width, square, size);
+          for (int64_t k = 0; k < channels; ++k)
+            store_block(tensor + at(image, first + channel + k, pixel + i), square + k * size, size);
+        }
+        for (int64_t k = channel; k < channel + channels; ++k)
+          for (int64_t i = whole; i < pixels; ++i) store(tensor + at(image, first + k, pixel + i), z[i * width + k]);
+      }
       return;
     }
     for (int64_t i = 0; i < pixels; ++i) {
@@ -123,7 +160,7 @@ struct Output {
       if (valid < width) store_block(to, z + i * width, valid);
       else if constexpr (std::is_same_v<T, A>)
         memcpy(to, z + i * width, width * sizeof(A));  // a constant size compiles to a few moves
-      else store_block(to, z + i * width, width);
+      else put_pixel(z + i * width, to);
     }
   }
 };

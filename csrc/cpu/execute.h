@@ -5,11 +5,17 @@
 #include "cpu/tile.h"
 #include "cpu/pack.h"
 #include "cpu/axis.h"
+#include "cpu/band.h"
 #include "cpu/epilogue.h"
 #include "cpu/direct.h"
 #include "cpu/rows.h"
 #include "cpu/winograd_transform.h"
 #include "cpu/winograd.h"
+#include "cpu/amx_tiles.h"
+#include "cpu/amx_axis.h"
+#include "cpu/amx_weights.h"
+#include "cpu/amx_lines.h"
+#include "cpu/amx_convolution.h"
 
 namespace fastgen::cpu::FASTGEN_ISA {
 
@@ -65,11 +71,11 @@ bool is_narrow(const Geometry& conv, Algorithm algorithm) {
   return columns <= Vector<A>::size;
 }
 
-// x: from Packed::pixels. If the epilogue needs statistics of the output, the convolution computes them, and the rest
-// of the epilogue is a second pass over the output.
-template <bool dot = false, class T, int vectors>
-void run_packed(const Packed<Acc<T>, vectors>& packed, const Geometry& conv, const Epilogue& epilogue, const Acc<T>* x,
-                T* pre, T* out, const ParallelFor& parallel) {
+// Computes a convolution by compute(output) with its epilogue. If the epilogue needs statistics of the output, the
+// convolution computes them, and the rest of the epilogue is a second pass over the output.
+template <int vectors, class T, class Compute>
+void run_with_epilogue(const Geometry& conv, const Epilogue& epilogue, T* pre, T* out, const ParallelFor& parallel,
+                       const Compute& compute) {
   using A = Acc<T>;
   const bool later = epilogue.normalize && epilogue.batch_stats;
   T* const sum = later && !pre ? out : pre;
@@ -83,11 +89,33 @@ void run_packed(const Packed<Acc<T>, vectors>& packed, const Geometry& conv, con
                             sum,
                             later ? nullptr : out,
                             later ? &parts : nullptr};
-  std::visit([&](const auto& algorithm) { run<dot>(output, algorithm, x, packed.weights.get(), parallel); },
-             packed.how);
+  compute(output);
   if (!later) return;
   merge_moments(epilogue, parts, output.bands_per_image(), epilogue.mean, epilogue.var);
   norm_act_apply(epilogue, sum, out, parallel);
+}
+
+// x: from Packed::pixels.
+template <bool dot = false, class T, int vectors>
+void run_packed(const Packed<Acc<T>, vectors>& packed, const Geometry& conv, const Epilogue& epilogue, const Acc<T>* x,
+                T* pre, T* out, const ParallelFor& parallel) {
+  run_with_epilogue<vectors>(conv, epilogue, pre, out, parallel, [&](auto& output) {
+    std::visit([&](const auto& algorithm) { run<dot>(output, algorithm, x, packed.weights.get(), parallel); },
+               packed.how);
+  });
+}
+
+// x: (n, h, w, c). packed: from how.pack.
+template <int parts, class S, class T>
+void run_amx(const AmxConvolution& how, const uint32_t* packed, const Epilogue& epilogue, const S* x, T* pre, T* out,
+             const ParallelFor& parallel) {
+  with_tiles([&](auto* kind) {
+    using Kind = std::remove_pointer_t<decltype(kind)>;
+    const auto compute = [&](auto& output) { run_tiles<Kind, parts>(output, how, x, packed, parallel); };
+    constexpr int half = 16 / Vector<float>::size;
+    if (how.width() == 16) run_with_epilogue<half>(how.conv, epilogue, pre, out, parallel, compute);
+    else run_with_epilogue<2 * half>(how.conv, epilogue, pre, out, parallel, compute);
+  });
 }
 
 }  // namespace fastgen::cpu::FASTGEN_ISA

@@ -87,6 +87,26 @@ struct Pixels {
   const S* get() const { return x; }
 };
 
+// Transposes a square of 16 by 16 numbers of 32 bits.
+inline void transpose_square(const uint32_t (*from)[16], uint32_t* to, int64_t to_step) {
+  constexpr int64_t size = Vector<float>::size;
+  for (int64_t i = 0; i < 16; i += size)
+    for (int64_t j = 0; j < 16; j += size)
+      transpose(reinterpret_cast<const float*>(&from[i][j]), 16, reinterpret_cast<float*>(to + j * to_step + i),
+                to_step);
+}
+
+// The 16 pixels of 32 channels, channel by channel, to pixel by pixel.
+inline void transpose_pairs(const BFloat16* from, int64_t from_step, BFloat16* to, int64_t to_step) {
+  uint32_t pairs[16][16], pixels[16][16];
+  for (int64_t i = 0; i < 16; ++i)
+    for (int64_t k = 0; k < 16; ++k)
+      pairs[i][k] = from[2 * i * from_step + k].bits | static_cast<uint32_t>(from[(2 * i + 1) * from_step + k].bits)
+                                                           << 16;
+  transpose_square(pairs, pixels[0], 16);
+  for (int64_t k = 0; k < 16; ++k) memcpy(to + k * to_step, pixels[k], sizeof(pixels[k]));
+}
+
 // x (n, c, s), in either memory order, as (n, s, c) of type S; no copy where x already is.
 template <class S, class T>
 Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channels_last, const ParallelFor& parallel) {
@@ -114,6 +134,9 @@ Pixels<S> pixels_first(const T* x, int64_t n, int64_t c, int64_t s, bool channel
         for (; pixels == most && channel + lanes <= c; channel += lanes)
           for (int64_t pixel = 0; pixel < most; pixel += lanes)
             transpose(from + channel * s + pixel, s, to + pixel * c + channel, c);
+      if constexpr (std::is_same_v<T, S> && std::is_same_v<T, BFloat16>)
+        for (; pixels == most && channel + 2 * most <= c; channel += 2 * most)
+          transpose_pairs(from + channel * s, s, to + channel, c);
       for (; channel < c; ++channel)
         for (int64_t pixel = 0; pixel < pixels; ++pixel) to[pixel * c + channel] = convert(from + channel * s + pixel);
     }

@@ -79,6 +79,23 @@ class PackedBFloat16 : public PackedConvolution {
 };
 #endif
 
+template <int parts>
+class PackedAmx : public PackedConvolution {
+ public:
+  PackedAmx(const Geometry& conv, const float* weight, const ParallelFor& parallel)
+      : how(conv, parts), packed(how.pack(weight, parallel)) {}
+
+  void run(const Epilogue& epilogue, const void* x, void* out, const ParallelFor& parallel) const override {
+    using T = std::conditional_t<parts == 1, BFloat16, float>;
+    run_amx<parts>(how, packed.get(), epilogue, static_cast<const T*>(x), static_cast<T*>(nullptr),
+                   static_cast<T*>(out), parallel);
+  }
+
+ private:
+  const AmxConvolution how;
+  const Buffer<uint32_t> packed;
+};
+
 template <template <int> class Kind>
 std::unique_ptr<PackedConvolution> make(bool narrow, const Geometry& conv, Algorithm algorithm, const float* weight,
                                         const ParallelFor& parallel) {
@@ -88,6 +105,12 @@ std::unique_ptr<PackedConvolution> make(bool narrow, const Geometry& conv, Algor
 
 inline std::unique_ptr<PackedConvolution> pack_convolution(const Geometry& conv, Algorithm algorithm,
                                                            const float* weight, const ParallelFor& parallel) {
+  switch (algorithm) {
+    case Algorithm::amx_bf16: return std::make_unique<PackedAmx<1>>(conv, weight, parallel);
+    case Algorithm::amx_bf16x3: return std::make_unique<PackedAmx<2>>(conv, weight, parallel);
+    case Algorithm::amx_bf16x6: return std::make_unique<PackedAmx<3>>(conv, weight, parallel);
+    default: break;
+  }
 #if FASTGEN_HAS_DOT
   if (is_bf16_dot(algorithm)) {
     algorithm = without_bf16_dot(algorithm);

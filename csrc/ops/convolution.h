@@ -86,6 +86,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_norm_act(
 }
 
 #if !defined(FASTGEN_CUDA)
+// The number of the cpu::Amx that bfloat16 convolutions use.
+int64_t amx() { return static_cast<int64_t>(cpu::amx()); }
+
 // The number of the fastest cpu::Algorithm for a convolution of these sizes, or for the gradient of its weight. It
 // ignores the processor's instruction set and the environment.
 int64_t algorithm(int64_t n, int64_t in_channels, int64_t in_height, int64_t in_width, int64_t out_channels,

@@ -17,7 +17,8 @@ Plan::Plan(File file, int threads)
   header_ = contents.header;
   steps_ = std::move(contents.steps);
   weights_ = contents.weights;
-  const bool bfloat16 = header_.precision == Precision::bfloat16 && cpu::can_dot_bf16();
+  const bool bfloat16 =
+      header_.precision == Precision::bfloat16 && (cpu::can_dot_bf16() || cpu::amx() != cpu::Amx::none);
   dtype_ = bfloat16 ? DType::bfloat16 : DType::float32;
   element_ = bfloat16 ? 2 : 4;
   parallel_ = {threads_, [this](int64_t count, const std::function<void(int64_t, int64_t)>& body) {
@@ -174,19 +175,19 @@ void Plan::run_images(int64_t n, const std::vector<const void*>& in, const std::
     slots.push_back(next);
     next += slot_bytes(elements, n);
   }
-  std::vector<const void*> values(steps_.size()), given;
+  std::vector<const void*> values(steps_.size()), inputs;
   for (size_t i = 0; i < steps_.size(); ++i) {
     const Step& step = *steps_[i];
     const Place& place = places_[i];
-    given.clear();
-    if (place.gives >= 0) given.push_back(in[place.gives]);
-    for (const Read& read : step.inputs) given.push_back(values[read.value]);
-    if (place.where == Place::input) values[i] = given[0];
+    inputs.clear();
+    if (place.gives >= 0) inputs.push_back(in[place.gives]);
+    for (const Read& read : step.inputs) inputs.push_back(values[read.value]);
+    if (place.where == Place::input) values[i] = inputs[0];
     if (!place.is_computed) continue;
     void* const to = place.where == Place::slot ? slots[place.index] : out[place.index];
     values[i] = to;
     const auto start = seconds ? Clock::now() : Clock::time_point();
-    step.run({n, dtype_, weights_, given.data(), to, place.channels_last, parallel_});
+    step.run({n, dtype_, weights_, inputs.data(), to, place.channels_last, parallel_});
     if (seconds) seconds[i] = seconds_since(start);
   }
 }

@@ -30,7 +30,8 @@ class Plan {
   // on and returns them, one per step (-1: none). Each algorithm is timed alone. An algorithm with fewer bytes of
   // packed weights than the fastest one, if the difference could make up for its time, is timed again in the whole
   // network, where all weights share the caches. No other thread may run the plan meanwhile.
-  std::vector<int64_t> tune(int64_t n);
+  // split: amx_bf16x3 may be chosen too.
+  std::vector<int64_t> tune(int64_t n, bool split);
 
   // The batch sizes to tune for: a small one, and a large one if that many images run at once.
   std::vector<int64_t> batches_to_tune() const {

@@ -52,14 +52,14 @@ void Plan::use(size_t step, int64_t algorithm, int64_t n) {
     if (convolution && all[step]->is_alike(*convolution)) convolution->use(algorithm, n);
 }
 
-std::vector<int64_t> Plan::tune(int64_t n) {
+std::vector<int64_t> Plan::tune(int64_t n, bool split) {
   n = std::min(n, images_at_once());
   const std::vector<Convolution*> all = convolutions();
   std::vector<std::vector<Convolution::Timed>> alone(all.size());  // for the first of the convolutions that are alike
   for (size_t i = 0; i < all.size(); ++i) {
     const auto is_same = [&](const Convolution* other) { return other && all[i]->is_alike(*other); };
     if (!all[i] || std::any_of(all.begin(), all.begin() + i, is_same)) continue;
-    alone[i] = all[i]->time_algorithms(n, dtype_, weights_, parallel_);
+    alone[i] = all[i]->time_algorithms(n, dtype_, weights_, parallel_, split);
     use(i, alone[i][0].algorithm, n);
   }
 

@@ -4,7 +4,11 @@ import os
 
 from fastgen.errors import UsageError
 
-_ALLOWED = {"FASTGEN_CPU_ISA": ("baseline", "avx2", "avx512"), "FASTGEN_WINOGRAD": ("0", "always")}
+_ALLOWED = {
+    "FASTGEN_CPU_ISA": ("baseline", "avx2", "avx512"),
+    "FASTGEN_AMX": ("0", "emulate"),
+    "FASTGEN_WINOGRAD": ("0", "always"),
+}
 
 
 def check() -> None:

@@ -38,7 +38,7 @@ def compare(
     left behind. All runs begin with the same random state. If the module draws random numbers and the call does not,
     the call has frozen the numbers that were drawn when it was made, and is refused.
     """
-    batches = [tuple(_images(x, n) for x in example) for n in batch_sizes]
+    batches = [tuple(images_like(x, n) for x in example) for n in batch_sizes]
     batches.append(batches[0])
     with torch.no_grad():
         reference = clone(module)
@@ -49,13 +49,13 @@ def compare(
             actual = [tensors(call(*copy_inputs(batch))) for batch in batches]
             if module_draws and not was_used():
                 raise UnsupportedError("it draws random numbers, also in evaluation mode")
-        error = _relative_error(actual, expected)
+        error = relative_error(actual, expected)
         allowed = 4 * 2.0 ** -(_MANTISSA_BITS[precision] + 1)
         if error > allowed:
             with preserved_rng():
                 # One batch is enough to estimate the difference, and this run is slow.
                 rounded = _rounded_outputs(module, batches[:1], _MANTISSA_BITS[precision])
-            allowed = max(allowed, 3 * _relative_error(rounded, expected[:1]))
+            allowed = max(allowed, 3 * relative_error(rounded, expected[:1]))
     if not error <= allowed:
         raise UnsupportedError(
             f"the output differs from the module's by {error:.1e} (relative L2), but rounding explains only "
@@ -73,7 +73,7 @@ def _expected(module: nn.Module, batch: Inputs, n: int) -> Inputs:
         raise UnsupportedError(f"it takes {n} images, but not {len(batch[0])}: {first_line(error)}") from error
 
 
-def _images(x: Tensor, n: int) -> Tensor:
+def images_like(x: Tensor, n: int) -> Tensor:
     """A batch of n images that ends with x, if x fits; the other images are images of x with the values of each channel
     permuted."""
     images = x[(torch.arange(n, device=x.device) - n) % len(x)]
@@ -86,7 +86,7 @@ def _images(x: Tensor, n: int) -> Tensor:
     return images.view(n, *x.shape[1:])
 
 
-def _relative_error(actual: list[Inputs], expected: list[Inputs]) -> float:
+def relative_error(actual: list[Inputs], expected: list[Inputs]) -> float:
     """The relative L2 difference over all batches, for the output that differs most. Accumulates in float64."""
     squares: dict[int, tuple[float, float]] = {}
     for outputs, expected_outputs in zip(actual, expected, strict=True):
@@ -125,7 +125,7 @@ class _Rounding(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            # In place, so that views remain views. An expanded tensor was rounded before.
+            # In place, so that views stay views. An expanded tensor was rounded before.
             if isinstance(value, Tensor) and value.dtype == torch.float32 and 0 not in value.stride():
                 _round(value, self.bits)
         return result

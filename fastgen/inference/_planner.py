@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -10,19 +12,22 @@ from torch import Tensor, nn
 from fastgen.errors import FastgenError
 from fastgen.inference._analysis import is_sequential
 from fastgen.inference._backends import Part
-from fastgen.inference._call import PlannedModule
-from fastgen.inference._compare import changes
+from fastgen.inference._call import PlannedModule, run_plan
+from fastgen.inference._compare import changes, images_like, relative_error
 from fastgen.inference._lower import lower
 from fastgen.inference._readers import UnsupportedError, first_line
+from fastgen.inference._record import tensors
 from fastgen.inference._sandbox import Inputs, clone, copy_inputs
+from fastgen.ops._processor import ALGORITHMS
 from fastgen.runtime import Plan
 from fastgen.runtime._file import encode
-from fastgen.runtime._steps import Precision
+from fastgen.runtime._steps import Convolution, Precision, Step
 
 TORCHSCRIPT = "it is a TorchScript module, whose calls cannot be seen"
-_WORTH_A_PLAN = (
-    nn.Conv2d | nn.ConvTranspose2d | nn.Linear
-)  # without one of these, calling a plan costs more than it saves
+_WORTH = nn.Conv2d | nn.ConvTranspose2d | nn.Linear  # without one of these, calling a plan costs more than it saves
+
+_SPLIT = ALGORITHMS.index("amx_bf16x3")
+_EXACT = 1e-5  # the largest error over a whole plan with which a fast algorithm counts as float32
 
 
 class Planner:
@@ -74,7 +79,8 @@ class Planner:
         threads = torch.get_num_threads()
         plan = Plan(encode(steps, precision=self.precision), threads=threads)
         for n in plan.batches_to_tune:
-            plan.tune(n)
+            if _SPLIT in plan.tune(n) and _difference_from_direct(plan, steps, inputs, n) > _EXACT:
+                plan.tune(n, split=False)
         return Plan(plan.to_bytes(), threads=threads)  # a new plan, without the memory that measuring took
 
     def _plan_run(self, modules: list[nn.Module]) -> Plan:
@@ -131,7 +137,7 @@ class Planner:
 
 
 def _is_worth_it(module: nn.Module) -> bool:
-    return any(isinstance(part, _WORTH_A_PLAN) for part in module.modules())
+    return any(isinstance(part, _WORTH) for part in module.modules())
 
 
 def _inputs_of_modules(model: nn.Module, example: Inputs) -> dict[nn.Module, Inputs | None]:
@@ -154,3 +160,15 @@ def _inputs_of_modules(model: nn.Module, example: Inputs) -> dict[nn.Module, Inp
         for hook in hooks:
             hook.remove()
     return cast(dict[nn.Module, Inputs | None], found)
+
+
+def _difference_from_direct(plan: Plan, steps: Sequence[Step], inputs: Inputs, n: int) -> float:
+    """The relative L2 difference from the same plan with direct convolutions, for n images."""
+    direct = ALGORITHMS.index("direct")
+    exact = [replace(step, algorithm=(direct, direct)) if isinstance(step, Convolution) else step for step in steps]
+    batch = tuple(images_like(x, n) for x in inputs)
+    found, expected = (tensors(run_plan(each, *batch)) for each in (plan, Plan(encode(exact), threads=plan.threads)))
+    try:
+        return relative_error([found], [expected])
+    except UnsupportedError:  # values that are not finite
+        return float("inf")

@@ -81,8 +81,8 @@ def chip(device: str) -> str | None:
     if device.startswith("cuda") and torch.cuda.is_available():
         name = torch.cuda.get_device_name(device)
     elif device == "cpu" and not _tiers.ON_CPU:
-        isa, winograd = os.environ.get("FASTGEN_CPU_ISA", ""), os.environ.get("FASTGEN_WINOGRAD", "")
-        limits = f"{isa and f' at most {isa}'}{winograd and f' winograd {winograd}'}"
+        isa, amx, winograd = (os.environ.get(f"FASTGEN_{name}", "") for name in ("CPU_ISA", "AMX", "WINOGRAD"))
+        limits = f"{isa and f' at most {isa}'}{amx and f' amx {amx}'}{winograd and f' winograd {winograd}'}"
         capability = torch.backends.cpu.get_cpu_capability()
         name = f"{_processor()} {capability}{limits} {torch.get_num_threads()} threads"
     else:

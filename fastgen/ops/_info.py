@@ -12,7 +12,7 @@ import torch
 
 from fastgen import __version__
 from fastgen._build import environment, native
-from fastgen.ops import _requested, _tiers
+from fastgen.ops import _processor, _requested, _tiers
 from fastgen.ops._requested import IMPLEMENTATIONS
 
 _used: Counter[tuple[str, str]] = Counter()
@@ -50,6 +50,17 @@ def _triton_version() -> str:
         return "not installed"
 
 
+_AMX = {
+    "none": "not used: the processor has none, the system does not permit it, or FASTGEN_AMX=0",
+    "emulated": "emulated (FASTGEN_AMX=emulate), which is slow",
+    "instructions": "tiles of bfloat16",
+}
+
+
+def _amx(is_built: bool) -> str:
+    return _AMX[_processor.amx()] if is_built else "unknown until the C++ kernels are built"
+
+
 def info() -> str:
     """A table of ops by implementations with the reason why one cannot run, and facts about the machine. Builds
     nothing.
@@ -62,6 +73,7 @@ def info() -> str:
     lines = [
         f"fastgen {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",
         f"CPU instruction set: {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}",
+        f"AMX: {_amx(build.path is not None)}",
         f"C++ kernels: {f'{build.how}, {build.path}' if build.path else build.reason}; compiler: "
         f"{build.compiler or 'none'}",
         f"CUDA: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no device'}",

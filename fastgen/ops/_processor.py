@@ -16,6 +16,9 @@ from fastgen.ops._memo import dynamo_constant
 
 # Whether this processor has a bfloat16 dot product instruction that fastgen's kernels may use.
 torch.library.define("fastgen::multiplies_bf16", "() -> bool")
+# Which tiles of bfloat16 fastgen's kernels multiply: an index of AMX (csrc/cpu/amx.h: cpu::Amx).
+torch.library.define("fastgen::amx", "() -> int")
+AMX = ("none", "emulated", "instructions")
 # The algorithm that the C++ kernels use: an index of ALGORITHMS (csrc/cpu/algorithm.h: cpu::Algorithm, choose).
 torch.library.define(
     "fastgen::algorithm",
@@ -23,7 +26,10 @@ torch.library.define(
     "int kernel_height, int kernel_width, int[2] stride, int[2] padding, int[2] dilation, int groups, bool transposed, "
     "ScalarType dtype, bool batch_stats, bool weight_gradient) -> int",
 )
-ALGORITHMS = ("direct", "rows", "winograd_4x2", "winograd_4x3", "direct_bf16", "rows_bf16")
+ALGORITHMS = (
+    "direct", "rows", "winograd_4x2", "winograd_4x3", "direct_bf16", "rows_bf16", "amx_bf16", "amx_bf16x3",
+    "amx_bf16x6",
+)  # fmt: skip
 WINOGRAD = ("winograd_4x2", "winograd_4x3")
 
 
@@ -35,6 +41,7 @@ class Processor(NamedTuple):
     torch_bf16: bool = False  # PyTorch's convolutions have instructions for bfloat16,
     torch_fp16: bool = False  # and for float16
     fastgen_bf16: bool = False  # fastgen's kernels multiply pairs of bfloat16
+    fastgen_amx: bool = False  # fastgen's kernels multiply tiles of bfloat16
 
     def torch_multiplies(self, dtype: torch.dtype) -> bool:
         """Whether PyTorch's convolutions have instructions for a dtype. Without them they take up to a hundred times as
@@ -56,7 +63,16 @@ def _found() -> Processor:
             torch.ops.mkldnn._is_mkldnn_bf16_supported(),
             torch.ops.mkldnn._is_mkldnn_fp16_supported(),
             native.load() is None and torch.ops.fastgen.multiplies_bf16(),
+            amx() == "instructions",
         )
+
+
+def amx() -> str:
+    """Which of AMX fastgen's kernels use. The system is asked for permission once per process."""
+    if native.load() is not None:
+        return "none"
+    with _untraced():
+        return AMX[torch.ops.fastgen.amx()]
 
 
 def algorithm(

@@ -80,6 +80,11 @@ class Convolution(NamedTuple):
             return False
         return algorithm(self.geometry, self.input, self.weight, self.dtype, self.weight_gradient) in WINOGRAD
 
+    def multiplies_tiles(self) -> bool:
+        """fastgen's kernel would multiply tiles of bfloat16, with 16 channels or more."""
+        plain = self.geometry.groups == 1 and self.device == "cpu" and self.dtype == torch.bfloat16
+        return plain and self.processor.fastgen_amx and self.is_wide()
+
     def pixels(self) -> int:
         """The number of output pixels in the whole batch."""
         return self.output[0] * self.output[2] * self.output[3]
@@ -146,6 +151,13 @@ FORWARD = (
         "cuDNN's kernel for strided convolutions and float32; an estimate, nothing was measured", "fastgen or cuDNN",
     ),
     Rule(
+        "AMX",
+        lambda c: c.multiplies_tiles() and ((c.is_one_pixel() and c.input[0] >= 32)
+        or (min(c.channels) >= 128 and max(c.channels) >= 256
+        and (c.geometry.stride == (2, 2) or max(c.output[2:]) <= 4) and c.pixels() >= 256)), True,
+        "tiles of bfloat16: one pixel, or many channels with a stride of 2 or on small images", "bfloat16 by tiles",
+    ),
+    Rule(
         "one pixel",
         lambda c: c.is_one_pixel() and (c.channels_last or (c.is_wide() and c.is_exact()))
         and (c.geometry.transposed or c.input[0] >= 32), True,
@@ -168,6 +180,7 @@ FORWARD = (
     Rule(
         "pairs of bfloat16",
         lambda c: c.dtype == torch.bfloat16 and c.geometry.stride == (2, 2) and c.processor.fastgen_bf16
+        and not c.processor.fastgen_amx
         and min(c.channels) >= 128 * c.geometry.groups and max(c.channels) >= 256 * c.geometry.groups, True,
         "a stride of 2 between many channels, multiplied as pairs of bfloat16", "bfloat16 by pairs",
     ),
@@ -203,6 +216,13 @@ FORWARD = (
 # The gradient of the weight.
 WEIGHT_GRAD = (
     *_FIRST,
+    Rule(
+        "AMX",
+        lambda c: c.multiplies_tiles() and ((c.is_one_pixel() and c.input[0] >= 32)
+        or (min(c.channels) >= 128 and min(c.kernel) >= 3 and c.pixels() >= 512)
+        or (min(c.channels) >= 64 and max(c.channels) >= 128 and c.is_four_by_two() and c.pixels() >= 1024)), True,
+        "tiles of bfloat16: one pixel, or many channels", "bfloat16 by tiles",
+    ),
     Rule("GPU", lambda c: c.device == "cuda", False, "cuDNN's kernel; nothing was measured", "fastgen or cuDNN"),
     Rule(
         "fewer than 16 channels", lambda c: max(c.channels) < 16 * c.geometry.groups, False,

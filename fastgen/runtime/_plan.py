@@ -133,9 +133,13 @@ class Plan:
         the contents is that labels are in range."""
         self._plan.run(n, inputs, outputs)
 
-    def tune(self, n: int) -> list[int]:
-        """Measures the algorithms of each convolution for `n` images and uses the fastest; see Engine."""
-        return self._plan.tune(_positive("n", n))
+    def tune(self, n: int, split: bool = True) -> list[int]:
+        """Measures the algorithms of each convolution for `n` images and uses the fastest; see Engine.
+
+        split: a convolution of float32 may use sums of products of two bfloat16 per number on a processor with AMX. Its
+        error is about 4e-6.
+        """
+        return self._plan.tune(_positive("n", n), split)
 
     def profile(self, n: int = 1, repeats: int = 20) -> list[float]:
         """The time in seconds of each step in a run of `n` images: the minimum over `repeats` runs."""

@@ -209,12 +209,12 @@ def test_rounding_is_to_the_nearest_even():
 def test_compared_images_have_the_examples_values():
     x, labels = torch.randn(2, 3, 4, 5), torch.tensor([3, 1])
     for n in (1, 2, 4, 17):
-        images = _compare._images(x, n)
+        images = _compare.images_like(x, n)
         assert images.shape == (n, 3, 4, 5) and (n < 2 or torch.equal(images[-2:], x))
         for i in range(n):
             assert torch.equal(images[i].flatten(1).sort().values, x[(i - n) % 2].flatten(1).sort().values)
-        assert set(_compare._images(labels, n).tolist()) <= {1, 3}
-    assert len(_compare._images(x, 17).unique(dim=0)) == 17
+        assert set(_compare.images_like(labels, n).tolist()) <= {1, 3}
+    assert len(_compare.images_like(x, 17).unique(dim=0)) == 17
 
 
 class OfBatch(nn.Module):
@@ -226,7 +226,7 @@ class OfBatch(nn.Module):
         return self.function(self.conv(x), x)
 
 
-DEPENDENT = {
+LOOKS = {
     "shape": lambda y, x: y if x.shape[0] <= 8 else y * 2,
     "size": lambda y, x: y if x.size(0) <= 100 else y.relu(),
     "len": lambda y, x: y if len(x) != 5 else y + 1,
@@ -240,9 +240,9 @@ DEPENDENT = {
 }
 
 
-@pytest.mark.parametrize("name", DEPENDENT)
+@pytest.mark.parametrize("name", LOOKS)
 def test_a_forward_that_depends_on_the_batch_size(name):
-    model, x = OfBatch(DEPENDENT[name]).eval(), torch.randn(2, 3, 8, 8)
+    model, x = OfBatch(LOOKS[name]).eval(), torch.randn(2, 3, 8, 8)
     with pytest.raises(FastgenError, match=r"(images than for 2|takes 2 images, but not|differs|but the module)"):
         fastgen.Engine(model, x, impl="cpp")
     engine = fastgen.Engine(model, x)
@@ -253,7 +253,7 @@ def test_a_forward_that_depends_on_the_batch_size(name):
             torch.testing.assert_close(engine(inputs), model(inputs).detach(), **NETWORK)
 
 
-INDEPENDENT = {
+LOOKS_AT_NOTHING_ELSE = {
     "a view": lambda y, x: y.view(x.shape[0], -1).view(len(x), 4, 6, 6),
     "a size": lambda y, x: F.interpolate(y, size=x.shape[2:]),
     "a check": lambda y, x: y if x.shape[0] == y.shape[0] and x.size(1) == 3 else None,
@@ -262,9 +262,9 @@ INDEPENDENT = {
 }
 
 
-@pytest.mark.parametrize("name", INDEPENDENT)
+@pytest.mark.parametrize("name", LOOKS_AT_NOTHING_ELSE)
 def test_a_forward_that_reads_the_batch_size_without_effect(name):
-    model, x = OfBatch(INDEPENDENT[name]).eval(), torch.randn(2, 3, 8, 8)
+    model, x = OfBatch(LOOKS_AT_NOTHING_ELSE[name]).eval(), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         if name == "parts":  # plans do not write to views
             with pytest.raises(FastgenError, match="in place on a view"):

@@ -76,11 +76,11 @@ def test_missing_kernel_is_an_error_when_asked_for():
         ({}, torch.float64, "not float64"),
         ({}, torch.bfloat16, None),
     ],
-    ids=lambda v: next(iter(v), "nothing missing") if isinstance(v, dict) else str(v),
+    ids=lambda v: next(iter(v), "all there") if isinstance(v, dict) else str(v),
 )
 def test_each_reason_why_a_tier_cannot_run(tier, found, dtype, reason, monkeypatch):
     """Each requirement of the GPU tiers, missing alone."""
-    environment = {
+    there = {
         "find_spec": True,
         "is_built": True,
         "is_available": True,
@@ -89,12 +89,12 @@ def test_each_reason_why_a_tier_cannot_run(tier, found, dtype, reason, monkeypat
         "_why_no_driver": None,
         "has_code": True,
     }
-    environment |= found
-    has_code = environment.pop("has_code")
+    there |= found
+    has_code = there.pop("has_code")
     monkeypatch.setattr(_tiers, "_cuda_op", lambda op: {"has_code": lambda index: has_code}[op])
     owners = (importlib.util, torch.backends.cuda, torch.cuda, torch.cuda, cuda, _tiers.triton)
     reason = reason[tier] if isinstance(reason, dict) else reason
-    for (name, value), owner in zip(environment.items(), owners, strict=True):
+    for (name, value), owner in zip(there.items(), owners, strict=True):
         monkeypatch.setattr(owner, name, lambda *_, value=value: value)
     _tiers._gpu_unavailable.cache_clear()
     try:
@@ -119,7 +119,7 @@ def test_cpp_on_another_device():
 
 
 def test_unknown_names(monkeypatch):
-    with pytest.raises(UsageError, match="impl: unknown implementation 'cudnn': choose from auto, reference, cpp"):
+    with pytest.raises(UsageError, match="impl: unknown implementation 'cudnn': choose from: auto, reference, cpp"):
         ops.norm_act(X, norm="none", impl="cudnn")
     with pytest.raises(UsageError, match="use_impl: unknown"), ops.use_impl("fast"):
         pass
@@ -215,6 +215,7 @@ for winograd in (False, True):
     [
         ("FASTGEN_IMPL", "nothing", "FASTGEN_IMPL: unknown implementation 'nothing'"),
         ("FASTGEN_CPU_ISA", "sse", "FASTGEN_CPU_ISA must be one of baseline, avx2, avx512, got 'sse'"),
+        ("FASTGEN_AMX", "1", "FASTGEN_AMX must be one of 0, emulate, got '1'"),
         ("FASTGEN_WINOGRAD", "maybe", "FASTGEN_WINOGRAD must be one of 0, always, got 'maybe'"),
         ("FASTGEN_THREADS", "-3", "FASTGEN_THREADS must be a positive integer, got '-3'"),
     ],

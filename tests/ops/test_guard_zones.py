@@ -65,11 +65,12 @@ def run(case: OpCase, dtype: torch.dtype, channels_last: bool) -> None:
 def check_all() -> None:
     """Every op of the case table with each algorithm, dtype and memory order."""
     with guard_zones() as violations:
-        for winograd in ("0", "always"):
-            os.environ["FASTGEN_WINOGRAD"] = winograd
-            for case, dtype, last in itertools.product((*SMALL, *SAMPLER, *SPECTRAL), UNIT_ROUNDOFF, (False, True)):
+        for winograd, amx in (("0", ""), ("always", ""), ("0", "emulate")):
+            os.environ["FASTGEN_WINOGRAD"], os.environ["FASTGEN_AMX"] = winograd, amx
+            dtypes = (torch.bfloat16,) if amx else UNIT_ROUNDOFF
+            for case, dtype, last in itertools.product((*SMALL, *SAMPLER, *SPECTRAL), dtypes, (False, True)):
                 run(case, dtype, last)
-                assert not violations(), f"{case.id} in {dtype}, channels_last {last}, Winograd {winograd}"
+                assert not violations(), f"{case.id} in {dtype}, channels_last {last}, Winograd {winograd}, AMX {amx}"
 
 
 def test_an_out_of_bounds_write_is_found():

@@ -7,9 +7,14 @@ namespace {
 
 constexpr int64_t kMaxTaps = 1 << 8, kMaxDistance = 1 << 14;
 
-bool is_turned_off(cpu::Algorithm algorithm) {
-  return cpu::winograd_is("0") &&
-         (algorithm == cpu::Algorithm::winograd_4x2 || algorithm == cpu::Algorithm::winograd_4x3);
+// Whether this process may use an algorithm: FASTGEN_WINOGRAD=0 turns off all that are less exact than float32.
+bool is_available(cpu::Algorithm algorithm) {
+  using cpu::Algorithm;
+  if (cpu::is_amx(algorithm) && cpu::amx() == cpu::Amx::none) return false;
+  if (cpu::is_bf16_dot(algorithm) && !cpu::can_dot_bf16()) return false;
+  const bool less_exact =
+      cpu::is_winograd(algorithm) || algorithm == Algorithm::amx_bf16x3 || algorithm == Algorithm::amx_bf16x6;
+  return !less_exact || !cpu::winograd_is("0");
 }
 
 bool sizes_fit(const ConvolutionFields& f, const Shape& x, const Shape& shape) {
@@ -107,16 +112,17 @@ bool Convolution::can_run(cpu::Algorithm algorithm, bool bfloat16) const {
   using cpu::Algorithm;
   const bool by_rows = algorithm == Algorithm::rows || algorithm == Algorithm::rows_bf16;
   if (by_rows && fields.epilogue.has_statistics()) return false;
-  if (!bfloat16 && (algorithm == Algorithm::direct_bf16 || algorithm == Algorithm::rows_bf16)) return false;
+  if (!bfloat16 && cpu::needs_bf16(algorithm)) return false;
+  if (bfloat16 && (algorithm == Algorithm::amx_bf16x3 || algorithm == Algorithm::amx_bf16x6)) return false;
   return cpu::can_run(algorithm, geometry());
 }
 
 cpu::Algorithm Convolution::choose(int64_t n, DType dtype) const {
   const bool bfloat16 = dtype == DType::bfloat16;
   const auto measured = static_cast<cpu::Algorithm>(algorithm_for(n));
-  if (algorithm_for(n) >= 0 && can_run(measured, bfloat16) && !is_turned_off(measured)) return measured;
-  for (const auto pairs : {cpu::Algorithm::rows_bf16, cpu::Algorithm::direct_bf16})
-    if (can_run(pairs, bfloat16)) return pairs;
+  if (algorithm_for(n) >= 0 && can_run(measured, bfloat16) && is_available(measured)) return measured;
+  for (const auto found : {cpu::Algorithm::amx_bf16, cpu::Algorithm::rows_bf16, cpu::Algorithm::direct_bf16})
+    if (can_run(found, bfloat16) && is_available(found)) return found;
   return cpu::choose(geometry(), fields.epilogue.describe(shape, dtype, n >= kFew ? kFew : 1, true));
 }
 
@@ -127,7 +133,7 @@ bool Convolution::is_alike(const Convolution& other) const {
 }
 
 std::vector<Convolution::Timed> Convolution::time_algorithms(int64_t n, DType dtype, const char* weights,
-                                                             const cpu::ParallelFor& parallel) const {
+                                                             const cpu::ParallelFor& parallel, bool split) const {
   const int64_t element = dtype == DType::bfloat16 ? 2 : 4;
   const auto x = zeros(n * inputs[0].shape.elements() * element), out = zeros(n * shape.elements() * element);
   const void* const read[2] = {x.get(), nullptr};  // without the residual, if there is one
@@ -143,7 +149,8 @@ std::vector<Convolution::Timed> Convolution::time_algorithms(int64_t n, DType dt
   };
   for (int64_t a = 0; a < cpu::kAlgorithms; ++a) {
     const auto algorithm = static_cast<cpu::Algorithm>(a);
-    if (!can_run(algorithm, dtype == DType::bfloat16) || is_turned_off(algorithm)) continue;
+    if (!can_run(algorithm, dtype == DType::bfloat16) || !is_available(algorithm)) continue;
+    if (algorithm == cpu::Algorithm::amx_bf16x3 && !split) continue;
     candidates.push_back({{a, std::numeric_limits<double>::infinity()}, pack(algorithm, run)});
     measure(candidates.back());
   }

@@ -37,8 +37,8 @@ class Convolution final : public Typed<Convolution, ConvolutionFields> {
   bool is_alike(const Convolution& other) const;
 
   // Times each algorithm with an input of zeros; returns the fastest first.
-  std::vector<Timed> time_algorithms(int64_t n, DType dtype, const char* weights,
-                                     const cpu::ParallelFor& parallel) const;
+  std::vector<Timed> time_algorithms(int64_t n, DType dtype, const char* weights, const cpu::ParallelFor& parallel,
+                                     bool split) const;
   int64_t algorithm_for(int64_t n) const { return fields.algorithm[n >= kFew]; }
   void use(int64_t algorithm, int64_t n);
   int64_t packed_bytes(int64_t algorithm) const;
