@@ -38,7 +38,7 @@ constexpr bool is_bf16_dot(Algorithm algorithm) {
 constexpr bool is_amx(Algorithm algorithm) {
   return algorithm == Algorithm::amx_bf16 || algorithm == Algorithm::amx_bf16x3 || algorithm == Algorithm::amx_bf16x6;
 }
-// Into how many bfloat16 an algorithm by tiles splits each number.
+// Into how many bfloat16 an amx_* algorithm splits each number.
 constexpr int parts_of(Algorithm algorithm) {
   return algorithm == Algorithm::amx_bf16 ? 1 : algorithm == Algorithm::amx_bf16x3 ? 2 : 3;
 }

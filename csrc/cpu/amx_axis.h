@@ -17,7 +17,7 @@ struct PhasedAxis {
   // The pixel at a position of an input phase, -1 outside.
   int64_t pixel(int64_t phase, int64_t position) const {
     int64_t i = position * in_step + phase;
-    if (reflect) i = i < 0 ? -i : i >= in ? 2 * (in - 1) - i : i;
+    if (reflect) i = reflected(i, in);
     return i < 0 || i >= in ? -1 : i;
   }
 

@@ -98,11 +98,16 @@ void run_tiles(Output<T, vectors>& output, const AmxConvolution& how, const S* x
                 parts_per_band = ceil_div(output.blocks(), together);
   const int64_t phases = how.rows.out_step * how.columns.out_step, part_weights = how.blocks() * how.block_size();
   std::vector<std::vector<BandLayout::Term>> terms;
-  std::vector<std::vector<PositionTile>> whole;
-  for (int64_t phase = 0; phase < phases; ++phase) {
+  for (int64_t phase = 0; phase < phases; ++phase)
     terms.push_back(layout.terms(phase / how.columns.out_step, phase % how.columns.out_step));
-    whole.push_back(layout.tiles(phase / how.columns.out_step, phase % how.columns.out_step, output.band_rows));
-  }
+  const auto tiles_of = [&](int64_t band_rows) {  // of each output phase
+    std::vector<std::vector<PositionTile>> found;
+    for (int64_t phase = 0; phase < phases; ++phase)
+      found.push_back(layout.tiles(phase / how.columns.out_step, phase % how.columns.out_step, band_rows));
+    return found;
+  };
+  // The last band of an image may have fewer rows.
+  const auto whole = tiles_of(output.band_rows), last = tiles_of((conv.oh - 1) % output.band_rows + 1);
   parallel(bands * parts_per_band, [&](int64_t begin, int64_t end) {
     const auto lines = scratch<BFloat16>(layout.lines() * kLine);
     const auto z = scratch<float>(output.images * output.band_rows * conv.ow * width);
@@ -113,16 +118,12 @@ void run_tiles(Output<T, vectors>& output, const AmxConvolution& how, const S* x
       const Band band = output.band_at(item / parts_per_band);
       if (gathered != item / parts_per_band) layout.gather(x, band, lines.get());
       gathered = item / parts_per_band;
-      const bool is_whole = band.last_row - band.first_row == output.band_rows;
+      const auto& positions = band.last_row - band.first_row == output.band_rows ? whole : last;
       const int64_t first_block = item % parts_per_band * together;
       for (int64_t block = first_block; block < std::min(output.blocks(), first_block + together); ++block) {
-        for (int64_t phase = 0; phase < phases; ++phase) {
-          const auto& of_phase = is_whole ? whole[phase]
-                                          : layout.tiles(phase / how.columns.out_step, phase % how.columns.out_step,
-                                                         band.last_row - band.first_row);
-          multiply_phase<Tiles, parts, width>(tiles, layout, of_phase, terms[phase], lines.get(),
+        for (int64_t phase = 0; phase < phases; ++phase)
+          multiply_phase<Tiles, parts, width>(tiles, layout, positions[phase], terms[phase], lines.get(),
                                               packed + block * how.block_size(), part_weights, z.get(), spare.get());
-        }
         output.finish_band(block, band, z.get());
       }
     }

@@ -155,7 +155,7 @@ struct BandLayout {
         std::array<S, kLine> values{};
         for (int64_t k = 0; k < conv.kw; ++k) {
           int64_t i = first + k * conv.dilation[1];
-          if (conv.reflect) i = i < 0 ? -i : i >= conv.iw ? 2 * (conv.iw - 1) - i : i;
+          if (conv.reflect) i = reflected(i, conv.iw);
           if (i >= 0 && i < conv.iw) std::copy_n(row + i * ic, ic, values.data() + k * ic);
         }
         put(values.data(), how.depth, to, part_step);

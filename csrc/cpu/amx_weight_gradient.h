@@ -85,7 +85,7 @@ struct AmxWeightGradient {
       else memset(lines + size - kTilePositions * kLine, 0, kTilePositions * kLine * sizeof(BFloat16));
       layout.gather(big, bands[i], lines);
     }
-    for (int64_t i = 0; i < size; ++i) pairs[i] = spare[i].bits | static_cast<uint32_t>(spare[size + i].bits) << 16;
+    for (int64_t i = 0; i < size; ++i) pairs[i] = pair_of(spare[i], spare[size + i]);
   }
 
   // to: (part, block of 16 channels, tile of positions, channel, pair)
@@ -110,8 +110,7 @@ struct AmxWeightGradient {
           BFloat16 two[2][parts][16];
           for (int i = 0; i < 2; ++i) values_of(from[i][k] ? from[i][k] + block * 16 : nullptr, channels, two[i]);
           for (int part = 0; part < parts; ++part)
-            for (int c = 0; c < 16; ++c)
-              square[part][k][c] = two[0][part][c].bits | static_cast<uint32_t>(two[1][part][c].bits) << 16;
+            for (int c = 0; c < 16; ++c) square[part][k][c] = pair_of(two[0][part][c], two[1][part][c]);
         }
         for (int part = 0; part < parts; ++part)
           transpose_square(square[part], to + (part * blocks + block) * tiles_size, 16);

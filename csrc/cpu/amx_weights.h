@@ -148,8 +148,7 @@ struct AmxConvolution {
                                                              uint32_t (*to)[16]) {
     if constexpr (std::is_same_v<W, BFloat16>) {
       if (high)
-        for (int64_t i = 0; i < size; ++i)
-          to[0][i] = low[i * step].bits | static_cast<uint32_t>(high[i * step].bits) << 16;
+        for (int64_t i = 0; i < size; ++i) to[0][i] = pair_of(low[i * step], high[i * step]);
       else
         for (int64_t i = 0; i < size; ++i) to[0][i] = low[i * step].bits;
     } else {
@@ -158,8 +157,7 @@ struct AmxConvolution {
       if (high)
         for (int64_t i = 0; i < size; ++i) split<count>(load(high + i * step), &other[0][i], 16);
       for (int part = 0; part < count; ++part)
-        for (int64_t i = 0; i < size; ++i)
-          to[part][i] = one[part][i].bits | static_cast<uint32_t>(other[part][i].bits) << 16;
+        for (int64_t i = 0; i < size; ++i) to[part][i] = pair_of(one[part][i], other[part][i]);
     }
   }
 };

@@ -1,6 +1,9 @@
 // How a convolution's output positions along one axis read the input. Included once per instruction set (see isa.h).
 namespace fastgen::cpu::FASTGEN_ISA {
 
+// The pixel that reflection padding repeats at i, if i is at most size - 1 pixels outside.
+constexpr int64_t reflected(int64_t i, int64_t size) { return i < 0 ? -i : i >= size ? 2 * (size - 1) - i : i; }
+
 // How the output positions of one axis read the input: position o, tap k -> source[o * taps + k], -1 outside. Positions
 // that the same taps reach form a class: one class per residue of the stride when transposed, and on a short axis
 // separate classes for positions at the border, so that no tap is multiplied by zeros.
@@ -38,7 +41,7 @@ struct Axis {
       std::vector<int64_t> reached, inside;
       for (int64_t k = 0; k < kernel; ++k) {
         int64_t i = o * stride - padding + k * dilation;
-        if (reflect) i = i < 0 ? -i : i >= in ? 2 * (in - 1) - i : i;
+        if (reflect) i = reflected(i, in);
         reached.push_back(k);
         if (i < 0 || i >= in) continue;
         inside.push_back(k);

@@ -45,6 +45,11 @@ inline __attribute__((always_inline)) void store(BFloat16* p, float value) {  //
   p->bits = static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
 }
 
+// Two numbers as the instructions for bfloat16 read them.
+inline __attribute__((always_inline)) uint32_t pair_of(BFloat16 low, BFloat16 high) {
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+}
+
 // return function<T>(...) for the T of dtype
 #define FASTGEN_FOR_DTYPE(dtype, function, ...)                   \
   switch (dtype) {                                                \

@@ -52,7 +52,7 @@ void copy_taps(const T* from, int64_t in_step, int64_t out_step, int64_t depth, 
   if (depth < size || valid < width) std::fill_n(to, size * width, Acc<T>(0));
   const auto value = [](const T* at, [[maybe_unused]] int64_t step) {
     if constexpr (pairs) {
-      const uint32_t pair = at[0].bits | static_cast<uint32_t>(at[step].bits) << 16;
+      const uint32_t pair = pair_of(at[0], at[step]);
       float result;
       memcpy(&result, &pair, sizeof(result));
       return result;
@@ -101,8 +101,7 @@ inline void transpose_pairs(const BFloat16* from, int64_t from_step, BFloat16* t
   uint32_t pairs[16][16], pixels[16][16];
   for (int64_t i = 0; i < 16; ++i)
     for (int64_t k = 0; k < 16; ++k)
-      pairs[i][k] = from[2 * i * from_step + k].bits | static_cast<uint32_t>(from[(2 * i + 1) * from_step + k].bits)
-                                                           << 16;
+      pairs[i][k] = pair_of(from[2 * i * from_step + k], from[(2 * i + 1) * from_step + k]);
   transpose_square(pairs, pixels[0], 16);
   for (int64_t k = 0; k < 16; ++k) memcpy(to + k * to_step, pixels[k], sizeof(pixels[k]));
 }

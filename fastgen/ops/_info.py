@@ -51,7 +51,7 @@ def _triton_version() -> str:
 
 
 _AMX = {
-    "none": "not used: the processor has none, the system does not permit it, or FASTGEN_AMX=0",
+    "none": "not used: the processor has none, the system or FASTGEN_AMX=0 forbids it, or no C++ kernels are loaded",
     "emulated": "emulated (FASTGEN_AMX=emulate), which is slow",
     "instructions": "tiles of bfloat16",
 }
