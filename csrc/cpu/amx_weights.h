@@ -4,13 +4,19 @@ namespace fastgen::cpu::FASTGEN_ISA {
 
 constexpr int64_t kLine = 32;  // channels of a line
 
-// value as the sum of `parts` bfloat16, each the rounded rest.
+// value as the sum of `parts` bfloat16, each the rounded rest. A value that is not finite in bfloat16 is the last part
+// alone: only the other factor's first part, which is zero where that factor is, multiplies the last part. So an
+// infinity stays one.
 template <int parts>
 inline __attribute__((always_inline)) void split(float value, BFloat16* to, int64_t step) {
-  for (int part = 0; part < parts; ++part) {
-    store(to + part * step, value);
-    value -= load(to + part * step);
+  constexpr float kTooLarge = 0x1.ffp127f;  // rounds to infinity
+  const bool is_finite = std::abs(value) < kTooLarge;
+  float rest = is_finite ? value : 0.0f;
+  for (int part = 0; part < parts - 1; ++part) {
+    store(to + part * step, rest);
+    rest -= load(to + part * step);
   }
+  store(to + (parts - 1) * step, is_finite ? rest : value);
 }
 
 struct AmxConvolution {

@@ -69,7 +69,8 @@ def test_emulation_equals_the_instructions(case, fastgen_kernels, monkeypatch):
     ids=("3x3", "transposed", "few channels"),
 )
 def test_split_float32(algorithm, emulate, geometry, x, out, monkeypatch):
-    """A plan's convolution in float32 by sums of bfloat16 products, and in bfloat16."""
+    """A plan's convolution in float32 by sums of bfloat16 products, and in bfloat16. Values that are not finite pass on
+    as in PyTorch."""
     if not emulate and _processor.amx() != "instructions":
         pytest.skip("this processor has no AMX, or this process may not use it")
     monkeypatch.setenv("FASTGEN_AMX", "emulate" if emulate else "")
@@ -80,16 +81,26 @@ def test_split_float32(algorithm, emulate, geometry, x, out, monkeypatch):
     steps = [Input([], x, 3), Convolution([Read(0, x)], out, geometry, weight, algorithm=(chosen, chosen)),
              Output([Read(1, out)], out, 3)]  # fmt: skip
     precision = Precision.bfloat16 if algorithm == "amx_bf16" else Precision.float32
-    for n in (1, 9):
-        value = generator.standard_normal((n, *x), np.float32)
-        found = Plan(encode(steps, precision=precision))(value)
+    plan = Plan(encode(steps, precision=precision))
+
+    def run(value: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         tensor, kernel = torch.from_numpy(value).double(), torch.from_numpy(weight).double()
         if geometry.transposed:
             exact = F.conv_transpose2d(tensor, kernel, stride=geometry.stride, padding=geometry.padding)
         else:
             padded = F.pad(tensor, (1, 1, 1, 1), mode="reflect" if geometry.reflect else "constant")
             exact = F.conv2d(padded, kernel, stride=geometry.stride)
-        assert error(torch.from_numpy(found), exact) < SPLIT.get(algorithm, 1e-2)
+        return torch.from_numpy(plan(value)).double(), exact
+
+    for n in (1, 9):
+        value = generator.standard_normal((n, *x), np.float32)
+        found, exact = run(value)
+        assert error(found, exact) < SPLIT.get(algorithm, 1e-2)
+        value[0, 0, 0, 0], value[0, 1, 3, 3], value[0, 2, 3, 2], value[-1, 1, 1, 2] = np.inf, np.inf, -np.inf, np.nan
+        found, exact = run(value)
+        finite = exact.isfinite()
+        assert torch.equal(found.isfinite(), finite)
+        torch.testing.assert_close(found[~finite], exact[~finite], equal_nan=True)
 
 
 def test_the_switches_turn_it_off(monkeypatch):
